@@ -1,0 +1,151 @@
+"""Package layout and native libraries; everything else is in pyproject.toml.
+
+Each folder `csrc/<device>` becomes one shared library that is loaded with `tvm_ffi.load_module`. It uses no CPython
+ABI, so one wheel serves every Python version. Objects are kept in `build/native` and rebuilt when a source, a header
+or the compiler's command line changes.
+
+Environment: CXX, CUDA_HOME, MAX_JOBS, and ADAMAS_BUILD_CUDA = auto (default: when nvcc is found), 0 or 1.
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).parent
+ROOMS = {
+    "vllm_adamas": "vllm_adamas",
+    "vllm_adamas.backends": "backends",
+    "vllm_adamas.serving": "serving",
+}
+
+CXX_FLAGS = "-std=c++20 -O3 -fopenmp -fPIC -fvisibility=hidden -Wall"
+ISA_FLAGS = {
+    "_avx2": "-mavx2 -mfma -mf16c -mbmi2 -mpopcnt",
+    # GCC 12 warns about its own AVX-512 headers, hence the last two.
+    "_avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vnni"
+    " -mavx512vpopcntdq -mavx512bitalg -mf16c -mfma -mbmi2 -mpopcnt -mprefer-vector-width=512"
+    " -Wno-uninitialized -Wno-maybe-uninitialized",
+}
+NVCC_FLAGS = (
+    "-std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a --expt-relaxed-constexpr"
+    " -Xcompiler -fPIC,-fvisibility=hidden"
+)
+
+
+def packages() -> list[str]:
+    names = []
+    for package, folder in ROOMS.items():
+        names += [package, *(f"{package}.{name}" for name in find_packages(ROOT / folder))]
+    return names
+
+
+def sources(folder: str, suffix: str) -> list[str]:
+    is_x86 = platform.machine() in ("x86_64", "AMD64")
+    found = sorted(path.relative_to(ROOT) for path in (ROOT / folder).glob(f"*{suffix}"))
+    return [str(path) for path in found if is_x86 or isa(path) is None]
+
+
+def isa(source: str | Path) -> str | None:
+    return next((name for name in ISA_FLAGS if Path(source).stem.endswith(name)), None)
+
+
+def find_nvcc() -> str | None:
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=f"{home}/bin" if home else None)
+
+
+def libraries() -> list[Extension]:
+    wanted = os.environ.get("ADAMAS_BUILD_CUDA", "auto")
+    if wanted not in ("auto", "0", "1"):
+        raise SystemExit(f"ADAMAS_BUILD_CUDA={wanted} is not valid: use auto, 0 or 1.")
+    found = {"cpu": sources("csrc/cpu", ".cc")}
+    if wanted == "1" and find_nvcc() is None:
+        raise SystemExit("ADAMAS_BUILD_CUDA=1 needs nvcc: put it on PATH or name its toolkit in CUDA_HOME.")
+    if wanted == "1" or (wanted == "auto" and find_nvcc()):
+        found["cuda"] = sources("csrc/cuda", ".cu")
+    return [
+        Extension(f"vllm_adamas.backends.{device}.libadamas_{device}", files)
+        for device, files in found.items()
+        if files
+    ]
+
+
+def run(command: list[str]) -> None:
+    try:
+        subprocess.run(command, check=True, cwd=ROOT)
+    except FileNotFoundError:
+        raise SystemExit(f"The compiler {command[0]} was not found: install it or name another in CXX.") from None
+    except subprocess.CalledProcessError:
+        raise SystemExit(f"The compiler stopped with an error: {shlex.join(command)}") from None
+
+
+class BuildNative(build_ext):
+    """Compiles with plain compiler calls: setuptools has no per-file flags, header tracking or nvcc."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return f"{fullname.replace('.', os.sep)}.so"
+
+    def build_extension(self, ext: Extension) -> None:
+        tvm_ffi = Path(find_spec("tvm_ffi").submodule_search_locations[0])
+        if ext.name.endswith("_cuda"):
+            compiler, link_flags = [find_nvcc(), *shlex.split(NVCC_FLAGS)], ["-cudart", "static"]
+        else:
+            compiler, link_flags = shlex.split(f"{os.environ.get('CXX', 'c++')} {CXX_FLAGS}"), []
+
+        folder = ROOT / "build" / "native" / ext.name.rpartition(".")[2]
+        folder.mkdir(parents=True, exist_ok=True)
+        newest_header = max((path.stat().st_mtime for path in (ROOT / "csrc").rglob("*.*h")), default=0.0)
+
+        def compile_one(source: str) -> Path:
+            target = folder / f"{Path(source).stem}.o"
+            extra = shlex.split(ISA_FLAGS.get(isa(source), ""))
+            command = [*compiler, *extra, f"-I{tvm_ffi / 'include'}", "-c", source, "-o", str(target)]
+            self.refresh(target, max(newest_header, (ROOT / source).stat().st_mtime), command)
+            return target
+
+        jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        with ThreadPoolExecutor(jobs) as pool:
+            objects = list(pool.map(compile_one, ext.sources))
+
+        library = folder / f"{folder.name}.so"
+        command = [*compiler, "-shared", *link_flags, *map(str, objects), "-o", str(library)]
+        command += [f"-L{tvm_ffi / 'lib'}", "-ltvm_ffi"]
+        self.refresh(library, max(path.stat().st_mtime for path in objects), command)
+
+        output = self.get_ext_fullpath(ext.name)
+        self.mkpath(os.path.dirname(output))
+        self.copy_file(str(library), output)
+
+    def refresh(self, target: Path, newest_input: float, command: list[str]) -> None:
+        """Runs the command unless the target is newer than its inputs and was made by the same command."""
+        record = target.with_suffix(target.suffix + ".cmd")
+        text = shlex.join(command)
+        current = target.exists() and target.stat().st_mtime > newest_input
+        if current and record.exists() and record.read_text() == text:
+            return
+        print(f"building {target.relative_to(ROOT)}", flush=True)
+        record.unlink(missing_ok=True)
+        run(command)
+        record.write_text(text)
+
+
+class Wheel(bdist_wheel):
+    def get_tag(self) -> tuple[str, str, str]:
+        return ("py3", "none", super().get_tag()[2])
+
+
+setup(
+    packages=packages(),
+    package_dir=ROOMS,
+    ext_modules=libraries(),
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
+)
