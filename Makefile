@@ -1,0 +1,65 @@
+# `make` lists the targets. An interpreter named as PYTHON=... is used as it is, and nothing is set up for it.
+
+VENV       := .venv
+STAMP      := $(VENV)/.setup-done
+DEMO_MODEL := .models/SmolLM2-135M-Instruct
+
+MODEL   ?= $(DEMO_MODEL)
+BACKEND ?= adamas
+PORT    ?= 8000
+ARGS    ?=
+
+ifeq ($(origin PYTHON), undefined)
+PYTHON := $(VENV)/bin/python
+READY  := setup
+endif
+
+# GiB, read on CPU only: vLLM's default share of a small NUMA node does not fit into it.
+export VLLM_CPU_KVCACHE_SPACE ?= 2
+
+.DEFAULT_GOAL := help
+.PHONY: help setup native model demo serve test test-gpu bench-cpu bench-gpu lint clean
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
+
+setup: native ## make .venv and build the native libraries
+
+$(STAMP): pyproject.toml scripts/setup.sh scripts/mend_vllm_cpu.py
+	@bash scripts/setup.sh $(VENV)
+	@touch $@
+
+# Compiles only what has changed.
+native: | $(if $(READY),$(STAMP))
+	@$(PYTHON) setup.py -q build_ext --inplace
+
+model: $(READY) ## make the demonstration model
+	@test "$(MODEL)" != "$(DEMO_MODEL)" || $(PYTHON) scripts/fetch_model.py
+
+demo: model ## a long question to a real server: sparse against dense
+	@$(PYTHON) scripts/demo.py --model $(MODEL) $(ARGS)
+
+serve: model ## run the server (MODEL, PORT, BACKEND, ARGS)
+	@exec $(PYTHON) -m vllm.entrypoints.cli.main serve $(MODEL) --attention-backend $(BACKEND) \
+		--host 127.0.0.1 --port $(PORT) $(ARGS)
+
+test: model ## run the tests that need no GPU
+	@$(PYTHON) -m pytest -m "not gpu" $(ARGS)
+
+test-gpu: $(READY) ## run the tests that need a GPU
+	@$(PYTHON) -m pytest -m gpu $(ARGS)
+
+bench-cpu: model ## kernel and serving benchmarks on this CPU
+	@$(PYTHON) benchmarks/bench_decode_cpu.py $(ARGS)
+	@$(PYTHON) benchmarks/bench_serve.py $(ARGS)
+
+bench-gpu: $(READY) ## kernel and serving benchmarks on a GPU
+	@test -e benchmarks/bench_decode_gpu.py || { echo "This release has no GPU kernels to measure."; exit 1; }
+	@$(PYTHON) benchmarks/bench_decode_gpu.py $(ARGS)
+
+lint: $(READY) ## check style
+	@$(PYTHON) -m ruff check .
+	@$(PYTHON) -m ruff format --check .
+
+clean: ## remove build outputs; .venv and .models stay
+	@rm -rf build dist *.egg-info backends/*/*.so

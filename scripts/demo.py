@@ -1,0 +1,117 @@
+"""Asks a real server a question about a long text, with sparse and with dense decode attention."""
+
+import argparse
+import random
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from vllm_adamas.serving.launch import Server
+
+SENTENCES = 230
+ANSWER_TOKENS = 32
+TIMED_TOKENS = 64
+PASS_KEY = "68412"
+QUESTION = "What is the pass key mentioned in the harbour log?"
+CONFIG = {"token_budget": 256, "log_interval": 0}
+SERVER_ARGS = ["--max-model-len", "8192", "--max-num-seqs", "4"]
+
+
+def harbour_log() -> str:
+    """A dull text of about 5,000 tokens with one fact in its middle; the same on every call."""
+    rng = random.Random(2510)
+    ships = ["Aurora", "Bellona", "Cormorant", "Dorothea", "Esperance", "Fulmar", "Gannet"]
+    goods = ["tea", "copper wire", "oranges", "window glass", "oats", "paper", "olive oil"]
+    lines = [
+        f"On day {day} the {rng.choice(ships)} unloaded {rng.randrange(20, 900)} crates of "
+        f"{rng.choice(goods)} at pier {rng.randrange(1, 9)}."
+        for day in range(1, SENTENCES + 1)
+    ]
+    lines.insert(SENTENCES // 2, f"The pass key is {PASS_KEY}. Remember it: {PASS_KEY} is the pass key.")
+    return " ".join(lines)
+
+
+@dataclass
+class Result:
+    backend: str
+    answer: str
+    context: int  # prompt tokens
+    tpot_ms: float
+    metrics: dict[str, float]
+
+    def count(self, name: str) -> int:
+        return int(self.metrics.get(f"vllm_adamas_{name}_total", 0))
+
+
+def ask(model: str, backend: str, config: dict | None) -> Result:
+    print(f"\n{backend}: starting the server", flush=True)
+    with Server(model, backend, config, SERVER_ARGS) as server:
+        messages = [
+            {"role": "user", "content": f"Here is a harbour log.\n{harbour_log()}\n{QUESTION}"}
+        ]
+        request = {"messages": messages, "temperature": 0}
+        path = "/v1/chat/completions"
+        reply = server.post(path, {**request, "max_tokens": ANSWER_TOKENS})
+
+        timed = {
+            **request,
+            "max_tokens": TIMED_TOKENS,
+            "ignore_eos": True,
+            "stream_options": {"include_usage": True, "continuous_usage_stats": True},
+        }
+        arrivals = [
+            (event["usage"]["completion_tokens"], time.perf_counter())
+            for event in server.stream(path, timed)
+            if event["choices"] and event["usage"]["completion_tokens"]
+        ]
+        (first, started), (last, ended) = arrivals[0], arrivals[-1]
+        return Result(
+            backend=backend,
+            answer=(reply["choices"][0]["message"]["content"] or "").strip(),
+            context=reply["usage"]["prompt_tokens"],
+            tpot_ms=1e3 * (ended - started) / (last - first),
+            metrics=server.metrics(),
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", required=True, type=Path, help="folder of the model to serve")
+    model = str(parser.parse_args().model)
+    # Also on `kill`, the servers are stopped on the way out.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+
+    print(f"question: {QUESTION}")
+    sparse = ask(model, "adamas", CONFIG)
+    context, attended = sparse.count("decode_context_tokens"), sparse.count("decode_attended_tokens")
+    share = f"{attended:,} of {context:,}" + (f" ({attended / context:.1%})" if context else "")
+    print(f"prompt:   {sparse.context:,} tokens, the fact in the middle")
+    print(f"answer:   {sparse.answer}")
+    print(f"attended: {share} tokens in context, over {sparse.count('sparse_rows'):,} sparse rows")
+
+    dense = ask(model, "flash_attn" if torch.cuda.is_available() else "cpu_attn", None)
+    print(f"answer:   {dense.answer}")
+
+    print(f"\n{'backend':<12}{'TPOT':>10}")
+    for result in (sparse, dense):
+        print(f"{result.backend:<12}{result.tpot_ms:>7.1f} ms")
+    if not sparse.answer:
+        return fail("the server gave no answer")
+    if sparse.count("sparse_rows") == 0:
+        return fail("no row was decoded sparsely")
+    if not attended < context:
+        return fail("no fewer tokens were attended than are in context")
+    return 0
+
+
+def fail(reason: str) -> int:
+    print(f"The demonstration failed: {reason}.", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Starting vLLM servers from Python: for the demonstration, the tests and the benchmarks."""

@@ -1,0 +1,191 @@
+"""A `vllm serve` process as a context manager; standard library only."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+LOG_LINES = 40
+
+
+class Server:
+    """A server on a free loopback port, ready to answer once the constructor returns.
+
+    Args:
+        model: a local folder or a model name.
+        backend: the value of ``--attention-backend``.
+        adamas_config: options of the ``adamas`` backend.
+        extra_args: further arguments of ``vllm serve``.
+        env: environment variables on top of this process's own.
+        log_path: where the server's output goes; a temporary file by default.
+        timeout: seconds until ``/health`` must answer.
+
+    Raises:
+        RuntimeError: the server ended or was not ready in time; the end of its log is included.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        backend: str,
+        adamas_config: Mapping[str, Any] | None = None,
+        extra_args: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        log_path: str | Path | None = None,
+        timeout: float = 600.0,
+    ) -> None:
+        if log_path is None:
+            handle, log_path = tempfile.mkstemp(prefix=f"vllm-{backend}-", suffix=".log")
+            os.close(handle)
+        self.model = str(model)
+        self.log_path = Path(log_path)
+        port = _free_port()
+        self.url = f"http://127.0.0.1:{port}"
+        self._process = self._start(port, backend, adamas_config, extra_args, env)
+        try:
+            self._wait(timeout)
+        except BaseException:
+            self.stop()
+            raise
+
+    def _start(
+        self,
+        port: int,
+        backend: str,
+        adamas_config: Mapping[str, Any] | None,
+        extra_args: Sequence[str],
+        env: Mapping[str, str] | None,
+    ) -> subprocess.Popen:
+        command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", self.model]
+        command += ["--host", "127.0.0.1", "--port", str(port), "--attention-backend", backend]
+        if adamas_config is not None:
+            command += ["--additional-config", json.dumps({"adamas": dict(adamas_config)})]
+        environment = {
+            # GiB, read on CPU only: vLLM's default share of a small NUMA node does not fit into it.
+            "VLLM_CPU_KVCACHE_SPACE": "2",
+            **os.environ,
+            # torch.compile calls the compiler and ninja that are installed beside the interpreter.
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+            **(env or {}),
+        }
+        with self.log_path.open("wb") as log:
+            # A session of its own, so that stop() reaches the worker processes too.
+            return subprocess.Popen(
+                [*command, *extra_args],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                start_new_session=True,
+            )
+
+    def _wait(self, timeout: float) -> None:
+        deadline = time.monotonic() + timeout
+        while self._process.poll() is None:
+            try:
+                self.get("/health", timeout=5)
+                return
+            except OSError:
+                pass
+            if time.monotonic() > deadline:
+                raise RuntimeError(self._failure(f"was not ready after {timeout:g} s"))
+            time.sleep(0.5)
+        raise RuntimeError(self._failure(f"ended with status {self._process.returncode}"))
+
+    def _failure(self, what: str) -> str:
+        return f"The server {what}. The end of {self.log_path}:\n{self.log_tail()}"
+
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    def log_tail(self, lines: int = LOG_LINES) -> str:
+        return "\n".join(self.log().splitlines()[-lines:])
+
+    def get(self, path: str, timeout: float = 60.0) -> str:
+        """The body of a GET; raises urllib.error.HTTPError for a status of 400 and above."""
+        with urllib.request.urlopen(self.url + path, timeout=timeout) as response:
+            return response.read().decode()
+
+    def post(self, path: str, body: Mapping[str, Any], timeout: float = 600.0) -> Any:
+        """The decoded JSON answer to a POST of a JSON body."""
+        with urllib.request.urlopen(self._request(path, body), timeout=timeout) as response:
+            return json.load(response)
+
+    def stream(self, path: str, body: Mapping[str, Any], timeout: float = 600.0) -> Iterator[Any]:
+        """The decoded events of a streamed POST, as they arrive."""
+        request = self._request(path, {**body, "stream": True})
+        with urllib.request.urlopen(request, timeout=timeout) as response:
+            for line in response:
+                data = line.decode().strip().removeprefix("data:").strip()
+                if data and data != "[DONE]":
+                    yield json.loads(data)
+
+    def _request(self, path: str, body: Mapping[str, Any]) -> urllib.request.Request:
+        headers = {"Content-Type": "application/json"}
+        data = json.dumps({"model": self.model, **body}).encode()
+        return urllib.request.Request(self.url + path, data, headers)
+
+    def metrics(self) -> dict[str, float]:
+        """The samples of ``/metrics``, each name summed over its labels."""
+        return parse_metrics(self.get("/metrics"))
+
+    def stop(self) -> None:
+        """Ends the server and everything it started; safe to call again."""
+        for sign, patience in ((signal.SIGTERM, 20), (signal.SIGKILL, 10)):
+            if not _signal_group(self._process.pid, sign):
+                break
+            deadline = time.monotonic() + patience
+            while time.monotonic() < deadline:
+                self._process.poll()
+                if not _signal_group(self._process.pid, 0):
+                    break
+                time.sleep(0.1)
+        self._process.wait()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+
+def parse_metrics(text: str) -> dict[str, float]:
+    """Prometheus text to ``{name: value}``, summed over labels."""
+    totals: dict[str, float] = defaultdict(float)
+    for line in text.splitlines():
+        if line and not line.startswith("#"):
+            series, _, value = line.rpartition(" ")
+            totals[series.partition("{")[0]] += float(value)
+    return dict(totals)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _signal_group(group: int, sign: int) -> bool:
+    """Signals a process group; False when none of it is left."""
+    try:
+        os.killpg(group, sign)
+    except ProcessLookupError:
+        return False
+    return True
