@@ -1,10 +1,10 @@
 """Package layout and native libraries; everything else is in pyproject.toml.
 
-Each folder `csrc/<device>` becomes one shared library that is loaded with `tvm_ffi.load_module`. It uses no CPython
-ABI, so one wheel serves every Python version. Objects are kept in `build/native` and rebuilt when a source, a header
-or the compiler's command line changes.
+Each folder `csrc/<device>` becomes one shared library that is loaded with `tvm_ffi.load_module`. It
+uses no CPython ABI, so one wheel serves every Python version. Objects are kept in `build/native`;
+they are rebuilt when a source, a header or the compiler's command line changes.
 
-Environment: CXX, CUDA_HOME, MAX_JOBS, and ADAMAS_BUILD_CUDA = auto (default: when nvcc is found), 0 or 1.
+Environment: CXX, CUDA_HOME, MAX_JOBS, ADAMAS_BUILD_CUDA = auto (default: if nvcc is found), 0 or 1.
 """
 
 import os
@@ -12,6 +12,7 @@ import platform
 import shlex
 import shutil
 import subprocess
+import time
 from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,7 +21,6 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).parent
 ROOMS = {
     "vllm_adamas": "vllm_adamas",
     "vllm_adamas.backends": "backends",
@@ -44,13 +44,13 @@ NVCC_FLAGS = (
 def packages() -> list[str]:
     names = []
     for package, folder in ROOMS.items():
-        names += [package, *(f"{package}.{name}" for name in find_packages(ROOT / folder))]
+        names += [package, *(f"{package}.{name}" for name in find_packages(folder))]
     return names
 
 
 def sources(folder: str, suffix: str) -> list[str]:
     is_x86 = platform.machine() in ("x86_64", "AMD64")
-    found = sorted(path.relative_to(ROOT) for path in (ROOT / folder).glob(f"*{suffix}"))
+    found = sorted(Path(folder).glob(f"*{suffix}"))
     return [str(path) for path in found if is_x86 or isa(path) is None]
 
 
@@ -69,7 +69,7 @@ def libraries() -> list[Extension]:
         raise SystemExit(f"ADAMAS_BUILD_CUDA={wanted} is not valid: use auto, 0 or 1.")
     found = {"cpu": sources("csrc/cpu", ".cc")}
     if wanted == "1" and find_nvcc() is None:
-        raise SystemExit("ADAMAS_BUILD_CUDA=1 needs nvcc: put it on PATH or name its toolkit in CUDA_HOME.")
+        raise SystemExit("ADAMAS_BUILD_CUDA=1 needs nvcc: put it on PATH or set CUDA_HOME.")
     if wanted == "1" or (wanted == "auto" and find_nvcc()):
         found["cuda"] = sources("csrc/cuda", ".cu")
     return [
@@ -81,15 +81,36 @@ def libraries() -> list[Extension]:
 
 def run(command: list[str]) -> None:
     try:
-        subprocess.run(command, check=True, cwd=ROOT)
+        subprocess.run(command, check=True)
     except FileNotFoundError:
-        raise SystemExit(f"The compiler {command[0]} was not found: install it or name another in CXX.") from None
+        sentence = f"The compiler {command[0]} was not found: install it or name another in CXX."
+        raise SystemExit(sentence) from None
     except subprocess.CalledProcessError:
         raise SystemExit(f"The compiler stopped with an error: {shlex.join(command)}") from None
 
 
+def refresh(target: Path, newest_input: float, command: list[str]) -> None:
+    """Runs the command unless it made the target already and no input has changed since."""
+    record = target.with_suffix(f"{target.suffix}.cmd")
+    text = shlex.join(command)
+    if (
+        record.exists()
+        and record.read_text() == text
+        and target.exists()
+        and target.stat().st_mtime > newest_input
+    ):
+        return
+    print(f"building {target}", flush=True)
+    record.unlink(missing_ok=True)
+    started = time.time()
+    run(command)
+    # An input that is edited during the run counts as newer than the target.
+    os.utime(target, (started, started))
+    record.write_text(text)
+
+
 class BuildNative(build_ext):
-    """Compiles with plain compiler calls: setuptools has no per-file flags, header tracking or nvcc."""
+    """Plain compiler calls, because setuptools has no per-file flags, header tracking or nvcc."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return f"{fullname.replace('.', os.sep)}.so"
@@ -97,19 +118,23 @@ class BuildNative(build_ext):
     def build_extension(self, ext: Extension) -> None:
         tvm_ffi = Path(find_spec("tvm_ffi").submodule_search_locations[0])
         if ext.name.endswith("_cuda"):
-            compiler, link_flags = [find_nvcc(), *shlex.split(NVCC_FLAGS)], ["-cudart", "static"]
+            compiler = [find_nvcc(), *shlex.split(NVCC_FLAGS)]
+            # Static, so that the library loads beside any CUDA runtime.
+            link_flags = ["-cudart", "static"]
         else:
-            compiler, link_flags = shlex.split(f"{os.environ.get('CXX', 'c++')} {CXX_FLAGS}"), []
+            compiler = shlex.split(f"{os.environ.get('CXX', 'c++')} {CXX_FLAGS}")
+            link_flags = []
+        compiler.append(f"-I{tvm_ffi / 'include'}")
 
-        folder = ROOT / "build" / "native" / ext.name.rpartition(".")[2]
+        folder = Path("build", "native", ext.name.rpartition(".")[2])
         folder.mkdir(parents=True, exist_ok=True)
-        newest_header = max((path.stat().st_mtime for path in (ROOT / "csrc").rglob("*.*h")), default=0.0)
+        headers = [path.stat().st_mtime for path in Path("csrc").rglob("*.*h")]
 
         def compile_one(source: str) -> Path:
             target = folder / f"{Path(source).stem}.o"
             extra = shlex.split(ISA_FLAGS.get(isa(source), ""))
-            command = [*compiler, *extra, f"-I{tvm_ffi / 'include'}", "-c", source, "-o", str(target)]
-            self.refresh(target, max(newest_header, (ROOT / source).stat().st_mtime), command)
+            newest_input = max([*headers, Path(source).stat().st_mtime])
+            refresh(target, newest_input, [*compiler, *extra, "-c", source, "-o", str(target)])
             return target
 
         jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
@@ -119,23 +144,11 @@ class BuildNative(build_ext):
         library = folder / f"{folder.name}.so"
         command = [*compiler, "-shared", *link_flags, *map(str, objects), "-o", str(library)]
         command += [f"-L{tvm_ffi / 'lib'}", "-ltvm_ffi"]
-        self.refresh(library, max(path.stat().st_mtime for path in objects), command)
+        refresh(library, max(path.stat().st_mtime for path in objects), command)
 
         output = self.get_ext_fullpath(ext.name)
         self.mkpath(os.path.dirname(output))
         self.copy_file(str(library), output)
-
-    def refresh(self, target: Path, newest_input: float, command: list[str]) -> None:
-        """Runs the command unless the target is newer than its inputs and was made by the same command."""
-        record = target.with_suffix(target.suffix + ".cmd")
-        text = shlex.join(command)
-        current = target.exists() and target.stat().st_mtime > newest_input
-        if current and record.exists() and record.read_text() == text:
-            return
-        print(f"building {target.relative_to(ROOT)}", flush=True)
-        record.unlink(missing_ok=True)
-        run(command)
-        record.write_text(text)
 
 
 class Wheel(bdist_wheel):

@@ -31,7 +31,8 @@ def harbour_log() -> str:
         f"{rng.choice(goods)} at pier {rng.randrange(1, 9)}."
         for day in range(1, SENTENCES + 1)
     ]
-    lines.insert(SENTENCES // 2, f"The pass key is {PASS_KEY}. Remember it: {PASS_KEY} is the pass key.")
+    fact = f"The pass key is {PASS_KEY}. Remember it: {PASS_KEY} is the pass key."
+    lines.insert(SENTENCES // 2, fact)
     return " ".join(lines)
 
 
@@ -87,7 +88,8 @@ def main() -> int:
 
     print(f"question: {QUESTION}")
     sparse = ask(model, "adamas", CONFIG)
-    context, attended = sparse.count("decode_context_tokens"), sparse.count("decode_attended_tokens")
+    context = sparse.count("decode_context_tokens")
+    attended = sparse.count("decode_attended_tokens")
     share = f"{attended:,} of {context:,}" + (f" ({attended / context:.1%})" if context else "")
     print(f"prompt:   {sparse.context:,} tokens, the fact in the middle")
     print(f"answer:   {sparse.answer}")

