@@ -1,0 +1,150 @@
+"""What the sdist, the wheel and the editable install contain, and where they put it."""
+
+import email
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+IMPORTS = """
+import vllm_adamas, vllm_adamas.backends, vllm_adamas.serving, vllm_adamas.serving.launch
+for module in (vllm_adamas, vllm_adamas.backends, vllm_adamas.serving):
+    print(module.__file__)
+"""
+
+
+def build(kind: str, source: Path, target: Path) -> Path:
+    """Builds `sdist` or `wheel` from a source folder; the one file made."""
+    command = [sys.executable, "-m", "build", f"--{kind}", "--no-isolation", "-o", target, source]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    (made,) = target.iterdir()
+    return made
+
+
+def names(archive: Path) -> list[str]:
+    if archive.suffix == ".whl":
+        with zipfile.ZipFile(archive) as wheel:
+            return wheel.namelist()
+    with tarfile.open(archive) as sdist:
+        return [member.name.partition("/")[2] for member in sdist.getmembers() if member.isfile()]
+
+
+def imported_from(folder: Path, cwd: Path) -> list[Path]:
+    """Where a fresh interpreter finds the packages; folder comes first on its path."""
+    env = {**os.environ, "PYTHONPATH": str(folder)}
+    command = [sys.executable, "-c", IMPORTS]
+    done = subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [Path(line) for line in done.stdout.split()]
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the tree with its compiled objects, so that builds neither disturb it nor wait."""
+    copy = tmp_path_factory.mktemp("checkout") / "vllm-adamas"
+    unwanted = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "dist", "lib.*", "bdist.*")
+    shutil.copytree(ROOT, copy, ignore=unwanted)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def sdist(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("sdist", checkout, tmp_path_factory.mktemp("sdist"))
+
+
+@pytest.fixture(scope="module")
+def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build("wheel", checkout, tmp_path_factory.mktemp("wheel"))
+
+
+def test_sdist_carries_what_a_build_needs(sdist: Path) -> None:
+    found = set(names(sdist))
+    sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
+    needed = {str(path.relative_to(ROOT)) for path in sources}
+    needed |= {"pyproject.toml", "setup.py", "LICENSE", "vllm_adamas/__init__.py"}
+    needed |= {"backends/__init__.py", "serving/__init__.py"}
+    assert needed <= found
+    assert not [name for name in found if name.endswith((".so", ".o", ".pyc"))]
+
+
+def test_sdist_builds_the_same_wheel(
+    sdist: Path, wheel: Path, checkout: Path, tmp_path: Path
+) -> None:
+    with tarfile.open(sdist) as archive:
+        archive.extractall(tmp_path)
+    (unpacked,) = tmp_path.iterdir()
+    # Times survive in the archive, so the objects still count as made from these sources.
+    shutil.copytree(checkout / "build" / "native", unpacked / "build" / "native")
+    again = build("wheel", unpacked, tmp_path / "dist")
+    assert again.name == wheel.name
+    assert sorted(names(again)) == sorted(names(wheel))
+
+
+def test_wheel_holds_one_package(wheel: Path) -> None:
+    info = f"{'-'.join(wheel.name.split('-')[:2])}.dist-info"
+    assert {name.partition("/")[0] for name in names(wheel)} == {"vllm_adamas", info}
+    with zipfile.ZipFile(wheel) as archive:
+        assert archive.read(f"{info}/top_level.txt").decode().split() == ["vllm_adamas"]
+
+
+def test_wheel_holds_every_module(wheel: Path) -> None:
+    rooms = {"vllm_adamas": "vllm_adamas", "backends": "vllm_adamas/backends"}
+    rooms["serving"] = "vllm_adamas/serving"
+    modules = {
+        f"{package}/{path.relative_to(ROOT / folder)}"
+        for folder, package in rooms.items()
+        for path in (ROOT / folder).rglob("*.py")
+    }
+    assert modules == {name for name in names(wheel) if name.endswith(".py")}
+
+
+def test_wheel_serves_every_python_version(wheel: Path) -> None:
+    _, _, python, abi, platform = wheel.stem.split("-")
+    assert (python, abi) == ("py3", "none")
+    assert platform != "any"
+    assert "vllm_adamas/backends/cpu/libadamas_cpu.so" in names(wheel)
+
+
+def test_wheel_never_requires_vllm(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        (path,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        requirements = email.message_from_bytes(archive.read(path)).get_all("Requires-Dist")
+    assert not [line for line in requirements if line.startswith("vllm") and "extra ==" not in line]
+
+
+def test_installed_wheel_is_self_contained(wheel: Path, tmp_path: Path) -> None:
+    target, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    pip = [sys.executable, "-m", "pip", "-qq", "--disable-pip-version-check", "--no-input"]
+    subprocess.run([*pip, "install", "--no-deps", "--target", target, wheel], check=True)
+    package = target / "vllm_adamas"
+    found = imported_from(target, elsewhere)
+    assert found == [
+        package / "__init__.py",
+        package / "backends" / "__init__.py",
+        package / "serving" / "__init__.py",
+    ]
+    points = metadata.Distribution.at(next(target.glob("*.dist-info"))).entry_points
+    assert {(point.group, point.name, point.value) for point in points} == {
+        ("vllm.general_plugins", "adamas", "vllm_adamas.plugin:register"),
+        ("console_scripts", "vllm-adamas", "vllm_adamas.cli:main"),
+    }
+
+
+def test_editable_install_maps_the_rooms(tmp_path: Path) -> None:
+    origin = metadata.distribution("vllm-adamas").read_text("direct_url.json") or ""
+    if '"editable": true' not in origin:
+        pytest.skip("vllm-adamas is not an editable install here")
+    assert imported_from(tmp_path, tmp_path) == [
+        ROOT / "vllm_adamas" / "__init__.py",
+        ROOT / "backends" / "__init__.py",
+        ROOT / "serving" / "__init__.py",
+    ]
