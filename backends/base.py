@@ -1,0 +1,176 @@
+"""The operations that every compute backend offers, and the parameters they share.
+
+Shapes use R rows (one query token each), T tokens, Hq query heads, Hkv KV heads, G = Hq / Hkv,
+D = head_size, N = block_size, L = the longest context of the batch. A score is better when larger.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from vllm_adamas.config import AdamasConfig, Coding
+from vllm_adamas.layout import PageLayout
+
+
+@dataclass(frozen=True)
+class Params:
+    """What the kernels of one layer need to know, filled once when the layer is built.
+
+    Args:
+        layout: the page.
+        num_query_heads, num_kv_heads: heads of this rank.
+        softmax_scale: factor on q.k.
+        coding: thresholds of the 2-bit codes.
+        score: ``dot`` or ``manhattan``.
+        selection: one token set per ``query_head`` or per ``kv_head``.
+        num_sink_tokens, recent_window: tokens always selected, inside the budget.
+        sliding_window: tokens visible to a query (its own included), 0 = all. Such rows are dense.
+        fp8: ``e4m3`` or ``e5m2`` when the K and V planes hold fp8 bytes.
+        k_scale, v_scale: factors from fp8 to real values.
+    """
+
+    layout: PageLayout
+    num_query_heads: int
+    num_kv_heads: int
+    softmax_scale: float
+    coding: Coding
+    score: Literal["dot", "manhattan"] = "dot"
+    selection: Literal["query_head", "kv_head"] = "query_head"
+    num_sink_tokens: int = 0
+    recent_window: int = 0
+    sliding_window: int = 0
+    fp8: Literal["e4m3", "e5m2"] | None = None
+    k_scale: float = 1.0
+    v_scale: float = 1.0
+
+    @classmethod
+    def of(cls, config: AdamasConfig, layout: PageLayout, **kwargs) -> Params:
+        """Parameters of a layer under the user's configuration."""
+        return cls(
+            layout=layout,
+            coding=config.coding(layout.head_size),
+            score=config.score,
+            selection=config.selection,
+            num_sink_tokens=config.num_sink_tokens,
+            recent_window=config.recent_window,
+            **kwargs,
+        )
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.num_query_heads // self.num_kv_heads
+
+    @property
+    def num_score_heads(self) -> int:
+        """Token sets per row: Hq or Hkv."""
+        return self.num_query_heads if self.selection == "query_head" else self.num_kv_heads
+
+
+class Backend(ABC):
+    """Operations over pages ``[num_blocks, Hkv, N, C]``; every tensor is on one device.
+
+    ``stats`` arguments are int64[4] counters that the kernel itself adds to: sparse rows, dense
+    rows, context tokens and attended tokens, the last two summed over query heads.
+    """
+
+    name: str
+
+    @property
+    @abstractmethod
+    def description(self) -> str:
+        """Name and instruction set, for the log."""
+
+    @abstractmethod
+    def append(
+        self,
+        params: Params,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        page: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Writes K, V and signatures of T tokens (paper, section 3.1; codes from the unquantised key).
+
+        Args:
+            key, value: ``[T, Hkv, D]`` after RoPE.
+            slot_mapping: int64 ``[T]``, block * N + offset; negative slots are skipped.
+        """
+
+    @abstractmethod
+    def scan(
+        self,
+        params: Params,
+        query: torch.Tensor,
+        page: torch.Tensor,
+        block_table: torch.Tensor,
+        context_lens: torch.Tensor,
+    ) -> torch.Tensor:
+        """Scores of every context token from the signatures alone (paper, section 3.2).
+
+        Args:
+            query: ``[R, Hq, D]``.
+            block_table: int32 ``[R, blocks]``.
+            context_lens: int32 ``[R]``, the row's own token included.
+
+        Returns:
+            float32 ``[R, num_score_heads, L]``; beyond a row's context the value is -inf.
+        """
+
+    @abstractmethod
+    def select(
+        self,
+        params: Params,
+        scores: torch.Tensor,
+        context_lens: torch.Tensor,
+        budgets: torch.Tensor,
+    ) -> torch.Tensor:
+        """The exact top-k tokens of each row and score head; ties go to the most recent token.
+
+        Args:
+            scores: as :meth:`scan` returns.
+            budgets: int32 ``[R]``, tokens to keep; at or above the context everything is kept.
+
+        Returns:
+            int32 ``[R, num_score_heads, max(budgets)]``, ascending, padded with -1.
+        """
+
+    @abstractmethod
+    def decode(
+        self,
+        params: Params,
+        query: torch.Tensor,
+        page: torch.Tensor,
+        block_table: torch.Tensor,
+        context_lens: torch.Tensor,
+        budgets: torch.Tensor,
+        output: torch.Tensor,
+        stats: torch.Tensor,
+    ) -> None:
+        """Attention of R query tokens over their selected tokens: scan, select, exact softmax.
+
+        Rows whose budget reaches the context attend to every token. A row with context 0 gives 0.
+
+        Args:
+            output: ``[R, Hq, D]``, written.
+        """
+
+    @abstractmethod
+    def gather(
+        self,
+        params: Params,
+        page: torch.Tensor,
+        block_table: torch.Tensor,
+        context_lens: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+    ) -> None:
+        """Copies the K and V of R contexts, back to back, out of the pages.
+
+        Args:
+            key, value: ``[sum(context_lens), Hkv, D]``, written; fp8 planes arrive as real values.
+        """

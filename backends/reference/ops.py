@@ -1,0 +1,140 @@
+"""The reference backend: one loop over rows, shapes at the end of each line."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_adamas.backends.base import Backend, Params
+from vllm_adamas.backends.reference import signature as sig
+from vllm_adamas.layout import TILE
+
+FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
+
+
+def select_tokens(scores: torch.Tensor, budget: int, sinks: int, recent: int) -> torch.Tensor:
+    """The ``budget`` best tokens of one context, ascending int64; ties go to the most recent.
+
+    Args:
+        scores: ``[L]``; the first ``sinks`` and last ``recent`` tokens are taken whatever they score.
+    """
+    length = scores.shape[0]
+    if budget >= length:
+        return torch.arange(length)
+    middle = scores[sinks : length - recent].flip(0)  # [M], most recent first
+    best = middle.sort(descending=True, stable=True).indices[: budget - sinks - recent]
+    chosen = length - recent - 1 - best
+    return torch.cat((torch.arange(sinks), chosen, torch.arange(length - recent, length))).sort().values
+
+
+class ReferenceBackend(Backend):
+    """Plain PyTorch on any device."""
+
+    name = "reference"
+    description = "reference (PyTorch)"
+
+    def append(self, params, key, value, page, slot_mapping):
+        keep = slot_mapping >= 0
+        slots = slot_mapping[keep]
+        block, offset = slots // params.layout.block_size, slots % params.layout.block_size
+        layout = params.layout
+        layout.k(page)[block, :, offset] = self._to_plane(params, key[keep], params.k_scale)  # [T, Hkv, D]
+        layout.v(page)[block, :, offset] = self._to_plane(params, value[keep], params.v_scale)
+        x = sig.hadamard(key[keep])  # [T, Hkv, D]
+        codes = sig.bucketize(x, params.coding)
+        tile, lane = offset // TILE, offset % TILE
+        layout.hi(page)[block, :, tile, :, lane] = sig.pack(codes >> 1)  # [T, Hkv, D/32]
+        layout.lo(page)[block, :, tile, :, lane] = sig.pack(codes & 1)
+        layout.scale(page)[block, :, offset] = sig.code_scale(x, codes)  # [T, Hkv]
+
+    def scan(self, params, query, page, block_table, context_lens):
+        shape = (query.shape[0], params.num_score_heads, _max(context_lens))
+        scores = torch.full(shape, float("-inf"))  # [R, num_score_heads, L]
+        for row, length in enumerate(context_lens.tolist()):
+            if length:
+                scores[row, :, :length] = self._scan_row(params, query[row], page, block_table[row], length)
+        return scores
+
+    def _scan_row(self, params, query, page, blocks, length):
+        layout = params.layout
+        used = blocks[: -(-length // layout.block_size)].long()
+        hi = sig.unpack(sig.untile(layout.hi(page)[used]))  # [blocks, Hkv, N, D]
+        lo = sig.unpack(sig.untile(layout.lo(page)[used]))
+        codes = (2 * hi + lo).transpose(0, 1).flatten(1, 2)[:, :length]  # [Hkv, L, D]
+        scale = layout.scale(page)[used].transpose(0, 1).flatten(1, 2)[:, :length]  # [Hkv, L]
+        q = sig.hadamard(query).unflatten(0, (params.num_kv_heads, params.group))  # [Hkv, G, D]
+        if params.score == "dot":
+            if params.selection == "kv_head":
+                q = q.sum(1, keepdim=True)  # [Hkv, 1, D]: the sum of scores is the score of the sum
+            scores = sig.dot_score(q, codes.unsqueeze(1), scale.unsqueeze(1))  # [Hkv, G, L]
+        else:
+            scores = sig.manhattan_score(sig.bucketize(q, params.coding), codes.unsqueeze(1))
+            if params.selection == "kv_head":
+                scores = scores.sum(1, keepdim=True)  # [Hkv, 1, L]
+        return scores.flatten(0, 1)  # [num_score_heads, L]
+
+    def select(self, params, scores, context_lens, budgets):
+        rows, heads, _ = scores.shape
+        chosen = torch.full((rows, heads, _max(budgets)), -1, dtype=torch.int32)
+        for row, (length, budget) in enumerate(zip(context_lens.tolist(), budgets.tolist(), strict=True)):
+            for head in range(heads):
+                tokens = select_tokens(
+                    scores[row, head, :length], budget, params.num_sink_tokens, params.recent_window
+                )
+                chosen[row, head, : len(tokens)] = tokens
+        return chosen
+
+    def decode(self, params, query, page, block_table, context_lens, budgets, output, stats):
+        for row, (length, budget) in enumerate(zip(context_lens.tolist(), budgets.tolist(), strict=True)):
+            output[row] = 0
+            if length == 0:
+                continue
+            visible = length if params.sliding_window == 0 else min(length, params.sliding_window)
+            sparse = budget < length and not params.sliding_window
+            if sparse:
+                scores = self._scan_row(params, query[row], page, block_table[row], length)
+            for head in range(params.num_query_heads):
+                kv_head = head // params.group
+                if sparse:
+                    score_head = head if params.selection == "query_head" else kv_head
+                    tokens = select_tokens(
+                        scores[score_head], budget, params.num_sink_tokens, params.recent_window
+                    )
+                else:
+                    tokens = torch.arange(length - visible, length)
+                k, v = self._tokens(params, page, block_table[row], kv_head, tokens)  # [K, D]
+                p = (k @ query[row, head].float() * params.softmax_scale).softmax(0)  # [K]
+                output[row, head] = (p @ v).to(output.dtype)
+            attended = min(budget, length) if sparse else visible
+            heads = params.num_query_heads
+            stats += torch.tensor([sparse, not sparse, length * heads, attended * heads])
+
+    def gather(self, params, page, block_table, context_lens, key, value):
+        start = 0
+        for row, length in enumerate(context_lens.tolist()):
+            for head in range(params.num_kv_heads):
+                k, v = self._tokens(params, page, block_table[row], head, torch.arange(length))
+                key[start : start + length, head] = k.to(key.dtype)
+                value[start : start + length, head] = v.to(value.dtype)
+            start += length
+
+    @staticmethod
+    def _tokens(params, page, blocks, kv_head, tokens):
+        """K and V of tokens of one context, float32 ``[K, D]`` each."""
+        block, offset = blocks[tokens // params.layout.block_size].long(), tokens % params.layout.block_size
+        k = params.layout.k(page)[block, kv_head, offset]  # [K, D]
+        v = params.layout.v(page)[block, kv_head, offset]
+        if params.fp8:
+            k, v = k.view(FP8[params.fp8]), v.view(FP8[params.fp8])
+        return k.float() * params.k_scale, v.float() * params.v_scale
+
+    @staticmethod
+    def _to_plane(params, x, scale):
+        if not params.fp8:
+            return x.to(params.layout.dtype)
+        kind = FP8[params.fp8]
+        limit = torch.finfo(kind).max
+        return (x.float() / scale).clamp(-limit, limit).to(kind).view(torch.uint8)
+
+
+def _max(lengths: torch.Tensor) -> int:
+    return int(lengths.max()) if lengths.numel() else 0

@@ -1,0 +1,29 @@
+// append and gather: signatures and planes in, K and V out, over OpenMP threads.
+#include <algorithm>
+
+#include "kernels.h"
+
+namespace adamas {
+
+void append(const Kernels& kernels, const AppendParams& p) {
+  // A decode step appends a token or two per request: below this the threads cost more than they save.
+  constexpr int64_t kSerial = 16;
+#pragma omp parallel for schedule(static) if (p.num_tokens > kSerial)
+  for (int64_t token = 0; token < p.num_tokens; ++token) kernels.append(p, token);
+}
+
+void gather(const Kernels& kernels, const DecodeParams& p, const Rows& key, const Rows& value) {
+  int64_t first = 0;
+  for (int row = 0; row < p.num_rows; ++row) {
+    const int length = p.context_lens[row], size = p.page.block_size;
+    const int num_blocks = (length + size - 1) / size;
+#pragma omp parallel for collapse(2) schedule(static)
+    for (int block = 0; block < num_blocks; ++block)
+      for (int head = 0; head < p.page.num_kv_heads; ++head)
+        kernels.gather(p.page, p.blocks(row)[block], head, std::min(size, length - block * size), key, value,
+                       first + int64_t(block) * size);
+    first += length;
+  }
+}
+
+}  // namespace adamas

@@ -1,0 +1,68 @@
+// append: K, V and signature of one token into its slot. Per-ISA include.
+
+template <int D>
+static inline void store_plane(uint8_t* to, Element element, const Rows& rows, int64_t token, int head,
+                               const float* x, float scale) {
+  if (element == rows.element) {
+    const int bytes = element_bytes(element);
+    const int64_t at = token * rows.token_stride + head * rows.head_stride;
+    __builtin_memcpy(to, (const uint8_t*)rows.data + at * bytes, D * bytes);
+  } else {
+    for (int i = 0; i < D; ++i) store_scalar(to, i, element, x[i] / scale);
+  }
+}
+
+template <int D>
+static void append_token(const AppendParams& p, int64_t token) {
+  const Page& page = p.page;
+  const int64_t slot = p.slots[token];
+  if (slot < 0) return;
+  const int64_t block = slot / page.block_size;
+  const int offset = int(slot % page.block_size);
+  const int row_bytes = D * element_bytes(page.element);
+  for (int head = 0; head < page.num_kv_heads; ++head) {
+    uint8_t* run = page.run(block, head);
+    alignas(64) float x[D];
+    load_vector<D>(p.value, token, head, x);
+    store_plane<D>(run + page.v_offset + offset * row_bytes, page.element, p.value, token, head, x,
+                   page.v_scale);
+    load_vector<D>(p.key, token, head, x);
+    store_plane<D>(run + offset * row_bytes, page.element, p.key, token, head, x, page.k_scale);
+
+    hadamard<D>(x);
+    uint32_t hi[D / kWord], lo[D / kWord];
+    code_planes<D>(x, outer_threshold<D>(x, p.coding), hi, lo);
+    const int64_t at = int64_t(offset / kTile) * (D / kWord) * kTile + offset % kTile;
+    uint32_t* hi_plane = (uint32_t*)(run + page.hi_offset) + at;
+    uint32_t* lo_plane = (uint32_t*)(run + page.lo_offset) + at;
+    for (int w = 0; w < D / kWord; ++w) {
+      hi_plane[w * kTile] = hi[w];
+      lo_plane[w * kTile] = lo[w];
+    }
+    store_scalar(run + page.scale_offset, offset, Element::f16, level_scale<D>(x, hi, lo));
+  }
+}
+
+template <int D>
+static void gather_block(const Page& page, int64_t block, int kv_head, int count, const Rows& key,
+                         const Rows& value, int64_t first_row) {
+  const int row_bytes = D * element_bytes(page.element);
+  const uint8_t* k = page.run(block, kv_head);
+  const uint8_t* v = k + page.v_offset;
+  for (int t = 0; t < count; ++t) {
+    const int64_t k_at = (first_row + t) * key.token_stride + kv_head * key.head_stride;
+    const int64_t v_at = (first_row + t) * value.token_stride + kv_head * value.head_stride;
+    if (page.element == key.element) {
+      __builtin_memcpy((uint8_t*)key.data + k_at * element_bytes(key.element), k + t * row_bytes, row_bytes);
+      __builtin_memcpy((uint8_t*)value.data + v_at * element_bytes(key.element), v + t * row_bytes,
+                       row_bytes);
+    } else {
+      for (int i = 0; i < D; ++i) {
+        store_scalar(key.data, k_at + i, key.element,
+                     load_scalar(k + t * row_bytes, i, page.element) * page.k_scale);
+        store_scalar(value.data, v_at + i, value.element,
+                     load_scalar(v + t * row_bytes, i, page.element) * page.v_scale);
+      }
+    }
+  }
+}

@@ -1,0 +1,146 @@
+// The functions that Python sees (backends/cpu/__init__.py checks shapes and fills the arguments).
+// tvm-ffi passes tensors by DLPack, so one library serves every CPython and PyTorch.
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/error.h>
+#include <tvm/ffi/function.h>
+#include <tvm/ffi/string.h>
+
+#include <string>
+
+#include "kernels.h"
+
+namespace adamas {
+namespace {
+
+using tvm::ffi::String;
+using tvm::ffi::TensorView;
+
+const Kernels* active = find_kernels("auto");
+
+String use_isa(String name) {
+  const Kernels* found = find_kernels(name.c_str());
+  if (!found) TVM_FFI_THROW(ValueError) << "this processor cannot run the kernels called " << name.c_str();
+  active = found;
+  return String(active->name);
+}
+
+Element element_of(const TensorView& t) {
+  const DLDataType type = t.dtype();
+  if (type.code == kDLFloat && type.bits == 32) return Element::f32;
+  if (type.code == kDLFloat && type.bits == 16) return Element::f16;
+  if (type.code == kDLBfloat) return Element::bf16;
+  TVM_FFI_THROW(TypeError) << "expected a float32, float16 or bfloat16 tensor";
+}
+
+Rows rows_of(const TensorView& t) {  // [tokens, heads, head_size], head_size contiguous
+  return Rows{t.data_ptr(), t.stride(0), t.stride(1), element_of(t)};
+}
+
+// runs: uint8 [num_blocks, num_kv_heads, run_bytes]; offsets: V, hi, lo and scale.
+Page page_of(const TensorView& runs, int64_t block_size, int64_t head_size, int64_t v_offset,
+             int64_t hi_offset, int64_t lo_offset, int64_t scale_offset, int64_t element, double k_scale,
+             double v_scale) {
+  return Page{static_cast<uint8_t*>(runs.data_ptr()), runs.stride(0), runs.stride(1), int(block_size),
+              int(head_size), int(runs.size(1)), v_offset, hi_offset, lo_offset, scale_offset,
+              Element(element), float(k_scale), float(v_scale)};
+}
+
+void append_op(TensorView key, TensorView value, TensorView slots, double threshold, bool relative,
+               TensorView runs, int64_t block_size, int64_t head_size, int64_t v_offset, int64_t hi_offset,
+               int64_t lo_offset, int64_t scale_offset, int64_t element, double k_scale, double v_scale) {
+  AppendParams p{};
+  p.page = page_of(runs, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element,
+                   k_scale, v_scale);
+  p.coding = Coding{float(threshold), relative};
+  p.key = rows_of(key);
+  p.value = rows_of(value);
+  p.slots = static_cast<const int64_t*>(slots.data_ptr());
+  p.num_tokens = slots.size(0);
+  append(*active, p);
+}
+
+struct DecodeArgs {
+  DecodeParams p{};
+
+  DecodeArgs(TensorView block_table, TensorView context_lens, const Page& page) {
+    p.page = page;
+    p.block_table = static_cast<const int32_t*>(block_table.data_ptr());
+    p.blocks_per_row = block_table.stride(0);
+    p.context_lens = static_cast<const int32_t*>(context_lens.data_ptr());
+    p.num_rows = int(context_lens.size(0));
+  }
+};
+
+void decode_op(TensorView query, TensorView output, TensorView block_table, TensorView context_lens,
+               TensorView budgets, TensorView stats, double softmax_scale, bool dot, bool per_query_head,
+               int64_t num_sink_tokens, int64_t recent_window, int64_t sliding_window, double threshold,
+               bool relative, TensorView runs, int64_t block_size, int64_t head_size, int64_t v_offset,
+               int64_t hi_offset, int64_t lo_offset, int64_t scale_offset, int64_t element, double k_scale,
+               double v_scale) {
+  DecodeArgs args(block_table, context_lens,
+                  page_of(runs, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element,
+                          k_scale, v_scale));
+  DecodeParams& p = args.p;
+  p.coding = Coding{float(threshold), relative};
+  p.query = rows_of(query);
+  p.output = rows_of(output);
+  p.num_query_heads = int(query.size(1));
+  p.budgets = static_cast<const int32_t*>(budgets.data_ptr());
+  p.softmax_scale = float(softmax_scale);
+  p.dot = dot;
+  p.per_query_head = per_query_head;
+  p.num_sink_tokens = int(num_sink_tokens);
+  p.recent_window = int(recent_window);
+  p.sliding_window = int(sliding_window);
+  p.stats = static_cast<int64_t*>(stats.data_ptr());
+  decode(*active, p);
+}
+
+void scan_op(TensorView query, TensorView block_table, TensorView context_lens, TensorView scores, bool dot,
+             bool per_query_head, double threshold, bool relative, TensorView runs, int64_t block_size,
+             int64_t head_size, int64_t v_offset, int64_t hi_offset, int64_t lo_offset, int64_t scale_offset,
+             int64_t element, double k_scale, double v_scale) {
+  DecodeArgs args(block_table, context_lens,
+                  page_of(runs, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element,
+                          k_scale, v_scale));
+  DecodeParams& p = args.p;
+  p.coding = Coding{float(threshold), relative};
+  p.query = rows_of(query);
+  p.num_query_heads = int(query.size(1));
+  p.dot = dot;
+  p.per_query_head = per_query_head;
+  scan(*active, p, static_cast<float*>(scores.data_ptr()), scores.stride(0), scores.stride(1));
+}
+
+void select_op(TensorView scores, TensorView context_lens, TensorView budgets, TensorView tokens,
+               int64_t num_sink_tokens, int64_t recent_window) {
+  DecodeParams p{};
+  p.context_lens = static_cast<const int32_t*>(context_lens.data_ptr());
+  p.budgets = static_cast<const int32_t*>(budgets.data_ptr());
+  p.num_rows = int(context_lens.size(0));
+  p.num_query_heads = int(scores.size(1));
+  p.per_query_head = true;
+  p.num_sink_tokens = int(num_sink_tokens);
+  p.recent_window = int(recent_window);
+  select(*active, p, static_cast<const float*>(scores.data_ptr()), scores.stride(0), scores.stride(1),
+         static_cast<int32_t*>(tokens.data_ptr()), tokens.stride(0), tokens.stride(1));
+}
+
+void gather_op(TensorView key, TensorView value, TensorView block_table, TensorView context_lens,
+               TensorView runs, int64_t block_size, int64_t head_size, int64_t v_offset, int64_t hi_offset,
+               int64_t lo_offset, int64_t scale_offset, int64_t element, double k_scale, double v_scale) {
+  DecodeArgs args(block_table, context_lens,
+                  page_of(runs, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element,
+                          k_scale, v_scale));
+  gather(*active, args.p, rows_of(key), rows_of(value));
+}
+
+}  // namespace
+}  // namespace adamas
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(use_isa, adamas::use_isa)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(append, adamas::append_op)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(decode, adamas::decode_op)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(scan, adamas::scan_op)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(select, adamas::select_op)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(gather, adamas::gather_op)

@@ -1,0 +1,71 @@
+// The table of inner kernels; one instance per instruction set, chosen once at run time.
+// Inner kernels are single-threaded; decode.cc and append.cc spread them over OpenMP threads.
+#pragma once
+#include "params.h"
+
+namespace adamas {
+
+// The code of one transformed query. dot: bit planes of the 4-bit query and the sum of its values.
+// manhattan: thermometer planes [c>=1], [c>=2], [c>=3].
+struct QueryCode {
+  uint32_t planes[kQueryBits][kMaxWords];
+  int32_t sum;
+};
+
+// Softmax state of one query head over some tokens; acc is in the lane order of the page's element.
+struct Partial {
+  float max, sum;
+  float* acc;  // [head_size], not yet divided by sum
+};
+
+struct Kernels {
+  const char* name;
+
+  // K, V and signature of one token into its slot.
+  void (*append)(const AppendParams&, int64_t token);
+
+  // Codes of the score queries of one row: Hq of them, or Hkv (dot, one set per KV head).
+  void (*encode_queries)(const DecodeParams&, int row, QueryCode* codes);
+
+  // Scores of tokens [first, last) of one row against the `count` query codes of one KV head.
+  // scores[i * stride + token]; with `sum` the scores of the queries are added up into scores[token].
+  // first is a multiple of kTile; whole tiles are written.
+  void (*scan)(const DecodeParams&, int row, int kv_head, const QueryCode* codes, int count, bool sum,
+               int first, int last, float* scores, int64_t stride);
+
+  // The k best of scores[0, n), ties to the larger index: ascending indices + base into out, which
+  // has room for k + kTile. scratch holds 2 * (n + kTile) int32.
+  void (*select)(const float* scores, int n, int k, int base, int32_t* out, int32_t* scratch);
+
+  // Query head `head` of `row`, scaled and in lane order: float[head_size].
+  void (*load_query)(const DecodeParams&, int row, int head, float* query);
+
+  // Softmax attention of `heads` prepared queries over `count` tokens: tokens[i], or first + i when
+  // tokens is null.
+  void (*attend)(const DecodeParams&, int row, int kv_head, const float* queries, int heads,
+                 const int32_t* tokens, int first, int count, Partial* partials);
+
+  // acc / sum into the output, back in dimension order.
+  void (*store_output)(const DecodeParams&, int row, int head, const Partial&);
+
+  // K and V of `count` tokens of one block as real values: float -> element of the rows.
+  void (*gather)(const Page&, int64_t block, int kv_head, int count, const Rows& key,
+                 const Rows& value, int64_t first_row);
+};
+
+const Kernels& portable_kernels();
+const Kernels* avx2_kernels();    // null when not built for this architecture
+const Kernels* avx512_kernels();
+
+// The fastest table this processor runs, or the one called `isa`; null when it cannot run here.
+const Kernels* find_kernels(const char* isa);
+
+// Drivers.
+void append(const Kernels&, const AppendParams&);
+void scan(const Kernels&, const DecodeParams&, float* scores, int64_t row_stride, int64_t head_stride);
+void select(const Kernels&, const DecodeParams&, const float* scores, int64_t row_stride,
+            int64_t head_stride, int32_t* out, int64_t out_row_stride, int64_t out_head_stride);
+void decode(const Kernels&, const DecodeParams&);
+void gather(const Kernels&, const DecodeParams&, const Rows& key, const Rows& value);
+
+}  // namespace adamas

@@ -1,0 +1,133 @@
+// scan: scores of every context token from the signature planes. Per-ISA include.
+//
+// Per tile of 16 tokens the planes of one KV head are read once and compared with the codes of all
+// its query heads. dot: sum over query planes p and words w of 2^p (2 |hi & q| + |lo & q|), which is
+// the exact integer <q, code>; the score is scale * (2 <q, code> - 3 sum(q)). manhattan: the sum over
+// thermometer planes of |a xor b|, negated.
+
+template <int D>
+static void encode_query(const float* x, const DecodeParams& p, QueryCode* code) {
+  if (p.dot) {
+    float top = 0;
+    for (int i = 0; i < D; ++i) {
+      const float a = x[i] < 0 ? -x[i] : x[i];
+      if (!(a <= top)) top = a;  // NaN propagates
+    }
+    const float step = top / kQueryMax;
+    float inverse = step > 0 ? 1.0f / step : 0.0f;
+    if (!(inverse - inverse == 0)) inverse = 0.0f;  // NaN or infinite step, or a step too small to invert
+    *code = QueryCode{};
+    for (int i = 0; i < D; ++i) {
+      float scaled = x[i] * inverse;
+      if (!(scaled == scaled)) scaled = 0;
+      scaled = scaled > kQueryMax ? kQueryMax : scaled < -kQueryMax ? -kQueryMax : scaled;
+      const int q = int(__builtin_rintf(scaled));
+      code->sum += q;
+      for (int b = 0; b < kQueryBits; ++b) code->planes[b][i / kWord] |= uint32_t((q >> b) & 1) << (i % kWord);
+    }
+  } else {
+    uint32_t hi[D / kWord], lo[D / kWord];
+    code_planes<D>(x, outer_threshold<D>(x, p.coding), hi, lo);
+    for (int w = 0; w < D / kWord; ++w) {
+      code->planes[0][w] = hi[w] | lo[w];
+      code->planes[1][w] = hi[w];
+      code->planes[2][w] = hi[w] & lo[w];
+    }
+  }
+}
+
+template <int D>
+static void encode_queries(const DecodeParams& p, int row, QueryCode* codes) {
+  alignas(64) float x[D], total[D];
+  const bool summed = p.dot && !p.per_query_head;  // the sum of dot scores is the score of the sum
+  for (int head = 0; head < p.num_query_heads; ++head) {
+    load_vector<D>(p.query, row, head, x);
+    hadamard<D>(x);
+    if (!summed) {
+      encode_query<D>(x, p, codes + head);
+      continue;
+    }
+    const int member = head % p.group();
+    for (int i = 0; i < D; ++i) total[i] = member ? total[i] + x[i] : x[i];
+    if (member == p.group() - 1) encode_query<D>(total, p, codes + head / p.group());
+  }
+}
+
+template <int D, bool kDot>
+static inline vf score_tile(const vu* hi, const vu* lo, const QueryCode& q) {
+  constexpr int W = D / kWord;
+  if (kDot) {
+    vu total = {};
+#pragma GCC unroll 4
+    for (int b = kQueryBits - 1; b >= 0; --b) {
+      vu h = {}, l = {};
+#pragma GCC unroll 8
+      for (int w = 0; w < W; ++w) {
+        const vu plane = splat_word(q.planes[b][w]);
+        h += popcount(hi[w] & plane);
+        l += popcount(lo[w] & plane);
+      }
+      const vu weighted = h + h + l;
+      total = b == kQueryBits - 1 ? -weighted : total + total + weighted;
+    }
+    return __builtin_convertvector((vi)(total + total) - splat_int(3 * q.sum), vf);
+  }
+  vu distance = {};
+#pragma GCC unroll 8
+  for (int w = 0; w < W; ++w) {
+    distance += popcount((hi[w] | lo[w]) ^ splat_word(q.planes[0][w]));
+    distance += popcount(hi[w] ^ splat_word(q.planes[1][w]));
+    distance += popcount((hi[w] & lo[w]) ^ splat_word(q.planes[2][w]));
+  }
+  return -__builtin_convertvector((vi)distance, vf);
+}
+
+template <int D, bool kDot>
+static void scan_as(const DecodeParams& p, int row, int kv_head, const QueryCode* codes, int count,
+                    bool sum, int first, int last, float* scores, int64_t stride) {
+  constexpr int W = D / kWord;
+  const Page& page = p.page;
+  const int32_t* blocks = p.blocks(row);
+  for (int start = first; start < last;) {
+    const int offset = start % page.block_size;
+    const uint8_t* run = page.run(blocks[start / page.block_size], kv_head);
+    int end = start - offset + page.block_size;
+    if (end > last) end = last;
+    const uint32_t* hi_plane = (const uint32_t*)(run + page.hi_offset) + offset * W;
+    const uint32_t* lo_plane = (const uint32_t*)(run + page.lo_offset) + offset * W;
+    const uint8_t* scale_plane = run + page.scale_offset + 2 * offset;
+    for (int token = start; token < end; token += kTile) {
+      for (int lane = 0; lane < kTile; lane += kLanes) {
+        vu hi[W], lo[W];
+#pragma GCC unroll 8
+        for (int w = 0; w < W; ++w) {
+          hi[w] = load<vu>(hi_plane + w * kTile + lane);
+          lo[w] = load<vu>(lo_plane + w * kTile + lane);
+        }
+        vf scale = {};
+        if (kDot) scale = Convert<Element::f16>::one(scale_plane + 2 * lane);
+        vf total = {};
+        for (int i = 0; i < count; ++i) {
+          vf score = score_tile<D, kDot>(hi, lo, codes[i]);
+          if (kDot) score = score * scale + 0.0f;  // + 0 turns -0 into 0, its equal
+          if (sum)
+            total += score;
+          else
+            store(scores + i * stride + token + lane, score);
+        }
+        if (sum) store(scores + token + lane, total);
+      }
+      hi_plane += W * kTile;
+      lo_plane += W * kTile;
+      scale_plane += 2 * kTile;
+    }
+    start = end;
+  }
+}
+
+template <int D>
+static void scan_tokens(const DecodeParams& p, int row, int kv_head, const QueryCode* codes, int count,
+                        bool sum, int first, int last, float* scores, int64_t stride) {
+  (p.dot ? scan_as<D, true> : scan_as<D, false>)(p, row, kv_head, codes, count, sum, first, last, scores,
+                                                 stride);
+}

@@ -1,0 +1,120 @@
+// select: exact top-k of one score row, ties to the most recent token. Per-ISA include.
+//
+// A pivot taken from a sample leaves a few times k candidates after one pass; the k-th best value is
+// then found bit by bit over their order-preserving integers. Every step is exact: the sample only
+// decides how many candidates there are, and when they are fewer than k all tokens are candidates.
+
+static inline vi order_keys(vf x) {  // signed integers in the order of the floats
+  vi bits = (vi)x;
+  return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
+static inline int count_at_least(const int32_t* keys, int n, int32_t bound) {
+  const vi limit = splat_int(bound);
+  int i = 0;
+#ifdef __AVX512F__
+  int count = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    count += __builtin_popcount(_mm512_cmpge_epi32_mask(_mm512_loadu_si512(keys + i), (__m512i)limit));
+#else
+  vi counts = {};
+  for (; i + kLanes <= n; i += kLanes) counts -= load<vi>(keys + i) >= limit;
+  int count = 0;
+  for (int lane = 0; lane < kLanes; ++lane) count += counts[lane];
+#endif
+  for (; i < n; ++i) count += keys[i] >= bound;
+  return count;
+}
+
+// The largest bound that at least k keys reach, or a larger count's bound as soon as exactly k do.
+static inline int32_t kth_bound(const int32_t* keys, int n, int k, int* reached) {
+  uint32_t bound = 0;
+  *reached = n;
+  for (int bit = 31; bit >= 0 && *reached != k; --bit) {
+    const uint32_t trial = bound | (1u << bit);
+    const int count = count_at_least(keys, n, int32_t(trial ^ 0x80000000u));
+    if (count >= k) {
+      bound = trial;
+      *reached = count;
+    }
+  }
+  return int32_t(bound ^ 0x80000000u);
+}
+
+// Tokens whose key reaches the bound, with their keys; returns how many.
+static inline int filter(const float* scores, int n, int32_t bound, int32_t* keys, int32_t* tokens) {
+  int count = 0, i = 0;
+#ifdef __AVX512F__
+  const __m512i limit = _mm512_set1_epi32(bound);
+  __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  for (; i + kLanes <= n; i += kLanes) {
+    const __m512i key = (__m512i)order_keys(load<vf>(scores + i));
+    const __mmask16 mask = _mm512_cmpge_epi32_mask(key, limit);
+    if (mask) {
+      _mm512_storeu_si512(keys + count, _mm512_maskz_compress_epi32(mask, key));
+      _mm512_storeu_si512(tokens + count, _mm512_maskz_compress_epi32(mask, index));
+      count += __builtin_popcount(mask);
+    }
+    index = _mm512_add_epi32(index, _mm512_set1_epi32(kLanes));
+  }
+#else
+  for (; i + kLanes <= n; i += kLanes) {
+    const vi key = order_keys(load<vf>(scores + i));
+    for (int lane = 0; lane < kLanes; ++lane) {
+      keys[count] = key[lane];
+      tokens[count] = i + lane;
+      count += key[lane] >= bound;
+    }
+  }
+#endif
+  for (; i < n; ++i) {
+    vf x = {};
+    x[0] = scores[i];
+    const int32_t key = order_keys(x)[0];
+    keys[count] = key;
+    tokens[count] = i;
+    count += key >= bound;
+  }
+  return count;
+}
+
+static void select_tokens(const float* scores, int n, int k, int base, int32_t* out, int32_t* scratch) {
+  if (k >= n) {
+    for (int i = 0; i < n; ++i) out[i] = base + i;
+    return;
+  }
+  if (k <= 0) return;
+  int32_t* keys = scratch;
+  int32_t* tokens = scratch + n + kTile;
+  constexpr int kSample = 256;
+  const int32_t lowest = int32_t(0x80000000u);
+  int32_t pivot = lowest;
+  if (n >= 4 * kSample) {
+    int32_t sample[kSample];
+    for (int i = 0; i < kSample; i += kLanes) {
+      vf x;
+      for (int lane = 0; lane < kLanes; ++lane) x[lane] = scores[int64_t(i + lane) * n / kSample];
+      store(sample + i, order_keys(x));
+    }
+    // Expected rank of the k-th best in the sample, with three standard deviations to spare.
+    const float rank = float(k) * kSample / n;
+    const int spare = int(rank + 3.0f * __builtin_sqrtf(rank) + 2.0f);
+    int reached;
+    if (spare < kSample) pivot = kth_bound(sample, kSample, spare, &reached);
+  }
+  int count = filter(scores, n, pivot, keys, tokens);
+  if (count < k) count = filter(scores, n, lowest, keys, tokens);
+
+  int reached;
+  const int32_t bound = kth_bound(keys, count, k, &reached);
+  // Of the keys equal to the bound the last ones are kept: skip the first `ties`.
+  int ties = reached - k;
+  for (int i = 0, filled = 0; filled < k; ++i) {
+    if (keys[i] < bound) continue;
+    if (keys[i] == bound && ties > 0) {
+      --ties;
+      continue;
+    }
+    out[filled++] = base + tokens[i];
+  }
+}

@@ -1,0 +1,67 @@
+// Hadamard transform and 2-bit codes of one vector (arXiv 2510.18413, section 3.1). Per-ISA include.
+
+// Orthonormal, in place, block-diagonal with the largest power of two that divides D.
+template <int D>
+static inline void hadamard(float* x) {
+  constexpr int block = D & -D;
+#pragma GCC unroll 8
+  for (int step = 1; step < block; step *= 2)
+    for (int i = 0; i < D; i += 2 * step)
+      for (int j = i; j < i + step; ++j) {
+        const float a = x[j], b = x[j + step];
+        x[j] = a + b;
+        x[j + step] = a - b;
+      }
+  const float norm = 1.0f / __builtin_sqrtf(float(block));
+  for (int i = 0; i < D; ++i) x[i] *= norm;
+}
+
+template <int D>
+static inline float outer_threshold(const float* x, Coding coding) {
+  if (!coding.relative) return coding.threshold;
+  float squares = 0;
+  for (int i = 0; i < D; ++i) squares += x[i] * x[i];
+  return coding.threshold * __builtin_sqrtf(squares / D);
+}
+
+// codes = 2 * hi + lo, counting the thresholds -t, 0, t at or below x. NaN compares false: code 0.
+template <int D>
+static inline void code_planes(const float* x, float t, uint32_t* hi, uint32_t* lo) {
+  for (int w = 0; w < D / kWord; ++w) {
+    uint32_t h = 0, l = 0;
+    for (int i = 0; i < kWord; ++i) {
+      const float v = x[w * kWord + i];
+      const uint32_t code = uint32_t(v >= -t) + uint32_t(v >= 0.0f) + uint32_t(v >= t);
+      h |= (code >> 1) << i;
+      l |= (code & 1) << i;
+    }
+    hi[w] = h;
+    lo[w] = l;
+  }
+}
+
+// Least-squares factor from the levels {-3,-1,1,3} to x, finite and within fp16.
+template <int D>
+static inline float level_scale(const float* x, const uint32_t* hi, const uint32_t* lo) {
+  float product = 0, squares = 0;
+  for (int i = 0; i < D; ++i) {
+    const int code = 2 * ((hi[i / kWord] >> (i % kWord)) & 1) + ((lo[i / kWord] >> (i % kWord)) & 1);
+    const float level = float(2 * code - 3);
+    product += x[i] * level;
+    squares += level * level;
+  }
+  const float scale = product / squares;
+  if (!(scale == scale)) return 0.0f;
+  return scale > 65504.0f ? 65504.0f : scale < -65504.0f ? -65504.0f : scale;
+}
+
+template <int D>
+static inline void load_vector(const Rows& rows, int64_t token, int head, float* x) {
+  const int64_t at = token * rows.token_stride + head * rows.head_stride;
+  if (rows.element == Element::bf16) {  // the usual case, vectorised
+    const uint16_t* p = (const uint16_t*)rows.data + at;
+    for (int i = 0; i < D; ++i) x[i] = bits_to_float(uint32_t(p[i]) << 16);
+  } else {
+    for (int i = 0; i < D; ++i) x[i] = load_scalar(rows.data, at + i, rows.element);
+  }
+}

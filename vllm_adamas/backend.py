@@ -1,0 +1,61 @@
+"""The attention backend class: what vLLM may ask before it builds layers."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+from vllm.v1.attention.backend import AttentionBackend, MultipleOf
+from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
+
+from vllm_adamas import checks, compat
+from vllm_adamas.layout import HEAD_SIZES, token_bytes
+
+
+class AdamasBackend(AttentionBackend):
+    """Dense prefill, sparse decode over pages that carry key signatures."""
+
+    supported_dtypes: ClassVar[list[torch.dtype]] = list(checks.DTYPES)
+    supported_kv_cache_dtypes: ClassVar[list[str]] = list(checks.KV_CACHE_DTYPES)
+    forward_includes_kv_cache_update = False
+
+    @staticmethod
+    def get_name() -> str:
+        return compat.NAME
+
+    @staticmethod
+    def get_impl_cls():
+        from vllm_adamas.impl import AdamasImpl
+
+        return AdamasImpl
+
+    @staticmethod
+    def get_builder_cls():
+        from vllm_adamas.metadata import AdamasMetadataBuilder
+
+        return AdamasMetadataBuilder
+
+    @staticmethod
+    def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list[int | MultipleOf]:
+        return [MultipleOf(checks.BLOCK_SIZE_MULTIPLE)]
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        return list(HEAD_SIZES)
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        # Head-major blocks: the (block_size, content) interior of a (block, head) is one dense run.
+        return (KVCacheLayout.LBHNC,)
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        return compat.page_spec(spec, token_bytes(spec.head_size, spec.dtype))
+
+    @classmethod
+    def supports_sliding_window(cls) -> bool:
+        return True
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        return False

@@ -1,0 +1,121 @@
+"""What the backend cannot serve, said before a server starts: one sentence per constraint."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_adamas.config import AdamasConfig
+from vllm_adamas.errors import AdamasError
+from vllm_adamas.layout import HEAD_SIZES
+
+OTHER_BACKEND = "serve this model with another --attention-backend"
+BLOCK_SIZE_MULTIPLE = 32  # of the stock CPU prefill kernel
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2")
+
+
+def check_config(vllm_config) -> AdamasConfig:
+    """Checks a complete VllmConfig that selects the adamas backend.
+
+    Raises:
+        AdamasError: the first constraint that is not met.
+    """
+    config = AdamasConfig.parse(adamas_options(vllm_config))
+    for check in (_check_device, _check_parallel, _check_features, _check_model, _check_cache):
+        check(vllm_config)
+    return config
+
+
+def adamas_options(vllm_config):
+    """The ``adamas`` entry of ``--additional-config``."""
+    additional = vllm_config.additional_config
+    return additional.get("adamas") if isinstance(additional, dict) else None
+
+
+def _refuse(what: str, way_out: str) -> None:
+    raise AdamasError(f"the adamas backend does not support {what}: {way_out}.")
+
+
+def _check_device(vllm_config) -> None:
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        _refuse(f"{current_platform.device_name} devices in this release", "serve on a CPU host, or " + OTHER_BACKEND)
+
+
+def _check_parallel(vllm_config) -> None:
+    parallel = vllm_config.parallel_config
+    if parallel.decode_context_parallel_size > 1:
+        _refuse("decode context parallelism (DCP)", "drop --decode-context-parallel-size")
+    if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
+        _refuse("prefill context parallelism (PCP)", "drop --prefill-context-parallel-size")
+
+
+def _check_features(vllm_config) -> None:
+    if vllm_config.attention_config.use_non_causal:
+        _refuse("non-causal attention", OTHER_BACKEND)
+    if vllm_config.speculative_config is not None:
+        _refuse("speculative decoding yet", "drop --speculative-config")
+    if vllm_config.kv_transfer_config is not None:
+        _refuse("KV connectors yet", "drop --kv-transfer-config")
+
+
+def _check_model(vllm_config) -> None:
+    model = vllm_config.model_config
+    if model is None:
+        return
+    text = model.hf_text_config
+    if model.use_mla:
+        _refuse("multi-head latent attention (MLA)", OTHER_BACKEND)
+    if model.is_encoder_decoder:
+        _refuse("encoder-decoder models", OTHER_BACKEND)
+    if model.runner_type != "generate":
+        _refuse(f"the {model.runner_type} runner (non-causal attention)", OTHER_BACKEND)
+    if model.is_mm_prefix_lm:
+        _refuse("prefix language models (non-causal attention over images)", OTHER_BACKEND)
+    if _uses_alibi(text):
+        _refuse("ALiBi position biases", OTHER_BACKEND)
+    if getattr(text, "attn_logit_softcapping", None):
+        _refuse("soft-capped attention logits", OTHER_BACKEND)
+    if model.dtype not in DTYPES:
+        _refuse(f"dtype {model.dtype}", "pass --dtype bfloat16, float16 or float32")
+    if model.get_head_size() not in HEAD_SIZES:
+        _refuse(
+            f"head_size {model.get_head_size()} (kernels exist for {', '.join(map(str, HEAD_SIZES))})",
+            OTHER_BACKEND,
+        )
+
+
+def _uses_alibi(text) -> bool:
+    attn_config = getattr(text, "attn_config", None)
+    if attn_config is not None and not isinstance(attn_config, dict):
+        attn_config = vars(attn_config)
+    return bool(
+        getattr(text, "alibi", False)
+        or getattr(text, "model_type", "") == "bloom"
+        or getattr(text, "position_embedding_type", "") == "alibi"
+        or (attn_config or {}).get("alibi", False)
+    )
+
+
+def _check_cache(vllm_config) -> None:
+    cache = vllm_config.cache_config
+    if cache.block_size is not None and cache.block_size % BLOCK_SIZE_MULTIPLE:
+        _refuse(
+            f"block_size {cache.block_size} (the prefill kernel works in blocks of {BLOCK_SIZE_MULTIPLE})",
+            f"pass a --block-size that is a multiple of {BLOCK_SIZE_MULTIPLE}",
+        )
+    kind = cache.cache_dtype
+    if kind not in KV_CACHE_DTYPES:
+        _refuse(f"--kv-cache-dtype {kind}", f"choose one of {', '.join(KV_CACHE_DTYPES)}")
+    if kind in ("bfloat16", "float16") and vllm_config.model_config is not None:
+        if getattr(torch, kind) != vllm_config.model_config.dtype:
+            _refuse(
+                f"--kv-cache-dtype {kind} with dtype {vllm_config.model_config.dtype}",
+                "pass --kv-cache-dtype auto",
+            )
+    if kind.startswith("fp8") and not (
+        torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()
+    ):
+        _refuse("an fp8 KV cache on this processor (vLLM's prefill kernel needs AVX-512 or AMX)",
+                "pass --kv-cache-dtype auto")

@@ -1,0 +1,175 @@
+"""Everything that depends on a vLLM version: the supported range, registration and two patches.
+
+No other module tests a version or replaces anything in vLLM. Both patches wrap a method once per
+process, call the original, and leave every other backend's behaviour as it was.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+import sys
+from collections.abc import Callable
+
+from vllm_adamas.errors import AdamasError
+
+NAME = "ADAMAS"
+BACKEND_PATH = "vllm_adamas.backend.AdamasBackend"
+
+#: First supported release, and the first one not yet tried. 0.32 brought ``customize_spec`` with
+#: ``state_content_bytes`` and the LBHNC cache layout, without which a page cannot carry signatures.
+VLLM_MIN = (0, 32)
+VLLM_MAX = (0, 34)
+
+
+def vllm_version() -> str:
+    """The installed vLLM's version.
+
+    Raises:
+        AdamasError: vLLM is not installed.
+    """
+    try:
+        import vllm
+    except ModuleNotFoundError:
+        raise AdamasError(
+            "vllm-adamas runs inside vLLM, which is not installed: install 'vllm-adamas[cuda]' on a "
+            "host with an NVIDIA GPU or 'vllm-adamas[cpu]' elsewhere."
+        ) from None
+    return vllm.__version__
+
+
+def require_supported_vllm() -> None:
+    """
+    Raises:
+        AdamasError: vLLM is missing or outside the supported range.
+    """
+    version = vllm_version()
+    numbers = re.match(r"(\d+)\.(\d+)", version)
+    if numbers and not VLLM_MIN <= tuple(map(int, numbers.groups())) < VLLM_MAX:
+        low, high = (".".join(map(str, v)) for v in (VLLM_MIN, VLLM_MAX))
+        raise AdamasError(
+            f"vLLM {version} is not supported: this release of vllm-adamas needs vLLM >= {low}, < {high}."
+        )
+
+
+def _member():
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    if NAME not in AttentionBackendEnum.__members__:
+        register_backend(NAME, BACKEND_PATH)
+    return AttentionBackendEnum[NAME]
+
+
+def _unpickle_member():
+    return _member()
+
+
+def register_backend() -> None:
+    """Adds ADAMAS to vLLM's enum of attention backends.
+
+    A spawned engine core unpickles its configuration before it loads plugins, when the enum does
+    not know the new member; so the member pickles as a call that registers it first.
+    """
+    member = _member()
+    member.__reduce_ex__ = lambda protocol: (_unpickle_member, ())
+
+
+def is_selected(vllm_config) -> bool:
+    """Whether a configuration names the adamas backend, for all layers or for some kinds."""
+    attention = vllm_config.attention_config
+    chosen = [attention.backend, *(getattr(attention, "backend_per_kind", None) or {}).values()]
+    return any(getattr(backend, "name", None) == NAME for backend in chosen)
+
+
+def _wrap_classmethod(cls: type, name: str, make: Callable) -> None:
+    original = getattr(cls, name).__func__
+    if getattr(original, "_vllm_adamas", False):
+        return
+    wrapped = functools.wraps(original)(make(original))
+    wrapped._vllm_adamas = True
+    setattr(cls, name, classmethod(wrapped))
+
+
+def check_config_with(check: Callable) -> None:
+    """Patch 1: run ``check(vllm_config)`` after the platform has completed a configuration.
+
+    Reason: a wrong option must end the command before an engine process starts. vLLM has no hook
+    for a plugin there; an attention backend is first asked in the worker, after weights are loading.
+    Goes when backends can validate a VllmConfig.
+    """
+    from vllm.platforms import current_platform
+
+    def make(original):
+        def check_and_update_config(cls, vllm_config):
+            original(cls, vllm_config)
+            if is_selected(vllm_config):
+                check(vllm_config)
+
+        return check_and_update_config
+
+    _wrap_classmethod(type(current_platform), "check_and_update_config", make)
+    _one_sentence_errors()
+
+
+def _one_sentence_errors() -> None:
+    """An AdamasError that reaches the top of a command prints its sentence, not a traceback."""
+    previous = sys.excepthook
+    if getattr(previous, "_vllm_adamas", False):
+        return
+
+    def hook(kind, error, traceback):
+        cause = error
+        while cause is not None and not isinstance(cause, AdamasError):
+            cause = cause.__cause__ or cause.__context__
+        if isinstance(error, AdamasError):
+            print(f"vllm-adamas: {error}", file=sys.stderr)
+        else:
+            previous(kind, error, traceback)
+
+    hook._vllm_adamas = True
+    sys.excepthook = hook
+
+
+def select_on_cpu() -> None:
+    """Patch 2: let the CPU platform honour ``--attention-backend adamas``.
+
+    Reason: ``CpuPlatform.get_attn_backend_cls`` ignores the selected backend and returns CPU_ATTN.
+    An out-of-tree platform would replace the whole platform, of which only one can be active;
+    overriding the CPU_ATTN entry would take encoder layers along. Goes when the CPU platform
+    resolves registered backends as the CUDA platform does.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return
+
+    def make(original):
+        def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=None):
+            if getattr(selected_backend, "name", None) != NAME:
+                return original(cls, selected_backend, attn_selector_config, num_heads)
+            from vllm_adamas.backend import AdamasBackend
+
+            reasons = AdamasBackend.validate_configuration(
+                device_capability=None, **attn_selector_config._asdict()
+            )
+            if reasons:
+                raise AdamasError(
+                    f"the adamas backend cannot serve a layer of this model ({'; '.join(reasons)}): "
+                    "serve it with --attention-backend cpu_attn."
+                )
+            return BACKEND_PATH
+
+        return get_attn_backend_cls
+
+    _wrap_classmethod(type(current_platform), "get_attn_backend_cls", make)
+
+
+def page_spec(spec, content_bytes: int):
+    """A KV cache spec whose pages hold ``content_bytes`` per token and KV head.
+
+    ``AttentionBackend.customize_spec``, which calls this, is a temporary interface of vLLM
+    (vllm issue 42449).
+    """
+    import dataclasses
+
+    return dataclasses.replace(spec, state_content_bytes=content_bytes)

@@ -1,0 +1,10 @@
+"""The one exception that users meet."""
+
+
+class AdamasError(RuntimeError):
+    """A constraint that the user's request does not meet.
+
+    The message is one sentence that names the constraint and the way out. It derives from
+    RuntimeError because pydantic, inside which vLLM validates its configuration, would rewrap a
+    ValueError into a report of several lines.
+    """

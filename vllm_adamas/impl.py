@@ -1,0 +1,173 @@
+"""The attention of one layer: append, then dense prefill and sparse decode."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.logger import init_logger
+from vllm.model_executor.models.utils import extract_layer_index
+from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
+
+from vllm_adamas.backends import get_backend
+from vllm_adamas.backends.base import Backend, Params
+from vllm_adamas.checks import adamas_options
+from vllm_adamas.config import AdamasConfig
+from vllm_adamas.errors import AdamasError
+from vllm_adamas.layout import PageLayout, overhead
+from vllm_adamas.metadata import AdamasMetadata
+from vllm_adamas.prefill import Prefill
+from vllm_adamas.serving.metrics import SelectionStats
+
+logger = init_logger("vllm.adamas")
+FP8 = {"fp8": "e4m3", "fp8_e4m3": "e4m3", "fp8_e5m2": "e5m2"}
+
+
+@cache
+def _shared_prefill() -> Prefill:
+    return Prefill()
+
+
+class AdamasImpl(AttentionImpl[AdamasMetadata]):
+    """See :class:`vllm.v1.attention.backend.AttentionImpl`; one instance per layer."""
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
+        sinks: torch.Tensor | None = None,
+    ) -> None:
+        for unsupported, what in (
+            (alibi_slopes is not None, "ALiBi position biases"),
+            (bool(logits_soft_cap), "soft-capped attention logits"),
+            (sinks is not None, "learned attention sinks"),
+            (attn_type != AttentionType.DECODER, f"{attn_type} attention"),
+        ):
+            if unsupported:
+                raise AdamasError(
+                    f"the adamas backend does not support {what}: serve this model with another "
+                    "--attention-backend."
+                )
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = float(scale)
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.sliding_window = sliding_window
+        self.kv_cache_dtype = kv_cache_dtype
+        self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        self.config = AdamasConfig.parse(adamas_options(get_current_vllm_config()))
+        self.backend = get_backend(self.config.kernels)
+        self.stats = SelectionStats.shared(self.config)
+        self._params: Params | None = None
+        self._dense = False
+        dtype = torch.get_default_dtype()
+        _log_once(self.config, self.backend, head_size, torch.uint8 if kv_cache_dtype in FP8 else dtype)
+
+    def do_kv_cache_update(
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+    ) -> None:
+        """Writes K, V and signatures of the step's tokens; vLLM calls it before :meth:`forward`."""
+        self.backend.append(self._of(layer, kv_cache), key, value, kv_cache, slot_mapping)
+
+    def forward(
+        self,
+        layer: AttentionLayer,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: AdamasMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Attention of the step's tokens.
+
+        Args:
+            query: ``[tokens, Hq, D]``; key, value: ``[tokens, Hkv, D]``.
+            kv_cache: ``[num_blocks, Hkv, block_size, C]``, see :mod:`vllm_adamas.layout`.
+            output: ``[tokens, Hq, D]``, written.
+        """
+        if output_scale is not None or output_block_scale is not None:
+            raise NotImplementedError("fused output quantization is not supported by ADAMAS")
+        if attn_metadata is None:  # vLLM's warm-up run
+            return output
+        params = self._of(layer, kv_cache)
+        rows = attn_metadata.num_decodes
+        if rows:
+            lens = attn_metadata.context_lens
+            self.backend.decode(
+                params,
+                query[:rows],
+                kv_cache,
+                attn_metadata.block_table,
+                lens,
+                lens if self._dense else attn_metadata.budgets,
+                output[:rows],
+                self.stats.counters(dense_layer=self._dense),
+            )
+            self.stats.tick()
+        if attn_metadata.prefill is not None:
+            _shared_prefill().run(
+                self.backend,
+                params,
+                attn_metadata.prefill,
+                layer,
+                self.kv_cache_dtype,
+                query,
+                key,
+                value,
+                kv_cache,
+                output,
+            )
+        return output
+
+    def _of(self, layer, kv_cache: torch.Tensor) -> Params:
+        """Parameters of this layer; known once its cache is bound and its scales are loaded."""
+        if self._params is None:
+            layout = PageLayout(self.head_size, kv_cache.shape[2], kv_cache.dtype)
+            self._dense = (
+                extract_layer_index(layer.layer_name) < self.config.num_dense_layers
+                or self.sliding_window is not None
+            )
+            self._params = Params.of(
+                self.config,
+                layout,
+                num_query_heads=self.num_heads,
+                num_kv_heads=self.num_kv_heads,
+                softmax_scale=self.scale,
+                sliding_window=self.sliding_window or 0,
+                fp8=FP8.get(self.kv_cache_dtype),
+                k_scale=layer._k_scale_float,
+                v_scale=layer._v_scale_float,
+            )
+        return self._params
+
+
+@cache
+def _log_once(config: AdamasConfig, backend: Backend, head_size: int, dtype: torch.dtype) -> None:
+    logger.info(
+        "Using ADAMAS attention backend: score %s (thresholds %s), token budget %s per %s, "
+        "%d dense layers, pages +%.1f%%, kernels %s.",
+        config.score,
+        config.coding(head_size),
+        config.budget_text(),
+        config.selection.replace("_", " "),
+        config.num_dense_layers,
+        100 * overhead(head_size, dtype),
+        backend.description,
+    )
