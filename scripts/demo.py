@@ -90,10 +90,11 @@ def main() -> int:
     sparse = ask(model, "adamas", CONFIG)
     context = sparse.count("decode_context_tokens")
     attended = sparse.count("decode_attended_tokens")
-    share = f"{attended:,} of {context:,}" + (f" ({attended / context:.1%})" if context else "")
+    share = f" ({attended / context:.1%})" if context else ""
     print(f"prompt:   {sparse.context:,} tokens, the fact in the middle")
     print(f"answer:   {sparse.answer}")
-    print(f"attended: {share} tokens in context, over {sparse.count('sparse_rows'):,} sparse rows")
+    print(f"attended: {attended:,} of {context:,} tokens in context{share}, summed over query heads,")
+    print(f"          layers and steps: {sparse.count('sparse_rows'):,} sparse rows")
 
     dense = ask(model, "flash_attn" if torch.cuda.is_available() else "cpu_attn", None)
     print(f"answer:   {dense.answer}")
