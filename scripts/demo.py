@@ -93,8 +93,8 @@ def main() -> int:
     share = f" ({attended / context:.1%})" if context else ""
     print(f"prompt:   {sparse.context:,} tokens, the fact in the middle")
     print(f"answer:   {sparse.answer}")
-    print(f"attended: {attended:,} of {context:,} tokens in context{share}, summed over query heads,")
-    print(f"          layers and steps: {sparse.count('sparse_rows'):,} sparse rows")
+    print(f"attended: {attended:,} of {context:,} tokens in context{share}, over the query heads")
+    print(f"          of {sparse.count('sparse_rows'):,} sparse rows, one per layer and token")
 
     dense = ask(model, "flash_attn" if torch.cuda.is_available() else "cpu_attn", None)
     print(f"answer:   {dense.answer}")
