@@ -85,6 +85,9 @@ class Backend(ABC):
     def description(self) -> str:
         """Name and instruction set, for the log."""
 
+    def prepare(self, cache: torch.Tensor) -> None:
+        """Called once with a layer's KV cache when it is bound; may advise the operating system."""
+
     @abstractmethod
     def append(
         self,

@@ -1,4 +1,6 @@
 // append and gather: signatures and planes in, K and V out, over OpenMP threads.
+#include <sys/mman.h>
+
 #include <algorithm>
 
 #include "kernels.h"
@@ -24,6 +26,21 @@ void gather(const Kernels& kernels, const DecodeParams& p, const Rows& key, cons
                        first + int64_t(block) * size);
     first += length;
   }
+}
+
+bool advise_huge(void* start, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kHuge = 2u << 20;
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25  // Linux 6.1: also pages that are in use already
+#endif
+  const uintptr_t from = (uintptr_t(start) + kHuge - 1) / kHuge * kHuge;
+  const uintptr_t to = (uintptr_t(start) + bytes) / kHuge * kHuge;
+  if (to <= from || madvise((void*)from, to - from, MADV_HUGEPAGE) != 0) return false;
+  return madvise((void*)from, to - from, MADV_COLLAPSE) == 0;
+#else
+  return false;
+#endif
 }
 
 }  // namespace adamas

@@ -23,11 +23,104 @@ static void store_output(const DecodeParams& p, int row, int head, const Partial
   const int64_t at = row * p.output.token_stride + head * p.output.head_stride;
   const float norm =
       partial.sum > 0 ? (Convert<E>::bytes == 1 ? p.page.v_scale : 1.0f) / partial.sum : 0.0f;
+  if (E == Element::bf16 && p.output.element == Element::bf16) {  // the usual case, vectorised
+    uint16_t* to = (uint16_t*)p.output.data + at;
+    for (int c = 0; c < D; c += 2 * kLanes) {
+      const vu even = round_bf16(load<vf>(partial.acc + c) * norm);
+      const vu odd = round_bf16(load<vf>(partial.acc + c + kLanes) * norm);
+      store(to + c, odd | even >> 16);
+    }
+    return;
+  }
   for (int c = 0; c < D; c += 2 * kLanes)
     for (int i = 0; i < 2 * kLanes; ++i) {
       const int from = !Convert<E>::interleaved ? i : i % 2 ? kLanes + i / 2 : i / 2;
       store_scalar(p.output.data, at + c + i, p.output.element, partial.acc[c + from] * norm);
     }
+}
+
+// Vectors of one head that are accumulated in registers together: an even divisor of all of them.
+constexpr int columns(int vectors, int heads) {
+  const int registers = kLanes == 16 ? 24 : 12;
+  int best = 2;
+  for (int c = 2; c <= vectors; c += 2)
+    if (vectors % c == 0 && c * heads <= registers) best = c;
+  return best;
+}
+
+// One step for H heads at once, so that each K and V element is converted once.
+template <Element E, int D, int H>
+static inline void attend_step(const uint8_t* const* rows, int n, int64_t v_offset, const float* queries,
+                               Partial* partials) {
+  constexpr int kBytes = Convert<E>::bytes;
+  alignas(64) float weight[H][kStep];
+  for (int group = 0; group < kStep; group += kLanes) {
+    vf sums[H][kLanes];
+    for (int i = 0; i < kLanes; ++i) {
+      const uint8_t* k = rows[group + i];
+      vf s[H];
+#pragma GCC unroll 8
+      for (int c = 0; c < D; c += 2 * kLanes) {
+        vf a, b;
+        Convert<E>::load2(k + c * kBytes, a, b);
+#pragma GCC unroll 4
+        for (int h = 0; h < H; ++h) {
+          const vf q0 = load<vf>(queries + h * D + c), q1 = load<vf>(queries + h * D + c + kLanes);
+          s[h] = c ? s[h] + a * q0 : a * q0;
+          s[h] += b * q1;
+        }
+      }
+#pragma GCC unroll 4
+      for (int h = 0; h < H; ++h) sums[h][i] = s[h];
+    }
+    for (int h = 0; h < H; ++h) store(weight[h] + group, transpose_sum(sums[h]));
+  }
+
+  float decay[H];
+  for (int h = 0; h < H; ++h) {
+    for (int i = n; i < kStep; ++i) weight[h][i] = -__builtin_inff();
+    vf top = splat(partials[h].max);
+    for (int group = 0; group < kStep; group += kLanes) top = max(top, load<vf>(weight[h] + group));
+    const float new_max = hmax(top);
+    const float safe_max = new_max == -__builtin_inff() ? 0.0f : new_max;
+    vf sum = {};
+    for (int group = 0; group < kStep; group += kLanes) {
+      const vf w = exp_negative(load<vf>(weight[h] + group) - safe_max);
+      store(weight[h] + group, w);
+      sum += w;
+    }
+    decay[h] = exp_negative(splat(partials[h].max - safe_max))[0];
+    partials[h].sum = partials[h].sum * decay[h] + hsum(sum);
+    partials[h].max = new_max;
+  }
+
+  constexpr int kVectors = D / kLanes;
+  constexpr int kColumns = columns(kVectors, H);
+#pragma GCC unroll 1
+  for (int column = 0; column < kVectors; column += kColumns) {
+    vf acc[H][kColumns];
+#pragma GCC unroll 4
+    for (int h = 0; h < H; ++h)
+#pragma GCC unroll 16
+      for (int c = 0; c < kColumns; ++c) acc[h][c] = load<vf>(partials[h].acc + (column + c) * kLanes) * decay[h];
+    for (int i = 0; i < n; ++i) {
+      const uint8_t* v = rows[i] + v_offset + column * kLanes * kBytes;
+#pragma GCC unroll 16
+      for (int c = 0; c < kColumns; c += 2) {
+        vf a, b;
+        Convert<E>::load2(v + c * kLanes * kBytes, a, b);
+#pragma GCC unroll 4
+        for (int h = 0; h < H; ++h) {
+          acc[h][c] += a * weight[h][i];
+          acc[h][c + 1] += b * weight[h][i];
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int h = 0; h < H; ++h)
+#pragma GCC unroll 16
+      for (int c = 0; c < kColumns; ++c) store(partials[h].acc + (column + c) * kLanes, acc[h][c]);
+  }
 }
 
 template <Element E, int D>
@@ -46,11 +139,11 @@ static void attend_tokens(const DecodeParams& p, int row, int kv_head, const flo
       const int block = shift >= 0 ? token >> shift : token / page.block_size;
       const int offset = token - block * page.block_size;
       to[i] = page.run(blocks[block], kv_head) + offset * kRow;
-      for (int line = 0; line < kRow; line += 64) {
-        __builtin_prefetch(to[i] + line);
-        __builtin_prefetch(to[i] + page.v_offset + line);
-      }
+      for (int line = 0; line < kRow; line += kLine) __builtin_prefetch(to[i] + line);
     }
+    for (int i = 0; i < n; ++i)
+      for (int line = 0; line < kRow; line += kLine) __builtin_prefetch(to[i] + page.v_offset + line);
+    for (int i = n; i < kStep; ++i) to[i] = to[0];  // read, but given no weight
   };
 
   for (int h = 0; h < heads; ++h) {
@@ -61,64 +154,15 @@ static void attend_tokens(const DecodeParams& p, int row, int kv_head, const flo
   if (count > 0) locate(0, rows[0]);
   for (int start = 0, turn = 0; start < count; start += kStep, turn ^= 1) {
     if (start + kStep < count) locate(start + kStep, rows[turn ^ 1]);
-    const uint8_t** at = rows[turn];
     const int n = count - start < kStep ? count - start : kStep;
-    for (int i = n; i < kStep; ++i) at[i] = at[0];  // masked below
-
-    for (int h = 0; h < heads; ++h) {
-      const float* q = queries + h * D;
-      alignas(64) float weight[kStep];
-      vf top = splat(-__builtin_inff());
-      for (int group = 0; group < kStep; group += kLanes) {
-        vf sums[kLanes];
-#pragma GCC unroll 16
-        for (int i = 0; i < kLanes; ++i) {
-          const uint8_t* k = at[group + i];
-          vf s = {};
-#pragma GCC unroll 8
-          for (int c = 0; c < D; c += 2 * kLanes) {
-            vf a, b;
-            Convert<E>::load2(k + c * Convert<E>::bytes, a, b);
-            s += a * load<vf>(q + c);
-            s += b * load<vf>(q + c + kLanes);
-          }
-          sums[i] = s;
-        }
-        vf logits = transpose_sum(sums);
-        for (int i = 0; i < kLanes; ++i)
-          if (group + i >= n) logits[i] = -__builtin_inff();
-        store(weight + group, logits);
-        top = max(top, logits);
-      }
-      Partial& state = partials[h];
-      const float new_max = hmax(max(top, splat(state.max)));
-      const float safe_max = new_max == -__builtin_inff() ? 0.0f : new_max;
-      vf sum = {};
-      for (int group = 0; group < kStep; group += kLanes) {
-        const vf w = exp_negative(load<vf>(weight + group) - safe_max);
-        store(weight + group, w);
-        sum += w;
-      }
-      const float decay = exp_negative(splat(state.max - safe_max))[0];
-      state.sum = state.sum * decay + hsum(sum);
-      state.max = new_max;
-
-      vf acc[D / kLanes];
-#pragma GCC unroll 64
-      for (int c = 0; c < D / kLanes; ++c) acc[c] = load<vf>(state.acc + c * kLanes) * decay;
-      for (int i = 0; i < n; ++i) {
-        const uint8_t* v = at[i] + page.v_offset;
-        const float w = weight[i];
-#pragma GCC unroll 32
-        for (int c = 0; c < D / kLanes; c += 2) {
-          vf a, b;
-          Convert<E>::load2(v + c * kLanes * Convert<E>::bytes, a, b);
-          acc[c] += a * w;
-          acc[c + 1] += b * w;
-        }
-      }
-#pragma GCC unroll 64
-      for (int c = 0; c < D / kLanes; ++c) store(state.acc + c * kLanes, acc[c]);
+    int h = 0;
+    for (; h + 4 <= heads; h += 4)
+      attend_step<E, D, 4>(rows[turn], n, page.v_offset, queries + h * D, partials + h);
+    if (h + 3 == heads) {
+      attend_step<E, D, 3>(rows[turn], n, page.v_offset, queries + h * D, partials + h);
+    } else {
+      for (; h < heads; ++h)
+        attend_step<E, D, 1>(rows[turn], n, page.v_offset, queries + h * D, partials + h);
     }
   }
 }

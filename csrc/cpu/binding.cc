@@ -24,6 +24,12 @@ String use_isa(String name) {
   return String(active->name);
 }
 
+// What a caller got wrong, as one sentence that names the argument and the constraint.
+void expect(bool holds, const char* constraint) {
+  if (!holds) TVM_FFI_THROW(ValueError) << constraint;
+}
+bool is_int(const TensorView& t, int bits) { return t.dtype().code == kDLInt && t.dtype().bits == bits; }
+
 Element element_of(const TensorView& t) {
   const DLDataType type = t.dtype();
   if (type.code == kDLFloat && type.bits == 32) return Element::f32;
@@ -32,7 +38,11 @@ Element element_of(const TensorView& t) {
   TVM_FFI_THROW(TypeError) << "expected a float32, float16 or bfloat16 tensor";
 }
 
-Rows rows_of(const TensorView& t) {  // [tokens, heads, head_size], head_size contiguous
+// [tokens, heads, head_size]
+Rows rows_of(const TensorView& t, int64_t tokens, int64_t heads, int64_t head_size, const char* constraint) {
+  expect(t.ndim() == 3 && t.size(0) >= tokens && t.size(1) == heads && t.size(2) == head_size &&
+             t.stride(2) == 1,
+         constraint);
   return Rows{t.data_ptr(), t.stride(0), t.stride(1), element_of(t)};
 }
 
@@ -52,10 +62,12 @@ void append_op(TensorView key, TensorView value, TensorView slots, double thresh
   p.page = page_of(runs, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element,
                    k_scale, v_scale);
   p.coding = Coding{float(threshold), relative};
-  p.key = rows_of(key);
-  p.value = rows_of(value);
-  p.slots = static_cast<const int64_t*>(slots.data_ptr());
+  expect(slots.ndim() == 1 && is_int(slots, 64) && slots.stride(0) == 1, "slot_mapping: expected int64 [T]");
   p.num_tokens = slots.size(0);
+  p.slots = static_cast<const int64_t*>(slots.data_ptr());
+  const int heads = p.page.num_kv_heads;
+  p.key = rows_of(key, p.num_tokens, heads, head_size, "key: expected [T, Hkv, D] with a contiguous D");
+  p.value = rows_of(value, p.num_tokens, heads, head_size, "value: expected [T, Hkv, D] with a contiguous D");
   append(*active, p);
 }
 
@@ -63,11 +75,31 @@ struct DecodeArgs {
   DecodeParams p{};
 
   DecodeArgs(TensorView block_table, TensorView context_lens, const Page& page) {
+    expect(context_lens.ndim() == 1 && is_int(context_lens, 32) && context_lens.stride(0) == 1,
+           "context_lens: expected int32 [R]");
+    expect(block_table.ndim() == 2 && is_int(block_table, 32) && block_table.stride(1) == 1 &&
+               block_table.size(0) == context_lens.size(0),
+           "block_table: expected int32 [R, blocks] with contiguous rows");
     p.page = page;
     p.block_table = static_cast<const int32_t*>(block_table.data_ptr());
     p.blocks_per_row = block_table.stride(0);
     p.context_lens = static_cast<const int32_t*>(context_lens.data_ptr());
     p.num_rows = int(context_lens.size(0));
+  }
+
+  void query(const TensorView& query) {
+    expect(query.ndim() == 3 && query.size(1) % p.page.num_kv_heads == 0,
+           "query: expected [R, Hq, D] with Hq a multiple of Hkv");
+    p.num_query_heads = int(query.size(1));
+    p.query = rows_of(query, p.num_rows, p.num_query_heads, p.page.head_size,
+                      "query: expected [R, Hq, D] with a contiguous D");
+  }
+
+  void budgets(const TensorView& budgets) {
+    expect(budgets.ndim() == 1 && is_int(budgets, 32) && budgets.size(0) == p.num_rows &&
+               budgets.stride(0) == 1,
+           "budgets: expected int32 [R]");
+    p.budgets = static_cast<const int32_t*>(budgets.data_ptr());
   }
 };
 
@@ -82,10 +114,11 @@ void decode_op(TensorView query, TensorView output, TensorView block_table, Tens
                           k_scale, v_scale));
   DecodeParams& p = args.p;
   p.coding = Coding{float(threshold), relative};
-  p.query = rows_of(query);
-  p.output = rows_of(output);
-  p.num_query_heads = int(query.size(1));
-  p.budgets = static_cast<const int32_t*>(budgets.data_ptr());
+  args.query(query);
+  args.budgets(budgets);
+  p.output = rows_of(output, p.num_rows, p.num_query_heads, head_size,
+                     "output: expected [R, Hq, D] with a contiguous D");
+  expect(stats.ndim() == 1 && is_int(stats, 64) && stats.size(0) == 4, "stats: expected int64 [4]");
   p.softmax_scale = float(softmax_scale);
   p.dot = dot;
   p.per_query_head = per_query_head;
@@ -105,8 +138,7 @@ void scan_op(TensorView query, TensorView block_table, TensorView context_lens, 
                           k_scale, v_scale));
   DecodeParams& p = args.p;
   p.coding = Coding{float(threshold), relative};
-  p.query = rows_of(query);
-  p.num_query_heads = int(query.size(1));
+  args.query(query);
   p.dot = dot;
   p.per_query_head = per_query_head;
   scan(*active, p, static_cast<float*>(scores.data_ptr()), scores.stride(0), scores.stride(1));
@@ -114,6 +146,9 @@ void scan_op(TensorView query, TensorView block_table, TensorView context_lens, 
 
 void select_op(TensorView scores, TensorView context_lens, TensorView budgets, TensorView tokens,
                int64_t num_sink_tokens, int64_t recent_window) {
+  expect(scores.ndim() == 3 && scores.dtype().code == kDLFloat && scores.dtype().bits == 32 &&
+             scores.stride(2) == 1,
+         "scores: expected float32 [R, heads, L]");
   DecodeParams p{};
   p.context_lens = static_cast<const int32_t*>(context_lens.data_ptr());
   p.budgets = static_cast<const int32_t*>(budgets.data_ptr());
@@ -132,8 +167,14 @@ void gather_op(TensorView key, TensorView value, TensorView block_table, TensorV
   DecodeArgs args(block_table, context_lens,
                   page_of(runs, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element,
                           k_scale, v_scale));
-  gather(*active, args.p, rows_of(key), rows_of(value));
+  const int heads = args.p.page.num_kv_heads;
+  int64_t tokens = 0;
+  for (int row = 0; row < args.p.num_rows; ++row) tokens += args.p.context_lens[row];
+  gather(*active, args.p, rows_of(key, tokens, heads, head_size, "key: expected [tokens, Hkv, D]"),
+         rows_of(value, tokens, heads, head_size, "value: expected [tokens, Hkv, D]"));
 }
+
+bool advise_huge_op(TensorView bytes) { return advise_huge(bytes.data_ptr(), bytes.size(0)); }
 
 }  // namespace
 }  // namespace adamas
@@ -144,3 +185,4 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(decode, adamas::decode_op)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(scan, adamas::scan_op)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(select, adamas::select_op)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gather, adamas::gather_op)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(advise_huge, adamas::advise_huge_op)

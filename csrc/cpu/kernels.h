@@ -68,4 +68,8 @@ void select(const Kernels&, const DecodeParams&, const float* scores, int64_t ro
 void decode(const Kernels&, const DecodeParams&);
 void gather(const Kernels&, const DecodeParams&, const Rows& key, const Rows& value);
 
+// Asks for 2 MiB pages under a cache: decode reads scattered rows, and with 4 KiB pages the TLB misses
+// cost as much as the data. Best effort; false when the kernel declines.
+bool advise_huge(void* start, int64_t bytes);
+
 }  // namespace adamas

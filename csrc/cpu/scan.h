@@ -8,23 +8,32 @@
 template <int D>
 static void encode_query(const float* x, const DecodeParams& p, QueryCode* code) {
   if (p.dot) {
-    float top = 0;
-    for (int i = 0; i < D; ++i) {
-      const float a = x[i] < 0 ? -x[i] : x[i];
-      if (!(a <= top)) top = a;  // NaN propagates
+    vf tops = {};
+    for (int i = 0; i < D; i += kLanes) {
+      const vf v = load<vf>(x + i), a = v < 0.0f ? -v : v;
+      tops = a <= tops ? tops : a;  // NaN stays
     }
+    float top = 0;
+    for (int lane = 0; lane < kLanes; ++lane) top = tops[lane] <= top ? top : tops[lane];
     const float step = top / kQueryMax;
     float inverse = step > 0 ? 1.0f / step : 0.0f;
     if (!(inverse - inverse == 0)) inverse = 0.0f;  // NaN or infinite step, or a step too small to invert
-    *code = QueryCode{};
-    for (int i = 0; i < D; ++i) {
-      float scaled = x[i] * inverse;
-      if (!(scaled == scaled)) scaled = 0;
-      scaled = scaled > kQueryMax ? kQueryMax : scaled < -kQueryMax ? -kQueryMax : scaled;
-      const int q = int(__builtin_rintf(scaled));
-      code->sum += q;
-      for (int b = 0; b < kQueryBits; ++b) code->planes[b][i / kWord] |= uint32_t((q >> b) & 1) << (i % kWord);
+    alignas(64) int32_t q[D];
+    vi sums = {};
+    for (int i = 0; i < D; i += kLanes) {
+      vf scaled = load<vf>(x + i) * inverse;
+      scaled = scaled == scaled ? scaled : vf{};
+      scaled = scaled > float(kQueryMax) ? splat(kQueryMax) : scaled;
+      scaled = scaled < float(-kQueryMax) ? splat(-kQueryMax) : scaled;
+      const vf magic = splat(12582912.0f);  // 1.5 * 2^23 rounds to the nearest even integer
+      const vi rounded = (vi)(scaled + magic) - (vi)magic;
+      store(q + i, rounded);
+      sums += rounded;
     }
+    code->sum = 0;
+    for (int lane = 0; lane < kLanes; ++lane) code->sum += sums[lane];
+    for (int b = 0; b < kQueryBits; ++b)
+      for (int w = 0; w < D / kWord; ++w) code->planes[b][w] = pack_bits(q + w * kWord, 1 << b);
   } else {
     uint32_t hi[D / kWord], lo[D / kWord];
     code_planes<D>(x, outer_threshold<D>(x, p.coding), hi, lo);
@@ -82,12 +91,46 @@ static inline vf score_tile(const vu* hi, const vu* lo, const QueryCode& q) {
   return -__builtin_convertvector((vi)distance, vf);
 }
 
+// Prefetches the signatures of one tile, kAhead tokens before the scan reaches it. The planes of a
+// block lie one after the other and are fetched in that order, so that the hardware sees one stream;
+// it cannot follow from block to block by itself.
+template <int D, bool kDot>
+class Prefetcher {
+ public:
+  static constexpr int kAhead = 512;
+
+  Prefetcher(const Page& page, const int32_t* blocks, int kv_head, int first, int last)
+      : page_(page), blocks_(blocks), kv_head_(kv_head), token_(first), last_(last) {
+    for (int i = 0; i < kAhead; i += kTile) next();
+  }
+
+  inline void next() {
+    if (token_ >= last_) return;
+    if (at_ == end_) {
+      const int block = token_ / page_.block_size;
+      at_ = page_.run(blocks_[block], kv_head_) + page_.hi_offset;
+      end_ = at_ + page_.block_size * kBytes;
+    }
+    for (const uint8_t* line = at_; line < at_ + kTile * kBytes; line += kLine) __builtin_prefetch(line);
+    at_ += kTile * kBytes;
+    token_ += kTile;
+  }
+
+ private:
+  static constexpr int kBytes = D / 4 + (kDot ? 2 : 0);  // per token
+  const Page& page_;
+  const int32_t* blocks_;
+  int kv_head_, token_, last_;
+  const uint8_t *at_ = nullptr, *end_ = nullptr;
+};
+
 template <int D, bool kDot>
 static void scan_as(const DecodeParams& p, int row, int kv_head, const QueryCode* codes, int count,
                     bool sum, int first, int last, float* scores, int64_t stride) {
   constexpr int W = D / kWord;
   const Page& page = p.page;
   const int32_t* blocks = p.blocks(row);
+  Prefetcher<D, kDot> ahead(page, blocks, kv_head, first, last);
   for (int start = first; start < last;) {
     const int offset = start % page.block_size;
     const uint8_t* run = page.run(blocks[start / page.block_size], kv_head);
@@ -97,6 +140,7 @@ static void scan_as(const DecodeParams& p, int row, int kv_head, const QueryCode
     const uint32_t* lo_plane = (const uint32_t*)(run + page.lo_offset) + offset * W;
     const uint8_t* scale_plane = run + page.scale_offset + 2 * offset;
     for (int token = start; token < end; token += kTile) {
+      ahead.next();
       for (int lane = 0; lane < kTile; lane += kLanes) {
         vu hi[W], lo[W];
 #pragma GCC unroll 8

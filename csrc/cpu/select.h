@@ -41,38 +41,42 @@ static inline int32_t kth_bound(const int32_t* keys, int n, int k, int* reached)
   return int32_t(bound ^ 0x80000000u);
 }
 
-// Tokens whose key reaches the bound, with their keys; returns how many.
-static inline int filter(const float* scores, int n, int32_t bound, int32_t* keys, int32_t* tokens) {
+static inline int32_t order_key(float x) {
+  const int32_t bits = int32_t(float_to_bits(x));
+  return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
+// Writes base + i for every key i that reaches the bound, in order; returns how many. `out` has room
+// for kTile more. Keys are ordered scores, or scores themselves when kRaw.
+template <bool kRaw>
+static inline int filter(const void* values, int n, int32_t bound, int base, int32_t* out) {
   int count = 0, i = 0;
+  const vi limit = splat_int(bound);
 #ifdef __AVX512F__
-  const __m512i limit = _mm512_set1_epi32(bound);
-  __m512i index = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+  __m512i index = _mm512_add_epi32(_mm512_set1_epi32(base),
+                                   _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15));
   for (; i + kLanes <= n; i += kLanes) {
-    const __m512i key = (__m512i)order_keys(load<vf>(scores + i));
-    const __mmask16 mask = _mm512_cmpge_epi32_mask(key, limit);
-    if (mask) {
-      _mm512_storeu_si512(keys + count, _mm512_maskz_compress_epi32(mask, key));
-      _mm512_storeu_si512(tokens + count, _mm512_maskz_compress_epi32(mask, index));
-      count += __builtin_popcount(mask);
-    }
+    vi key = load<vi>((const int32_t*)values + i);
+    if (kRaw) key = order_keys((vf)key);
+    const __mmask16 mask = _mm512_cmpge_epi32_mask((__m512i)key, (__m512i)limit);
+    _mm512_storeu_si512(out + count, _mm512_maskz_compress_epi32(mask, index));
+    count += __builtin_popcount(mask);
     index = _mm512_add_epi32(index, _mm512_set1_epi32(kLanes));
   }
 #else
   for (; i + kLanes <= n; i += kLanes) {
-    const vi key = order_keys(load<vf>(scores + i));
+    vi key = load<vi>((const int32_t*)values + i);
+    if (kRaw) key = order_keys((vf)key);
+    const vi reached = key >= limit;
     for (int lane = 0; lane < kLanes; ++lane) {
-      keys[count] = key[lane];
-      tokens[count] = i + lane;
-      count += key[lane] >= bound;
+      out[count] = base + i + lane;
+      count -= reached[lane];
     }
   }
 #endif
   for (; i < n; ++i) {
-    vf x = {};
-    x[0] = scores[i];
-    const int32_t key = order_keys(x)[0];
-    keys[count] = key;
-    tokens[count] = i;
+    const int32_t key = kRaw ? order_key(((const float*)values)[i]) : ((const int32_t*)values)[i];
+    out[count] = base + i;
     count += key >= bound;
   }
   return count;
@@ -89,25 +93,26 @@ static void select_tokens(const float* scores, int n, int k, int base, int32_t* 
   constexpr int kSample = 256;
   const int32_t lowest = int32_t(0x80000000u);
   int32_t pivot = lowest;
+  int reached;
   if (n >= 4 * kSample) {
     int32_t sample[kSample];
-    for (int i = 0; i < kSample; i += kLanes) {
-      vf x;
-      for (int lane = 0; lane < kLanes; ++lane) x[lane] = scores[int64_t(i + lane) * n / kSample];
-      store(sample + i, order_keys(x));
-    }
+    for (int i = 0; i < kSample; ++i) sample[i] = order_key(scores[int64_t(i) * n / kSample]);
     // Expected rank of the k-th best in the sample, with three standard deviations to spare.
     const float rank = float(k) * kSample / n;
     const int spare = int(rank + 3.0f * __builtin_sqrtf(rank) + 2.0f);
-    int reached;
     if (spare < kSample) pivot = kth_bound(sample, kSample, spare, &reached);
   }
-  int count = filter(scores, n, pivot, keys, tokens);
-  if (count < k) count = filter(scores, n, lowest, keys, tokens);
+  int count = filter<true>(scores, n, pivot, 0, tokens);
+  if (count < k) count = filter<true>(scores, n, lowest, 0, tokens);
+  for (int i = 0; i < count; ++i) keys[i] = order_key(scores[tokens[i]]);
 
-  int reached;
   const int32_t bound = kth_bound(keys, count, k, &reached);
-  // Of the keys equal to the bound the last ones are kept: skip the first `ties`.
+  if (reached == k) {
+    filter<false>(keys, count, bound, 0, keys);  // positions, written behind the reads
+    for (int i = 0; i < k; ++i) out[i] = base + tokens[keys[i]];
+    return;
+  }
+  // More keys equal the bound than fit: the last ones are kept, the first `ties` skipped.
   int ties = reached - k;
   for (int i = 0, filled = 0; filled < k; ++i) {
     if (keys[i] < bound) continue;

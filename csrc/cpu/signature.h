@@ -27,16 +27,14 @@ static inline float outer_threshold(const float* x, Coding coding) {
 // codes = 2 * hi + lo, counting the thresholds -t, 0, t at or below x. NaN compares false: code 0.
 template <int D>
 static inline void code_planes(const float* x, float t, uint32_t* hi, uint32_t* lo) {
+  alignas(64) int32_t codes[D];
+  for (int i = 0; i < D; i += kLanes) {
+    const vf v = load<vf>(x + i);
+    store(codes + i, -((v >= -t) + (v >= 0.0f) + (v >= t)));  // a true lane is -1
+  }
   for (int w = 0; w < D / kWord; ++w) {
-    uint32_t h = 0, l = 0;
-    for (int i = 0; i < kWord; ++i) {
-      const float v = x[w * kWord + i];
-      const uint32_t code = uint32_t(v >= -t) + uint32_t(v >= 0.0f) + uint32_t(v >= t);
-      h |= (code >> 1) << i;
-      l |= (code & 1) << i;
-    }
-    hi[w] = h;
-    lo[w] = l;
+    hi[w] = pack_bits(codes + w * kWord, 2);
+    lo[w] = pack_bits(codes + w * kWord, 1);
   }
 }
 

@@ -5,6 +5,7 @@
 // Requires: ADAMAS_LANES (4, 8 or 16).
 
 constexpr int kLanes = ADAMAS_LANES;
+constexpr int kLine = 64;
 typedef float vf __attribute__((vector_size(4 * ADAMAS_LANES)));
 typedef int32_t vi __attribute__((vector_size(4 * ADAMAS_LANES)));
 typedef uint32_t vu __attribute__((vector_size(4 * ADAMAS_LANES)));
@@ -22,10 +23,18 @@ static inline void store(void* p, V v) {
   __builtin_memcpy(p, &v, sizeof(V));
 }
 static inline vf splat(float x) { return x - vf{}; }
+static inline vu round_bf16(vf x) {  // bf16 in the upper half of each word, nearest even
+  const vu u = (vu)x;
+  const vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) & 0xffff0000u;
+  return x == x ? rounded : (u & 0xffff0000u) | 0x400000u;
+}
 static inline vi splat_int(int32_t x) { return x - vi{}; }
 static inline vu splat_word(uint32_t x) { return x - vu{}; }
 static inline vf max(vf a, vf b) { return a > b ? a : b; }
 static inline float hmax(vf v) {
+#ifdef __AVX512F__
+  return _mm512_reduce_max_ps((__m512)v);
+#endif
   float m = v[0];
   for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
   return m;
@@ -43,8 +52,9 @@ static inline float hsum(vf v) {
 // Sums of kLanes vectors, lane i of the result being the sum of v[i].
 static inline vf transpose_sum(vf* v) {
 #if ADAMAS_LANES == 16
-  constexpr int n = 16;
-  for (int half = n / 2; half >= 1; half /= 2)
+#pragma GCC unroll 4
+  for (int half = 8; half >= 1; half /= 2)
+#pragma GCC unroll 8
     for (int i = 0; i < half; ++i) {
       vf a = v[2 * i], b = v[2 * i + 1];
       v[i] = __builtin_shufflevector(a, b, 0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30) +
@@ -87,6 +97,20 @@ static inline vu popcount(vu x) {
   x = (x + (x >> 4)) & 0x0f0f0f0fu;
   x = x + (x >> 8);
   return (x + (x >> 16)) & 0x3fu;
+#endif
+}
+
+// Bit i of the result is set when values[i] has a bit of `mask` set; 32 values.
+static inline uint32_t pack_bits(const int32_t* values, int32_t mask) {
+#ifdef __AVX512F__
+  const __m512i m = _mm512_set1_epi32(mask);
+  const uint32_t low = _mm512_test_epi32_mask(_mm512_loadu_si512(values), m);
+  const uint32_t high = _mm512_test_epi32_mask(_mm512_loadu_si512(values + 16), m);
+  return low | high << 16;
+#else
+  uint32_t bits = 0;
+  for (int i = 0; i < 32; ++i) bits |= uint32_t((values[i] & mask) != 0) << i;
+  return bits;
 #endif
 }
 

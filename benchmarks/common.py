@@ -1,0 +1,58 @@
+"""What every benchmark shares: environment facts, statistics, and the file that keeps the result."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def hardware() -> dict:
+    """Processor, cores and versions, as a result file records them."""
+    import torch
+
+    import vllm_adamas
+    from vllm_adamas import compat
+
+    model, flags = platform.machine(), set()
+    if os.path.exists("/proc/cpuinfo"):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == "model name":
+                model = value.strip()
+            if key.strip() == "flags":
+                flags = set(value.split())
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=RESULTS.parent
+    ).stdout.strip()
+    interesting = ("avx2", "avx512f", "avx512_vpopcntdq", "avx512_vnni", "avx512_bf16", "amx_tile")
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "instruction_sets": [f for f in interesting if f in flags],
+        "torch": torch.__version__,
+        "vllm": compat.vllm_version(),
+        "vllm_adamas": vllm_adamas.__version__,
+        "commit": commit,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def spread(samples: list[float]) -> dict:
+    """Median and quartiles of a list of times or ratios."""
+    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
+    return {"median": middle, "q1": low, "q3": high, "n": len(samples)}
+
+
+def save(name: str, result: dict) -> Path:
+    """Writes ``benchmarks/results/<name>.json``."""
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"{name}.json"
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    return path
