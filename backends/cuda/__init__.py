@@ -1,0 +1,299 @@
+"""The CUDA backend: kernels of ``csrc/cuda`` for Hopper GPUs (sm_90a), loaded through tvm-ffi."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from vllm_adamas.backends.base import Backend, Params
+from vllm_adamas.errors import AdamasError
+
+LIBRARY = Path(__file__).with_name("libadamas_cuda.so")
+ELEMENTS = {torch.bfloat16: 1, torch.float16: 2}
+
+MAX_GROUP = 16  #: query heads per KV head that fit the kernels' fragments
+MAX_CONTEXT = 1 << 20  #: tokens; a bitmap of one context has to fit into shared memory
+MAX_CANDIDATES = 16384  #: per token set, a list of them has to fit into shared memory
+ALL_STAGES = 7
+
+
+def candidate_capacity(max_context_len: int, max_budget: int) -> int:
+    """Candidates that a token set may keep before its scores are computed again.
+
+    Policy: encode aims at a few times the budget; a long context has a coarser sample.
+    """
+    wanted = max(4096, 2 * max_budget, 8192 if max_context_len > 1 << 18 else 0)
+    return min(MAX_CANDIDATES, -(-wanted // 1024) * 1024)
+
+
+@cache
+def _library():
+    if not LIBRARY.exists():
+        raise AdamasError(
+            f"the CUDA kernels are not built ({LIBRARY.name} is missing): reinstall the package with "
+            "ADAMAS_BUILD_CUDA=1 on a host with nvcc 12.4 or newer."
+        )
+    import tvm_ffi
+
+    return tvm_ffi.load_module(str(LIBRARY))
+
+
+def _shaped(name: str, x: torch.Tensor, *shape: int | None) -> None:
+    """Checks a shape (None fits any size) and a contiguous last dimension; cheap when it fits."""
+    if len(shape) == x.dim() and x.stride(-1) == 1:
+        for size, wanted in zip(x.shape, shape, strict=True):
+            if wanted is not None and size != wanted:
+                break
+        else:
+            return
+    raise ValueError(
+        f"{name}: expected [{', '.join('*' if s is None else str(s) for s in shape)}] with a contiguous "
+        f"last dimension, got {tuple(x.shape)} with strides {x.stride()}"
+    )
+
+
+def _typed(name: str, x: torch.Tensor, dtype: torch.dtype, *shape: int | None) -> None:
+    if x.dtype != dtype:
+        raise ValueError(f"{name}: expected {dtype}, got {x.dtype}")
+    _shaped(name, x, *shape)
+
+
+def _aligned(name: str, x: torch.Tensor) -> None:
+    """The kernels move 16 bytes at a time."""
+    element = x.element_size()
+    if x.data_ptr() % 16 or any(step * element % 16 for step in x.stride()[:-1]):
+        raise ValueError(f"{name}: rows must start at multiples of 16 bytes, strides are {x.stride()}")
+
+
+class CudaBackend(Backend):
+    """Three kernels per decode step: encode, scan, attend; no host synchronisation.
+
+    A decode step can be captured in a CUDA graph: launch shapes depend on the number of rows and on
+    ``max_context_len`` alone, lengths and budgets are read on the device.
+    """
+
+    name = "cuda"
+
+    def __init__(self):
+        self._lib = _library()
+        if not torch.cuda.is_available():
+            raise AdamasError("the CUDA kernels need a visible NVIDIA GPU.")
+        major, minor = torch.cuda.get_device_capability()
+        if (major, minor) != (9, 0):
+            raise AdamasError(
+                f"the CUDA kernels are built for Hopper (sm_90a), this GPU is sm_{major}{minor}: serve "
+                "with another attention backend."
+            )
+        self._work: dict[torch.device, torch.Tensor] = {}
+        self._pages: dict[tuple, tuple] = {}
+        self._bytes: dict[tuple, int] = {}
+
+    @property
+    def description(self) -> str:
+        return f"cuda (sm_90a, {torch.cuda.get_device_name()})"
+
+    def workspace_bytes(
+        self, params: Params, max_rows: int, max_context_len: int, max_budget: int = 2048
+    ) -> int:
+        """Bytes of device memory that decode needs beside its arguments."""
+        capacity = candidate_capacity(max_context_len, max_budget)
+        return self._workspace_bytes(params, max_rows, capacity)
+
+    def reserve(
+        self,
+        params: Params,
+        max_rows: int,
+        max_context_len: int,
+        max_budget: int = 2048,
+        device: torch.device | str = "cuda",
+    ) -> int:
+        """Allocates the workspace for the largest decode step; returns its size in bytes.
+
+        Call it before CUDA graphs are captured. Decode steps on one device share the workspace, so
+        they must run on one stream.
+        """
+        device = torch.empty(0, device=device).device
+        size = self.workspace_bytes(params, max_rows, max_context_len, max_budget)
+        return self._workspace(device, size).numel()
+
+    def append(self, params, key, value, page, slot_mapping):
+        heads, size = params.num_kv_heads, params.layout.head_size
+        _typed("slot_mapping", slot_mapping, torch.int64, None)
+        tokens = slot_mapping.shape[0]
+        key, value = key[:tokens], value[:tokens]  # vLLM pads keys, not slots
+        _typed("key", key, params.layout.dtype, tokens, heads, size)
+        _typed("value", value, params.layout.dtype, tokens, heads, size)
+        self._lib.append(
+            key,
+            value,
+            slot_mapping,
+            params.coding.threshold,
+            params.coding.relative,
+            *self._page(params, page),
+        )
+
+    def decode(
+        self,
+        params,
+        query,
+        page,
+        block_table,
+        context_lens,
+        budgets,
+        output,
+        stats,
+        *,
+        max_context_len: int | None = None,
+        max_budget: int = 2048,
+        stages: int = ALL_STAGES,
+    ):
+        """As :meth:`Backend.decode`.
+
+        Args:
+            max_context_len: an upper bound of ``context_lens``; default: what the block table holds.
+            max_budget: the largest budget below its context that is expected. Larger ones work, and
+                cost a second look at the signatures.
+            stages: which kernels run (bits: encode, scan, attend), for measurements.
+        """
+        rows = self._rows(params, query, block_table, context_lens)
+        _typed("output", output, params.layout.dtype, rows, params.num_query_heads, params.layout.head_size)
+        _aligned("output", output)
+        _typed("budgets", budgets, torch.int32, rows)
+        _typed("stats", stats, torch.int64, 4)
+        longest = min(block_table.shape[1] * params.layout.block_size, MAX_CONTEXT)
+        if max_context_len is not None:
+            longest = min(longest, max_context_len)
+        capacity = candidate_capacity(longest, max_budget)
+        work = self._workspace(query.device, self._workspace_bytes(params, rows, capacity))
+        self._lib.decode(
+            query,
+            output,
+            block_table,
+            context_lens,
+            budgets,
+            stats,
+            work,
+            longest,
+            capacity,
+            params.softmax_scale,
+            params.score == "dot",
+            params.selection == "query_head",
+            params.num_sink_tokens,
+            params.recent_window,
+            params.sliding_window,
+            params.coding.threshold,
+            params.coding.relative,
+            stages,
+            *self._page(params, page),
+        )
+
+    def scan(self, params, query, page, block_table, context_lens):
+        rows = self._rows(params, query, block_table, context_lens)
+        longest = int(context_lens.max()) if rows else 0
+        scores = torch.full(
+            (rows, params.num_score_heads, longest), float("-inf"), device=query.device, dtype=torch.float32
+        )
+        work = self._workspace(query.device, self._workspace_bytes(params, rows, 1))
+        self._lib.scan(
+            query,
+            block_table,
+            context_lens,
+            scores,
+            work,
+            params.score == "dot",
+            params.selection == "query_head",
+            params.coding.threshold,
+            params.coding.relative,
+            *self._page(params, page),
+        )
+        return scores
+
+    def select(self, params, scores, context_lens, budgets):
+        rows, heads, longest = scores.shape
+        _typed("scores", scores, torch.float32, rows, heads, None)
+        if longest > MAX_CONTEXT:
+            raise AdamasError(f"contexts above {MAX_CONTEXT} tokens are not supported on CUDA.")
+        most = int(torch.minimum(budgets, context_lens).max()) if rows else 0
+        tokens = torch.full((rows, heads, most), -1, dtype=torch.int32, device=scores.device)
+        self._lib.select(
+            scores, context_lens, budgets, tokens, params.num_sink_tokens, params.recent_window
+        )
+        return tokens
+
+    def gather(self, params, page, block_table, context_lens, key, value):
+        _typed("key", key, params.layout.dtype, None, params.num_kv_heads, params.layout.head_size)
+        _typed("value", value, key.dtype, *key.shape)
+        self._lib.gather(key, value, block_table, context_lens, *self._page(params, page))
+
+    def _rows(self, params, query, block_table, context_lens) -> int:
+        rows = context_lens.shape[0]
+        _typed("context_lens", context_lens, torch.int32, rows)
+        _typed("block_table", block_table, torch.int32, rows, None)
+        _typed("query", query, params.layout.dtype, rows, params.num_query_heads, params.layout.head_size)
+        _aligned("query", query)
+        return rows
+
+    def _workspace_bytes(self, params: Params, rows: int, capacity: int) -> int:
+        key = (params, rows, capacity)
+        size = self._bytes.get(key)
+        if size is None:
+            size = self._lib.workspace_bytes(
+                rows,
+                params.num_query_heads,
+                params.num_kv_heads,
+                params.layout.head_size,
+                params.score == "dot",
+                params.selection == "query_head",
+                capacity,
+            )
+            self._bytes[key] = size
+        return size
+
+    def _workspace(self, device: torch.device, size: int) -> torch.Tensor:
+        found = self._work.get(device)
+        if found is None or found.numel() < size:
+            if torch.cuda.is_current_stream_capturing():
+                raise AdamasError(
+                    f"the decode workspace would have to grow to {size} bytes while a CUDA graph is "
+                    "captured: call reserve() with the largest batch first."
+                )
+            self._work[device] = found = torch.empty(size, dtype=torch.uint8, device=device)
+        return found
+
+    def _page(self, params: Params, page: torch.Tensor) -> tuple:
+        """The arguments that describe a page; computed once per layer."""
+        key = (params, page.data_ptr())
+        found = self._pages.get(key)
+        if found is None:
+            found = self._pages[key] = self._describe(params, page)
+        return found
+
+    @staticmethod
+    def _describe(params: Params, page: torch.Tensor) -> tuple:
+        layout = params.layout
+        if params.fp8:
+            raise AdamasError(
+                "the CUDA kernels of this release read bf16 and fp16 pages: serve without "
+                "--kv-cache-dtype fp8."
+            )
+        if layout.dtype not in ELEMENTS:
+            raise AdamasError(f"the CUDA kernels read bf16 and fp16 pages, not {layout.dtype}.")
+        if params.group > MAX_GROUP:
+            raise AdamasError(
+                f"{params.group} query heads per KV head are more than the {MAX_GROUP} that the CUDA "
+                "kernels handle: serve this model with another backend."
+            )
+        runs = layout.runs(page)
+        _aligned("page", runs)
+        return (
+            runs,
+            layout.block_size,
+            layout.head_size,
+            layout.v_offset,
+            layout.hi_offset,
+            layout.lo_offset,
+            layout.scale_offset,
+            ELEMENTS[layout.dtype],
+        )

@@ -1,0 +1,108 @@
+// append: K, V and signature of each token into its slot; one warp per (token, KV head).
+// gather: K and V of whole contexts out of the pages.
+#include "signature.cuh"
+
+namespace adamas {
+namespace {
+
+constexpr int kThreads = 128;
+
+__device__ __forceinline__ void copy_vector(uint8_t* to, const Rows& from, int64_t token, int head, int bytes) {
+  const int lane = threadIdx.x % 32;
+  const int64_t at = (token * from.token_stride + head * from.head_stride) * 2;
+  const uint8_t* source = static_cast<const uint8_t*>(from.data) + at;
+  if (reinterpret_cast<uintptr_t>(source) % 16 == 0) {
+    for (int i = lane * 16; i < bytes; i += 32 * 16) *reinterpret_cast<uint4*>(to + i) = load16(source + i);
+  } else {
+    for (int i = lane * 2; i < bytes; i += 32 * 2)
+      *reinterpret_cast<uint16_t*>(to + i) = *reinterpret_cast<const uint16_t*>(source + i);
+  }
+}
+
+template <int kWords>
+__global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant__ AppendParams p) {
+  const Page& page = p.page;
+  const int lane = threadIdx.x % 32;
+  const int64_t item = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / 32;
+  const int64_t token = item / page.num_kv_heads;
+  const int head = int(item % page.num_kv_heads);
+  if (token >= p.num_tokens) return;
+  const int64_t slot = p.slots[token];
+  if (slot < 0) return;
+  const int offset = int(slot % page.block_size);
+  uint8_t* run = page.base + slot / page.block_size * page.block_stride + head * page.head_stride;
+
+  float x[kWords];
+  load_vector(x, p.key, token, head, kWords);
+  const int row_bytes = page.head_size * 2;
+  copy_vector(run + offset * row_bytes, p.key, token, head, row_bytes);
+  copy_vector(run + page.v_offset + offset * row_bytes, p.value, token, head, row_bytes);
+
+  hadamard(x, page.head_size, p.norm);
+  const float t = outer_threshold(x, p.coding, page.head_size);
+  const int at = offset / kTile * kWords * kTile + offset % kTile;
+  float product = 0, squares = 0;
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) {
+    const int code = bucketize(x[w], t);
+    const float level = float(2 * code - 3);
+    product += x[w] * level;
+    squares += level * level;
+    const uint32_t hi = __ballot_sync(kFull, code >> 1), lo = __ballot_sync(kFull, code & 1);
+    if (lane == 0) {
+      reinterpret_cast<uint32_t*>(run + page.hi_offset)[at + w * kTile] = hi;
+      reinterpret_cast<uint32_t*>(run + page.lo_offset)[at + w * kTile] = lo;
+    }
+  }
+  float scale = warp_sum(product) / warp_sum(squares);
+  scale = scale == scale ? fminf(fmaxf(scale, -65504.0f), 65504.0f) : 0.0f;
+  if (lane == 0) reinterpret_cast<__half*>(run + page.scale_offset)[offset] = __float2half_rn(scale);
+}
+
+__global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant__ GatherParams p) {
+  const Page& page = p.page;
+  const int row = blockIdx.y, lane = threadIdx.x % 32;
+  const int length = p.context_lens[row];
+  int64_t start = 0;
+  for (int r = lane; r < row; r += 32) start += p.context_lens[r];
+#pragma unroll
+  for (int step = 16; step; step /= 2) start += __shfl_xor_sync(kFull, start, step);
+  const int row_bytes = page.head_size * 2;
+  const int64_t warps = int64_t(gridDim.x) * kThreads / 32, items = int64_t(length) * page.num_kv_heads;
+  for (int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / 32; i < items; i += warps) {
+    const int token = int(i / page.num_kv_heads), head = int(i % page.num_kv_heads);
+    const int block = token / page.block_size, offset = token % page.block_size;
+    const uint8_t* run = page.base + p.block_table[row * p.blocks_per_row + block] * page.block_stride +
+                         head * page.head_stride + offset * row_bytes;
+    auto to = [&](const Rows& rows) {
+      return static_cast<uint8_t*>(rows.data) + ((start + token) * rows.token_stride + head * rows.head_stride) * 2;
+    };
+    for (int b = lane * 4; b < row_bytes; b += 32 * 4) {
+      *reinterpret_cast<uint32_t*>(to(p.key) + b) = *reinterpret_cast<const uint32_t*>(run + b);
+      *reinterpret_cast<uint32_t*>(to(p.value) + b) = *reinterpret_cast<const uint32_t*>(run + page.v_offset + b);
+    }
+  }
+}
+
+}  // namespace
+
+void append(const AppendParams& p, void* stream) {
+  if (p.num_tokens == 0) return;
+  const int64_t warps = p.num_tokens * p.page.num_kv_heads;
+  const dim3 grid(unsigned((warps * 32 + kThreads - 1) / kThreads));
+  auto run = [&](auto kernel) { launch(kernel, grid, kThreads, 0, stream, false, "append", p); };
+  switch (p.page.words) {
+    case 2: return run(append_kernel<2>);
+    case 3: return run(append_kernel<3>);
+    case 4: return run(append_kernel<4>);
+    case 6: return run(append_kernel<6>);
+    case 8: return run(append_kernel<8>);
+  }
+}
+
+void gather(const GatherParams& p, void* stream) {
+  if (p.num_rows == 0) return;
+  launch(gather_kernel, dim3(2 * num_multiprocessors(), p.num_rows), kThreads, 0, stream, false, "gather", p);
+}
+
+}  // namespace adamas

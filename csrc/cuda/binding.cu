@@ -1,0 +1,196 @@
+// The functions that Python sees (backends/cuda/__init__.py checks shapes and fills the arguments).
+// tvm-ffi passes tensors by DLPack, so one library serves every CPython and PyTorch.
+#include <tvm/ffi/container/tensor.h>
+#include <tvm/ffi/error.h>
+#include <tvm/ffi/extra/c_env_api.h>
+#include <tvm/ffi/function.h>
+
+#include <cmath>
+#include <limits>
+
+#include "common.cuh"
+
+namespace adamas {
+namespace {
+
+using tvm::ffi::TensorView;
+
+void* stream_of(const TensorView& t) { return TVMFFIEnvGetStream(t.device().device_type, t.device().device_id); }
+
+Element element_of(const TensorView& t) {
+  const DLDataType type = t.dtype();
+  if (type.code == kDLFloat && type.bits == 16) return Element::f16;
+  if (type.code == kDLBfloat) return Element::bf16;
+  TVM_FFI_THROW(TypeError) << "expected a float16 or bfloat16 tensor";
+}
+
+Rows rows_of(const TensorView& t) {  // [tokens, heads, head_size], head_size contiguous
+  return Rows{t.data_ptr(), t.stride(0), t.stride(1), element_of(t)};
+}
+
+// runs: uint8 [num_blocks, num_kv_heads, run_bytes]; offsets: V, hi, lo and scale.
+Page page_of(const TensorView& runs, int64_t block_size, int64_t head_size, int64_t v_offset,
+             int64_t hi_offset, int64_t lo_offset, int64_t scale_offset, int64_t element) {
+  Page page{};
+  page.base = static_cast<uint8_t*>(runs.data_ptr());
+  page.block_stride = runs.stride(0);
+  page.head_stride = runs.stride(1);
+  page.block_size = int(block_size);
+  const int64_t quads = block_size / kQuad;
+  page.quad_magic = uint32_t(((1ll << 32) + quads - 1) / quads);
+  page.head_size = int(head_size);
+  page.words = int(head_size / kWord);
+  page.num_kv_heads = int(runs.size(1));
+  page.v_offset = v_offset;
+  page.hi_offset = hi_offset;
+  page.lo_offset = lo_offset;
+  page.scale_offset = scale_offset;
+  page.element = Element(element);
+  return page;
+}
+
+float hadamard_norm(int64_t head_size) { return float(std::pow(double(head_size & -head_size), -0.5)); }
+
+template <class T>
+T* pointer_of(const TensorView& t) {
+  return static_cast<T*>(t.data_ptr());
+}
+
+void append_op(TensorView key, TensorView value, TensorView slots, double threshold, bool relative,
+               TensorView runs, int64_t block_size, int64_t head_size, int64_t v_offset, int64_t hi_offset,
+               int64_t lo_offset, int64_t scale_offset, int64_t element) {
+  AppendParams p{};
+  p.page = page_of(runs, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element);
+  p.coding = Coding{float(threshold), relative};
+  p.key = rows_of(key);
+  p.value = rows_of(value);
+  p.slots = pointer_of<const int64_t>(slots);
+  p.num_tokens = slots.size(0);
+  p.norm = hadamard_norm(head_size);
+  append(p, stream_of(key));
+}
+
+void gather_op(TensorView key, TensorView value, TensorView block_table, TensorView context_lens,
+               TensorView runs, int64_t block_size, int64_t head_size, int64_t v_offset, int64_t hi_offset,
+               int64_t lo_offset, int64_t scale_offset, int64_t element) {
+  GatherParams p{};
+  p.page = page_of(runs, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element);
+  p.key = rows_of(key);
+  p.value = rows_of(value);
+  p.block_table = pointer_of<const int32_t>(block_table);
+  p.blocks_per_row = block_table.stride(0);
+  p.context_lens = pointer_of<const int32_t>(context_lens);
+  p.num_rows = int(context_lens.size(0));
+  gather(p, stream_of(key));
+}
+
+// What the head counts and the score decide.
+DecodeParams shape_of(int64_t num_rows, int64_t num_query_heads, int64_t num_kv_heads, int64_t head_size,
+                      bool dot, bool per_query_head, int64_t capacity) {
+  DecodeParams p{};
+  p.num_rows = int(num_rows);
+  p.num_query_heads = int(num_query_heads);
+  p.group = int(num_query_heads / num_kv_heads);
+  p.mode = dot ? Mode::dot : per_query_head ? Mode::manhattan : Mode::manhattan_sum;
+  p.per_query_head = per_query_head;
+  p.score_heads_per_kv = per_query_head ? p.group : 1;
+  p.head_quads = dot && !per_query_head ? 1 : (p.group + 3) / 4;
+  p.capacity = int(capacity);
+  p.page.head_size = int(head_size);
+  p.page.words = int(head_size / kWord);
+  p.page.num_kv_heads = int(num_kv_heads);
+  p.norm = hadamard_norm(head_size);
+  return p;
+}
+
+int64_t workspace_bytes_op(int64_t num_rows, int64_t num_query_heads, int64_t num_kv_heads, int64_t head_size,
+                           bool dot, bool per_query_head, int64_t capacity) {
+  DecodeParams p = shape_of(num_rows, num_query_heads, num_kv_heads, head_size, dot, per_query_head, capacity);
+  return workspace(p, nullptr);
+}
+
+DecodeParams decode_params(const TensorView& query, const TensorView& block_table, const TensorView& context_lens,
+                           const TensorView& work, int64_t max_context_len, int64_t capacity, bool dot,
+                           bool per_query_head, double threshold, bool relative, const Page& page) {
+  DecodeParams p = shape_of(context_lens.size(0), query.size(1), page.num_kv_heads, page.head_size, dot,
+                            per_query_head, capacity);
+  p.page = page;
+  p.coding = Coding{float(threshold), relative};
+  p.query = rows_of(query);
+  p.block_table = pointer_of<const int32_t>(block_table);
+  p.blocks_per_row = block_table.stride(0);
+  p.context_lens = pointer_of<const int32_t>(context_lens);
+  p.max_context_len = int(max_context_len);
+  if (workspace(p, pointer_of<uint8_t>(work)) > work.size(0))
+    TVM_FFI_THROW(ValueError) << "the workspace is too small";
+  return p;
+}
+
+// stages: bit 0 encode, bit 1 scan, bit 2 attend (the benchmark times them one by one).
+void decode_op(TensorView query, TensorView output, TensorView block_table, TensorView context_lens,
+               TensorView budgets, TensorView stats, TensorView work, int64_t max_context_len, int64_t capacity,
+               double softmax_scale, bool dot, bool per_query_head, int64_t num_sink_tokens,
+               int64_t recent_window, int64_t sliding_window, double threshold, bool relative, int64_t stages,
+               TensorView runs, int64_t block_size, int64_t head_size, int64_t v_offset, int64_t hi_offset,
+               int64_t lo_offset, int64_t scale_offset, int64_t element) {
+  DecodeParams p = decode_params(
+      query, block_table, context_lens, work, max_context_len, capacity, dot, per_query_head, threshold, relative,
+      page_of(runs, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element));
+  p.output = rows_of(output);
+  p.budgets = pointer_of<const int32_t>(budgets);
+  p.softmax_scale = float(softmax_scale * 1.4426950408889634);  // logits in base 2
+  p.num_sink_tokens = int(num_sink_tokens);
+  p.recent_window = int(recent_window);
+  p.sliding_window = int(sliding_window);
+  p.stats = pointer_of<int64_t>(stats);
+  if (p.num_rows == 0) return;
+  void* stream = stream_of(query);
+  if (stages & 1) encode(p, stream);
+  if (stages & 2) scan(p, stream);
+  if (stages & 4) attend(p, stream);
+}
+
+void scan_op(TensorView query, TensorView block_table, TensorView context_lens, TensorView scores, TensorView work,
+             bool dot, bool per_query_head, double threshold, bool relative, TensorView runs, int64_t block_size,
+             int64_t head_size, int64_t v_offset, int64_t hi_offset, int64_t lo_offset, int64_t scale_offset,
+             int64_t element) {
+  DecodeParams p = decode_params(
+      query, block_table, context_lens, work, scores.size(2), 1, dot, per_query_head, threshold, relative,
+      page_of(runs, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element));
+  p.scores = pointer_of<float>(scores);
+  p.scores_row_stride = scores.stride(0);
+  p.scores_head_stride = scores.stride(1);
+  if (p.num_rows == 0) return;
+  encode(p, stream_of(query));
+  scan(p, stream_of(query));
+}
+
+void select_op(TensorView scores, TensorView context_lens, TensorView budgets, TensorView tokens,
+               int64_t num_sink_tokens, int64_t recent_window) {
+  SelectParams p{};
+  p.scores = pointer_of<const float>(scores);
+  p.row_stride = scores.stride(0);
+  p.head_stride = scores.stride(1);
+  p.context_lens = pointer_of<const int32_t>(context_lens);
+  p.budgets = pointer_of<const int32_t>(budgets);
+  p.tokens = pointer_of<int32_t>(tokens);
+  p.tokens_row_stride = tokens.stride(0);
+  p.tokens_head_stride = tokens.stride(1);
+  p.num_rows = int(scores.size(0));
+  p.num_heads = int(scores.size(1));
+  p.max_context_len = int(scores.size(2));
+  p.most = int(tokens.size(2));
+  p.num_sink_tokens = int(num_sink_tokens);
+  p.recent_window = int(recent_window);
+  select(p, stream_of(scores));
+}
+
+}  // namespace
+}  // namespace adamas
+
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(append, adamas::append_op)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(gather, adamas::gather_op)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(scan, adamas::scan_op)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(select, adamas::select_op)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(decode, adamas::decode_op)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(workspace_bytes, adamas::workspace_bytes_op)

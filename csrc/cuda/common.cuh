@@ -1,0 +1,140 @@
+// Small helpers that every kernel uses.
+#pragma once
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "params.h"
+
+namespace adamas {
+
+constexpr unsigned kFull = 0xffffffffu;
+
+inline void check(cudaError_t status, const char* what) {
+  if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
+}
+
+inline int num_multiprocessors() {
+  static const int count = [] {
+    int device = 0, n = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device), "multiprocessor count");
+    return n;
+  }();
+  return count;
+}
+
+// With `overlap` the kernel may start before the one in front of it has finished; it calls
+// wait_for_previous() before it reads what that one wrote.
+template <class... Args>
+void launch(void (*kernel)(Args...), dim3 grid, int threads, int smem, void* stream, bool overlap,
+            const char* what, const Args&... args) {
+  if (smem > 48 * 1024)
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem), what);
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(threads);
+  config.dynamicSmemBytes = smem;
+  config.stream = static_cast<cudaStream_t>(stream);
+  cudaLaunchAttribute attribute{};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  config.attrs = &attribute;
+  config.numAttrs = overlap ? 1 : 0;
+  check(cudaLaunchKernelEx(&config, kernel, args...), what);
+}
+
+__device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" :::); }
+
+// Unsigned integers in the order of the floats; -0 and 0 are equal.
+__device__ __forceinline__ uint32_t order_key(float x) {
+  const uint32_t bits = __float_as_uint(x + 0.0f);
+  return bits ^ (uint32_t(int32_t(bits) >> 31) | 0x80000000u);
+}
+
+__device__ __forceinline__ float from_order_key(uint32_t key) {
+  return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
+}
+
+__device__ __forceinline__ uint4 load16(const void* p) { return __ldg(reinterpret_cast<const uint4*>(p)); }
+__device__ __forceinline__ uint2 load8(const void* p) { return __ldg(reinterpret_cast<const uint2*>(p)); }
+
+__device__ __forceinline__ float load_scalar(const void* data, int64_t i, Element element) {
+  switch (element) {
+    case Element::f32: return static_cast<const float*>(data)[i];
+    case Element::bf16: return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
+    default: return __half2float(static_cast<const __half*>(data)[i]);
+  }
+}
+
+__device__ __forceinline__ float warp_sum(float x) {
+#pragma unroll
+  for (int step = 16; step; step /= 2) x += __shfl_xor_sync(kFull, x, step);
+  return x;
+}
+
+__device__ __forceinline__ float warp_max(float x) {
+#pragma unroll
+  for (int step = 16; step; step /= 2) x = fmaxf(x, __shfl_xor_sync(kFull, x, step));
+  return x;
+}
+
+// The block of a token quad: quad / (block_size / 4), exact below 2^20 quads and blocks of 2^12 quads.
+__device__ __forceinline__ int block_of_quad(const Page& page, int quad) {
+  return int(__umulhi(uint32_t(quad), page.quad_magic));
+}
+
+// Whether a row selects tokens, and how many of the middle (between sinks and recent window).
+struct RowPlan {
+  int length, first;  // tokens [first, length) are visible
+  bool sparse;
+  int budget, middle, need;
+
+  __device__ RowPlan(const DecodeParams& p, int row) {
+    length = p.context_lens[row];
+    budget = p.budgets ? p.budgets[row] : 0;
+    sparse = p.scores || (budget < length && p.sliding_window == 0);
+    if (length <= 0) sparse = false;
+    first = p.sliding_window > 0 ? max(0, length - p.sliding_window) : 0;
+    middle = length - p.num_sink_tokens - p.recent_window;
+    need = max(0, budget - p.num_sink_tokens - p.recent_window);
+  }
+};
+
+// Exclusive prefix sums of the rows' work, in shared memory: cum[0..rows]. Every warp calls it with
+// the same arguments; the first warp works.
+template <class Work>
+__device__ void prefix_rows(int64_t* cum, int rows, Work work) {
+  const int lane = threadIdx.x % 32;
+  if (threadIdx.x < 32) {
+    int64_t total = 0;
+    for (int base = 0; base < rows; base += 32) {
+      int64_t own = base + lane < rows ? work(base + lane) : 0, sum = own;
+#pragma unroll
+      for (int step = 1; step < 32; step *= 2) {
+        const int64_t other = __shfl_up_sync(kFull, sum, step);
+        if (lane >= step) sum += other;
+      }
+      if (base + lane < rows) cum[base + lane] = total + sum - own;
+      total += __shfl_sync(kFull, sum, 31);
+    }
+    if (lane == 0) cum[rows] = total;
+  }
+  __syncthreads();
+}
+
+// The row that holds item `at`: the last one with cum[row] <= at.
+__device__ __forceinline__ int find_row(const int64_t* cum, int rows, int64_t at) {
+  int low = 0, high = rows;
+  while (high - low > 1) {
+    const int mid = (low + high) / 2;
+    (cum[mid] <= at ? low : high) = mid;
+  }
+  return low;
+}
+
+}  // namespace adamas

@@ -1,0 +1,301 @@
+// attend: from candidates to the output. Blocks in front: one per (row, token set), which selects
+// and attends. Blocks behind: workers that share the tokens of the dense rows; the last worker of a
+// (row, KV head) merges.
+#pragma once
+#include "attend.cuh"
+#include "scan.cuh"
+#include "select.cuh"
+
+namespace adamas {
+
+constexpr int kChunk = 16;  // tokens of one step of a warp
+constexpr int kBinWords = kBins + 32;
+
+// The candidates do not hold the k best (the sample misled the pivot): scores are computed again, once
+// per pass of the radix selection. Any score distribution ends here at worst, and it is exact.
+template <int kAttendThreads, int kChunks, Mode kMode>
+__device__ __noinline__ void select_from_scan(const DecodeParams& p, int row, int kv_head, int head,
+                                              const RowPlan& plan, uint32_t* bins, uint32_t* bitmap) {
+  constexpr int kAttendWarps = kAttendThreads / 32;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t group = int64_t(row) * p.page.num_kv_heads + kv_head;
+  const int quad = head / 4;
+  constexpr int kQuadWords = query_planes(kMode) * kChunks * 32;
+  QueryFragments<kChunks, kMode, 1> query;
+  query.load(p.work.planes + (group * p.head_quads + quad) * kQuadWords,
+             p.work.bias + (group * p.head_quads + quad) * 4,
+             kMode == Mode::manhattan_sum ? p.head_quads : 1);
+  const int bits = token_bits(plan.length);
+  const int all = (plan.length + 31) / 32;
+  const int steps = (all - warp + kAttendWarps - 1) / kAttendWarps;
+  auto each = [&](auto visit) {
+    scan_quads<kChunks, kMode, 1>(
+        p.page, kv_head, p.block_table + row * p.blocks_per_row, plan.length, query, max(steps, 0),
+        [&](int step) { return (warp + step * kAttendWarps) * 8 + lane / 4; }, [] {},
+        [&](int, int token, int, const float(&score)[4]) {
+          if (lane % 4 != head % 4) return;
+#pragma unroll
+          for (int i = 0; i < 4; ++i)
+            if (uint32_t(token + i - p.num_sink_tokens) < uint32_t(plan.middle))
+              visit(ranked(order_key(score[i]), token + i, bits));
+        });
+    __syncwarp();
+  };
+  const Threshold best = block_threshold<kAttendThreads>(bins, 32 + bits, plan.need, each);
+  const uint64_t mask = (1ull << bits) - 1;
+  each([&](uint64_t v) {
+    if (v >= best.value) atomicOr(&bitmap[(v & mask) / 32], 1u << (v & mask) % 32);
+  });
+}
+
+template <int D, class T, int kTiles, int kAttendThreads>
+struct Attend {
+  static constexpr int kAttendWarps = kAttendThreads / 32;
+  using Softmax = Attention<D, T, kTiles>;
+  static constexpr int kRowBytes = D * int(sizeof(T));
+  static constexpr int kWordChunks = D <= 128 ? 1 : 2;
+  static constexpr int kStateFloats = Softmax::kFloats * 32;
+
+  static int shared_bytes(const DecodeParams& p) {
+    const int list = p.capacity * 8, merge = kAttendWarps / 2 * kStateFloats * 4;
+    const int bitmap = (p.max_context_len + 31) / 32 * 4, rows = (p.num_rows + 1) * 8;
+    const int front = kBinWords * 4 + (list > merge ? list : merge) + bitmap, back = rows + 16 + merge;
+    return front > back ? front : back;
+  }
+
+  static __device__ const T* query_of(const DecodeParams& p, int row, int head) {
+    return static_cast<const T*>(p.query.data) + row * p.query.token_stride + head * p.query.head_stride;
+  }
+  static __device__ T* output_of(const DecodeParams& p, int row, int head) {
+    return static_cast<T*>(p.output.data) + row * p.output.token_stride + head * p.output.head_stride;
+  }
+
+  // One token set of one row.
+  static __device__ void sparse(const DecodeParams& p, int set, uint8_t* memory) {
+    const int sets_per_row = p.score_heads_per_kv * p.page.num_kv_heads;
+    const int row = set / sets_per_row, kv_head = set % sets_per_row / p.score_heads_per_kv;
+    const int score_head = set % p.score_heads_per_kv;
+    const int heads = p.per_query_head ? 1 : p.group;
+    const int first_head = kv_head * p.group + (p.per_query_head ? score_head : 0);
+    const int warp = threadIdx.x / 32;
+    const RowPlan plan(p, row);
+    if (plan.length <= 0) {
+      for (int h = 0; h < heads; ++h)
+        for (int i = threadIdx.x; i < D; i += kAttendThreads) output_of(p, row, first_head + h)[i] = T(0.0f);
+      return;
+    }
+    if (!plan.sparse) return;
+
+    uint32_t* bins = reinterpret_cast<uint32_t*>(memory);
+    uint8_t* list = memory + kBinWords * 4;
+    const int list_bytes = max(p.capacity * 8, kAttendWarps / 2 * kStateFloats * 4);
+    uint32_t* bitmap = reinterpret_cast<uint32_t*>(list + list_bytes);
+    const int words = (plan.length + 31) / 32;
+    for (int w = threadIdx.x; w < words; w += kAttendThreads)
+      bitmap[w] = range_bits(w, 0, p.num_sink_tokens) | range_bits(w, plan.length - p.recent_window, plan.length);
+
+    wait_for_previous();
+    if (plan.need > 0) {
+      const uint32_t count = p.work.count[set];
+      if (count >= uint32_t(plan.need) && count <= uint32_t(p.capacity))
+        from_candidates(p, set, plan, int(count), bins, reinterpret_cast<uint2*>(list), bitmap);
+      else
+        from_scan(p, row, kv_head, score_head, plan, bins, bitmap);
+    }
+    __syncthreads();
+
+    Softmax softmax;
+    softmax.load_query(query_of(p, row, first_head), p.query.head_stride, heads);
+    softmax.reset();
+    // Addresses of the selected tokens in ascending order, as many at a time as the list holds.
+    int64_t* offsets = reinterpret_cast<int64_t*>(list);
+    const int32_t* blocks = p.block_table + row * p.blocks_per_row;
+    const uint8_t* base = p.page.base + kv_head * p.page.head_stride;
+    for (int round = 0;; round += p.capacity) {
+      const int total = each_set_bit<kAttendThreads>(bitmap, words, bins, [&](int rank, int token) {
+        if (uint32_t(rank - round) < uint32_t(p.capacity)) {
+          const int block = block_of_quad(p.page, token / kQuad);
+          offsets[rank - round] =
+              __ldg(blocks + block) * p.page.block_stride + (token - block * p.page.block_size) * kRowBytes;
+        }
+      });
+      __syncthreads();
+      const int here = min(total - round, p.capacity);
+      for (int chunk = warp * kChunk; chunk < here; chunk += kAttendWarps * kChunk)
+        softmax.step([&](int slot) { return base + offsets[min(chunk + slot, here - 1)]; }, p.page.v_offset, 0,
+                     here - chunk, p.softmax_scale);
+      if (round + p.capacity >= total) break;
+      __syncthreads();
+    }
+    softmax.finish();
+    softmax.template merge_warps<kAttendWarps>(reinterpret_cast<float*>(list));
+    if (warp == 0) softmax.write(output_of(p, row, first_head), p.output.head_stride, heads);
+  }
+
+  static __device__ void from_candidates(const DecodeParams& p, int set, const RowPlan& plan, int count,
+                                         uint32_t* bins, uint2* list, uint32_t* bitmap) {
+    const uint2* from = p.work.candidates + int64_t(set) * p.capacity;
+    uint32_t low = kFull, high = 0;
+    constexpr int kAhead = 4;
+    for (int base = threadIdx.x; base < count; base += kAhead * kAttendThreads) {
+      uint2 entry[kAhead];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i)
+        if (base + i * kAttendThreads < count) entry[i] = from[base + i * kAttendThreads];
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (base + i * kAttendThreads >= count) break;
+        const uint32_t key = order_key(__uint_as_float(entry[i].x));
+        list[base + i * kAttendThreads] = make_uint2(key, entry[i].y);
+        low = min(low, key);
+        high = max(high, key);
+      }
+    }
+    low = __reduce_min_sync(kFull, low);
+    high = __reduce_max_sync(kFull, high);
+    if (threadIdx.x % 32 == 0) {
+      bins[threadIdx.x / 32] = low;
+      bins[kAttendWarps + threadIdx.x / 32] = high;
+    }
+    __syncthreads();
+#pragma unroll
+    for (int w = 0; w < kAttendWarps; ++w) {
+      low = min(low, bins[w]);
+      high = max(high, bins[kAttendWarps + w]);
+    }
+    __syncthreads();
+    const int bits = token_bits(plan.length);
+    auto each = [&](auto visit) {
+      for (int i = threadIdx.x; i < count; i += kAttendThreads) visit(ranked(list[i].x - low, list[i].y, bits));
+    };
+    uint64_t threshold = 0;
+    if (count > plan.need)
+      threshold = block_threshold<kAttendThreads>(bins, 32 - __clz(high - low) + bits, plan.need, each).value;
+    const uint64_t mask = (1ull << bits) - 1;
+    each([&](uint64_t v) {
+      if (v >= threshold) atomicOr(&bitmap[(v & mask) / 32], 1u << (v & mask) % 32);
+    });
+  }
+
+  static __device__ void from_scan(const DecodeParams& p, int row, int kv_head, int score_head,
+                                   const RowPlan& plan, uint32_t* bins, uint32_t* bitmap) {
+    switch (p.mode) {
+      case Mode::dot:
+        return select_from_scan<kAttendThreads, kWordChunks, Mode::dot>(p, row, kv_head, score_head, plan, bins, bitmap);
+      case Mode::manhattan:
+        return select_from_scan<kAttendThreads, kWordChunks, Mode::manhattan>(p, row, kv_head, score_head, plan, bins, bitmap);
+      default:
+        return select_from_scan<kAttendThreads, kWordChunks, Mode::manhattan_sum>(p, row, kv_head, 0, plan, bins, bitmap);
+    }
+  }
+
+  // An equal run of the chunks of all dense rows.
+  static __device__ void dense(const DecodeParams& p, int worker, uint8_t* memory) {
+    int64_t* cum = reinterpret_cast<int64_t*>(memory);
+    int* last = reinterpret_cast<int*>(cum + p.num_rows + 1);
+    float* buffer = reinterpret_cast<float*>(memory + ((p.num_rows + 1) * 8 + 31) / 16 * 16);
+    const int warp = threadIdx.x / 32, kv_heads = p.page.num_kv_heads;
+    auto row_chunks = [&](const RowPlan& plan) {
+      return plan.sparse || plan.length <= 0 ? 0 : (plan.length + kChunk - 1) / kChunk - plan.first / kChunk;
+    };
+    prefix_rows(cum, p.num_rows, [&](int row) { return int64_t(row_chunks(RowPlan(p, row))) * kv_heads; });
+    // No more workers than chunks, so that each of them has one at least.
+    const int64_t total = cum[p.num_rows], workers = min(int64_t(p.dense_workers), total);
+    if (worker >= workers) return;
+    int64_t at = total * worker / workers;
+    const int64_t end = total * (worker + 1) / workers;
+    wait_for_previous();
+    while (at < end) {
+      const int row = find_row(cum, p.num_rows, at);
+      const RowPlan plan(p, row);
+      const int chunks = row_chunks(plan);
+      const int64_t in_row = at - cum[row];
+      const int kv_head = int(in_row / chunks), first = int(in_row % chunks);
+      const int count = int(min(end - at, int64_t(chunks - first)));
+      const int64_t group = int64_t(row) * kv_heads + kv_head;
+
+      Softmax softmax;
+      softmax.load_query(query_of(p, row, kv_head * p.group), p.query.head_stride, p.group);
+      softmax.reset();
+      const int32_t* blocks = p.block_table + row * p.blocks_per_row;
+      const uint8_t* base = p.page.base + kv_head * p.page.head_stride;
+      for (int i = warp; i < count; i += kAttendWarps) {
+        const int token = (plan.first / kChunk + first + i) * kChunk;
+        const int block = block_of_quad(p.page, token / kQuad);
+        const uint8_t* run = base + __ldg(blocks + block) * p.page.block_stride +
+                             (token - block * p.page.block_size) * kRowBytes;
+        const int last_slot = min(kChunk, plan.length - token) - 1, begin = max(plan.first - token, 0);
+        softmax.step([&](int slot) { return run + min(max(slot, begin), last_slot) * kRowBytes; },
+                     p.page.v_offset, begin, last_slot + 1, p.softmax_scale);
+      }
+      softmax.finish();
+      softmax.template merge_warps<kAttendWarps>(buffer);
+      if (count == chunks) {
+        if (warp == 0) softmax.write(output_of(p, row, kv_head * p.group), p.output.head_stride, p.group);
+      } else {
+        // Workers [low, high] share this (row, KV head).
+        const int64_t start = at - first;
+        const int low = int(((start + 1) * workers + total - 1) / total) - 1;
+        const int high = int(((start + chunks) * workers + total - 1) / total) - 1;
+        if (warp == 0) {
+          softmax.store(p.work.partials + (worker + group) * kStateFloats);
+          __threadfence();
+          __syncwarp();
+          if (threadIdx.x == 0) *last = atomicAdd(p.work.arrived + group, 1u) == uint32_t(high - low);
+        }
+        __syncthreads();
+        if (*last) {
+          __threadfence();
+          softmax.reset();
+          for (int w = low + warp; w <= high; w += kAttendWarps)
+            softmax.merge(p.work.partials + (w + group) * kStateFloats);
+          softmax.template merge_warps<kAttendWarps>(buffer);
+          if (warp == 0) softmax.write(output_of(p, row, kv_head * p.group), p.output.head_stride, p.group);
+        }
+      }
+      __syncthreads();
+      at += count;
+    }
+  }
+};
+
+template <int D, class T, int kTiles, int kThreads>
+__global__ void __launch_bounds__(kThreads, D <= 128 && kTiles == 1 ? 512 / kThreads : 1)
+    attend_kernel(const __grid_constant__ DecodeParams p, int sets) {
+  extern __shared__ __align__(16) uint8_t attend_memory[];
+  using Body = Attend<D, T, kTiles, kThreads>;
+  if (int(blockIdx.x) < sets) Body::sparse(p, blockIdx.x, attend_memory);
+  else Body::dense(p, blockIdx.x - sets, attend_memory);
+}
+
+// Few token sets get large blocks, many sets small ones that overlap selecting with attending.
+template <int D>
+void attend_head_size(const DecodeParams& p, void* stream) {
+  const int sets = p.num_rows * p.score_heads_per_kv * p.page.num_kv_heads;
+  auto run = [&](auto element, auto tiles, auto threads) {
+    using T = decltype(element);
+    constexpr int kTiles = decltype(tiles)::value, kThreads = decltype(threads)::value;
+    launch(attend_kernel<D, T, kTiles, kThreads>, dim3(sets + p.dense_workers), kThreads,
+           Attend<D, T, kTiles, kThreads>::shared_bytes(p), stream, true, "attend", p, sets);
+  };
+  auto by_threads = [&](auto element) {
+    using std::integral_constant;
+    if (p.group > 8) return run(element, integral_constant<int, 2>(), integral_constant<int, 256>());
+    if constexpr (D <= 128) {
+      const int processors = num_multiprocessors();
+      if (sets <= processors) return run(element, integral_constant<int, 1>(), integral_constant<int, 512>());
+      if (sets > 2 * processors) return run(element, integral_constant<int, 1>(), integral_constant<int, 128>());
+    }
+    run(element, integral_constant<int, 1>(), integral_constant<int, 256>());
+  };
+  if (p.page.element == Element::bf16) by_threads(__nv_bfloat16());
+  else by_threads(__half());
+}
+
+extern template void attend_head_size<64>(const DecodeParams&, void*);
+extern template void attend_head_size<96>(const DecodeParams&, void*);
+extern template void attend_head_size<128>(const DecodeParams&, void*);
+extern template void attend_head_size<192>(const DecodeParams&, void*);
+extern template void attend_head_size<256>(const DecodeParams&, void*);
+
+}  // namespace adamas

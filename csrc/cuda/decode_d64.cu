@@ -1,0 +1,7 @@
+#include "decode.cuh"
+
+namespace adamas {
+
+template void attend_head_size<64>(const DecodeParams&, void*);
+
+}  // namespace adamas

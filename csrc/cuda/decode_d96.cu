@@ -1,0 +1,7 @@
+#include "decode.cuh"
+
+namespace adamas {
+
+template void attend_head_size<96>(const DecodeParams&, void*);
+
+}  // namespace adamas

@@ -1,0 +1,124 @@
+// Parameters of the CUDA kernels, filled once per call on the host side (binding.cu).
+#pragma once
+#include <cstdint>
+
+namespace adamas {
+
+// A tile is 16 tokens: uint32 [D/32 words][16 tokens] per signature plane (vllm_adamas/layout.py).
+constexpr int kTile = 16;
+constexpr int kWord = 32;
+constexpr int kMaxWords = 8;
+// Bits of the query in the dot score: two's complement planes, the last one negative.
+constexpr int kQueryBits = 4;
+constexpr int kQueryMax = (1 << (kQueryBits - 1)) - 1;
+// A thread scores four neighbouring tokens (a token quad) for one head of four (a head quad): that
+// is how the fragments of the binary tensor core fall.
+constexpr int kQuad = 4;
+constexpr int kMaxHeadQuads = 4;
+// Planes of an encoded query: 4 bits (dot) or 3 thermometer planes (manhattan).
+constexpr int kMaxQueryPlanes = 3;
+
+enum class Element : int { f32, bf16, f16, e4m3, e5m2 };
+
+// dot; manhattan per query head; manhattan summed over the query heads of a KV head.
+enum class Mode : int { dot, manhattan, manhattan_sum };
+
+// One layer's pages; offsets are bytes inside a (block, KV head) run.
+struct Page {
+  uint8_t* base;
+  int64_t block_stride, head_stride;  // bytes
+  int block_size;
+  uint32_t quad_magic;  // ceil(2^32 / token quads of a block)
+  int head_size, words, num_kv_heads;
+  int64_t v_offset, hi_offset, lo_offset, scale_offset;
+  Element element;
+  float k_scale, v_scale;  // fp8 to real
+};
+
+struct Coding {
+  float threshold;
+  bool relative;  // in units of the vector's RMS
+};
+
+// A dense [tokens, heads, head_size] tensor; strides in elements.
+struct Rows {
+  void* data;
+  int64_t token_stride, head_stride;
+  Element element;
+};
+
+struct AppendParams {
+  Page page;
+  Coding coding;
+  Rows key, value;
+  const int64_t* slots;
+  int64_t num_tokens;
+  float norm;  // of the Hadamard transform
+};
+
+struct GatherParams {
+  Page page;
+  Rows key, value;
+  const int32_t* block_table;
+  int64_t blocks_per_row;
+  const int32_t* context_lens;
+  int num_rows;
+};
+
+// What encode leaves for scan, scan for attend. `set` is row * score_heads + score head, `group` is
+// row * num_kv_heads + KV head.
+struct Workspace {
+  uint32_t* planes;       // [group][head quad][plane][chunk of 4 words][32 lanes] query planes
+  int32_t* bias;          // [group][head quad][4] integer constant of a head's score
+  float* pivot_score;     // [set] tokens below (score, token) are no candidates
+  int32_t* pivot_token;   // [set]
+  uint32_t* count;        // [set] candidates found, may exceed the capacity
+  uint2* candidates;      // [set][capacity] score (float), token
+  uint32_t* arrived;      // [group] dense workers that have finished
+  float* partials;        // [dense worker + group] softmax partials of dense rows
+};
+
+struct DecodeParams {
+  Page page;
+  Coding coding;
+  Rows query, output;
+  const int32_t* block_table;  // [rows, blocks_per_row]
+  int64_t blocks_per_row;
+  const int32_t* context_lens;  // [rows]
+  const int32_t* budgets;       // [rows]
+  int num_rows, num_query_heads, group, score_heads_per_kv, head_quads;
+  int max_context_len;
+  float softmax_scale, norm;
+  Mode mode;
+  bool per_query_head;
+  int num_sink_tokens, recent_window, sliding_window;
+  int capacity;  // candidates per set
+  int dense_workers;
+  int64_t* stats;  // sparse rows, dense rows, context tokens, attended tokens (over query heads)
+  // scan alone: every score, no candidates
+  float* scores;
+  int64_t scores_row_stride, scores_head_stride;
+  Workspace work;
+};
+
+struct SelectParams {
+  const float* scores;  // [rows, heads, max_context_len]
+  int64_t row_stride, head_stride;
+  const int32_t* context_lens;
+  const int32_t* budgets;
+  int32_t* tokens;  // [rows, heads, most], filled with -1
+  int64_t tokens_row_stride, tokens_head_stride;
+  int num_rows, num_heads, max_context_len, most;
+  int num_sink_tokens, recent_window;
+};
+
+void append(const AppendParams& p, void* stream);
+void gather(const GatherParams& p, void* stream);
+void encode(const DecodeParams& p, void* stream);
+void scan(const DecodeParams& p, void* stream);
+void select(const SelectParams& p, void* stream);
+void attend(const DecodeParams& p, void* stream);
+int64_t workspace(DecodeParams& p, uint8_t* base);  // lays the workspace out; returns its bytes
+void decode(const DecodeParams& p, void* stream);
+
+}  // namespace adamas

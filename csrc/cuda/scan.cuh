@@ -1,0 +1,243 @@
+// Scores of tokens from their signatures, on the binary tensor cores; one warp works alone.
+//
+// An instruction multiplies (AND, population count) 16 tokens x 128 or 256 bits with 8 columns. With
+// head quads of four heads a lane (row = lane / 4, c = lane % 4) ends up with the whole score of head
+// c for its own four tokens, without any exchange between lanes:
+//
+//   dot        q.level = sum_b w_b * (4 popc(hi & q_b) + 2 popc(lo & q_b)) - 3 sum(q), w = 1 2 4 -8.
+//              Columns 2c and 2c+1 of two instructions hold the planes q_0 .. q_3 of head c. The hi
+//              plane goes in twice, so that the accumulator is 2 popc(hi & q_b) + popc(lo & q_b).
+//   manhattan  |a - b|_1 = |a|_1 + |b|_1 - 2 popc(a AND b) over the thermometer planes hi|lo, hi,
+//              hi&lo. Column 2c holds head c, column 2c+1 all ones, which yields |a|_1.
+//
+// A 16-byte load brings one word of four tokens, so a lane's own quad of tokens is what it loads.
+#pragma once
+#include "common.cuh"
+
+namespace adamas {
+
+__device__ __forceinline__ void mma128(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a0), "r"(a1), "r"(b));
+}
+
+__device__ __forceinline__ void mma256(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
+                                       uint32_t b0, uint32_t b1) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
+      "{%0,%1,%2,%3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+}
+
+constexpr int query_planes(Mode mode) { return mode == Mode::dot ? 2 : 3; }
+
+// The encoded queries of one (row, KV head) as this lane's fragments.
+template <int kChunks, Mode kMode, int kQuads>
+struct QueryFragments {
+  static constexpr int kPlanes = query_planes(kMode);
+  uint32_t plane[kQuads][kPlanes][kChunks];
+  int bias[kQuads];
+  const uint32_t* more = nullptr;  // manhattan_sum: fragments of the head quads after the first
+  int num_more = 0;
+
+  // planes: [head quad][plane][chunk][32 lanes]; biases: [head quad][4]
+  __device__ void load(const uint32_t* planes, const int32_t* biases, int head_quads) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) {
+#pragma unroll
+      for (int i = 0; i < kPlanes; ++i)
+#pragma unroll
+        for (int k = 0; k < kChunks; ++k)
+          plane[q][i][k] = q < head_quads ? planes[((q * kPlanes + i) * kChunks + k) * 32 + lane] : 0;
+      bias[q] = q < head_quads ? biases[q * 4 + lane % 4] : 0;
+    }
+    if (kMode == Mode::manhattan_sum) {
+      more = planes + kPlanes * kChunks * 32 + lane;
+      num_more = head_quads - 1;
+    }
+  }
+};
+
+// Signature words of one quad of tokens: word c (and c + 4) of both planes, and the four scales.
+template <int kChunks, Mode kMode>
+struct Signatures {
+  uint4 hi[kChunks], lo[kChunks];
+  uint2 scale;
+
+  __device__ void load(const Page& page, const uint8_t* run, int quad_in_block, bool valid) {
+    const int c = threadIdx.x % 4;
+    const int tile = quad_in_block / 4;
+    const uint8_t* at = run + (tile * page.words + c) * (kTile * 4) + (quad_in_block % 4) * 16;
+#pragma unroll
+    for (int k = 0; k < kChunks; ++k) {
+      const bool here = valid && c + 4 * k < page.words;
+      hi[k] = here ? load16(at + page.hi_offset + k * 4 * kTile * 4) : uint4{};
+      lo[k] = here ? load16(at + page.lo_offset + k * 4 * kTile * 4) : uint4{};
+    }
+    if (kMode == Mode::dot)
+      scale = valid ? load8(run + page.scale_offset + quad_in_block * 8) : uint2{};
+  }
+};
+
+template <int kChunks, Mode kMode, int kQuads>
+__device__ __forceinline__ void score_quad(const QueryFragments<kChunks, kMode, kQuads>& query,
+                                           const Signatures<kChunks, kMode>& s, int q, float (&score)[4]) {
+  uint32_t hi[kChunks][4], lo[kChunks][4];
+#pragma unroll
+  for (int k = 0; k < kChunks; ++k) {
+    hi[k][0] = s.hi[k].x, hi[k][1] = s.hi[k].y, hi[k][2] = s.hi[k].z, hi[k][3] = s.hi[k].w;
+    lo[k][0] = s.lo[k].x, lo[k][1] = s.lo[k].y, lo[k][2] = s.lo[k].z, lo[k][3] = s.lo[k].w;
+  }
+  int value[4];
+  if constexpr (kMode == Mode::dot) {
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      int low[4] = {0, 0, 0, 0}, high[4] = {0, 0, 0, 0};
+#pragma unroll
+      for (int k = 0; k < kChunks; ++k) {
+        const uint32_t h0 = hi[k][2 * pair], h1 = hi[k][2 * pair + 1];
+        const uint32_t l0 = lo[k][2 * pair], l1 = lo[k][2 * pair + 1];
+        const uint32_t b0 = query.plane[q][0][k], b1 = query.plane[q][1][k];
+        mma256(low, h0, h1, l0, l1, b0, b0);
+        mma256(high, h0, h1, l0, l1, b1, b1);
+        mma128(low, h0, h1, b0);
+        mma128(high, h0, h1, b1);
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i)
+        value[2 * pair + i] =
+            2 * (low[2 * i] + 2 * low[2 * i + 1] + 4 * high[2 * i] - 8 * high[2 * i + 1]) - query.bias[q];
+    }
+    const float2 s01 = __half22float2(*reinterpret_cast<const __half2*>(&s.scale.x));
+    const float2 s23 = __half22float2(*reinterpret_cast<const __half2*>(&s.scale.y));
+    score[0] = __fmul_rn(float(value[0]), s01.x);
+    score[1] = __fmul_rn(float(value[1]), s01.y);
+    score[2] = __fmul_rn(float(value[2]), s23.x);
+    score[3] = __fmul_rn(float(value[3]), s23.y);
+  } else {
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      int sum[4] = {0, 0, 0, 0};
+      uint32_t any[kChunks][2], both[kChunks][2];
+#pragma unroll
+      for (int k = 0; k < kChunks; ++k)
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          any[k][i] = hi[k][2 * pair + i] | lo[k][2 * pair + i];
+          both[k][i] = hi[k][2 * pair + i] & lo[k][2 * pair + i];
+        }
+#pragma unroll
+      for (int k = 0; k < kChunks; ++k) {
+        const uint32_t(&b)[3][kChunks] = query.plane[q];
+        mma256(sum, any[k][0], any[k][1], hi[k][2 * pair], hi[k][2 * pair + 1], b[0][k], b[1][k]);
+        mma128(sum, both[k][0], both[k][1], b[2][k]);
+      }
+      int norm[2] = {sum[1], sum[3]};
+      if constexpr (kMode == Mode::manhattan_sum) {
+        for (int m = 0; m < query.num_more; ++m) {
+          int extra[4] = {0, 0, 0, 0};
+          const uint32_t* from = query.more + m * 3 * kChunks * 32;
+#pragma unroll
+          for (int k = 0; k < kChunks; ++k) {
+            const uint32_t b0 = from[k * 32], b1 = from[(kChunks + k) * 32], b2 = from[(2 * kChunks + k) * 32];
+            mma256(extra, any[k][0], any[k][1], hi[k][2 * pair], hi[k][2 * pair + 1], b0, b1);
+            mma128(extra, both[k][0], both[k][1], b2);
+          }
+          sum[0] += extra[0];
+          sum[2] += extra[2];
+        }
+#pragma unroll
+        for (int i = 0; i < 2; ++i) {
+          int x = 2 * sum[2 * i];
+          x += __shfl_xor_sync(kFull, x, 1);
+          x += __shfl_xor_sync(kFull, x, 2);
+          // The bias carries the group's size in its low bits: bias = |b| summed * 32 + heads.
+          value[2 * pair + i] = x - (query.bias[q] & 31) * norm[i] - (query.bias[q] >> 5);
+        }
+      } else {
+#pragma unroll
+        for (int i = 0; i < 2; ++i) value[2 * pair + i] = 2 * sum[2 * i] - norm[i] - query.bias[q];
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < 4; ++i) score[i] = float(value[i]);
+  }
+}
+
+// What one warp scans: `steps` steps of 8 token quads (32 tokens) of one (row, KV head).
+//   quad_of(step)  this lane's token quad
+//   ready()        called once the first loads are on their way, before the first score
+//   sink(step, first token, head quad, scores of four tokens for head lane % 4)
+template <int kChunks, Mode kMode, int kQuads, class QuadOf, class Ready, class Sink>
+__device__ __forceinline__ void scan_quads(const Page& page, int kv_head, const int32_t* blocks, int length,
+                                           const QueryFragments<kChunks, kMode, kQuads>& query, int steps,
+                                           QuadOf quad_of, Ready ready, Sink sink) {
+  constexpr int kDepth = kChunks == 1 ? 4 : 2;
+  const uint8_t* base = page.base + kv_head * page.head_stride;
+  const int quads = (length + kQuad - 1) / kQuad;
+  const int quads_per_block = page.block_size / kQuad;
+  auto block_of = [&](int quad) { return block_of_quad(page, quad); };
+  int block[kDepth];
+  Signatures<kChunks, kMode> data[kDepth];
+  auto fetch_block = [&](int step) {
+    const int quad = step < steps ? quad_of(step) : quads;
+    return quad < quads ? __ldg(blocks + block_of(quad)) : -1;
+  };
+  auto fetch = [&](Signatures<kChunks, kMode>& to, int step, int block) {
+    const int quad = step < steps ? quad_of(step) : 0;
+    to.load(page, base + block * page.block_stride, quad - block_of(quad) * quads_per_block, block >= 0);
+  };
+#pragma unroll
+  for (int i = 0; i < kDepth; ++i) block[i] = fetch_block(i);
+#pragma unroll
+  for (int i = 0; i < kDepth; ++i) {
+    fetch(data[i], i, block[i]);
+    block[i] = fetch_block(kDepth + i);
+  }
+  ready();
+  for (int step = 0; step < steps; step += kDepth) {
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i) {
+      if (step + i < steps) {
+        const int token = quad_of(step + i) * kQuad;
+#pragma unroll
+        for (int q = 0; q < kQuads; ++q) {
+          float score[4];
+          score_quad(query, data[i], q, score);
+          sink(step + i, token, q, score);
+        }
+      }
+      fetch(data[i], step + i + kDepth, block[i]);
+      block[i] = fetch_block(step + i + 2 * kDepth);
+    }
+  }
+}
+
+// Calls a kernel launcher with the template arguments that the parameters ask for.
+template <class Launch>
+void with_scan_types(const DecodeParams& p, Launch launch_it) {
+  auto by_quads = [&](auto chunks, auto mode) {
+    using std::integral_constant;
+    if (mode() == Mode::manhattan_sum || p.head_quads == 1)
+      return launch_it(chunks, mode, integral_constant<int, 1>());
+    if constexpr (decltype(mode)::value != Mode::manhattan_sum) {
+      if (p.head_quads == 2) return launch_it(chunks, mode, integral_constant<int, 2>());
+      return launch_it(chunks, mode, integral_constant<int, 4>());
+    }
+  };
+  auto by_mode = [&](auto chunks) {
+    switch (p.mode) {
+      case Mode::dot: return by_quads(chunks, std::integral_constant<Mode, Mode::dot>());
+      case Mode::manhattan: return by_quads(chunks, std::integral_constant<Mode, Mode::manhattan>());
+      default: return by_quads(chunks, std::integral_constant<Mode, Mode::manhattan_sum>());
+    }
+  };
+  if (p.page.words <= 4) return by_mode(std::integral_constant<int, 1>());
+  return by_mode(std::integral_constant<int, 2>());
+}
+
+}  // namespace adamas

@@ -1,0 +1,50 @@
+// select: the exact top-k of given scores, ascending; one block per (row, head).
+#include "select.cuh"
+
+namespace adamas {
+namespace {
+
+constexpr int kThreads = 256;
+
+__global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant__ SelectParams p) {
+  extern __shared__ __align__(16) uint32_t memory[];
+  uint32_t* bins = memory;
+  uint32_t* bitmap = memory + kBins + 32;
+  const int row = blockIdx.y, head = blockIdx.x;
+  const int length = p.context_lens[row], budget = min(p.budgets[row], length);
+  if (length <= 0) return;
+  const bool all = budget >= length;
+  const int first = all ? length : p.num_sink_tokens, last = all ? length : length - p.recent_window;
+  const int words = (length + 31) / 32;
+  for (int w = threadIdx.x; w < words; w += kThreads)
+    bitmap[w] = range_bits(w, 0, first) | range_bits(w, last, length);
+  __syncthreads();
+  const int need = budget - p.num_sink_tokens - p.recent_window;
+  if (!all && need > 0) {
+    const float* scores = p.scores + row * p.row_stride + head * p.head_stride;
+    const int bits = token_bits(length);
+    auto each = [&](auto visit) {
+      for (int t = first + threadIdx.x; t < last; t += kThreads) visit(ranked(order_key(scores[t]), t, bits));
+    };
+    const Threshold best = block_threshold<kThreads>(bins, 32 + bits, need, each);
+    const uint64_t mask = (1ull << bits) - 1;
+    each([&](uint64_t v) {
+      if (v >= best.value) atomicOr(&bitmap[(v & mask) / 32], 1u << (v & mask) % 32);
+    });
+    __syncthreads();
+  }
+  int32_t* to = p.tokens + row * p.tokens_row_stride + head * p.tokens_head_stride;
+  each_set_bit<kThreads>(bitmap, words, bins, [&](int rank, int token) {
+    if (rank < p.most) to[rank] = token;
+  });
+}
+
+}  // namespace
+
+void select(const SelectParams& p, void* stream) {
+  if (p.num_rows == 0 || p.num_heads == 0) return;
+  const int smem = (kBins + 32 + (p.max_context_len + 31) / 32) * 4;
+  launch(select_kernel, dim3(p.num_heads, p.num_rows), kThreads, smem, stream, false, "select", p);
+}
+
+}  // namespace adamas
