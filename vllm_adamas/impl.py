@@ -139,6 +139,7 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
     def _of(self, layer, kv_cache: torch.Tensor) -> Params:
         """Parameters of this layer; known once its cache is bound and its scales are loaded."""
         if self._params is None:
+            self.backend.prepare(kv_cache)
             layout = PageLayout(self.head_size, kv_cache.shape[2], kv_cache.dtype)
             self._dense = (
                 extract_layer_index(layer.layer_name) < self.config.num_dense_layers

@@ -20,7 +20,7 @@ def _library():
     if not LIBRARY.exists():
         raise AdamasError(
             f"the CPU kernels are not built ({LIBRARY.name} is missing): run `make setup`, or "
-            "reinstall the package on a host with a C++17 compiler."
+            "reinstall the package on a host with a C++20 compiler."
         )
     import tvm_ffi
 
@@ -39,6 +39,7 @@ class CpuBackend(Backend):
     def __init__(self, isa: str = "auto"):
         self._lib = _library()
         self.isa = str(self._lib.use_isa(isa))
+        self._prepared: set[int] = set()
         self._pages: dict[int, tuple[Params, tuple]] = {}
 
     @property
@@ -46,10 +47,10 @@ class CpuBackend(Backend):
         return f"cpu ({self.isa})"
 
     def prepare(self, cache):
-        # Strided views of one allocation: the bytes between the first and the last element.
-        span = 1 + sum((n - 1) * step for n, step in zip(cache.shape, cache.stride(), strict=True))
-        flat = cache.as_strided((span,), (1,), cache.storage_offset()).view(torch.uint8)
-        self._lib.advise_huge(flat)
+        storage = cache.untyped_storage()  # layers share one allocation
+        if storage.data_ptr() not in self._prepared:
+            self._prepared.add(storage.data_ptr())
+            self._lib.advise_huge(torch.empty(0, dtype=torch.uint8).set_(storage))
 
     # Shapes, strides and dtypes are checked in csrc/cpu/binding.cc, where a check costs nanoseconds.
 

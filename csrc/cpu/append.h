@@ -30,8 +30,10 @@ static void append_token(const AppendParams& p, int64_t token) {
     store_plane<D>(run + offset * row_bytes, page.element, p.key, token, head, x, page.k_scale);
 
     hadamard<D>(x);
+    alignas(64) int32_t codes[D];
+    encode<D>(x, outer_threshold<D>(x, p.coding), codes);
     uint32_t hi[D / kWord], lo[D / kWord];
-    code_planes<D>(x, outer_threshold<D>(x, p.coding), hi, lo);
+    pack_planes<D>(codes, hi, lo);
     const int64_t at = int64_t(offset / kTile) * (D / kWord) * kTile + offset % kTile;
     uint32_t* hi_plane = (uint32_t*)(run + page.hi_offset) + at;
     uint32_t* lo_plane = (uint32_t*)(run + page.lo_offset) + at;
@@ -39,7 +41,7 @@ static void append_token(const AppendParams& p, int64_t token) {
       hi_plane[w * kTile] = hi[w];
       lo_plane[w * kTile] = lo[w];
     }
-    store_scalar(run + page.scale_offset, offset, Element::f16, level_scale<D>(x, hi, lo));
+    store_scalar(run + page.scale_offset, offset, Element::f16, level_scale<D>(x, codes));
   }
 }
 

@@ -30,12 +30,18 @@ void expect(bool holds, const char* constraint) {
 }
 bool is_int(const TensorView& t, int bits) { return t.dtype().code == kDLInt && t.dtype().bits == bits; }
 
-Element element_of(const TensorView& t) {
+Element element_of(const TensorView& t, const char* constraint) {
   const DLDataType type = t.dtype();
   if (type.code == kDLFloat && type.bits == 32) return Element::f32;
   if (type.code == kDLFloat && type.bits == 16) return Element::f16;
-  if (type.code == kDLBfloat) return Element::bf16;
-  TVM_FFI_THROW(TypeError) << "expected a float32, float16 or bfloat16 tensor";
+  expect(type.code == kDLBfloat, constraint);
+  return Element::bf16;
+}
+
+// int32 [rows]; any number of rows when negative
+const int32_t* row_numbers(const TensorView& t, const char* constraint, int64_t rows = -1) {
+  expect(t.ndim() == 1 && is_int(t, 32) && t.stride(0) == 1 && (rows < 0 || t.size(0) == rows), constraint);
+  return static_cast<const int32_t*>(t.data_ptr());
 }
 
 // [tokens, heads, head_size]
@@ -43,7 +49,7 @@ Rows rows_of(const TensorView& t, int64_t tokens, int64_t heads, int64_t head_si
   expect(t.ndim() == 3 && t.size(0) >= tokens && t.size(1) == heads && t.size(2) == head_size &&
              t.stride(2) == 1,
          constraint);
-  return Rows{t.data_ptr(), t.stride(0), t.stride(1), element_of(t)};
+  return Rows{t.data_ptr(), t.stride(0), t.stride(1), element_of(t, constraint)};
 }
 
 // runs: uint8 [num_blocks, num_kv_heads, run_bytes]; offsets: V, hi, lo and scale.
@@ -66,8 +72,8 @@ void append_op(TensorView key, TensorView value, TensorView slots, double thresh
   p.num_tokens = slots.size(0);
   p.slots = static_cast<const int64_t*>(slots.data_ptr());
   const int heads = p.page.num_kv_heads;
-  p.key = rows_of(key, p.num_tokens, heads, head_size, "key: expected [T, Hkv, D] with a contiguous D");
-  p.value = rows_of(value, p.num_tokens, heads, head_size, "value: expected [T, Hkv, D] with a contiguous D");
+  p.key = rows_of(key, p.num_tokens, heads, head_size, "key: expected float32, float16 or bfloat16 [T, Hkv, D] with a contiguous D");
+  p.value = rows_of(value, p.num_tokens, heads, head_size, "value: expected float32, float16 or bfloat16 [T, Hkv, D] with a contiguous D");
   append(*active, p);
 }
 
@@ -75,16 +81,17 @@ struct DecodeArgs {
   DecodeParams p{};
 
   DecodeArgs(TensorView block_table, TensorView context_lens, const Page& page) {
-    expect(context_lens.ndim() == 1 && is_int(context_lens, 32) && context_lens.stride(0) == 1,
-           "context_lens: expected int32 [R]");
+    p.context_lens = row_numbers(context_lens, "context_lens: expected int32 [R]");
+    p.num_rows = int(context_lens.size(0));
     expect(block_table.ndim() == 2 && is_int(block_table, 32) && block_table.stride(1) == 1 &&
-               block_table.size(0) == context_lens.size(0),
+               block_table.size(0) == p.num_rows,
            "block_table: expected int32 [R, blocks] with contiguous rows");
     p.page = page;
     p.block_table = static_cast<const int32_t*>(block_table.data_ptr());
     p.blocks_per_row = block_table.stride(0);
-    p.context_lens = static_cast<const int32_t*>(context_lens.data_ptr());
-    p.num_rows = int(context_lens.size(0));
+    for (int row = 0; row < p.num_rows; ++row)
+      expect(p.context_lens[row] <= block_table.size(1) * page.block_size,
+             "block_table: has fewer blocks than a context needs");
   }
 
   void query(const TensorView& query) {
@@ -92,14 +99,11 @@ struct DecodeArgs {
            "query: expected [R, Hq, D] with Hq a multiple of Hkv");
     p.num_query_heads = int(query.size(1));
     p.query = rows_of(query, p.num_rows, p.num_query_heads, p.page.head_size,
-                      "query: expected [R, Hq, D] with a contiguous D");
+                      "query: expected float32, float16 or bfloat16 [R, Hq, D] with a contiguous D");
   }
 
   void budgets(const TensorView& budgets) {
-    expect(budgets.ndim() == 1 && is_int(budgets, 32) && budgets.size(0) == p.num_rows &&
-               budgets.stride(0) == 1,
-           "budgets: expected int32 [R]");
-    p.budgets = static_cast<const int32_t*>(budgets.data_ptr());
+    p.budgets = row_numbers(budgets, "budgets: expected int32 [R]", p.num_rows);
   }
 };
 
@@ -117,7 +121,7 @@ void decode_op(TensorView query, TensorView output, TensorView block_table, Tens
   args.query(query);
   args.budgets(budgets);
   p.output = rows_of(output, p.num_rows, p.num_query_heads, head_size,
-                     "output: expected [R, Hq, D] with a contiguous D");
+                     "output: expected float32, float16 or bfloat16 [R, Hq, D] with a contiguous D");
   expect(stats.ndim() == 1 && is_int(stats, 64) && stats.size(0) == 4, "stats: expected int64 [4]");
   p.softmax_scale = float(softmax_scale);
   p.dot = dot;
@@ -146,13 +150,15 @@ void scan_op(TensorView query, TensorView block_table, TensorView context_lens, 
 
 void select_op(TensorView scores, TensorView context_lens, TensorView budgets, TensorView tokens,
                int64_t num_sink_tokens, int64_t recent_window) {
-  expect(scores.ndim() == 3 && scores.dtype().code == kDLFloat && scores.dtype().bits == 32 &&
-             scores.stride(2) == 1,
-         "scores: expected float32 [R, heads, L]");
   DecodeParams p{};
-  p.context_lens = static_cast<const int32_t*>(context_lens.data_ptr());
-  p.budgets = static_cast<const int32_t*>(budgets.data_ptr());
+  p.context_lens = row_numbers(context_lens, "context_lens: expected int32 [R]");
   p.num_rows = int(context_lens.size(0));
+  p.budgets = row_numbers(budgets, "budgets: expected int32 [R]", p.num_rows);
+  const char* constraint = "scores: expected float32 [R, heads, L] with L no shorter than a context";
+  expect(scores.ndim() == 3 && scores.dtype().code == kDLFloat && scores.dtype().bits == 32 &&
+             scores.stride(2) == 1 && scores.size(0) == p.num_rows,
+         constraint);
+  for (int row = 0; row < p.num_rows; ++row) expect(p.context_lens[row] <= scores.size(2), constraint);
   p.num_query_heads = int(scores.size(1));
   p.per_query_head = true;
   p.num_sink_tokens = int(num_sink_tokens);
@@ -170,8 +176,8 @@ void gather_op(TensorView key, TensorView value, TensorView block_table, TensorV
   const int heads = args.p.page.num_kv_heads;
   int64_t tokens = 0;
   for (int row = 0; row < args.p.num_rows; ++row) tokens += args.p.context_lens[row];
-  gather(*active, args.p, rows_of(key, tokens, heads, head_size, "key: expected [tokens, Hkv, D]"),
-         rows_of(value, tokens, heads, head_size, "value: expected [tokens, Hkv, D]"));
+  gather(*active, args.p, rows_of(key, tokens, heads, head_size, "key: expected float32, float16 or bfloat16 [tokens, Hkv, D] with a contiguous D"),
+         rows_of(value, tokens, heads, head_size, "value: expected float32, float16 or bfloat16 [tokens, Hkv, D] with a contiguous D"));
 }
 
 bool advise_huge_op(TensorView bytes) { return advise_huge(bytes.data_ptr(), bytes.size(0)); }

@@ -35,8 +35,10 @@ static void encode_query(const float* x, const DecodeParams& p, QueryCode* code)
     for (int b = 0; b < kQueryBits; ++b)
       for (int w = 0; w < D / kWord; ++w) code->planes[b][w] = pack_bits(q + w * kWord, 1 << b);
   } else {
+    alignas(64) int32_t codes[D];
+    encode<D>(x, outer_threshold<D>(x, p.coding), codes);
     uint32_t hi[D / kWord], lo[D / kWord];
-    code_planes<D>(x, outer_threshold<D>(x, p.coding), hi, lo);
+    pack_planes<D>(codes, hi, lo);
     for (int w = 0; w < D / kWord; ++w) {
       code->planes[0][w] = hi[w] | lo[w];
       code->planes[1][w] = hi[w];

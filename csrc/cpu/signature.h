@@ -4,8 +4,22 @@
 template <int D>
 static inline void hadamard(float* x) {
   constexpr int block = D & -D;
-#pragma GCC unroll 8
-  for (int step = 1; step < block; step *= 2)
+  int step = 1;
+#ifndef __clang__  // no variable shuffle there; the loop below does every step
+  for (; step < kLanes && step < block; step *= 2) {
+    vi partner;
+    vf sign;
+    for (int lane = 0; lane < kLanes; ++lane) {
+      partner[lane] = lane ^ step;
+      sign[lane] = lane & step ? -1.0f : 1.0f;
+    }
+    for (int i = 0; i < D; i += kLanes) {
+      const vf v = load<vf>(x + i);
+      store(x + i, __builtin_shuffle(v, partner) + v * sign);
+    }
+  }
+#endif
+  for (; step < block; step *= 2)
     for (int i = 0; i < D; i += 2 * step)
       for (int j = i; j < i + step; ++j) {
         const float a = x[j], b = x[j + step];
@@ -13,25 +27,28 @@ static inline void hadamard(float* x) {
         x[j + step] = a - b;
       }
   const float norm = 1.0f / __builtin_sqrtf(float(block));
-  for (int i = 0; i < D; ++i) x[i] *= norm;
+  for (int i = 0; i < D; i += kLanes) store(x + i, load<vf>(x + i) * norm);
 }
 
 template <int D>
 static inline float outer_threshold(const float* x, Coding coding) {
   if (!coding.relative) return coding.threshold;
-  float squares = 0;
-  for (int i = 0; i < D; ++i) squares += x[i] * x[i];
-  return coding.threshold * __builtin_sqrtf(squares / D);
+  vf squares = {};
+  for (int i = 0; i < D; i += kLanes) squares += load<vf>(x + i) * load<vf>(x + i);
+  return coding.threshold * __builtin_sqrtf(hsum(squares) / D);
 }
 
 // codes = 2 * hi + lo, counting the thresholds -t, 0, t at or below x. NaN compares false: code 0.
 template <int D>
-static inline void code_planes(const float* x, float t, uint32_t* hi, uint32_t* lo) {
-  alignas(64) int32_t codes[D];
+static inline void encode(const float* x, float t, int32_t* codes) {
   for (int i = 0; i < D; i += kLanes) {
     const vf v = load<vf>(x + i);
     store(codes + i, -((v >= -t) + (v >= 0.0f) + (v >= t)));  // a true lane is -1
   }
+}
+
+template <int D>
+static inline void pack_planes(const int32_t* codes, uint32_t* hi, uint32_t* lo) {
   for (int w = 0; w < D / kWord; ++w) {
     hi[w] = pack_bits(codes + w * kWord, 2);
     lo[w] = pack_bits(codes + w * kWord, 1);
@@ -40,15 +57,14 @@ static inline void code_planes(const float* x, float t, uint32_t* hi, uint32_t* 
 
 // Least-squares factor from the levels {-3,-1,1,3} to x, finite and within fp16.
 template <int D>
-static inline float level_scale(const float* x, const uint32_t* hi, const uint32_t* lo) {
-  float product = 0, squares = 0;
-  for (int i = 0; i < D; ++i) {
-    const int code = 2 * ((hi[i / kWord] >> (i % kWord)) & 1) + ((lo[i / kWord] >> (i % kWord)) & 1);
-    const float level = float(2 * code - 3);
-    product += x[i] * level;
+static inline float level_scale(const float* x, const int32_t* codes) {
+  vf product = {}, squares = {};
+  for (int i = 0; i < D; i += kLanes) {
+    const vf level = __builtin_convertvector(2 * load<vi>(codes + i) - 3, vf);
+    product += load<vf>(x + i) * level;
     squares += level * level;
   }
-  const float scale = product / squares;
+  const float scale = hsum(product) / hsum(squares);
   if (!(scale == scale)) return 0.0f;
   return scale > 65504.0f ? 65504.0f : scale < -65504.0f ? -65504.0f : scale;
 }

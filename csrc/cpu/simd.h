@@ -208,7 +208,7 @@ static inline uint16_t float_to_bf16(float f) {
 // `limit` saturate there, NaN becomes the all-ones pattern.
 static inline uint32_t float_to_small(float f, int exponent, int mantissa, float limit) {
   const uint32_t sign = (float_to_bits(f) >> 31) << (exponent + mantissa);
-  float a = f < 0 ? -f : f;
+  float a = bits_to_float(float_to_bits(f) & 0x7fffffffu);  // of -0 too
   if (f != f) return sign | ((1u << (exponent + mantissa)) - 1);
   if (a > limit) a = limit;
   const int bias = (1 << (exponent - 1)) - 1;

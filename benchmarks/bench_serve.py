@@ -1,0 +1,128 @@
+"""`vllm bench serve` against two servers that differ in the attention backend alone.
+
+Both servers run at the same time and take turns, so that a machine whose speed drifts slows both.
+Concurrency 1, prefix caching off (every prompt is new), torch.compile on.
+
+    python benchmarks/bench_serve.py --contexts 1024 2048 4096 8000
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from common import RESULTS, hardware, save, spread
+
+from vllm_adamas.serving.launch import Server
+
+MODEL = Path(__file__).parent.parent / ".models" / "SmolLM2-135M-Instruct"
+BACKENDS = ("cpu_attn", "adamas")
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--model", default=str(MODEL))
+    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 2048, 4096, 8000])
+    parser.add_argument("--output-len", type=int, default=96)
+    parser.add_argument("--prompts", type=int, default=2, help="requests per backend, context and round")
+    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--config", default="{}", help="options of the adamas backend, JSON")
+    parser.add_argument("--name", default="serve_cpu", help="result file")
+    return parser.parse_args()
+
+
+def run_bench(server: Server, context: int, output_len: int, prompts: int, seed: int) -> dict:
+    """One `vllm bench serve`; returns per-request TPOT and TTFT in ms."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve",
+            "--base-url", server.url, "--model", server.model, "--dataset-name", "random",
+            "--random-input-len", str(context), "--random-output-len", str(output_len),
+            "--num-prompts", str(prompts), "--max-concurrency", "1", "--seed", str(seed), "--ignore-eos",
+            "--ready-check-timeout-sec", "0", "--disable-tqdm", "--temperature", "0",
+            "--save-result", "--save-detailed", "--result-dir", folder, "--result-filename", "r.json",
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(f"vllm bench serve failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+        result = json.loads((Path(folder) / "r.json").read_text())
+    if result["completed"] != prompts:
+        raise SystemExit(f"only {result['completed']} of {prompts} requests completed")
+    return {
+        "tpot": [1e3 * sum(itl) / len(itl) for itl in result["itls"]],
+        "ttft": [1e3 * t for t in result["ttfts"]],
+    }
+
+
+def measure(servers: dict[str, Server], args) -> list[dict]:
+    rows = []
+    print(f"{'context':>8} {'TPOT dense':>11} {'TPOT adamas':>12} {'ratio':>19} {'TTFT ratio':>19}")
+    for context in args.contexts:
+        samples = {name: {"tpot": [], "ttft": []} for name in BACKENDS}
+        for seed in range(args.rounds):
+            # The order alternates, so that neither backend always follows the other.
+            for name in BACKENDS if seed % 2 == 0 else BACKENDS[::-1]:
+                one = run_bench(servers[name], context, args.output_len, args.prompts, seed)
+                for key, values in one.items():
+                    samples[name][key] += values
+        dense, sparse = (samples[name] for name in BACKENDS)
+        row = {"context": context, "requests": len(dense["tpot"])}
+        for key in ("tpot", "ttft"):
+            row[f"dense_{key}_ms"] = spread(dense[key])
+            row[f"adamas_{key}_ms"] = spread(sparse[key])
+            row[f"{key}_ratio"] = spread([d / s for d, s in zip(dense[key], sparse[key], strict=True)])
+        rows.append(row)
+        tpot, ttft = row["tpot_ratio"], row["ttft_ratio"]
+        print(
+            f"{context:>8} {row['dense_tpot_ms']['median']:>11.1f} {row['adamas_tpot_ms']['median']:>12.1f} "
+            f"{tpot['median']:>6.2f} ({tpot['q1']:.2f}-{tpot['q3']:.2f}) "
+            f"{ttft['median']:>6.3f} ({ttft['q1']:.3f}-{ttft['q3']:.3f})"
+        )
+    return rows
+
+
+def plot(rows: list[dict], path: Path, title: str) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6.4, 4), layout="constrained")
+    for key, label in (("dense", "CPU_ATTN (dense)"), ("adamas", "ADAMAS")):
+        stats = [row[f"{key}_tpot_ms"] for row in rows]
+        middle = [s["median"] for s in stats]
+        error = [[m - s["q1"] for m, s in zip(middle, stats)], [s["q3"] - m for m, s in zip(middle, stats)]]
+        axes.errorbar([row["context"] for row in rows], middle, yerr=error, marker="o", capsize=3, label=label)
+    axes.set(xlabel="context length (tokens)", ylabel="TPOT (ms), median and quartiles", title=title)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=140)
+
+
+def main():
+    args = parse_args()
+    extra = ["--max-model-len", "8192", "--no-enable-prefix-caching", "--disable-log-stats"]
+    config = json.loads(args.config)
+    with Server(args.model, "cpu_attn", extra_args=extra) as dense:
+        with Server(args.model, "adamas", config, extra_args=extra) as sparse:
+            line = next(x for x in sparse.log().splitlines() if "Using ADAMAS" in x)
+            rows = measure({"cpu_attn": dense, "adamas": sparse}, args)
+    facts = hardware()
+    result = {
+        "hardware": facts,
+        "model": Path(args.model).name,
+        "adamas": line.partition("backend: ")[2],
+        "output_len": args.output_len,
+        "rows": rows,
+    }
+    print("wrote", save(args.name, result))
+    plot(rows, RESULTS / f"{args.name}.png", f"{Path(args.model).name}, {facts['processor']}, 1 worker thread")
+
+
+if __name__ == "__main__":
+    main()

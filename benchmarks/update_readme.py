@@ -1,0 +1,91 @@
+"""Writes the results part of README.md from the JSON files in benchmarks/results.
+
+    python benchmarks/update_readme.py [--check]
+
+With --check nothing is written; the exit status is 1 when README.md differs from the results.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from common import RESULTS
+
+README = RESULTS.parent.parent / "README.md"
+BEGIN = "<!-- results: begin (benchmarks/update_readme.py writes this part) -->"
+END = "<!-- results: end -->"
+
+
+def load(name: str) -> dict:
+    return json.loads((RESULTS / f"{name}.json").read_text())
+
+
+def times(stat: dict, digits: int = 2) -> str:
+    return f"{stat['median']:.{digits}f} ({stat['q1']:.{digits}f}–{stat['q3']:.{digits}f})"
+
+
+def where(result: dict) -> str:
+    h = result["hardware"]
+    sets = ", ".join(h["instruction_sets"])
+    return f"{h['processor']} ({sets}), vLLM {h['vllm']}, PyTorch {h['torch']}, {h['date']}"
+
+
+def decode_table(result: dict) -> list[str]:
+    model = result["model"]
+    lines = [
+        f"**Decode attention, all {model['layers']} layers** of SmolLM2-135M's shape, batch 1, "
+        f"{result['threads']} thread, bfloat16, budget {result['rows'][0]['budget']}, "
+        f"{model['dense_layers']} dense layers: {result['sparse']} against {result['dense']} in one process. "
+        "Median and quartiles.",
+        "",
+        "| context | score | selection | dense ms | sparse ms | speed-up | MB read at least | GB/s |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        lines.append(
+            f"| {row['context']} | {row['score']} | {row['selection']} | {row['dense_ms']['median']:.2f} "
+            f"| {row['sparse_ms']['median']:.2f} | {times(row['speedup'])}x | {row['sparse_bytes'] / 1e6:.1f} "
+            f"of {row['dense_bytes'] / 1e6:.1f} | {row['sparse_gb_per_s']:.1f} |"
+        )
+    return lines
+
+
+def serve_table(result: dict) -> list[str]:
+    lines = [
+        f"**End to end**, `vllm bench serve`, {result['model']}, concurrency 1, 1 worker thread, torch.compile on, "
+        f"{result['output_len']} output tokens; {result['adamas'].rstrip('.')}. Median and quartiles over "
+        f"{result['rows'][0]['requests']} requests per cell.",
+        "",
+        "| context | TPOT dense ms | TPOT adamas ms | TPOT ratio | TTFT ratio |",
+        "|---|---|---|---|---|",
+    ]
+    for row in result["rows"]:
+        lines.append(
+            f"| {row['context']} | {row['dense_tpot_ms']['median']:.1f} | {row['adamas_tpot_ms']['median']:.1f} "
+            f"| {times(row['tpot_ratio'])}x | {times(row['ttft_ratio'])}x |"
+        )
+    return lines
+
+
+def render() -> str:
+    serve, decode = load("serve_cpu"), load("decode_cpu")
+    lines = [f"Measured on: {where(serve)}. Ratios are dense / adamas: above 1 is faster.", ""]
+    lines += serve_table(serve) + ["", "![TPOT against context length](benchmarks/results/serve_cpu.png)", ""]
+    lines += decode_table(decode)
+    return "\n".join([BEGIN, *lines, END])
+
+
+def main() -> int:
+    text = README.read_text()
+    start, end = text.index(BEGIN), text.index(END) + len(END)
+    new = text[:start] + render() + text[end:]
+    if "--check" in sys.argv:
+        return int(new != text)
+    README.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
