@@ -1,0 +1,281 @@
+"""One generator of batches, for every kernel of every device: corners, odd sizes, ties, garbage."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from vllm_adamas.backends.base import Backend, Params
+from vllm_adamas.backends.reference import signature as sig
+from vllm_adamas.backends.reference.ops import FP8
+from vllm_adamas.config import AdamasConfig
+from vllm_adamas.layout import PageLayout
+
+#: Largest ||output - exact|| / ||exact|| of one query head, by the element type of the output. The
+#: sums are taken in float32, so bf16 and fp16 are left with the rounding of inputs to the product.
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
+
+#: A transformed value this close to a threshold (in units of the vector's RMS), or a query value this
+#: close to the middle of two steps, may fall on either side: sums differ in their order of additions.
+NEAR = 1e-5
+
+SPARE_BLOCKS = 3  #: never written; the unused part of the block table points at one of them
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch of R rows, and how its layer is configured.
+
+    Args:
+        lengths: tokens in the context of each row; 0 is a padded row.
+        budgets: one for all rows, or one per row.
+        heads: query heads and KV heads.
+        dtype: of queries, keys and values; of the page too unless ``fp8``.
+        data: ``normal``; ``equal`` (all keys of a head are one vector), ``few`` (three vectors) and
+            ``zero`` make massive ties; ``huge`` (1e4) and ``tiny`` (1e-6) scale keys and values.
+        padding: trailing query rows and tokens (slot -1) that belong to no request.
+    """
+
+    lengths: tuple[int, ...] = (1, 63, 64, 65, 0, 200)
+    budgets: int | tuple[int, ...] = 16
+    heads: tuple[int, int] = (8, 2)
+    head_size: int = 128
+    block_size: int = 64
+    dtype: torch.dtype = torch.bfloat16
+    fp8: str | None = None
+    score: str = "dot"
+    selection: str = "query_head"
+    sinks: int = 0
+    recent: int = 0
+    window: int = 0
+    data: str = "normal"
+    padding: int = 2
+    seed: int = 0
+
+    @property
+    def params(self) -> Params:
+        options = {"num_sink_tokens": self.sinks, "recent_window": self.recent}
+        config = AdamasConfig(score=self.score, selection=self.selection, **options)
+        scales = {"k_scale": 0.37, "v_scale": 1.3} if self.fp8 else {}
+        return Params.of(
+            config,
+            PageLayout(self.head_size, self.block_size, torch.uint8 if self.fp8 else self.dtype),
+            num_query_heads=self.heads[0],
+            num_kv_heads=self.heads[1],
+            softmax_scale=self.head_size**-0.5,
+            sliding_window=self.window,
+            fp8=self.fp8,
+            **scales,
+        )
+
+    def build(self, backend: Backend, device: torch.device | str = "cpu") -> Batch:
+        """The batch, its tokens appended through ``backend``; the same for every device and call."""
+        g = torch.Generator().manual_seed(self.seed)
+        params, rows, tokens = self.params, len(self.lengths), sum(self.lengths)
+        used = [-(-n // self.block_size) for n in self.lengths]
+        order = torch.randperm(sum(used) + SPARE_BLOCKS, generator=g).to(torch.int32)
+        block_table = order[-1].repeat(rows, max(used) + 1)  # [R, blocks]
+        slots, first = [torch.full((self.padding,), -1)], sum(used)
+        for row in reversed(range(rows)):
+            first -= used[row]
+            block_table[row, : used[row]] = order[first : first + used[row]]
+            token = torch.arange(self.lengths[row])
+            block = block_table[row, token // self.block_size].long()
+            slots.insert(0, block * self.block_size + token % self.block_size)
+        # Keys and values are slices of one tensor, as a fused projection leaves them.
+        kv = self._keys_and_values(tokens, g)  # [T + padding, 2 * Hkv, D]
+        query = torch.randn(rows + self.padding, self.heads[0], self.head_size, generator=g)
+        budgets = (self.budgets,) * rows if isinstance(self.budgets, int) else self.budgets
+        batch = Batch(
+            params=params,
+            kv=kv.to(device),
+            slots=torch.cat(slots).to(device),
+            memory=_garbage(params, len(order), g).to(device),
+            query=query.to(self.dtype).to(device),
+            block_table=block_table.to(device),
+            context_lens=torch.tensor(self.lengths, dtype=torch.int32, device=device),
+            budgets=torch.tensor(budgets, dtype=torch.int32, device=device),
+        )
+        backend.append(params, batch.key, batch.value, batch.page, batch.slots)
+        return batch
+
+    def _keys_and_values(self, tokens: int, g: torch.Generator) -> torch.Tensor:
+        kv_heads = self.heads[1]
+        key = torch.randn(tokens + self.padding, kv_heads, self.head_size, generator=g)
+        value = torch.randn(tokens + self.padding, kv_heads, self.head_size, generator=g)
+        if self.data == "equal":
+            key = key[:1].expand_as(key)
+        elif self.data == "few":
+            key = key[torch.randint(0, 3, (len(key),), generator=g)]
+        elif self.data == "zero":
+            key = torch.zeros_like(key)
+        factor = {"huge": 1e4, "tiny": 1e-6}.get(self.data, 1.0)
+        return torch.cat((key * factor, value * factor), 1).to(self.dtype)
+
+
+def _garbage(params: Params, blocks: int, g: torch.Generator) -> torch.Tensor:
+    """What a used page may hold: NaN and infinity in K and V, any bits in the signatures.
+
+    One head more than the layer has, so that blocks are not back to back.
+    """
+    layout = params.layout
+    shape = (blocks, params.num_kv_heads + 1, layout.block_size, layout.token_bytes)
+    memory = torch.randint(0, 256, shape, dtype=torch.uint8, generator=g).view(layout.dtype)
+    layout.k(memory).view(torch.uint8).fill_(0xFF)  # NaN in every format
+    layout.v(memory)[::2].view(torch.uint8).fill_(0xFF)
+    if not params.fp8:
+        layout.v(memory)[1::2] = torch.inf
+    return memory
+
+
+@dataclass
+class Batch:
+    """A built case. R rows, T tokens back to back in the order of the rows; both with padding."""
+
+    params: Params
+    kv: torch.Tensor  # [T, 2 * Hkv, D]
+    slots: torch.Tensor  # [T]
+    memory: torch.Tensor  # [blocks, Hkv + 1, N, C]
+    query: torch.Tensor  # [R, Hq, D]
+    block_table: torch.Tensor
+    context_lens: torch.Tensor
+    budgets: torch.Tensor
+
+    @property
+    def key(self) -> torch.Tensor:
+        return self.kv[:, : self.params.num_kv_heads]
+
+    @property
+    def value(self) -> torch.Tensor:
+        return self.kv[:, self.params.num_kv_heads :]
+
+    @property
+    def page(self) -> torch.Tensor:
+        return self.memory[:, : self.params.num_kv_heads]
+
+    @property
+    def lengths(self) -> list[int]:
+        return self.context_lens.tolist()
+
+    @property
+    def rows(self) -> tuple:
+        """What scan and decode read."""
+        return self.query, self.page, self.block_table, self.context_lens
+
+    def stored(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V as the page can represent them, float32 ``[T, Hkv, D]``, without padding."""
+        tokens = sum(self.lengths)
+        scales = (self.params.k_scale, self.params.v_scale)
+        planes = (self.key[:tokens].float(), self.value[:tokens].float())
+        if not self.params.fp8:
+            return planes
+        kind = FP8[self.params.fp8]
+        top = torch.finfo(kind).max
+        return tuple(
+            (x / scale).clamp(-top, top).to(kind).float() * scale
+            for x, scale in zip(planes, scales, strict=True)
+        )
+
+    def scan(self, backend: Backend) -> torch.Tensor:
+        query = self.query[: len(self.lengths)]
+        return backend.scan(self.params, query, *self.rows[1:])
+
+    def decode(self, backend: Backend, dtype: torch.dtype | None = None, **kwargs):
+        """Output ``[R, Hq, D]`` with its padding, NaN where nothing was written, and the counters."""
+        output = torch.full_like(self.query, torch.nan, dtype=dtype)
+        stats = torch.zeros(4, dtype=torch.int64, device=output.device)
+        backend.decode(self.params, *self.rows, self.budgets, output, stats, **kwargs)
+        return output, stats.tolist()
+
+    def ambiguous(self) -> torch.Tensor:
+        """Token sets whose query code depends on the order of additions: bool ``[R, score heads]``."""
+        params = self.params
+        q = sig.hadamard(self.query[: len(self.lengths)]).unflatten(
+            1, (params.num_kv_heads, params.group)
+        )  # [R, Hkv, G, D]
+        if params.score == "dot":
+            if params.selection == "kv_head":
+                q = q.sum(2, keepdim=True)
+            steps = q / sig.quantize_query(q)[1]
+            near = ((steps - steps.floor() - 0.5).abs() < sig.QUERY_MAX * NEAR).any(-1)
+        else:
+            near = near_threshold(q, params).any(-1)
+            if params.selection == "kv_head":
+                near = near.any(2, keepdim=True)
+        return near.flatten(1)
+
+
+def near_threshold(x: torch.Tensor, params: Params) -> torch.Tensor:
+    """Transformed values whose code depends on the order of additions: bool, the shape of ``x``."""
+    rms = x.square().mean(-1, keepdim=True).sqrt()
+    t = sig.thresholds(x, params.coding)
+    return torch.minimum(x.abs(), (x.abs() - t).abs()) < NEAR * rms
+
+
+def relative_error(output: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
+    """||output - exact|| / ||exact|| over the last dimension, less what subnormal outputs must lose."""
+    kind, size = torch.finfo(output.dtype), output.shape[-1]
+    error = (output.float() - exact.float()).norm(dim=-1) - size**0.5 * kind.tiny * kind.eps
+    return error.clamp_min(0) / exact.float().norm(dim=-1).clamp_min(1e-30)
+
+
+def _boundaries(block: int) -> tuple[int, ...]:
+    return (1, 15, 16, 17, block - 1, block, block + 1, 0, 2 * block + 7, 3 * block)
+
+
+MIXED = (200, 1, 65, 0, 300, 129)  #: contexts of the mixed cases
+MIXED_BUDGETS = (1, 1, 64, 5, 299, 1000)  #: 1, context - 1, at and beyond the context
+
+CASES = {
+    "plain": Case(_boundaries(64)),
+    "block32": Case(_boundaries(32), block_size=32),
+    "block128": Case(_boundaries(128), block_size=128),
+    "block48": Case(_boundaries(48), block_size=48),  # not a power of two
+    "mixed": Case(MIXED, MIXED_BUDGETS),
+    "mixed-kv_head": Case(MIXED, MIXED_BUDGETS, selection="kv_head"),
+    "mixed-manhattan": Case(MIXED, MIXED_BUDGETS, score="manhattan"),
+    "mixed-manhattan-kv_head": Case(MIXED, MIXED_BUDGETS, score="manhattan", selection="kv_head"),
+    "single-tokens": Case((1, 1, 1), (1, 2, 1)),
+    "empty": Case((0, 0), 4),
+    "group1": Case(heads=(2, 2)),
+    "group3": Case(heads=(9, 3), selection="kv_head"),
+    "group4": Case(heads=(4, 1), score="manhattan"),
+    "group5": Case(heads=(5, 1), score="manhattan", selection="kv_head"),
+    "group8": Case(heads=(8, 1), selection="kv_head"),
+    "d64": Case(head_size=64, heads=(9, 3)),
+    "d96": Case(head_size=96, block_size=32),
+    "d96-manhattan": Case(head_size=96, score="manhattan"),
+    "d192": Case(head_size=192, heads=(4, 1)),
+    "d192-manhattan": Case(head_size=192, score="manhattan", selection="kv_head"),
+    "d256": Case(head_size=256, heads=(8, 1)),
+    "fp16": Case(dtype=torch.float16, heads=(9, 3)),
+    "fp16-d64": Case(dtype=torch.float16, head_size=64, score="manhattan"),
+    "fp32": Case(dtype=torch.float32),
+    "fp32-d256": Case(dtype=torch.float32, head_size=256, heads=(3, 1)),
+    "e4m3": Case(fp8="e4m3"),
+    "e4m3-fp16-d96": Case(fp8="e4m3", dtype=torch.float16, head_size=96),
+    "e5m2": Case(fp8="e5m2", heads=(9, 3), head_size=64),
+    "e5m2-fp32": Case(fp8="e5m2", dtype=torch.float32, score="manhattan"),
+    "equal": Case(MIXED, MIXED_BUDGETS, data="equal"),
+    "equal-manhattan": Case(MIXED, MIXED_BUDGETS, data="equal", score="manhattan"),
+    "few": Case(MIXED, 40, data="few"),
+    "few-kv_head": Case(MIXED, 40, data="few", selection="kv_head"),
+    "zero": Case(MIXED, 7, data="zero"),
+    "huge": Case(data="huge"),
+    "huge-fp16": Case(data="huge", dtype=torch.float16),
+    "huge-e4m3": Case(data="huge", fp8="e4m3"),  # saturates
+    "huge-e5m2": Case(data="huge", fp8="e5m2", score="manhattan"),
+    "tiny": Case(data="tiny"),
+    "tiny-fp16": Case(data="tiny", dtype=torch.float16, score="manhattan"),
+    "tiny-e4m3": Case(data="tiny", fp8="e4m3"),
+    "sinks": Case((300, 65, 40, 0), 40, sinks=4, recent=8),
+    "sinks-all-but-one": Case((300, 65, 40, 0), 13, sinks=4, recent=8, selection="kv_head"),
+    "window-only": Case((300, 65, 40, 0), 40, recent=39, score="manhattan"),
+    "sliding": Case((300, 1, 99, 100, 101, 0), 16, window=100),
+    "long": Case((5000, 2049, 2048, 700), (128, 2048, 64, 1), heads=(4, 1), head_size=64),
+    "long-ties": Case((5000, 2048), (1000, 30), heads=(2, 1), head_size=64, data="few"),
+}
+
+over_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)

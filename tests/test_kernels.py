@@ -1,0 +1,391 @@
+"""Every operation of the CPU kernels, on every instruction set, against the reference."""
+
+import dataclasses
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import (
+    CASES,
+    SPARE_BLOCKS,
+    TOLERANCE,
+    Batch,
+    Case,
+    near_threshold,
+    over_cases,
+    relative_error,
+)
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from vllm_adamas.backends.cpu import CpuBackend
+from vllm_adamas.backends.reference import ReferenceBackend
+from vllm_adamas.backends.reference import signature as sig
+from vllm_adamas.backends.reference.ops import select_tokens
+
+REFERENCE = ReferenceBackend()
+NEEDS = {
+    "portable": "",
+    "avx2": "avx2 fma f16c",
+    "avx512": "avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512_bitalg avx512_vpopcntdq "
+    "avx512vbmi avx512_vnni",
+}
+
+
+def cpu_flags() -> set[str]:
+    if platform.machine() != "x86_64":
+        return set()
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return set(next(line for line in lines if line.startswith("flags")).partition(":")[2].split())
+
+
+@pytest.fixture(params=NEEDS)
+def backend(request):
+    """One instruction set; the kernels in use are a choice of the process, so it is put back."""
+    missing = set(NEEDS[request.param].split()) - cpu_flags()
+    if missing:
+        pytest.skip(f"this processor lacks {', '.join(sorted(missing))}")
+    yield CpuBackend(request.param)
+    CpuBackend("auto")
+
+
+def as_bytes(x: torch.Tensor) -> torch.Tensor:
+    """Comparable where a NaN is."""
+    return x.contiguous().view(torch.uint8)
+
+
+def written(batch: Batch, plane: torch.Tensor) -> torch.Tensor:
+    """The tokens of the batch in a plane ``[blocks, Hkv, N, ...]``: ``[T, Hkv, ...]``."""
+    slots = batch.slots[batch.slots >= 0]
+    size = batch.params.layout.block_size
+    return plane[slots // size, :, slots % size]
+
+
+def codes(batch: Batch) -> torch.Tensor:
+    """[T, Hkv, D]"""
+    layout = batch.params.layout
+    hi, lo = (
+        sig.unpack(written(batch, sig.untile(plane(batch.page)).transpose(1, 2).transpose(1, 2)))
+        for plane in (layout.hi, layout.lo)
+    )
+    return 2 * hi + lo
+
+
+# append
+
+
+@over_cases
+def test_append(backend, case: Case) -> None:
+    ours, theirs = case.build(backend), case.build(REFERENCE)
+    layout, tokens = ours.params.layout, sum(case.lengths)
+    for plane in (layout.k, layout.v):
+        assert torch.equal(
+            as_bytes(written(ours, plane(ours.page))), as_bytes(written(theirs, plane(theirs.page)))
+        )
+    x = sig.hadamard(ours.key[:tokens])
+    near = near_threshold(x, ours.params)
+    different = codes(ours) != codes(theirs)
+    assert not (different & ~near).any()
+    assert different.sum() <= 1e-4 * different.numel()
+    # The fit of equal codes differs in the last bit of fp16 at most.
+    scales = [written(batch, layout.scale(batch.page)).float() for batch in (ours, theirs)]
+    error = (scales[0] - scales[1]).abs()
+    assert ((error <= 2**-10 * scales[1].abs() + 2**-24) | different.any(-1)).all()
+
+
+@pytest.mark.parametrize("name", ["plain", "block48", "d96", "fp32", "e4m3"])
+def test_append_writes_its_slots_alone(backend, name: str) -> None:
+    """All bytes that are not of an appended token: other blocks, other slots, a neighbour's head."""
+    batch = CASES[name].build(backend)
+    again = dataclasses.replace(batch, memory=batch.memory.clone(), kv=-batch.kv)
+    one = torch.full_like(again.slots, -1)
+    one[20] = again.slots[20]
+    backend.append(again.params, again.key, again.value, again.page, one)
+    layout, size = batch.params.layout, batch.params.layout.block_size
+    block, offset = divmod(one[20].item(), size)
+    for name in ("k", "v", "hi", "lo", "scale"):
+        planes = [getattr(layout, name)(memory) for memory in (batch.memory, again.memory)]
+        before, after = (
+            sig.untile(plane) if name in ("hi", "lo") else plane.unsqueeze(-1) for plane in planes
+        )
+        changed = (as_bytes(before) != as_bytes(after)).flatten(3).any(-1)  # [blocks, Hkv + 1, N]
+        changed[block, : batch.params.num_kv_heads, offset] = False
+        assert not changed.any(), name
+    size = layout.scale_offset + 2 * size
+    assert torch.equal(layout.runs(batch.memory)[..., size:], layout.runs(again.memory)[..., size:])
+
+
+def test_append_of_nothing_but_padding(backend) -> None:
+    batch = Case().build(backend)
+    before = batch.memory.clone()
+    slots = torch.full_like(batch.slots, -1)
+    backend.append(batch.params, batch.key, batch.value, batch.page, slots)
+    assert torch.equal(as_bytes(before), as_bytes(batch.memory))
+
+
+@pytest.mark.parametrize("kind", ["e4m3", "e5m2"])
+def test_append_rounds_to_fp8_as_torch_does(backend, kind: str) -> None:
+    """Every bf16 value but NaN: zeros of both signs, subnormals, ties, saturation, infinities."""
+    bits = torch.arange(0x7F80 + 64, dtype=torch.int32).clamp_max(0x7F80).to(torch.int16)
+    both = torch.cat((bits, bits | -(2**15))).view(torch.bfloat16).view(-1, 1, 64)
+    params = dataclasses.replace(
+        Case(fp8=kind, heads=(1, 1), head_size=64).params, k_scale=1.0, v_scale=1.0
+    )
+    page = torch.zeros(len(both) // 64 + 1, 1, 64, params.layout.token_bytes, dtype=torch.uint8)
+    expected = page.clone()
+    for runner, memory in ((backend, page), (REFERENCE, expected)):
+        runner.append(params, both, -both, memory, torch.arange(len(both)))
+    for plane in (params.layout.k, params.layout.v):
+        assert torch.equal(plane(page), plane(expected))
+
+
+# scan
+
+
+@over_cases
+def test_scan(backend, case: Case) -> None:
+    """Bit-identical: a score is an exact integer times the token's scale, rounded once."""
+    batch = case.build(backend)
+    ours, theirs = batch.scan(backend), batch.scan(REFERENCE)
+    clear = ~batch.ambiguous()
+    assert clear.float().mean() > 0.75
+    assert ours.shape == theirs.shape
+    assert torch.equal(ours[clear], theirs[clear])
+    for row, length in enumerate(case.lengths):
+        assert ours[row, :, :length].isfinite().all()
+        assert (ours[row, :, length:] == -torch.inf).all()
+
+
+# select
+
+
+def misleading(shape: tuple[int, ...], g: torch.Generator) -> torch.Tensor:
+    """The largest scores lie where a sample of 256 looks: a pivot from it leaves too few tokens."""
+    scores = torch.rand(shape, generator=g)
+    scores[..., torch.arange(256) * shape[-1] // 256] += 10
+    return scores
+
+
+SCORES = {
+    "normal": lambda shape, g: torch.randn(shape, generator=g),
+    "three values": lambda shape, g: torch.randint(-1, 2, shape, generator=g).float(),
+    "equal": lambda shape, g: torch.full(shape, -2.0),
+    "ascending": lambda shape, g: torch.arange(shape[-1]).float().expand(shape).contiguous(),
+    "descending": lambda shape, g: -torch.arange(shape[-1]).float().expand(shape).contiguous(),
+    "extreme": lambda shape, g: torch.randn(shape, generator=g) * 3e38 / 6,
+    "misleading": misleading,
+}
+
+
+@pytest.mark.parametrize("length", [1, 2, 17, 255, 1023, 1024, 1025, 5003])
+@pytest.mark.parametrize("kind", SCORES)
+def test_select(backend, kind: str, length: int) -> None:
+    kept = [
+        (1, 0, 0),
+        (length // 2 + 1, 0, 0),
+        (length - 1, 0, 0),
+        (length, 0, 0),
+        (length + 9, 0, 0),
+    ]
+    if length > 8:
+        kept += [(8, 3, 4), (length - 1, 0, 5), (max(8, length // 10), 7, 0)]
+    scores = SCORES[kind]((3, 2, length), torch.Generator().manual_seed(length))
+    lens = torch.tensor([length, length // 2 + 1, 0], dtype=torch.int32)
+    for budget, sinks, recent in kept:
+        if budget < 1:
+            continue
+        check_select(backend, scores, lens, (budget, budget, budget), sinks, recent)
+
+
+def check_select(backend, scores, lens, budgets, sinks: int, recent: int) -> None:
+    params = Case(sinks=sinks, recent=recent).params
+    chosen = backend.select(params, scores, lens, torch.tensor(budgets, dtype=torch.int32))
+    for row, length in enumerate(lens.tolist()):
+        if sinks + recent >= min(length, budgets[row]) and budgets[row] < length:
+            continue
+        for head in range(scores.shape[1]):
+            expected = select_tokens(
+                scores[row, head, :length], budgets[row], sinks, recent
+            ).tolist()
+            got = chosen[row, head].tolist()
+            assert got == expected + [-1] * (len(got) - len(expected))
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(st.data())
+def test_select_any_scores(backend, data) -> None:
+    values = st.floats(width=32, allow_nan=False, allow_infinity=False).map(lambda x: x + 0.0)
+    few = st.sampled_from([-3.5, 0.0, 1e-38, 7.0])
+    scores = data.draw(st.lists(data.draw(st.sampled_from([values, few])), min_size=1, max_size=90))
+    budget = data.draw(st.integers(1, len(scores) + 1))
+    lens = torch.tensor([len(scores)], dtype=torch.int32)
+    check_select(backend, torch.tensor(scores).view(1, 1, -1), lens, (budget,), 0, 0)
+
+
+# decode
+
+
+@over_cases
+def test_decode(backend, case: Case) -> None:
+    batch = case.build(backend)
+    rows = len(case.lengths)
+    ours, counted = batch.decode(backend)
+    theirs, expected = batch.decode(REFERENCE, torch.float32)
+    assert counted == expected
+    assert ours[:rows].isfinite().all()
+    assert ours[rows:].isnan().all(), "padding was written"
+    assert (ours[:rows][batch.context_lens == 0] == 0).all()
+    clear = ~batch.ambiguous().repeat_interleave(case.heads[0] // batch.params.num_score_heads, 1)
+    assert relative_error(ours[:rows], theirs[:rows])[clear].max() <= TOLERANCE[case.dtype]
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "block32", "group3", "d192", "fp16", "fp32", "e4m3", "e5m2", "long"]
+)
+@pytest.mark.parametrize("over", [0, 1, 1 << 30])
+def test_decode_with_every_token_is_plain_attention(backend, name: str, over: int) -> None:
+    """Against the appended keys and values themselves, never having seen a page."""
+    case = dataclasses.replace(CASES[name], budgets=tuple(n + over for n in CASES[name].lengths))
+    batch = case.build(backend)
+    ours, counted = batch.decode(backend)
+    q_heads, group = case.heads[0], batch.params.group
+    key, value = (x.split(case.lengths) for x in batch.stored())  # R x [L, Hkv, D]
+    for row, length in enumerate(case.lengths):
+        if not length:
+            continue
+        exact = torch.nn.functional.scaled_dot_product_attention(
+            batch.query[row].float().unsqueeze(1),  # [Hq, 1, D]
+            key[row].transpose(0, 1).repeat_interleave(group, 0),  # [Hq, L, D]
+            value[row].transpose(0, 1).repeat_interleave(group, 0),
+        ).squeeze(1)
+        assert relative_error(ours[row], exact).max() <= TOLERANCE[case.dtype]
+    tokens = sum(case.lengths) * q_heads
+    assert counted == [0, sum(n > 0 for n in case.lengths), tokens, tokens]
+
+
+@pytest.mark.parametrize("score", ["dot", "manhattan"])
+def test_decode_finds_the_needle(backend, score: str) -> None:
+    """One key in 2000 is the query itself: a budget of 8 finds it, wherever it lies."""
+    case = Case((2000,), 8, heads=(2, 2), dtype=torch.float32, score=score)
+    for at in (0, 777, 1999):
+        batch = case.build(backend)
+        batch.key[at] = batch.query[0]
+        backend.append(batch.params, batch.key, batch.value, batch.page, batch.slots)
+        output, _ = batch.decode(backend)
+        assert relative_error(output[0], batch.value[at]).max() < 0.02
+
+
+def test_counters_add_up(backend) -> None:
+    batch = Case((100, 10, 0), 32, heads=(8, 2)).build(backend)
+    output, stats = torch.empty_like(batch.query), torch.tensor([1, 10, 100, 1000])
+    backend.decode(batch.params, *batch.rows, batch.budgets, output, stats)
+    assert stats.tolist() == [1 + 1, 10 + 1, 100 + 8 * 110, 1000 + 8 * (32 + 10)]
+
+
+# gather
+
+
+@over_cases
+def test_gather(backend, case: Case) -> None:
+    batch, tokens = case.build(backend), sum(case.lengths)
+    out = torch.zeros(2, tokens, *batch.key.shape[1:], dtype=case.dtype)
+    backend.gather(batch.params, *batch.rows[1:], *out)
+    for got, stored in zip(out, batch.stored(), strict=True):
+        assert torch.equal(got, stored.to(case.dtype))
+
+
+# threads and arguments
+
+DIGEST = """
+import hashlib, sys
+from cases import CASES
+from vllm_adamas.backends.cpu import CpuBackend
+digest, backend = hashlib.sha256(), CpuBackend(sys.argv[1])
+for case in CASES.values():
+    batch = case.build(backend)
+    out = (batch.memory, batch.scan(backend), batch.decode(backend)[0])
+    for x in out:
+        digest.update(x.contiguous().view(__import__("torch").uint8).numpy().tobytes())
+print(digest.hexdigest())
+"""
+
+
+def test_one_thread_and_several_give_the_same_bytes(backend) -> None:
+    digests = set()
+    for threads in ("1", "2"):
+        env = {**os.environ, "OMP_NUM_THREADS": threads}
+        command = [sys.executable, "-c", DIGEST, backend.isa]
+        done = subprocess.run(
+            command, env=env, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+        )
+        digests.add(done.stdout)
+    assert len(digests) == 1
+
+
+def test_spare_blocks_are_never_read(backend) -> None:
+    """The generator's garbage reaches the tests: the unused blocks do hold NaN."""
+    batch = Case().build(backend)
+    spare = batch.params.layout.k(batch.page).isnan().all(-1).all(-1).all(-1).sum()
+    assert spare >= SPARE_BLOCKS
+
+
+def test_an_unknown_instruction_set_is_refused() -> None:
+    with pytest.raises(ValueError, match="sse9"):
+        CpuBackend("sse9")
+
+
+def bad_arguments():
+    batch = Case((40, 5), 8).build(REFERENCE)
+    query, page, table, lens = batch.rows
+    out, stats = torch.empty_like(query), torch.zeros(4, dtype=torch.int64)
+    scores, budgets = torch.zeros(2, 8, 40), batch.budgets
+    key, value, slots = batch.key, batch.value, batch.slots
+    kv = torch.empty(45, *key.shape[1:], dtype=key.dtype)
+    swapped = key.transpose(1, 2)
+
+    def decode(**kwargs):
+        names = ("query", "page", "block_table", "context_lens", "budgets", "output", "stats")
+        given = dict(zip(names, (*batch.rows, budgets, out, stats), strict=True))
+        return "decode", tuple({**given, **kwargs}.values())
+
+    yield "key", "append", (swapped, value, page, slots)
+    yield "key", "append", (key[:3], value, page, slots)
+    yield "key", "append", (key.int(), value, page, slots)
+    yield "value", "append", (key, value[..., :64], page, slots)
+    yield "value", "append", (key, value[:, :1], page, slots)
+    yield "slot_mapping", "append", (key, value, page, slots.int())
+    yield "slot_mapping", "append", (key, value, page, slots.view(1, -1))
+    for name, wrong in {
+        "query": (query[:1], query[..., :64], query[:, :7], query[0], query.double()),
+        "output": (out[:1], out[:, :4], out.transpose(1, 2), out.int()),
+        "block_table": (table.long(), table[:1], table[0], table[:, :0]),
+        "context_lens": (lens.long(), lens.view(1, -1), lens.float()),
+        "budgets": (budgets.long(), budgets[:1], budgets.view(-1, 1)),
+        "stats": (stats[:3], stats.int(), stats.view(2, 2)),
+    }.items():
+        for value_ in wrong:
+            yield (name, *decode(**{name: value_}))
+    yield "query", "scan", (query[:1], page, table, lens)
+    yield "block_table", "scan", (query, page, table.long(), lens)
+    yield "context_lens", "scan", (query, page, table, lens.long())
+    yield "scores", "select", (scores.double(), lens, budgets)
+    yield "scores", "select", (scores[:1], lens, budgets)
+    yield "scores", "select", (scores[..., :39], lens, budgets)
+    yield "context_lens", "select", (scores, lens.long(), budgets)
+    yield "budgets", "select", (scores, lens, budgets.long())
+    yield "budgets", "select", (scores, lens, budgets[:1])
+    yield "key", "gather", (page, table, lens, kv[:44], kv)
+    yield "value", "gather", (page, table, lens, kv, kv[..., :64])
+    yield "block_table", "gather", (page, table.long(), lens, kv, kv)
+
+
+@pytest.mark.parametrize(("name", "operation", "arguments"), list(bad_arguments()))
+def test_wrong_arguments_are_named(name: str, operation: str, arguments: tuple) -> None:
+    """Before anything is read or written: a wrong shape would otherwise be a wild pointer."""
+    backend = CpuBackend()
+    with pytest.raises(ValueError, match=f"^{name}: "):
+        getattr(backend, operation)(Case().params, *arguments)
