@@ -17,8 +17,8 @@ from vllm_adamas.layout import PageLayout
 #: sums are taken in float32, so bf16 and fp16 are left with the rounding of inputs to the product.
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 
-#: A transformed value this close to a threshold (in units of the vector's RMS), or a query value this
-#: close to the middle of two steps, may fall on either side: sums differ in their order of additions.
+#: A transformed value this close to a threshold (in units of the vector's RMS), or a query value
+#: this close to the middle of two steps, may fall on either side: the order of additions differs.
 NEAR = 1e-5
 
 SPARE_BLOCKS = 3  #: never written; the unused part of the block table points at one of them
@@ -71,7 +71,7 @@ class Case:
         )
 
     def build(self, backend: Backend, device: torch.device | str = "cpu") -> Batch:
-        """The batch, its tokens appended through ``backend``; the same for every device and call."""
+        """The batch, its tokens appended through ``backend``; the same for every device."""
         g = torch.Generator().manual_seed(self.seed)
         params, rows, tokens = self.params, len(self.lengths), sum(self.lengths)
         used = [-(-n // self.block_size) for n in self.lengths]
@@ -183,14 +183,14 @@ class Batch:
         return backend.scan(self.params, query, *self.rows[1:])
 
     def decode(self, backend: Backend, dtype: torch.dtype | None = None, **kwargs):
-        """Output ``[R, Hq, D]`` with its padding, NaN where nothing was written, and the counters."""
+        """Output ``[R, Hq, D]`` with padding, NaN where nothing was written, and the counters."""
         output = torch.full_like(self.query, torch.nan, dtype=dtype)
         stats = torch.zeros(4, dtype=torch.int64, device=output.device)
         backend.decode(self.params, *self.rows, self.budgets, output, stats, **kwargs)
         return output, stats.tolist()
 
     def ambiguous(self) -> torch.Tensor:
-        """Token sets whose query code depends on the order of additions: bool ``[R, score heads]``."""
+        """Token sets whose query code depends on the order of additions: bool ``[R, sets]``."""
         params = self.params
         q = sig.hadamard(self.query[: len(self.lengths)]).unflatten(
             1, (params.num_kv_heads, params.group)
@@ -215,7 +215,7 @@ def near_threshold(x: torch.Tensor, params: Params) -> torch.Tensor:
 
 
 def relative_error(output: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
-    """||output - exact|| / ||exact|| over the last dimension, less what subnormal outputs must lose."""
+    """||output - exact|| / ||exact|| of each vector, less what subnormal outputs must lose."""
     kind, size = torch.finfo(output.dtype), output.shape[-1]
     error = (output.float() - exact.float()).norm(dim=-1) - size**0.5 * kind.tiny * kind.eps
     return error.clamp_min(0) / exact.float().norm(dim=-1).clamp_min(1e-30)
