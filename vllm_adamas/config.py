@@ -55,7 +55,7 @@ class AdamasConfig(BaseModel):
         64, ge=1, description="Floor in tokens when token_budget is a fraction."
     )
     selection: Literal["query_head", "kv_head"] = Field(
-        "query_head", description="One set of tokens per query head, or one per KV head."
+        "kv_head", description="One set of tokens per KV head, or one per query head (the paper)."
     )
     num_dense_layers: int = Field(2, ge=0, description="First layers that attend to every token.")
     num_sink_tokens: int = Field(0, ge=0, description="First tokens always kept, inside the budget.")
