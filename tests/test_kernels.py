@@ -99,7 +99,7 @@ def test_append(backend, case: Case) -> None:
 
 @pytest.mark.parametrize("name", ["plain", "block48", "d96", "fp32", "e4m3"])
 def test_append_writes_its_slots_alone(backend, name: str) -> None:
-    """All bytes that are not of an appended token: other blocks, other slots, a neighbour's head."""
+    """Other blocks, other slots and a neighbour's head keep all their bytes."""
     batch = CASES[name].build(backend)
     again = dataclasses.replace(batch, memory=batch.memory.clone(), kv=-batch.kv)
     one = torch.full_like(again.slots, -1)

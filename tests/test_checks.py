@@ -1,0 +1,148 @@
+"""What the backend refuses before a server starts, on a real VllmConfig with one thing changed."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from common import MODEL, is_one_sentence
+
+from vllm_adamas import checks
+from vllm_adamas.config import AdamasConfig
+from vllm_adamas.errors import AdamasError
+from vllm_adamas.plugin import register
+
+
+class Changed:
+    """An object with some attributes replaced; the rest is the real one's."""
+
+    def __init__(self, real, **changes):
+        self._real, self._changes = real, changes
+
+    def __getattr__(self, name: str):
+        return self._changes[name] if name in self._changes else getattr(self._real, name)
+
+
+@pytest.fixture(scope="module")
+def vllm_config():
+    register()
+    from vllm.engine.arg_utils import EngineArgs
+
+    options = {"adamas": {"token_budget": 99}}
+    args = {"attention_backend": "adamas", "additional_config": options, "enforce_eager": True}
+    return EngineArgs(model=str(MODEL), **args).create_engine_config()
+
+
+def test_a_common_model_passes(vllm_config) -> None:
+    assert checks.check_config(vllm_config) == AdamasConfig(token_budget=99)
+
+
+def test_options_are_checked(vllm_config) -> None:
+    wrong = Changed(vllm_config, additional_config={"adamas": {"budget": 1}})
+    with pytest.raises(AdamasError, match=r"adamas\.budget is not an option"):
+        checks.check_config(wrong)
+
+
+@pytest.mark.parametrize("additional", [None, {}, {"other": 1}])
+def test_no_options_are_the_defaults(vllm_config, additional) -> None:
+    assert checks.check_config(Changed(vllm_config, additional_config=additional)) == AdamasConfig()
+
+
+OTHER = "--attention-backend"
+MODELS = {  # change of the model configuration -> what the sentence names
+    "mla": ({"use_mla": True}, ("MLA", OTHER)),
+    "encoder-decoder": ({"is_encoder_decoder": True}, ("encoder-decoder", OTHER)),
+    "pooling": ({"runner_type": "pooling"}, ("pooling", "non-causal", OTHER)),
+    "prefix": ({"is_mm_prefix_lm": True}, ("prefix", OTHER)),
+    "dtype": ({"dtype": torch.float64}, ("float64", "--dtype", "bfloat16")),
+    "head size": ({"get_head_size": lambda: 80}, ("head_size 80", "64, 96, 128, 192, 256", OTHER)),
+}
+TEXTS = {  # change of the model's own config.json
+    "alibi": ({"alibi": True}, ("ALiBi", OTHER)),
+    "alibi in attn_config": ({"attn_config": {"alibi": True}}, ("ALiBi", OTHER)),
+    "alibi in an object": ({"attn_config": SimpleNamespace(alibi=True)}, ("ALiBi", OTHER)),
+    "alibi by position type": ({"position_embedding_type": "alibi"}, ("ALiBi", OTHER)),
+    "bloom": ({"model_type": "bloom"}, ("ALiBi", OTHER)),
+    "soft cap": ({"attn_logit_softcapping": 50.0}, ("soft-capped", OTHER)),
+}
+PARTS = {  # (part of the VllmConfig, its change) -> what the sentence names
+    "dcp": (
+        ("parallel_config", {"decode_context_parallel_size": 2}),
+        ("DCP", "--decode-context-parallel-size"),
+    ),
+    "pcp": (
+        ("parallel_config", {"prefill_context_parallel_size": 2}),
+        ("PCP", "--prefill-context-parallel-size"),
+    ),
+    "non-causal": (("attention_config", {"use_non_causal": True}), ("non-causal", OTHER)),
+    "block size": (("cache_config", {"block_size": 48}), ("block_size 48", "--block-size", "32")),
+    "cache type": (
+        ("cache_config", {"cache_dtype": "int8"}),
+        ("--kv-cache-dtype int8", "fp8_e5m2"),
+    ),
+    "cache of another type": (
+        ("cache_config", {"cache_dtype": "float16"}),
+        ("--kv-cache-dtype float16", "bfloat16", "auto"),
+    ),
+}
+
+
+def check_refusal(config, named: tuple[str, ...]) -> None:
+    with pytest.raises(AdamasError) as error:
+        checks.check_config(config)
+    message = str(error.value)
+    assert is_one_sentence(message), message
+    assert all(part in message for part in named), message
+
+
+@pytest.mark.parametrize(("changes", "named"), MODELS.values(), ids=MODELS)
+def test_models(vllm_config, changes: dict, named: tuple) -> None:
+    check_refusal(
+        Changed(vllm_config, model_config=Changed(vllm_config.model_config, **changes)), named
+    )
+
+
+@pytest.mark.parametrize(("changes", "named"), TEXTS.values(), ids=TEXTS)
+def test_model_texts(vllm_config, changes: dict, named: tuple) -> None:
+    text = Changed(vllm_config.model_config.hf_text_config, **changes)
+    model = Changed(vllm_config.model_config, hf_text_config=text)
+    check_refusal(Changed(vllm_config, model_config=model), named)
+
+
+@pytest.mark.parametrize(("change", "named"), PARTS.values(), ids=PARTS)
+def test_parts(vllm_config, change: tuple, named: tuple) -> None:
+    part, changes = change
+    changed = Changed(getattr(vllm_config, part), **changes)
+    check_refusal(Changed(vllm_config, **{part: changed}), named)
+
+
+@pytest.mark.parametrize(
+    ("part", "option"),
+    [
+        ("speculative_config", "--speculative-config"),
+        ("kv_transfer_config", "--kv-transfer-config"),
+    ],
+)
+def test_features(vllm_config, part: str, option: str) -> None:
+    check_refusal(Changed(vllm_config, **{part: object()}), ("yet", option))
+
+
+def test_fp8_needs_a_processor_that_prefills_it(vllm_config, monkeypatch) -> None:
+    cache = Changed(vllm_config.cache_config, cache_dtype="fp8_e5m2")
+    config = Changed(vllm_config, cache_config=cache)
+    for supported in ("_is_avx512_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, supported, lambda: False)
+    check_refusal(config, ("fp8", "AVX-512", "--kv-cache-dtype auto"))
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
+    checks.check_config(config)
+
+
+def test_other_devices(vllm_config, monkeypatch) -> None:
+    platform = SimpleNamespace(is_cpu=lambda: False, device_name="tpu")
+    monkeypatch.setattr("vllm.platforms.current_platform", platform)
+    check_refusal(vllm_config, ("tpu", OTHER))
+
+
+def test_sizes_of_blocks(vllm_config) -> None:
+    for size in (32, 64, 96, 128, 1024, None):
+        cache = Changed(vllm_config.cache_config, block_size=size)
+        checks.check_config(Changed(vllm_config, cache_config=cache))

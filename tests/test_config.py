@@ -1,0 +1,141 @@
+"""Every option, and every way to get one wrong."""
+
+import math
+
+import pytest
+from common import is_one_sentence
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_adamas.config import RMS_THRESHOLD, AdamasConfig, Coding
+from vllm_adamas.errors import AdamasError
+
+DEFAULTS = {
+    "score": "dot",
+    "token_budget": 256,
+    "min_token_budget": 64,
+    "selection": "kv_head",
+    "num_dense_layers": 2,
+    "num_sink_tokens": 0,
+    "recent_window": 0,
+    "min_context": 0,
+    "thresholds": None,
+    "profile": None,
+    "kernels": "auto",
+    "log_interval": 60.0,
+    "metrics": True,
+}
+VALID = [
+    ("score", "manhattan"),
+    ("token_budget", 1),
+    ("token_budget", 10**9),
+    ("token_budget", 0.001),
+    ("token_budget", 1.0),
+    ("min_token_budget", 1),
+    ("selection", "query_head"),
+    ("num_dense_layers", 0),
+    ("num_sink_tokens", 255),
+    ("recent_window", 255),
+    ("min_context", 100000),
+    ("thresholds", "rms"),
+    ("thresholds", "paper"),
+    ("thresholds", 0.5),
+    ("kernels", "cpu"),
+    ("kernels", "reference"),
+    ("log_interval", 0),
+    ("metrics", False),
+]
+BUDGET_WAYS_OUT = ("token_budget", "whole number", "fraction")
+INVALID = [
+    ({"budget": 3}, ("budget", *DEFAULTS)),
+    *[({"token_budget": x}, BUDGET_WAYS_OUT) for x in (0, -1, 1.5, True, "x", "64", math.nan)],
+    *[({"token_budget": x}, BUDGET_WAYS_OUT) for x in (math.inf, 0.0, -0.5, False)],
+    *[({"token_budget": x}, ("token_budget",)) for x in (None, [1], {})],
+    ({"min_token_budget": 0}, ("min_token_budget=0", "1")),
+    ({"min_token_budget": 2.5}, ("min_token_budget=2.5", "integer")),
+    ({"score": "cosine"}, ("score='cosine'", "'dot'", "'manhattan'")),
+    ({"selection": "head"}, ("selection='head'", "'query_head'", "'kv_head'")),
+    ({"num_dense_layers": -1}, ("num_dense_layers=-1", "0")),
+    ({"num_sink_tokens": -1}, ("num_sink_tokens=-1", "0")),
+    ({"recent_window": "many"}, ("recent_window='many'", "integer")),
+    ({"min_context": -5}, ("min_context=-5", "0")),
+    ({"thresholds": "lloyd"}, ("thresholds='lloyd'", "'rms'", "'paper'")),
+    *[
+        ({"thresholds": x}, ("thresholds", "'rms'", "'paper'", "> 0"))
+        for x in (0.0, -1.0, math.inf)
+    ],
+    ({"profile": "a.json"}, ("profile", "remove")),
+    ({"kernels": "cuda"}, ("kernels='cuda'", "'auto'", "'cpu'", "'reference'")),
+    ({"log_interval": -1}, ("log_interval=-1", "0")),
+    ({"metrics": "yes"}, ("metrics='yes'", "boolean")),
+    ({"token_budget": 32, "num_sink_tokens": 4, "recent_window": 28}, ("token_budget=32", "32")),
+    ({"token_budget": 0.5, "recent_window": 64}, ("min_token_budget=64", "recent_window")),
+    ("token_budget=3", ("adamas", "object", "str")),
+    ([256], ("adamas", "object", "list")),
+]
+
+
+def test_defaults() -> None:
+    assert AdamasConfig.parse(None) == AdamasConfig.parse({}) == AdamasConfig()
+    assert AdamasConfig().model_dump() == DEFAULTS
+
+
+@pytest.mark.parametrize(("key", "value"), VALID)
+def test_valid_options(key: str, value) -> None:
+    config = AdamasConfig.parse({key: value})
+    assert config.model_dump() == {**DEFAULTS, key: value}
+    # An int where an int was given: 1 token is not the fraction 1.0.
+    assert isinstance(getattr(config, key), float if key == "log_interval" else type(value))
+
+
+def test_every_option_is_tried() -> None:
+    tried = {key for key, _ in VALID} | {"profile"}
+    assert tried == set(AdamasConfig.model_fields)
+
+
+@pytest.mark.parametrize(("options", "named"), INVALID, ids=str)
+def test_errors_are_one_sentence_that_names_key_and_values(options, named: tuple) -> None:
+    with pytest.raises(AdamasError) as error:
+        AdamasConfig.parse(options)
+    message = str(error.value)
+    assert is_one_sentence(message), message
+    assert all(part in message for part in named), message
+
+
+@given(st.integers(1, 10**6), st.integers(0, 2 * 10**6))
+def test_budget_in_tokens(budget: int, context: int) -> None:
+    """Within the budget a context is dense."""
+    assert AdamasConfig(token_budget=budget).budget(context) == min(budget, context)
+
+
+@given(st.floats(1e-6, 1.0), st.integers(1, 1000), st.integers(0, 10**6))
+def test_budget_as_a_fraction_has_a_floor(fraction: float, floor: int, context: int) -> None:
+    config = AdamasConfig(token_budget=fraction, min_token_budget=floor)
+    tokens = config.budget(context)
+    assert min(floor, context) <= tokens <= context
+    assert tokens >= fraction * context
+    assert tokens < fraction * context + 1 or tokens == min(floor, context)
+
+
+def test_the_whole_context_as_a_fraction_is_dense() -> None:
+    assert AdamasConfig(token_budget=1.0).budget(5000) == 5000
+
+
+def test_short_contexts_are_dense() -> None:
+    config = AdamasConfig(token_budget=64, min_context=1000)
+    assert [config.budget(n) for n in (999, 1000, 1001)] == [999, 64, 64]
+
+
+@pytest.mark.parametrize(
+    ("options", "coding"),
+    [
+        ({}, Coding(RMS_THRESHOLD, relative=True)),
+        ({"score": "manhattan"}, Coding(1.25, relative=False)),
+        ({"thresholds": "paper"}, Coding(1.25, relative=False)),
+        ({"thresholds": "rms", "score": "manhattan"}, Coding(RMS_THRESHOLD, relative=True)),
+        ({"thresholds": 2.0}, Coding(2.0, relative=False)),
+    ],
+    ids=str,
+)
+def test_thresholds(options: dict, coding: Coding) -> None:
+    assert AdamasConfig.parse(options).coding(64) == coding

@@ -1,0 +1,89 @@
+"""Where the planes of a page lie."""
+
+import pytest
+import torch
+from common import is_one_sentence
+
+from vllm_adamas.errors import AdamasError
+from vllm_adamas.layout import HEAD_SIZES, TILE, PageLayout, overhead, token_bytes
+
+PLANES = ("k", "v", "hi", "lo", "scale")
+every_layout = pytest.mark.parametrize(
+    "layout",
+    [
+        PageLayout(size, block, dtype)
+        for size in HEAD_SIZES
+        for block in (16, 32, 48, 128)
+        for dtype in (torch.uint8, torch.bfloat16, torch.float32)
+    ],
+    ids=lambda layout: f"{layout.head_size}-{layout.block_size}-{layout.dtype}",
+)
+
+
+def empty_page(layout: PageLayout, blocks: int = 3, heads: int = 2) -> torch.Tensor:
+    content = layout.token_bytes // layout.dtype.itemsize
+    return torch.zeros(blocks, heads, layout.block_size, content, dtype=layout.dtype)
+
+
+@every_layout
+def test_planes_share_no_byte_and_leave_only_padding(layout: PageLayout) -> None:
+    page = empty_page(layout)
+    for name in PLANES:
+        getattr(layout, name)(page).view(torch.uint8).add_(1)
+    runs = layout.runs(page)
+    end = layout.scale_offset + 2 * layout.block_size
+    assert (runs[..., :end] == 1).all()
+    assert (runs[..., end:] == 0).all()
+    assert runs.shape[-1] - end < layout.block_size * layout.dtype.itemsize
+
+
+@every_layout
+def test_shapes_of_the_planes(layout: PageLayout) -> None:
+    page, n, d = empty_page(layout), layout.block_size, layout.head_size
+    shapes = [tuple(getattr(layout, name)(page).shape[2:]) for name in PLANES]
+    assert shapes == [(n, d), (n, d), (n // TILE, d // 32, TILE), (n // TILE, d // 32, TILE), (n,)]
+
+
+def test_planes_are_views_of_their_block_and_head() -> None:
+    """Also when the cache is a slice of a larger allocation."""
+    layout = PageLayout(64, 32, torch.bfloat16)
+    memory = empty_page(layout, blocks=5, heads=4)
+    for name in PLANES:
+        getattr(layout, name)(memory[1::2, 1:3])[1, 0] = 1
+    touched = memory.view(torch.uint8).flatten(2).any(-1)
+    assert touched.nonzero().tolist() == [[3, 1]]
+
+
+@pytest.mark.parametrize(
+    ("size", "dtype", "expected", "extra"),
+    [
+        (128, torch.bfloat16, 546, 0.0664),
+        (128, torch.uint8, 290, 0.1328),
+        (64, torch.bfloat16, 274, 0.0703),
+        (64, torch.float32, 532, 0.0391),  # 530, up to a multiple of the element
+        (256, torch.float16, 1090, 0.0645),
+    ],
+)
+def test_bytes_of_a_token(size: int, dtype: torch.dtype, expected: int, extra: float) -> None:
+    assert token_bytes(size, dtype) == PageLayout(size, 32, dtype).token_bytes == expected
+    assert overhead(size, dtype) == pytest.approx(extra, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [((80, 32), "head_size 80"), ((64, 0), "block_size 0"), ((64, 24), "block_size 24")],
+)
+def test_impossible_layouts_are_refused(arguments: tuple[int, int], named: str) -> None:
+    with pytest.raises(AdamasError, match=named) as error:
+        PageLayout(*arguments, torch.bfloat16)
+    assert is_one_sentence(str(error.value))
+
+
+def test_a_cache_in_another_layout_is_refused() -> None:
+    """With tokens before heads, or with blocks of another size, the offsets would be nonsense."""
+    layout = PageLayout(64, 32, torch.bfloat16)
+    tokens_first = empty_page(layout).transpose(1, 2).contiguous().transpose(1, 2)
+    for page in (tokens_first, empty_page(PageLayout(64, 48, torch.bfloat16))):
+        with pytest.raises(AdamasError, match="LBHNC") as error:
+            layout.runs(page)
+        assert is_one_sentence(str(error.value))
