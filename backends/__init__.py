@@ -15,17 +15,19 @@ def get_backend(name: str, device_type: str = "cpu") -> Backend:
     Raises:
         AdamasError: the backend does not exist for the device or its library is not built.
     """
-    if device_type != "cpu":
-        raise AdamasError(
-            f"this release has no kernels for {device_type} devices: serve on a CPU host, or with "
-            "another attention backend."
-        )
-    if name in ("auto", "cpu"):
+    if device_type == "cuda" and name in ("auto", "cuda"):
+        from vllm_adamas.backends.cuda import CudaBackend
+
+        return CudaBackend()
+    if device_type == "cpu" and name in ("auto", "cpu"):
         from vllm_adamas.backends.cpu import CpuBackend
 
         return CpuBackend()
-    if name == "reference":
+    if device_type == "cpu" and name == "reference":
         from vllm_adamas.backends.reference import ReferenceBackend
 
         return ReferenceBackend()
-    raise AdamasError(f"there is no backend {name!r}: choose auto, cpu or reference.")
+    raise AdamasError(
+        f"kernels={name!r} do not run on {device_type} devices: choose auto there, "
+        "or another attention backend."
+    )

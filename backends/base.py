@@ -85,8 +85,12 @@ class Backend(ABC):
     def description(self) -> str:
         """Name and instruction set, for the log."""
 
-    def prepare(self, cache: torch.Tensor) -> None:
+    def prepare(self, cache: torch.Tensor) -> None:  # noqa: B027 (an optional step)
         """Called once with a layer's KV cache when it is bound; may advise the operating system."""
+
+    def reserve(self, params: Params, max_rows: int, max_context_len: int) -> int:
+        """Allocates what decode steps need beside their arguments; returns its size in bytes."""
+        return 0
 
     @abstractmethod
     def append(
@@ -153,6 +157,8 @@ class Backend(ABC):
         budgets: torch.Tensor,
         output: torch.Tensor,
         stats: torch.Tensor,
+        *,
+        max_context_len: int | None = None,
     ) -> None:
         """Attention of R query tokens over their selected tokens: scan, select, exact softmax.
 
@@ -160,6 +166,8 @@ class Backend(ABC):
 
         Args:
             output: ``[R, Hq, D]``, written.
+            max_context_len: an upper bound of ``context_lens`` that holds for every replay of a
+                captured graph; devices that launch from the lengths themselves ignore it.
         """
 
     @abstractmethod

@@ -70,7 +70,9 @@ class Batch:
         self.query = list(torch.randn(LAYERS, args.batch, QUERY_HEADS, HEAD_SIZE).to(DTYPE))
         self.output = torch.empty(args.batch, QUERY_HEADS, HEAD_SIZE, dtype=DTYPE)
         positions = torch.arange(context)
-        self.slots = (self.table.long()[:, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE).flatten()
+        self.slots = (
+            self.table.long()[:, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+        ).flatten()
 
     def key_value(self):
         shape = (args.batch * self.context, KV_HEADS, HEAD_SIZE)
@@ -87,7 +89,9 @@ class Dense:
         shape = (LAYERS, batch.num_blocks, KV_HEADS, 2 * BLOCK_SIZE, HEAD_SIZE)
         self.caches = [cache.chunk(2, dim=2) for cache in torch.zeros(shape, dtype=DTYPE)]
         for k_cache, v_cache in self.caches:
-            ops.cpu_attn_reshape_and_cache(*batch.key_value(), k_cache, v_cache, batch.slots, self.isa)
+            ops.cpu_attn_reshape_and_cache(
+                *batch.key_value(), k_cache, v_cache, batch.slots, self.isa
+            )
         self.starts = torch.arange(args.batch + 1, dtype=torch.int32)
 
     def step(self):
@@ -121,9 +125,15 @@ class Sparse:
 
     def configure(self, score: str, selection: str):
         # One coding for both scores, so that the pages need not be written again.
-        config = AdamasConfig(score=score, selection=selection, token_budget=args.budget, thresholds="rms")
+        config = AdamasConfig(
+            score=score, selection=selection, token_budget=args.budget, thresholds="rms"
+        )
         self.params = Params.of(
-            config, self.layout, num_query_heads=QUERY_HEADS, num_kv_heads=KV_HEADS, softmax_scale=HEAD_SIZE**-0.5
+            config,
+            self.layout,
+            num_query_heads=QUERY_HEADS,
+            num_kv_heads=KV_HEADS,
+            softmax_scale=HEAD_SIZE**-0.5,
         )
         self.budgets = torch.full_like(self.batch.lens, config.budget(self.batch.context))
 
@@ -131,7 +141,9 @@ class Sparse:
         b = self.batch
         for i, (query, page) in enumerate(zip(b.query, self.pages, strict=True)):
             budgets = b.lens if i < DENSE_LAYERS else self.budgets
-            self.backend.decode(self.params, query, page, b.table, b.lens, budgets, b.output, self.stats)
+            self.backend.decode(
+                self.params, query, page, b.table, b.lens, budgets, b.output, self.stats
+            )
 
     def bytes_per_step(self) -> int:
         """Least bytes a step must read: K and V of dense layers, signatures and selected K and V."""
@@ -139,7 +151,9 @@ class Sparse:
         context, budget = self.batch.context, int(self.budgets[0])
         dense = context * KV_HEADS * 2 * HEAD_SIZE * element
         scale = 2 if self.params.score == "dot" else 0
-        sparse = context * KV_HEADS * (HEAD_SIZE // 4 + scale) + budget * sets * 2 * HEAD_SIZE * element
+        sparse = (
+            context * KV_HEADS * (HEAD_SIZE // 4 + scale) + budget * sets * 2 * HEAD_SIZE * element
+        )
         return args.batch * (DENSE_LAYERS * dense + (LAYERS - DENSE_LAYERS) * sparse)
 
 
@@ -153,7 +167,9 @@ def timed(step) -> float:
 
 def main():
     rows = []
-    print(f"{'context':>8} {'score':>10} {'selection':>11} {'dense ms':>9} {'sparse ms':>10} {'speed-up':>20} {'GB/s':>6}")
+    print(
+        f"{'context':>8} {'score':>10} {'selection':>11} {'dense ms':>9} {'sparse ms':>10} {'speed-up':>20} {'GB/s':>6}"
+    )
     for context in args.contexts:
         torch.manual_seed(0)
         batch = Batch(context)
@@ -183,8 +199,15 @@ def main():
     if args.name:
         model = {"layers": LAYERS, "dense_layers": DENSE_LAYERS, "query_heads": QUERY_HEADS, "kv_heads": KV_HEADS,
                  "head_size": HEAD_SIZE, "dtype": "bfloat16", "block_size": BLOCK_SIZE}  # fmt: skip
-        peers = {"dense": f"CPU_ATTN ({dense.isa})", "sparse": sparse.backend.description, "threads": args.threads}
-        print("wrote", save(args.name, {"hardware": hardware(), "model": model, **peers, "rows": rows}))
+        peers = {
+            "dense": f"CPU_ATTN ({dense.isa})",
+            "sparse": sparse.backend.description,
+            "threads": args.threads,
+        }
+        print(
+            "wrote",
+            save(args.name, {"hardware": hardware(), "model": model, **peers, "rows": rows}),
+        )
 
 
 if __name__ == "__main__":

@@ -28,7 +28,9 @@ def parse_args():
     parser.add_argument("--model", default=str(MODEL))
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 2048, 4096, 8000])
     parser.add_argument("--output-len", type=int, default=96)
-    parser.add_argument("--prompts", type=int, default=2, help="requests per backend, context and round")
+    parser.add_argument(
+        "--prompts", type=int, default=2, help="requests per backend, context and round"
+    )
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--config", default="{}", help="options of the adamas backend, JSON")
     parser.add_argument("--name", default="serve_cpu", help="result file")
@@ -48,7 +50,9 @@ def run_bench(server: Server, context: int, output_len: int, prompts: int, seed:
         ]  # fmt: skip
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise SystemExit(f"vllm bench serve failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+            raise SystemExit(
+                f"vllm bench serve failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+            )
         result = json.loads((Path(folder) / "r.json").read_text())
     if result["completed"] != prompts:
         raise SystemExit(f"only {result['completed']} of {prompts} requests completed")
@@ -74,7 +78,9 @@ def measure(servers: dict[str, Server], args) -> list[dict]:
         for key in ("tpot", "ttft"):
             row[f"dense_{key}_ms"] = spread(dense[key])
             row[f"adamas_{key}_ms"] = spread(sparse[key])
-            row[f"{key}_ratio"] = spread([d / s for d, s in zip(dense[key], sparse[key], strict=True)])
+            row[f"{key}_ratio"] = spread(
+                [d / s for d, s in zip(dense[key], sparse[key], strict=True)]
+            )
         rows.append(row)
         tpot, ttft = row["tpot_ratio"], row["ttft_ratio"]
         print(
@@ -95,9 +101,16 @@ def plot(rows: list[dict], path: Path, title: str) -> None:
     for key, label in (("dense", "CPU_ATTN (dense)"), ("adamas", "ADAMAS")):
         stats = [row[f"{key}_tpot_ms"] for row in rows]
         middle = [s["median"] for s in stats]
-        error = [[m - s["q1"] for m, s in zip(middle, stats)], [s["q3"] - m for m, s in zip(middle, stats)]]
-        axes.errorbar([row["context"] for row in rows], middle, yerr=error, marker="o", capsize=3, label=label)
-    axes.set(xlabel="context length (tokens)", ylabel="TPOT (ms), median and quartiles", title=title)
+        error = [
+            [m - s["q1"] for m, s in zip(middle, stats, strict=True)],
+            [s["q3"] - m for m, s in zip(middle, stats, strict=True)],
+        ]
+        axes.errorbar(
+            [row["context"] for row in rows], middle, yerr=error, marker="o", capsize=3, label=label
+        )
+    axes.set(
+        xlabel="context length (tokens)", ylabel="TPOT (ms), median and quartiles", title=title
+    )
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     axes.legend()
@@ -108,10 +121,12 @@ def main():
     args = parse_args()
     extra = ["--max-model-len", "8192", "--no-enable-prefix-caching", "--disable-log-stats"]
     config = json.loads(args.config)
-    with Server(args.model, "cpu_attn", extra_args=extra) as dense:
-        with Server(args.model, "adamas", config, extra_args=extra) as sparse:
-            line = next(x for x in sparse.log().splitlines() if "Using ADAMAS" in x)
-            rows = measure({"cpu_attn": dense, "adamas": sparse}, args)
+    with (
+        Server(args.model, "cpu_attn", extra_args=extra) as dense,
+        Server(args.model, "adamas", config, extra_args=extra) as sparse,
+    ):
+        line = next(x for x in sparse.log().splitlines() if "Using ADAMAS" in x)
+        rows = measure({"cpu_attn": dense, "adamas": sparse}, args)
     facts = hardware()
     result = {
         "hardware": facts,
@@ -121,7 +136,11 @@ def main():
         "rows": rows,
     }
     print("wrote", save(args.name, result))
-    plot(rows, RESULTS / f"{args.name}.png", f"{Path(args.model).name}, {facts['processor']}, 1 worker thread")
+    plot(
+        rows,
+        RESULTS / f"{args.name}.png",
+        f"{Path(args.model).name}, {facts['processor']}, 1 worker thread",
+    )
 
 
 if __name__ == "__main__":

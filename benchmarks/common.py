@@ -29,7 +29,10 @@ def hardware() -> dict:
             if key.strip() == "flags":
                 flags = set(value.split())
     commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=RESULTS.parent
+        ["git", "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        cwd=RESULTS.parent,
     ).stdout.strip()
     interesting = ("avx2", "avx512f", "avx512_vpopcntdq", "avx512_vnni", "avx512_bf16", "amx_tile")
     return {

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import sys
-from pathlib import Path
 
 from common import RESULTS
 
@@ -72,7 +71,7 @@ def serve_table(result: dict) -> list[str]:
 def render() -> str:
     serve, decode = load("serve_cpu"), load("decode_cpu")
     lines = [f"Measured on: {where(serve)}. Ratios are dense / adamas: above 1 is faster.", ""]
-    lines += serve_table(serve) + ["", "![TPOT against context length](benchmarks/results/serve_cpu.png)", ""]
+    lines += [*serve_table(serve), "", "![TPOT against context length](benchmarks/results/serve_cpu.png)", ""]
     lines += decode_table(decode)
     return "\n".join([BEGIN, *lines, END])
 

@@ -70,40 +70,62 @@ class SelectionStats:
     """The counters of one worker process, and its periodic log line.
 
     Dense layers count apart, so that the exported figures speak of sparse layers alone.
+
+    Args:
+        device_type: where the kernels run. On a CPU they add to the mapped file itself; counters of
+            another device are copied into it, without a synchronisation, at most once a second.
     """
 
-    def __init__(self, config: AdamasConfig):
-        folder = os.environ.get(FOLDER)
-        if config.metrics and folder and os.path.isdir(folder):
-            file = Path(folder) / f"worker-{os.getpid()}.i64"
-            mapped = np.memmap(file, dtype=np.int64, mode="w+", shape=(len(NAMES),))
-            self._sparse = torch.from_numpy(mapped)
-        else:
-            self._sparse = torch.zeros(len(NAMES), dtype=torch.int64)
-        self._dense = torch.zeros(len(NAMES), dtype=torch.int64)
+    COPY_INTERVAL = 1.0
+
+    def __init__(self, config: AdamasConfig, device_type: str):
+        self._exported = self._open(config)
+        on_host = device_type == "cpu"
+        self._sparse = (
+            self._exported if on_host else torch.zeros_like(self._exported, device=device_type)
+        )
+        self._dense = torch.zeros_like(self._sparse)
+        self._staged = None if on_host else torch.zeros_like(self._exported, pin_memory=True)
         self._interval = config.log_interval
-        self._logged = self._sparse.tolist()
-        self._next = time.monotonic() + self._interval
+        self._logged = self._exported.tolist()
+        self._next_log = time.monotonic() + self._interval
+        self._next_copy = 0.0
+
+    @staticmethod
+    def _open(config: AdamasConfig) -> torch.Tensor:
+        folder = os.environ.get(FOLDER)
+        if not (config.metrics and folder and os.path.isdir(folder)):
+            return torch.zeros(len(NAMES), dtype=torch.int64)
+        file = Path(folder) / f"worker-{os.getpid()}.i64"
+        return torch.from_numpy(np.memmap(file, dtype=np.int64, mode="w+", shape=(len(NAMES),)))
 
     @staticmethod
     @cache
-    def shared(config: AdamasConfig) -> SelectionStats:
+    def shared(config: AdamasConfig, device_type: str) -> SelectionStats:
         """One instance per process."""
-        return SelectionStats(config)
+        return SelectionStats(config, device_type)
 
     def counters(self, dense_layer: bool) -> torch.Tensor:
         """The int64[4] that a kernel adds to."""
         return self._dense if dense_layer else self._sparse
 
     def tick(self) -> None:
-        """Logs what was attended since the last line, when the interval has passed."""
-        if not self._interval or time.monotonic() < self._next:
-            return
+        """Called once per step: exports and logs what was attended, when the time has come."""
+        now = time.monotonic()
+        if self._staged is not None and now >= self._next_copy:
+            self._exported.copy_(self._staged)  # what the copy of a second ago has brought
+            self._staged.copy_(self._sparse, non_blocking=True)
+            self._next_copy = now + self.COPY_INTERVAL
+        if self._interval and now >= self._next_log:
+            self._next_log = now + self._interval
+            self._log()
+
+    def _log(self) -> None:
         from vllm.logger import init_logger
 
-        now = self._sparse.tolist()
-        sparse, dense, context, attended = (a - b for a, b in zip(now, self._logged, strict=True))
-        self._logged, self._next = now, time.monotonic() + self._interval
+        total = self._exported.tolist()
+        sparse, dense, context, attended = (a - b for a, b in zip(total, self._logged, strict=True))
+        self._logged = total
         if context:
             init_logger("vllm.adamas").info(
                 "Selection: attended %.1f%% of context tokens; %.1f%% of decode rows sparse.",

@@ -37,7 +37,12 @@ class AdamasBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec=None) -> list[int | MultipleOf]:
-        return [MultipleOf(checks.BLOCK_SIZE_MULTIPLE)]
+        return [MultipleOf(checks.block_size_multiple())]
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        # Planes of 64 tokens are long enough runs to read at full bandwidth.
+        return max(default_block_size, 64)
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:

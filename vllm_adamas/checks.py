@@ -6,12 +6,13 @@ import torch
 
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
-from vllm_adamas.layout import HEAD_SIZES
+from vllm_adamas.layout import HEAD_SIZES, TILE
 
 OTHER_BACKEND = "serve this model with another --attention-backend"
-BLOCK_SIZE_MULTIPLE = 32  # of the stock CPU prefill kernel
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2")
+CUDA_DTYPES = (torch.bfloat16, torch.float16)
+CUDA_KV_CACHE_DTYPES = ("auto", "bfloat16", "float16")
 
 
 def check_config(vllm_config) -> AdamasConfig:
@@ -36,11 +37,34 @@ def _refuse(what: str, way_out: str) -> None:
     raise AdamasError(f"the adamas backend does not support {what}: {way_out}.")
 
 
+def _on_cpu() -> bool:
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()
+
+
+def block_size_multiple() -> int:
+    """Block sizes are multiples of this: vLLM's CPU prefill kernel works in blocks of 32."""
+    return 32 if _on_cpu() else TILE
+
+
 def _check_device(vllm_config) -> None:
     from vllm.platforms import current_platform
 
-    if not current_platform.is_cpu():
-        _refuse(f"{current_platform.device_name} devices in this release", "serve on a CPU host, or " + OTHER_BACKEND)
+    if _on_cpu():
+        return
+    if not current_platform.is_cuda():
+        _refuse(f"{current_platform.device_name} devices", "serve on a CPU or an NVIDIA Hopper GPU")
+    capability = current_platform.get_device_capability()
+    if capability is None or (capability.major, capability.minor) != (9, 0):
+        _refuse("GPUs other than Hopper (compute capability 9.0) in this release", OTHER_BACKEND)
+    from vllm_adamas.backends.cuda import LIBRARY
+
+    if not LIBRARY.exists():
+        raise AdamasError(
+            f"the CUDA kernels are not built ({LIBRARY.name} is missing): reinstall the package with "
+            "ADAMAS_BUILD_CUDA=1 on a host with nvcc."
+        )
 
 
 def _check_parallel(vllm_config) -> None:
@@ -77,8 +101,10 @@ def _check_model(vllm_config) -> None:
         _refuse("ALiBi position biases", OTHER_BACKEND)
     if getattr(text, "attn_logit_softcapping", None):
         _refuse("soft-capped attention logits", OTHER_BACKEND)
-    if model.dtype not in DTYPES:
-        _refuse(f"dtype {model.dtype}", "pass --dtype bfloat16, float16 or float32")
+    dtypes = DTYPES if _on_cpu() else CUDA_DTYPES
+    if model.dtype not in dtypes:
+        names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        _refuse(f"dtype {model.dtype} on this device", f"pass --dtype {names}")
     if model.get_head_size() not in HEAD_SIZES:
         _refuse(
             f"head_size {model.get_head_size()} (kernels exist for {', '.join(map(str, HEAD_SIZES))})",
@@ -100,22 +126,28 @@ def _uses_alibi(text) -> bool:
 
 def _check_cache(vllm_config) -> None:
     cache = vllm_config.cache_config
-    if cache.block_size is not None and cache.block_size % BLOCK_SIZE_MULTIPLE:
+    multiple, kind = block_size_multiple(), cache.cache_dtype
+    if cache.block_size is not None and cache.block_size % multiple:
         _refuse(
-            f"block_size {cache.block_size} (the prefill kernel works in blocks of {BLOCK_SIZE_MULTIPLE})",
-            f"pass a --block-size that is a multiple of {BLOCK_SIZE_MULTIPLE}",
+            f"block_size {cache.block_size}",
+            f"pass a --block-size that is a multiple of {multiple}",
         )
-    kind = cache.cache_dtype
-    if kind not in KV_CACHE_DTYPES:
-        _refuse(f"--kv-cache-dtype {kind}", f"choose one of {', '.join(KV_CACHE_DTYPES)}")
-    if kind in ("bfloat16", "float16") and vllm_config.model_config is not None:
-        if getattr(torch, kind) != vllm_config.model_config.dtype:
-            _refuse(
-                f"--kv-cache-dtype {kind} with dtype {vllm_config.model_config.dtype}",
-                "pass --kv-cache-dtype auto",
-            )
+    kinds = KV_CACHE_DTYPES if _on_cpu() else CUDA_KV_CACHE_DTYPES
+    if kind not in kinds:
+        _refuse(f"--kv-cache-dtype {kind} on this device", f"choose one of {', '.join(kinds)}")
+    if (
+        kind in ("bfloat16", "float16")
+        and vllm_config.model_config is not None
+        and getattr(torch, kind) != vllm_config.model_config.dtype
+    ):
+        _refuse(
+            f"--kv-cache-dtype {kind} with dtype {vllm_config.model_config.dtype}",
+            "pass --kv-cache-dtype auto",
+        )
     if kind.startswith("fp8") and not (
         torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()
     ):
-        _refuse("an fp8 KV cache on this processor (vLLM's prefill kernel needs AVX-512 or AMX)",
-                "pass --kv-cache-dtype auto")
+        _refuse(
+            "an fp8 KV cache on this processor (vLLM's prefill kernel needs AVX-512 or AMX)",
+            "pass --kv-cache-dtype auto",
+        )

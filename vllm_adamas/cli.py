@@ -20,11 +20,15 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="vllm-adamas", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    info = commands.add_parser("info", help="resolved configuration, kernels, versions, page arithmetic")
+    info = commands.add_parser(
+        "info", help="resolved configuration, kernels, versions, page arithmetic"
+    )
     info.add_argument(
         "--config", default="{}", metavar="JSON", help="the options you would give under 'adamas'"
     )
-    info.add_argument("--model", metavar="DIR", help="folder with a config.json, for the page arithmetic")
+    info.add_argument(
+        "--model", metavar="DIR", help="folder with a config.json, for the page arithmetic"
+    )
     info.add_argument("--head-size", type=int, default=128)
     info.add_argument("--num-kv-heads", type=int, default=8)
     info.add_argument("--num-layers", type=int, default=32)
@@ -43,7 +47,9 @@ def _info(args) -> int:
     try:
         options = json.loads(args.config)
     except json.JSONDecodeError as error:
-        raise AdamasError(f"--config is not JSON ({error}): quote it as '{{\"token_budget\": 256}}'.") from None
+        raise AdamasError(
+            f"--config is not JSON ({error}): quote it as '{{\"token_budget\": 256}}'."
+        ) from None
     config = AdamasConfig.parse(options)
     shape = _model_shape(args)
     report = {
@@ -68,7 +74,11 @@ def _info(args) -> int:
 def _versions() -> dict[str, str]:
     import torch
 
-    versions = {"vllm-adamas": __version__, "vllm": compat.vllm_version(), "torch": torch.__version__}
+    versions = {
+        "vllm-adamas": __version__,
+        "vllm": compat.vllm_version(),
+        "torch": torch.__version__,
+    }
     for name in ("triton", "apache-tvm-ffi"):
         try:
             versions[name] = importlib.metadata.version(name)
@@ -101,7 +111,9 @@ def _model_shape(args) -> dict:
         return shape
     path = Path(args.model) / "config.json"
     if not path.is_file():
-        raise AdamasError(f"{path} does not exist: give --model the folder of a Hugging Face model.")
+        raise AdamasError(
+            f"{path} does not exist: give --model the folder of a Hugging Face model."
+        )
     model = json.loads(path.read_text())
     model = model.get("text_config", model)
     try:

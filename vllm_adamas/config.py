@@ -49,7 +49,8 @@ class AdamasConfig(BaseModel):
         "dot", description="How a query is compared with the stored key codes."
     )
     token_budget: int | float = Field(
-        256, description="Tokens attended per decode step, or a fraction of the context (0 < f <= 1)."
+        256,
+        description="Tokens attended per decode step, or a fraction of the context (0 < f <= 1).",
     )
     min_token_budget: int = Field(
         64, ge=1, description="Floor in tokens when token_budget is a fraction."
@@ -58,16 +59,20 @@ class AdamasConfig(BaseModel):
         "kv_head", description="One set of tokens per KV head, or one per query head (the paper)."
     )
     num_dense_layers: int = Field(2, ge=0, description="First layers that attend to every token.")
-    num_sink_tokens: int = Field(0, ge=0, description="First tokens always kept, inside the budget.")
+    num_sink_tokens: int = Field(
+        0, ge=0, description="First tokens always kept, inside the budget."
+    )
     recent_window: int = Field(0, ge=0, description="Last tokens always kept, inside the budget.")
-    min_context: int = Field(0, ge=0, description="Contexts shorter than this are attended densely.")
+    min_context: int = Field(
+        0, ge=0, description="Contexts shorter than this are attended densely."
+    )
     thresholds: Literal["rms", "paper"] | float | None = Field(
         None,
         description="Code thresholds: 'rms' (default for dot), 'paper' (default for manhattan), "
         "or a fixed value in orthonormal units.",
     )
     profile: Path | None = Field(None, description="Calibration profile (not in this release).")
-    kernels: Literal["auto", "cpu", "reference"] = Field(
+    kernels: Literal["auto", "cpu", "cuda", "reference"] = Field(
         "auto", description="Compute backend; auto takes the fastest one for the device."
     )
     log_interval: float = Field(

@@ -8,6 +8,7 @@ import torch
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
 from vllm_adamas.backends import get_backend
@@ -15,18 +16,13 @@ from vllm_adamas.backends.base import Backend, Params
 from vllm_adamas.checks import adamas_options
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
-from vllm_adamas.layout import PageLayout, overhead
-from vllm_adamas.metadata import AdamasMetadata
-from vllm_adamas.prefill import Prefill
+from vllm_adamas.layout import TILE, PageLayout, overhead
+from vllm_adamas.metadata import AdamasMetadata, max_decode_rows
+from vllm_adamas.prefill import get_prefill
 from vllm_adamas.serving.metrics import SelectionStats
 
 logger = init_logger("vllm.adamas")
 FP8 = {"fp8": "e4m3", "fp8_e4m3": "e4m3", "fp8_e5m2": "e5m2"}
-
-
-@cache
-def _shared_prefill() -> Prefill:
-    return Prefill()
 
 
 class AdamasImpl(AttentionImpl[AdamasMetadata]):
@@ -64,13 +60,22 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         self.sliding_window = sliding_window
         self.kv_cache_dtype = kv_cache_dtype
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
-        self.config = AdamasConfig.parse(adamas_options(get_current_vllm_config()))
-        self.backend = get_backend(self.config.kernels)
-        self.stats = SelectionStats.shared(self.config)
+        vllm_config = get_current_vllm_config()
+        self.config = AdamasConfig.parse(adamas_options(vllm_config))
+        device = current_platform.device_type
+        self.backend = get_backend(self.config.kernels, device)
+        self.prefill = get_prefill(device)
+        self.stats = SelectionStats.shared(self.config, device)
+        self.max_model_len = vllm_config.model_config.max_model_len
         self._params: Params | None = None
         self._dense = False
-        dtype = torch.get_default_dtype()
-        _log_once(self.config, self.backend, head_size, torch.uint8 if kv_cache_dtype in FP8 else dtype)
+        dtype = torch.uint8 if kv_cache_dtype in FP8 else torch.get_default_dtype()
+        workspace = self.backend.reserve(
+            self._make_params(PageLayout(head_size, TILE, dtype)),
+            max_decode_rows(vllm_config),
+            self.max_model_len,
+        )
+        _log_once(self.config, self.backend, head_size, dtype, workspace)
 
     def do_kv_cache_update(
         self,
@@ -119,14 +124,13 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
                 lens if self._dense else attn_metadata.budgets,
                 output[:rows],
                 self.stats.counters(dense_layer=self._dense),
+                max_context_len=self.max_model_len,
             )
-            self.stats.tick()
         if attn_metadata.prefill is not None:
-            _shared_prefill().run(
+            self.prefill.run(
                 self.backend,
                 params,
                 attn_metadata.prefill,
-                layer,
                 self.kv_cache_dtype,
                 query,
                 key,
@@ -145,25 +149,31 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
                 extract_layer_index(layer.layer_name) < self.config.num_dense_layers
                 or self.sliding_window is not None
             )
-            self._params = Params.of(
-                self.config,
-                layout,
-                num_query_heads=self.num_heads,
-                num_kv_heads=self.num_kv_heads,
-                softmax_scale=self.scale,
-                sliding_window=self.sliding_window or 0,
-                fp8=FP8.get(self.kv_cache_dtype),
-                k_scale=layer._k_scale_float,
-                v_scale=layer._v_scale_float,
+            self._params = self._make_params(
+                layout, k_scale=layer._k_scale_float, v_scale=layer._v_scale_float
             )
         return self._params
 
+    def _make_params(self, layout: PageLayout, **scales: float) -> Params:
+        return Params.of(
+            self.config,
+            layout,
+            num_query_heads=self.num_heads,
+            num_kv_heads=self.num_kv_heads,
+            softmax_scale=self.scale,
+            sliding_window=self.sliding_window or 0,
+            fp8=FP8.get(self.kv_cache_dtype),
+            **scales,
+        )
+
 
 @cache
-def _log_once(config: AdamasConfig, backend: Backend, head_size: int, dtype: torch.dtype) -> None:
+def _log_once(
+    config: AdamasConfig, backend: Backend, head_size: int, dtype: torch.dtype, workspace: int
+) -> None:
     logger.info(
         "Using ADAMAS attention backend: score %s (thresholds %s), token budget %s per %s, "
-        "%d dense layers, pages +%.1f%%, kernels %s.",
+        "%d dense layers, pages +%.1f%%, kernels %s%s.",
         config.score,
         config.coding(head_size),
         config.budget_text(),
@@ -171,4 +181,5 @@ def _log_once(config: AdamasConfig, backend: Backend, head_size: int, dtype: tor
         config.num_dense_layers,
         100 * overhead(head_size, dtype),
         backend.description,
+        f", workspace {workspace / 2**20:.0f} MiB" if workspace else "",
     )

@@ -98,7 +98,10 @@ class PageLayout:
         """The page as bytes: ``[num_blocks, num_kv_heads, block_size * token_bytes]`` uint8."""
         raw = page.view(torch.uint8)  # [B, H, N, C]
         blocks, heads, tokens, content = raw.shape
-        if (tokens, content) != (self.block_size, self.token_bytes) or raw.stride()[2:] != (content, 1):
+        if (tokens, content) != (self.block_size, self.token_bytes) or raw.stride()[2:] != (
+            content,
+            1,
+        ):
             raise AdamasError(
                 f"the KV cache has blocks of shape {tuple(raw.shape[2:])} bytes where the page "
                 f"layout needs dense ({self.block_size}, {self.token_bytes}): vLLM's KV cache "
@@ -108,7 +111,9 @@ class PageLayout:
             (blocks, heads, tokens * content), (*raw.stride()[:2], 1), raw.storage_offset()
         )
 
-    def _plane(self, page: torch.Tensor, offset: int, size: int, dtype: torch.dtype) -> torch.Tensor:
+    def _plane(
+        self, page: torch.Tensor, offset: int, size: int, dtype: torch.dtype
+    ) -> torch.Tensor:
         return self.runs(page)[:, :, offset : offset + size].view(dtype)
 
     def k(self, page: torch.Tensor) -> torch.Tensor:

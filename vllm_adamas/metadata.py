@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from vllm.v1.attention.backend import (
+    AttentionCGSupport,
     AttentionMetadata,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
@@ -15,6 +16,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from vllm_adamas.checks import adamas_options
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.prefill import PrefillPlan
+from vllm_adamas.serving.metrics import SelectionStats
 
 
 @dataclass
@@ -38,13 +40,51 @@ class AdamasMetadata(AttentionMetadata):
     prefill: PrefillPlan | None
 
 
+def max_decode_rows(vllm_config) -> int:
+    """Rows of the largest decode step, the padding of captured graphs included."""
+    captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    return max(vllm_config.scheduler_config.max_num_seqs, captured)
+
+
+def token_budgets(
+    config: AdamasConfig,
+    context_lens: torch.Tensor,
+    prefilling: torch.Tensor | None,
+    out: torch.Tensor,
+) -> None:
+    """:meth:`AdamasConfig.budget` of every row, on the rows' device and without a host sync.
+
+    Args:
+        context_lens, out: int32 ``[R]``.
+        prefilling: bool ``[R]`` on the host; rows that belong to a prompt are dense.
+    """
+    if isinstance(config.token_budget, float):
+        wanted = (
+            (context_lens.double() * config.token_budget).ceil().clamp_(min=config.min_token_budget)
+        )
+        torch.minimum(context_lens, wanted.to(torch.int32), out=out)
+    else:
+        torch.clamp(context_lens, max=config.token_budget, out=out)
+    if config.min_context:
+        out.copy_(torch.where(context_lens < config.min_context, context_lens, out))
+    if prefilling is not None and bool(prefilling.any()):
+        whole = prefilling.to(out.device, non_blocking=True)
+        out.copy_(torch.where(whole, context_lens, out))
+
+
 class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
     """Builds :class:`AdamasMetadata` once per step for all layers of a KV cache group."""
+
+    # One query token per request; a graph replays with any context lengths, budgets and block tables.
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1)
         self.config = AdamasConfig.parse(adamas_options(vllm_config))
+        self.stats = SelectionStats.shared(self.config, device.type)
+        # Captured graphs read budgets from here.
+        self._budgets = torch.zeros(max_decode_rows(vllm_config), dtype=torch.int32, device=device)
 
     def build(
         self,
@@ -53,33 +93,36 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
         fast_build: bool = False,
     ) -> AdamasMetadata:
         common = common_attn_metadata
-        num_decodes, num_prefills, num_decode_tokens, _ = split_decodes_and_prefills(common)
-        seq_lens = common.seq_lens[: common.num_reqs].to(torch.int32)
-        context_lens = seq_lens[:num_decodes].contiguous()
+        num_decodes, num_prefills, num_decode_tokens, num_prefill_tokens = (
+            split_decodes_and_prefills(common)
+        )
+        seq_lens = common.seq_lens[: common.num_reqs]
+        context_lens, budgets = seq_lens[:num_decodes], self._budgets[:num_decodes]
+        prefilling = common.is_prefilling
+        token_budgets(
+            self.config,
+            context_lens,
+            None if prefilling is None else prefilling[:num_decodes],
+            budgets,
+        )
         plan = None
         if num_prefills:
-            starts = common.query_start_loc[num_decodes : common.num_reqs + 1].to(torch.int32)
-            plan = PrefillPlan.build(
+            starts = common.query_start_loc[num_decodes : common.num_reqs + 1]
+            plan = PrefillPlan(
                 first_token=num_decode_tokens,
-                num_tokens=common.num_actual_tokens - num_decode_tokens,
+                num_tokens=num_prefill_tokens,
                 query_start_loc=starts - starts[0],
-                seq_lens=seq_lens[num_decodes:].contiguous(),
+                seq_lens=seq_lens[num_decodes:],
                 block_table=common.block_table_tensor[num_decodes : common.num_reqs],
-                block_size=self.kv_cache_spec.block_size,
+                max_query_len=common.max_query_len,
+                max_seq_len=common.max_seq_len,
             )
+        self.stats.tick()
         return AdamasMetadata(
             num_actual_tokens=common.num_actual_tokens,
             num_decodes=num_decodes,
             context_lens=context_lens,
-            budgets=self._budgets(context_lens, common.is_prefilling),
+            budgets=budgets,
             block_table=common.block_table_tensor[:num_decodes],
             prefill=plan,
-        )
-
-    def _budgets(self, context_lens: torch.Tensor, prefilling: torch.Tensor | None) -> torch.Tensor:
-        lens = context_lens.tolist()
-        dense = prefilling[: len(lens)].tolist() if prefilling is not None else [False] * len(lens)
-        return torch.tensor(
-            [n if whole else self.config.budget(n) for n, whole in zip(lens, dense, strict=True)],
-            dtype=torch.int32,
         )

@@ -1,14 +1,11 @@
-"""Dense prefill on a CPU through vLLM's own kernel.
-
-That kernel wants keys as columns (or AMX tiles) inside a block, the page keeps them token-major for
-decode. So the K and V of the requests being prefilled are copied, layer by layer, into one scratch
-cache in the kernel's own layout, by the kernel's own ``reshape_and_cache``: the output is
-bit-identical to CPU_ATTN.
-"""
+"""Dense prefill: the requests of a step that have several query tokens, and who computes them."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import torch
 
@@ -24,8 +21,8 @@ class PrefillPlan:
         query_start_loc: int32 ``[P + 1]``, from 0.
         seq_lens: int32 ``[P]``, context lengths.
         block_table: int32 ``[P, blocks]`` of the pages.
-        scratch_table, scratch_slots: block table and slots of the scratch cache.
-        fresh: no request has an earlier context, so the step's own K and V are all there is.
+        max_query_len, max_seq_len: upper bounds known on the host.
+        prepared: what the first layer of the step worked out for the others.
     """
 
     first_token: int
@@ -33,49 +30,25 @@ class PrefillPlan:
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
-    scratch_table: torch.Tensor
-    scratch_slots: torch.Tensor
-    scratch_blocks: int
-    fresh: bool
-    schedules: dict = field(default_factory=dict)
+    max_query_len: int
+    max_seq_len: int
+    prepared: Any = None
 
-    @classmethod
-    def build(cls, first_token, num_tokens, query_start_loc, seq_lens, block_table, block_size) -> PrefillPlan:
-        lens = seq_lens.tolist()
-        blocks = [-(-n // block_size) for n in lens]
-        table = torch.zeros(len(lens), max(blocks), dtype=torch.int32)
-        slots, start = [], 0
-        for row, (n, used) in enumerate(zip(lens, blocks, strict=True)):
-            table[row, :used] = torch.arange(start, start + used)
-            slots.append(torch.arange(start * block_size, start * block_size + n))
-            start += used
-        queries = query_start_loc.diff().tolist()
-        return cls(
-            first_token,
-            num_tokens,
-            query_start_loc.contiguous(),
-            seq_lens,
-            block_table,
-            table,
-            torch.cat(slots),
-            start,
-            fresh=queries == lens,
-        )
+    @property
+    def tokens(self) -> slice:
+        """Their slice of the step's tokens."""
+        return slice(self.first_token, self.first_token + self.num_tokens)
 
 
-class Prefill:
-    """The scratch buffers; one per process, shared by all layers, grown to the largest step."""
+class Prefill(ABC):
+    """Dense causal attention of a :class:`PrefillPlan`."""
 
-    def __init__(self):
-        self._cache = torch.empty(0, dtype=torch.uint8)
-        self._rows = torch.empty(0, dtype=torch.uint8)
-
+    @abstractmethod
     def run(
         self,
         backend: Backend,
         params: Params,
         plan: PrefillPlan,
-        layer,
         kv_cache_dtype: str,
         query: torch.Tensor,
         key: torch.Tensor | None,
@@ -83,70 +56,22 @@ class Prefill:
         page: torch.Tensor,
         output: torch.Tensor,
     ) -> None:
-        """Attention of the planned requests; writes their slice of ``output``.
+        """Writes the plan's slice of ``output``.
 
         Args:
             query, output: ``[tokens, Hq, D]`` of the whole step; key, value: ``[tokens, Hkv, D]``,
                 None for layers that share another layer's cache.
+            page: the layer's KV cache, already appended to.
         """
-        from vllm import _custom_ops as ops
-        from vllm import envs
-        from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
-        layout, window = params.layout, params.sliding_window or -1
-        size, heads, block = layout.head_size, params.num_kv_heads, layout.block_size
-        isa = _get_attn_isa(query.dtype, block, size, kv_cache_dtype)
-        here = slice(plan.first_token, plan.first_token + plan.num_tokens)
-        if plan.fresh and key is not None:
-            keys, values = key[here], value[here]
-        else:
-            tokens = plan.scratch_slots.shape[0]
-            keys, values = self._buffer("_rows", (2, tokens, heads, size), query.dtype)
-            backend.gather(params, page, plan.block_table, plan.seq_lens, keys, values)
-        cache = self._buffer("_cache", (plan.scratch_blocks, heads, 2 * block, size), layout.dtype)
-        key_cache, value_cache = cache.chunk(2, dim=2)
-        scales = {"k_scale": params.k_scale, "v_scale": params.v_scale, "kv_cache_dtype": kv_cache_dtype}
-        ops.cpu_attn_reshape_and_cache(
-            keys, values, key_cache, value_cache, plan.scratch_slots, isa, **scales
-        )
-        schedule = plan.schedules.get((isa, window, params.num_query_heads))
-        if schedule is None:
-            schedule = plan.schedules[isa, window, params.num_query_heads] = (
-                ops.cpu_attn_get_scheduler_metadata(
-                    num_reqs=plan.seq_lens.shape[0],
-                    num_heads=params.num_query_heads,
-                    num_kv_heads=heads,
-                    head_dim=size,
-                    seq_lens=plan.seq_lens,
-                    dtype=query.dtype,
-                    query_start_loc=plan.query_start_loc,
-                    causal=True,
-                    sliding_window_size=window,
-                    isa=isa,
-                    enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
-                    kv_cache_dtype=kv_cache_dtype,
-                )
-            )
-        ops.cpu_attention_with_kv_cache(
-            query=query[here],
-            key_cache=key_cache,
-            value_cache=value_cache,
-            output=output[here],
-            query_start_loc=plan.query_start_loc,
-            seq_lens=plan.seq_lens,
-            scale=params.softmax_scale,
-            causal=True,
-            alibi_slopes=None,
-            sliding_window=window,
-            block_table=plan.scratch_table,
-            softcap=0,
-            scheduler_metadata=schedule,
-            s_aux=None,
-            **scales,
-        )
 
-    def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        size = torch.Size(shape).numel() * dtype.itemsize
-        if getattr(self, name).numel() < size:
-            setattr(self, name, torch.zeros(size + size // 4, dtype=torch.uint8))
-        return getattr(self, name)[:size].view(dtype).view(shape)
+@cache
+def get_prefill(device_type: str) -> Prefill:
+    """The one instance of this process."""
+    if device_type == "cpu":
+        from vllm_adamas.prefill_cpu import CpuPrefill
+
+        return CpuPrefill()
+    from vllm_adamas.prefill_flash import FlashPrefill
+
+    return FlashPrefill()

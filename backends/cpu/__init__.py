@@ -60,7 +60,19 @@ class CpuBackend(Backend):
             key, value, slot_mapping, coding.threshold, coding.relative, *self._page(params, page)
         )
 
-    def decode(self, params, query, page, block_table, context_lens, budgets, output, stats):
+    def decode(
+        self,
+        params,
+        query,
+        page,
+        block_table,
+        context_lens,
+        budgets,
+        output,
+        stats,
+        *,
+        max_context_len=None,
+    ):
         self._lib.decode(
             query,
             output,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from vllm_adamas.backends.base import Backend, Params
+from vllm_adamas.backends.base import Backend
 from vllm_adamas.backends.reference import signature as sig
 from vllm_adamas.layout import TILE
 
@@ -23,7 +23,11 @@ def select_tokens(scores: torch.Tensor, budget: int, sinks: int, recent: int) ->
     middle = scores[sinks : length - recent].flip(0)  # [M], most recent first
     best = middle.sort(descending=True, stable=True).indices[: budget - sinks - recent]
     chosen = length - recent - 1 - best
-    return torch.cat((torch.arange(sinks), chosen, torch.arange(length - recent, length))).sort().values
+    return (
+        torch.cat((torch.arange(sinks), chosen, torch.arange(length - recent, length)))
+        .sort()
+        .values
+    )
 
 
 class ReferenceBackend(Backend):
@@ -37,7 +41,9 @@ class ReferenceBackend(Backend):
         slots = slot_mapping[keep]
         block, offset = slots // params.layout.block_size, slots % params.layout.block_size
         layout = params.layout
-        layout.k(page)[block, :, offset] = self._to_plane(params, key[keep], params.k_scale)  # [T, Hkv, D]
+        layout.k(page)[block, :, offset] = self._to_plane(
+            params, key[keep], params.k_scale
+        )  # [T, Hkv, D]
         layout.v(page)[block, :, offset] = self._to_plane(params, value[keep], params.v_scale)
         x = sig.hadamard(key[keep])  # [T, Hkv, D]
         codes = sig.bucketize(x, params.coding)
@@ -51,7 +57,9 @@ class ReferenceBackend(Backend):
         scores = torch.full(shape, float("-inf"))  # [R, num_score_heads, L]
         for row, length in enumerate(context_lens.tolist()):
             if length:
-                scores[row, :, :length] = self._scan_row(params, query[row], page, block_table[row], length)
+                scores[row, :, :length] = self._scan_row(
+                    params, query[row], page, block_table[row], length
+                )
         return scores
 
     def _scan_row(self, params, query, page, blocks, length):
@@ -75,7 +83,9 @@ class ReferenceBackend(Backend):
     def select(self, params, scores, context_lens, budgets):
         rows, heads, _ = scores.shape
         chosen = torch.full((rows, heads, _max(budgets)), -1, dtype=torch.int32)
-        for row, (length, budget) in enumerate(zip(context_lens.tolist(), budgets.tolist(), strict=True)):
+        for row, (length, budget) in enumerate(
+            zip(context_lens.tolist(), budgets.tolist(), strict=True)
+        ):
             for head in range(heads):
                 tokens = select_tokens(
                     scores[row, head, :length], budget, params.num_sink_tokens, params.recent_window
@@ -83,8 +93,22 @@ class ReferenceBackend(Backend):
                 chosen[row, head, : len(tokens)] = tokens
         return chosen
 
-    def decode(self, params, query, page, block_table, context_lens, budgets, output, stats):
-        for row, (length, budget) in enumerate(zip(context_lens.tolist(), budgets.tolist(), strict=True)):
+    def decode(
+        self,
+        params,
+        query,
+        page,
+        block_table,
+        context_lens,
+        budgets,
+        output,
+        stats,
+        *,
+        max_context_len=None,
+    ):
+        for row, (length, budget) in enumerate(
+            zip(context_lens.tolist(), budgets.tolist(), strict=True)
+        ):
             output[row] = 0
             if length == 0:
                 continue
@@ -120,7 +144,10 @@ class ReferenceBackend(Backend):
     @staticmethod
     def _tokens(params, page, blocks, kv_head, tokens):
         """K and V of tokens of one context, float32 ``[K, D]`` each."""
-        block, offset = blocks[tokens // params.layout.block_size].long(), tokens % params.layout.block_size
+        block, offset = (
+            blocks[tokens // params.layout.block_size].long(),
+            tokens % params.layout.block_size,
+        )
         k = params.layout.k(page)[block, kv_head, offset]  # [K, D]
         v = params.layout.v(page)[block, kv_head, offset]
         if params.fp8:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from vllm_adamas.config import Coding
-from vllm_adamas.layout import TILE, WORD
+from vllm_adamas.layout import WORD
 
 QUERY_BITS = 4  #: bits of the query in the dot score
 QUERY_MAX = 2 ** (QUERY_BITS - 1) - 1

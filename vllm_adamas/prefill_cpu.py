@@ -1,0 +1,124 @@
+"""Dense prefill on a CPU through vLLM's own kernel.
+
+That kernel wants keys as columns (or AMX tiles) inside a block, the page keeps them token-major for
+decode. So the K and V of the requests being prefilled are copied, layer by layer, into one scratch
+cache in the kernel's own layout, by the kernel's own ``reshape_and_cache``: the output is
+bit-identical to CPU_ATTN.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from vllm_adamas.prefill import Prefill, PrefillPlan
+
+
+@dataclass
+class Scratch:
+    """Where the requests of a plan lie in the scratch cache, one after the other.
+
+    Args:
+        table: int32 ``[P, blocks]``; slots: int64 ``[sum(seq_lens)]``.
+        fresh: no request has an earlier context, so the step's own K and V are all there is.
+        schedules: the kernel's schedule for each head count and window.
+    """
+
+    table: torch.Tensor
+    slots: torch.Tensor
+    num_blocks: int
+    fresh: bool
+    schedules: dict = field(default_factory=dict)
+
+    @classmethod
+    def build(cls, plan: PrefillPlan, block_size: int) -> Scratch:
+        lens = plan.seq_lens.tolist()
+        blocks = [-(-n // block_size) for n in lens]
+        table = torch.zeros(len(lens), max(blocks), dtype=torch.int32)
+        slots, start = [], 0
+        for row, (n, used) in enumerate(zip(lens, blocks, strict=True)):
+            table[row, :used] = torch.arange(start, start + used)
+            slots.append(torch.arange(start * block_size, start * block_size + n))
+            start += used
+        fresh = plan.query_start_loc.diff().tolist() == lens
+        return cls(table, torch.cat(slots), start, fresh)
+
+
+class CpuPrefill(Prefill):
+    """Owns the scratch buffers: shared by all layers, grown to the largest step."""
+
+    def __init__(self):
+        self._cache = torch.empty(0, dtype=torch.uint8)
+        self._rows = torch.empty(0, dtype=torch.uint8)
+
+    def run(self, backend, params, plan, kv_cache_dtype, query, key, value, page, output):
+        from vllm import _custom_ops as ops
+        from vllm import envs
+        from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+        layout, window = params.layout, params.sliding_window or -1
+        size, heads, block = layout.head_size, params.num_kv_heads, layout.block_size
+        isa = _get_attn_isa(query.dtype, block, size, kv_cache_dtype)
+        here = plan.tokens
+        if plan.prepared is None:
+            plan.prepared = Scratch.build(plan, block)
+        scratch = plan.prepared
+        if scratch.fresh and key is not None:
+            keys, values = key[here], value[here]
+        else:
+            tokens = scratch.slots.shape[0]
+            keys, values = self._buffer("_rows", (2, tokens, heads, size), query.dtype)
+            backend.gather(params, page, plan.block_table, plan.seq_lens, keys, values)
+        cache = self._buffer("_cache", (scratch.num_blocks, heads, 2 * block, size), layout.dtype)
+        key_cache, value_cache = cache.chunk(2, dim=2)
+        scales = {
+            "k_scale": params.k_scale,
+            "v_scale": params.v_scale,
+            "kv_cache_dtype": kv_cache_dtype,
+        }
+        ops.cpu_attn_reshape_and_cache(
+            keys, values, key_cache, value_cache, scratch.slots, isa, **scales
+        )
+        schedule = scratch.schedules.get((isa, window, params.num_query_heads))
+        if schedule is None:
+            schedule = scratch.schedules[isa, window, params.num_query_heads] = (
+                ops.cpu_attn_get_scheduler_metadata(
+                    num_reqs=plan.seq_lens.shape[0],
+                    num_heads=params.num_query_heads,
+                    num_kv_heads=heads,
+                    head_dim=size,
+                    seq_lens=plan.seq_lens,
+                    dtype=query.dtype,
+                    query_start_loc=plan.query_start_loc,
+                    causal=True,
+                    sliding_window_size=window,
+                    isa=isa,
+                    enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
+                    kv_cache_dtype=kv_cache_dtype,
+                )
+            )
+        ops.cpu_attention_with_kv_cache(
+            query=query[here],
+            key_cache=key_cache,
+            value_cache=value_cache,
+            output=output[here],
+            query_start_loc=plan.query_start_loc,
+            seq_lens=plan.seq_lens,
+            scale=params.softmax_scale,
+            causal=True,
+            alibi_slopes=None,
+            sliding_window=window,
+            block_table=scratch.table,
+            softcap=0,
+            scheduler_metadata=schedule,
+            s_aux=None,
+            **scales,
+        )
+
+    def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        size = torch.Size(shape).numel() * dtype.itemsize
+        if getattr(self, name).numel() < size:
+            # Zeros, because the kernel multiplies the unused tail of a block by zero weights.
+            setattr(self, name, torch.zeros(size + size // 4, dtype=torch.uint8))
+        return getattr(self, name)[:size].view(dtype).view(shape)
