@@ -1,0 +1,54 @@
+"""The `vllm-adamas` command."""
+
+import json
+
+import pytest
+from common import MODEL, is_one_sentence
+
+from vllm_adamas import __version__
+from vllm_adamas.cli import main
+
+
+def info(capsys, *args: str) -> dict:
+    assert main(["info", "--json", *args]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_info_tells_what_would_run(capsys) -> None:
+    report = info(capsys, "--config", '{"token_budget": 99, "score": "manhattan"}')
+    assert report["versions"]["vllm-adamas"] == __version__
+    assert report["configuration"]["token_budget"] == 99
+    assert report["configuration"]["thresholds"] == "±0.8839"  # 10 / sqrt(128)
+    assert report["kernels"]["used here"].startswith("cpu")
+
+
+def test_info_reads_a_models_shape(capsys) -> None:
+    page = info(capsys, "--model", str(MODEL))["page"]
+    assert (page["head_size"], page["num_kv_heads"], page["num_layers"]) == (64, 3, 30)
+    assert page["total"] == "274 bytes per token and KV head (+7.0%)"
+    assert page["per token, all layers"] == f"{274 * 3 * 30 / 1024:.1f} KiB"
+
+
+def test_info_for_people_has_the_same_sections(capsys) -> None:
+    sections = list(info(capsys))
+    assert main(["info"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if not line.startswith(" ")] == sections
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        (["--config", '{"token_budget": 0}'], "token_budget=0"),
+        (["--config", "token_budget=3"], "not JSON"),
+        (["--model", "/no/such/folder"], "config.json does not exist"),
+        (["--head-size", "80"], "head_size 80"),
+    ],
+)
+def test_mistakes_give_one_sentence(capsys, args: list[str], named: str) -> None:
+    assert main(["info", *args]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("vllm-adamas: ")
+    assert named in err
+    assert is_one_sentence(err.removeprefix("vllm-adamas: ").rstrip("\n")), err
