@@ -1,5 +1,6 @@
 """What the backend refuses before a server starts, on a real VllmConfig with one thing changed."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -136,10 +137,42 @@ def test_fp8_needs_a_processor_that_prefills_it(vllm_config, monkeypatch) -> Non
     checks.check_config(config)
 
 
-def test_other_devices(vllm_config, monkeypatch) -> None:
-    platform = SimpleNamespace(is_cpu=lambda: False, device_name="tpu")
+def on_gpu(monkeypatch, **changes) -> None:
+    """A Hopper GPU with its kernels built, or what the changes make of it."""
+    hopper = {"is_cpu": lambda: False, "is_cuda": lambda: True, "device_name": "cuda"}
+    hopper["get_device_capability"] = lambda: SimpleNamespace(major=9, minor=0)
+    platform = SimpleNamespace(**{**hopper, **changes})
     monkeypatch.setattr("vllm.platforms.current_platform", platform)
-    check_refusal(vllm_config, ("tpu", OTHER))
+    monkeypatch.setattr("vllm_adamas.backends.cuda.LIBRARY", Path(__file__))
+
+
+def test_a_hopper_gpu_passes(vllm_config, monkeypatch) -> None:
+    on_gpu(monkeypatch)
+    for size in (16, 48, 64):  # no kernel there needs 32
+        cache = Changed(vllm_config.cache_config, block_size=size)
+        checks.check_config(Changed(vllm_config, cache_config=cache))
+
+
+def test_other_devices(vllm_config, monkeypatch) -> None:
+    on_gpu(monkeypatch, is_cuda=lambda: False, device_name="tpu")
+    check_refusal(vllm_config, ("tpu", "CPU", "Hopper"))
+    for capability in (None, SimpleNamespace(major=8, minor=0), SimpleNamespace(major=10, minor=0)):
+        on_gpu(monkeypatch, get_device_capability=lambda found=capability: found)
+        check_refusal(vllm_config, ("Hopper", OTHER))
+
+
+def test_gpu_kernels_that_are_not_built(vllm_config, monkeypatch) -> None:
+    on_gpu(monkeypatch)
+    monkeypatch.setattr("vllm_adamas.backends.cuda.LIBRARY", Path("/no/libadamas_cuda.so"))
+    check_refusal(vllm_config, ("libadamas_cuda.so", "ADAMAS_BUILD_CUDA=1"))
+
+
+def test_types_without_gpu_kernels(vllm_config, monkeypatch) -> None:
+    on_gpu(monkeypatch)
+    model = Changed(vllm_config.model_config, dtype=torch.float32)
+    check_refusal(Changed(vllm_config, model_config=model), ("float32", "--dtype bfloat16"))
+    cache = Changed(vllm_config.cache_config, cache_dtype="fp8")
+    check_refusal(Changed(vllm_config, cache_config=cache), ("--kv-cache-dtype fp8", "auto"))
 
 
 def test_sizes_of_blocks(vllm_config) -> None:

@@ -3,12 +3,15 @@
 import math
 
 import pytest
+import torch
 from common import is_one_sentence
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_adamas.backends import get_backend
 from vllm_adamas.config import RMS_THRESHOLD, AdamasConfig, Coding
 from vllm_adamas.errors import AdamasError
+from vllm_adamas.metadata import token_budgets
 
 DEFAULTS = {
     "score": "dot",
@@ -41,6 +44,7 @@ VALID = [
     ("thresholds", "paper"),
     ("thresholds", 0.5),
     ("kernels", "cpu"),
+    ("kernels", "cuda"),
     ("kernels", "reference"),
     ("log_interval", 0),
     ("metrics", False),
@@ -65,7 +69,7 @@ INVALID = [
         for x in (0.0, -1.0, math.inf)
     ],
     ({"profile": "a.json"}, ("profile", "remove")),
-    ({"kernels": "cuda"}, ("kernels='cuda'", "'auto'", "'cpu'", "'reference'")),
+    ({"kernels": "gpu"}, ("kernels='gpu'", "'auto'", "'cpu'", "'cuda'", "'reference'")),
     ({"log_interval": -1}, ("log_interval=-1", "0")),
     ({"metrics": "yes"}, ("metrics='yes'", "boolean")),
     ({"token_budget": 32, "num_sink_tokens": 4, "recent_window": 28}, ("token_budget=32", "32")),
@@ -139,3 +143,27 @@ def test_short_contexts_are_dense() -> None:
 )
 def test_thresholds(options: dict, coding: Coding) -> None:
     assert AdamasConfig.parse(options).coding(64) == coding
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"token_budget": 100}, {"token_budget": 0.1}, {"token_budget": 0.3, "min_context": 300}],
+    ids=str,
+)
+@given(st.lists(st.tuples(st.integers(0, 10**6), st.booleans()), min_size=1))
+def test_budgets_of_a_batch(options: dict, rows: list[tuple[int, bool]]) -> None:
+    """The rows of a step at once; rows that belong to a prompt are dense."""
+    config = AdamasConfig(**options)
+    context = torch.tensor([n for n, _ in rows], dtype=torch.int32)
+    out = torch.empty_like(context)
+    token_budgets(config, context, torch.tensor([prompt for _, prompt in rows]), out)
+    assert out.tolist() == [n if prompt else config.budget(n) for n, prompt in rows]
+    token_budgets(config, context, None, out)
+    assert out.tolist() == [config.budget(n) for n, _ in rows]
+
+
+@pytest.mark.parametrize(("name", "device"), [("cuda", "cpu"), ("cpu", "cuda"), ("auto", "xpu")])
+def test_kernels_of_another_device_are_refused(name: str, device: str) -> None:
+    with pytest.raises(AdamasError, match=f"{name!r}.*{device}") as error:
+        get_backend(name, device)
+    assert is_one_sentence(str(error.value))
