@@ -143,6 +143,22 @@ def test_append_rounds_to_fp8_as_torch_does(backend, kind: str) -> None:
         assert torch.equal(plane(page), plane(expected))
 
 
+def test_prepare_loses_nothing(backend) -> None:
+    """Layers may share an allocation, and each is prepared when it first runs: also after another."""
+    params = Case().params
+    content = params.layout.token_bytes // params.layout.dtype.itemsize
+    memory = torch.zeros(256, params.num_kv_heads, 64, content, dtype=params.layout.dtype)
+    first, second = memory.chunk(2)  # 9 MB each: several huge pages
+    key, value = torch.randn(2, 128 * 64, *first.shape[1:2], 128).to(first.dtype)
+    backend.prepare(first)
+    assert not memory.any()
+    backend.append(params, key, value, first, torch.arange(len(key)))
+    before = memory.clone()
+    for page in (second, first, memory):
+        backend.prepare(page)
+        assert torch.equal(as_bytes(memory), as_bytes(before))
+
+
 # scan
 
 
