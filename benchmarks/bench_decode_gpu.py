@@ -29,7 +29,16 @@ from vllm_adamas.layout import PageLayout
 RESULTS = Path(__file__).parent / "results" / "decode_gpu.json"
 DTYPE = torch.bfloat16
 QUERY_HEADS, KV_HEADS, HEAD_SIZE, BLOCK_SIZE, BUDGET = 32, 8, 128, 64, 256
-CELLS = [(8192, 1), (8192, 8), (8192, 32), (32768, 1), (32768, 8), (32768, 32), (131072, 1), (131072, 8)]
+CELLS = [
+    (8192, 1),
+    (8192, 8),
+    (8192, 32),
+    (32768, 1),
+    (32768, 8),
+    (32768, 32),
+    (131072, 1),
+    (131072, 8),
+]
 SELECTIONS = ("query_head", "kv_head")
 WORKING_SET = 200 << 20  # bytes that one graph touches, several times the L2 cache
 POOL_TOKENS = 1 << 20
@@ -37,7 +46,18 @@ REPLAYS, WARMUP = 25, 5
 
 
 @triton.jit
-def _read_planes(pages, table, out, stride_block, stride_head, stride_row, first, words, blocks, WORDS: tl.constexpr):
+def _read_planes(
+    pages,
+    table,
+    out,
+    stride_block,
+    stride_head,
+    stride_row,
+    first,
+    words,
+    blocks,
+    WORDS: tl.constexpr,
+):
     """Sums the signature planes of four blocks; the sum is never the value that would be stored."""
     row, head = tl.program_id(1), tl.program_id(2)
     at = tl.arange(0, WORDS)
@@ -169,7 +189,16 @@ def bench_adamas(backend, pool, length, rows, copies, score, selection):
     def calls(stages):
         return [
             lambda q=q, t=t, o=o: backend.decode(
-                params, q, pool.pages, t, lens, budgets, o, stats, max_context_len=length, stages=stages
+                params,
+                q,
+                pool.pages,
+                t,
+                lens,
+                budgets,
+                o,
+                stats,
+                max_context_len=length,
+                stages=stages,
             )
             for q, t, o in zip(queries, tables, outputs, strict=True)
         ]
@@ -227,7 +256,11 @@ def environment() -> dict:
         ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
         capture_output=True, text=True, check=False,
     ).stdout.strip()  # fmt: skip
-    versions = {"torch": torch.__version__, "cuda": torch.version.cuda, "triton": triton.__version__}
+    versions = {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "triton": triton.__version__,
+    }
     try:
         import vllm
 
@@ -258,7 +291,9 @@ def main():
         "cells": [],
     }  # fmt: skip
     print(json.dumps(record["environment"]))
-    print(f"{'context':>8} {'rows':>4} {'what':24} {'us':>8} {'q1..q3':>17} {'GB/s':>6} {'speed-up':>8}  stages (us)")
+    print(
+        f"{'context':>8} {'rows':>4} {'what':24} {'us':>8} {'q1..q3':>17} {'GB/s':>6} {'speed-up':>8}  stages (us)"
+    )
     for length, rows in cells:
         copies = max(2, -(-WORKING_SET // signature_bytes(length, rows)))
         cell = {"context": length, "rows": rows, "copies": copies}

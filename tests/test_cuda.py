@@ -77,7 +77,10 @@ class Case:
             self.block_table[row, :used] = order[at : at + used]
             at += used
             t = torch.arange(n)
-            slots.append(self.block_table[row, t // self.block_size].long() * self.block_size + t % self.block_size)
+            slots.append(
+                self.block_table[row, t // self.block_size].long() * self.block_size
+                + t % self.block_size
+            )
         self.slots = torch.cat(slots)
         tokens = self.slots.shape[0]
         key = torch.randn(tokens, kv_heads, self.head_size, generator=g)
@@ -101,11 +104,15 @@ class Case:
         self.query = query.to(self.dtype)
         # Stale bytes of any kind may lie in a page.
         content = layout.token_bytes // self.dtype.itemsize
-        noise = torch.randint(-(2**15), 2**15, (total, kv_heads, self.block_size, content), generator=g)
+        noise = torch.randint(
+            -(2**15), 2**15, (total, kv_heads, self.block_size, content), generator=g
+        )
         self.page = noise.to(torch.int16).view(self.dtype).cuda()
         self.lens = torch.tensor(self.lengths, dtype=torch.int32)
         self.limits = torch.tensor(self.budgets, dtype=torch.int32)
-        backend.append(self.params, self.key.cuda(), self.value.cuda(), self.page, self.slots.cuda())
+        backend.append(
+            self.params, self.key.cuda(), self.value.cuda(), self.page, self.slots.cuda()
+        )
         return self
 
     def on_gpu(self):
@@ -124,11 +131,15 @@ SHAPES = [
     pytest.param({"heads": (7, 1), "score": "manhattan", "block_size": 48}, id="group7-block48"),
     pytest.param({"heads": (16, 2), "head_size": 64}, id="group8-d64"),
     pytest.param({"heads": (16, 1), "head_size": 64, "dtype": torch.float16}, id="group16-d64"),
-    pytest.param({"heads": (16, 1), "score": "manhattan", "selection": "kv_head"}, id="group16-manhattan"),
+    pytest.param(
+        {"heads": (16, 1), "score": "manhattan", "selection": "kv_head"}, id="group16-manhattan"
+    ),
     pytest.param({"head_size": 96}, id="d96"),
     pytest.param({"head_size": 96, "score": "manhattan", "block_size": 128}, id="d96-manhattan"),
     pytest.param({"head_size": 192, "block_size": 32}, id="d192"),
-    pytest.param({"head_size": 192, "score": "manhattan", "selection": "kv_head"}, id="d192-manhattan"),
+    pytest.param(
+        {"head_size": 192, "score": "manhattan", "selection": "kv_head"}, id="d192-manhattan"
+    ),
     pytest.param({"head_size": 256, "heads": (8, 1)}, id="d256"),
     pytest.param({"head_size": 256, "heads": (12, 1), "score": "manhattan"}, id="d256-group12"),
 ]
@@ -155,7 +166,9 @@ def test_append(backend, head_size, dtype, keys, score):
     near = ((x.abs() - t).abs() <= 1e-6 * t).any(-1)  # [T, Hkv]
     block, offset = case.slots // layout.block_size, case.slots % layout.block_size
     for plane in ("hi", "lo"):
-        same = sig.untile(getattr(layout, plane)(page)) == sig.untile(getattr(layout, plane)(expected))
+        same = sig.untile(getattr(layout, plane)(page)) == sig.untile(
+            getattr(layout, plane)(expected)
+        )
         assert (same.all(-1)[block, :, offset] | near).all(), plane
     ours, theirs = (layout.scale(p)[block, :, offset].float() for p in (page, expected))
     assert (((ours - theirs).abs() <= 2**-10 * theirs.abs() + 6e-8) | near).all()
@@ -174,11 +187,17 @@ def test_append_skips_negative_slots(backend):
 def test_scan(backend, shape, keys):
     case = Case(LENGTHS, BUDGETS, keys=keys, **shape).build(backend)
     ours = backend.scan(case.params, *case.on_gpu()).cpu()
-    theirs = ReferenceBackend().scan(case.params, case.query, case.page.cpu(), case.block_table, case.lens)
+    theirs = ReferenceBackend().scan(
+        case.params, case.query, case.page.cpu(), case.block_table, case.lens
+    )
     assert ours.shape == theirs.shape
     # Exact, but for queries that sit on a rounding boundary: those differ by one level somewhere.
     wrong = (ours != theirs).any(-1)
-    assert wrong.float().mean() <= 0.02, (wrong.nonzero()[:4], ours[wrong][:2, :8], theirs[wrong][:2, :8])
+    assert wrong.float().mean() <= 0.02, (
+        wrong.nonzero()[:4],
+        ours[wrong][:2, :8],
+        theirs[wrong][:2, :8],
+    )
     assert torch.isinf(ours[LENGTHS.index(0)]).all()
 
 
@@ -250,7 +269,9 @@ def expected_decode(backend, case):
             if sparse:
                 score_head = head if params.selection == "query_head" else head // group
                 tokens = select_tokens(scores[row, score_head, :n], budget, case.sinks, case.recent)
-            k, v = ReferenceBackend._tokens(params, page, case.block_table[row], head // group, tokens)
+            k, v = ReferenceBackend._tokens(
+                params, page, case.block_table[row], head // group, tokens
+            )
             p = (k @ case.query[row, head].float() * params.softmax_scale).softmax(0)
             out[row, head] = p @ v
     return out, stats
@@ -266,7 +287,13 @@ def test_decode_shapes(backend, shape):
 @pytest.mark.parametrize("keys", ["normal", "equal", "few", "huge", "zero", "drift"])
 def test_decode_scores(backend, keys, score, selection):
     """Long enough for a sampled pivot; every distribution of scores is exact."""
-    case = Case((9000, 2048, 2500, 0, 5000), (256, 64, 2400, 9, 1), score=score, selection=selection, keys=keys)
+    case = Case(
+        (9000, 2048, 2500, 0, 5000),
+        (256, 64, 2400, 9, 1),
+        score=score,
+        selection=selection,
+        keys=keys,
+    )
     check_decode(backend, case.build(backend))
 
 

@@ -15,7 +15,7 @@ ELEMENTS = {torch.bfloat16: 1, torch.float16: 2}
 
 MAX_GROUP = 16  #: query heads per KV head that fit the kernels' fragments
 MAX_CONTEXT = 1 << 20  #: tokens; a bitmap of one context has to fit into shared memory
-MAX_CANDIDATES = 16384  #: per token set, a list of them has to fit into shared memory
+MAX_CANDIDATES = 32768  #: per token set
 ALL_STAGES = 7
 
 
@@ -64,7 +64,9 @@ def _aligned(name: str, x: torch.Tensor) -> None:
     """The kernels move 16 bytes at a time."""
     element = x.element_size()
     if x.data_ptr() % 16 or any(step * element % 16 for step in x.stride()[:-1]):
-        raise ValueError(f"{name}: rows must start at multiples of 16 bytes, strides are {x.stride()}")
+        raise ValueError(
+            f"{name}: rows must start at multiples of 16 bytes, strides are {x.stride()}"
+        )
 
 
 class CudaBackend(Backend):
@@ -158,7 +160,14 @@ class CudaBackend(Backend):
             stages: which kernels run (bits: encode, scan, attend), for measurements.
         """
         rows = self._rows(params, query, block_table, context_lens)
-        _typed("output", output, params.layout.dtype, rows, params.num_query_heads, params.layout.head_size)
+        _typed(
+            "output",
+            output,
+            params.layout.dtype,
+            rows,
+            params.num_query_heads,
+            params.layout.head_size,
+        )
         _aligned("output", output)
         _typed("budgets", budgets, torch.int32, rows)
         _typed("stats", stats, torch.int64, 4)
@@ -193,7 +202,10 @@ class CudaBackend(Backend):
         rows = self._rows(params, query, block_table, context_lens)
         longest = int(context_lens.max()) if rows else 0
         scores = torch.full(
-            (rows, params.num_score_heads, longest), float("-inf"), device=query.device, dtype=torch.float32
+            (rows, params.num_score_heads, longest),
+            float("-inf"),
+            device=query.device,
+            dtype=torch.float32,
         )
         work = self._workspace(query.device, self._workspace_bytes(params, rows, 1))
         self._lib.scan(
@@ -231,7 +243,14 @@ class CudaBackend(Backend):
         rows = context_lens.shape[0]
         _typed("context_lens", context_lens, torch.int32, rows)
         _typed("block_table", block_table, torch.int32, rows, None)
-        _typed("query", query, params.layout.dtype, rows, params.num_query_heads, params.layout.head_size)
+        _typed(
+            "query",
+            query,
+            params.layout.dtype,
+            rows,
+            params.num_query_heads,
+            params.layout.head_size,
+        )
         _aligned("query", query)
         return rows
 

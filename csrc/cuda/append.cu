@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant_
   const int64_t slot = p.slots[token];
   if (slot < 0) return;
   const int offset = int(slot % page.block_size);
-  uint8_t* run = page.base + slot / page.block_size * page.block_stride + head * page.head_stride;
+  uint8_t* run = page.base + slot / page.block_size * int64_t(page.block_stride) + head * page.head_stride;
 
   float x[kWords];
   load_vector(x, p.key, token, head, kWords);
@@ -72,7 +72,7 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant_
   for (int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / 32; i < items; i += warps) {
     const int token = int(i / page.num_kv_heads), head = int(i % page.num_kv_heads);
     const int block = token / page.block_size, offset = token % page.block_size;
-    const uint8_t* run = page.base + p.block_table[row * p.blocks_per_row + block] * page.block_stride +
+    const uint8_t* run = page.base + p.block_table[row * p.blocks_per_row + block] * int64_t(page.block_stride) +
                          head * page.head_stride + offset * row_bytes;
     auto to = [&](const Rows& rows) {
       return static_cast<uint8_t*>(rows.data) + ((start + token) * rows.token_stride + head * rows.head_stride) * 2;

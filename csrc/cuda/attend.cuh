@@ -63,6 +63,7 @@ struct Attention {
   static constexpr bool kTail = D % 64 != 0;  // the last 32 dimensions of D = 96
   static constexpr int kRows = D / 16;
   static constexpr int kFloats = kTiles * (kRows * 4 + 4);  // per lane
+  static constexpr int kHeadFloats = D + 4;                 // one head of one warp in shared memory
 
   uint4 query[kTiles][kKChunks];
   float acc[kTiles][kRows][4];
@@ -99,7 +100,7 @@ struct Attention {
     for (int i = 0; i < 2; ++i) {
       const uint8_t* from = at(g + 8 * i) + c * 16;
 #pragma unroll
-      for (int j = 0; j < kKChunks; ++j) k[i][j] = load16(from + j * 64);
+      for (int j = 0; j < kKChunks; ++j) k[i][j] = load16_line(from + j * 64);
     }
     uint4 v[4][kHalves];
     uint2 tail[4];
@@ -107,7 +108,7 @@ struct Attention {
     for (int i = 0; i < 4; ++i) {
       const uint8_t* from = at(2 * c + (i & 1) + (i & 2) * 4) + v_offset;
 #pragma unroll
-      for (int h = 0; h < kHalves; ++h) v[i][h] = load16(from + h * 128 + g * 16);
+      for (int h = 0; h < kHalves; ++h) v[i][h] = load16_line(from + h * 128 + g * 16);
       if (kTail) tail[i] = load8(from + kHalves * 128 + g * 8);
     }
     const bool valid[2] = {g >= begin && g < end, g + 8 >= begin && g + 8 < end};
@@ -209,40 +210,100 @@ struct Attention {
     }
   }
 
-  // The states of all warps into the first warp's. buffer: kWarps / 2 states. Ends synchronised for
-  // the first warp only.
-  template <int kWarps>
-  __device__ void merge_warps(float* buffer) {
-    const int warp = threadIdx.x / 32;
+  // Dimension of acc[..][row][0] (and, plus one, of [2]) in this lane.
+  static __device__ __forceinline__ int dimension(int row) {
+    const int g = threadIdx.x % 32 / 4;
+    return row < kHalves * 4 ? 64 * (row / 4) + 8 * g + 2 * (row % 4) : 64 * kHalves + 4 * g + 2 * (row % 4);
+  }
+
+  // One tile of 8 heads of every warp to shared memory: [warp][head][top, sum, -, -, D values].
+  __device__ void share(float* buffer, int tile, int heads) const {
+    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
-    for (int half = kWarps / 2; half; half /= 2) {
-      __syncthreads();
-      if (warp >= half && warp < 2 * half) store(buffer + (warp - half) * kFloats * 32);
-      __syncthreads();
-      if (warp < half) merge(buffer + warp * kFloats * 32);
+    for (int n = 0; n < kTiles; ++n) {
+      if (n != tile) continue;
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int head = lane % 4 * 2 + h;
+        if (head >= heads) continue;
+        float* to = buffer + (warp * heads + head) * kHeadFloats;
+        if (lane < 4) to[0] = top[n][h], to[1] = sum[n][h];
+#pragma unroll
+        for (int i = 0; i < kRows; ++i)
+          *reinterpret_cast<float2*>(to + 4 + dimension(i)) = make_float2(acc[n][i][h], acc[n][i][2 + h]);
+      }
     }
   }
 
-  __device__ void write(T* first_head, int64_t head_stride, int heads) const {
-    const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
+  // Adds one head's values over the warps: visit(head, dimension, value, top, sum) by every thread.
+  template <int kWarps, class Visit>
+  static __device__ void over_warps(const float* buffer, int heads, Visit visit) {
+    for (int i = threadIdx.x; i < heads * D; i += kWarps * 32) {
+      const int head = i / D, d = i % D;
+      const float* from = buffer + head * kHeadFloats;
+      float best = -INFINITY;
 #pragma unroll
-    for (int n = 0; n < kTiles; ++n)
+      for (int w = 0; w < kWarps; ++w) best = fmaxf(best, from[w * heads * kHeadFloats]);
+      const float base = best == -INFINITY ? 0.0f : best;
+      float value = 0, total = 0;
+#pragma unroll
+      for (int w = 0; w < kWarps; ++w) {
+        const float* at = from + w * heads * kHeadFloats;
+        const float weight = exp2f(at[0] - base);
+        value += weight * at[4 + d];
+        total += weight * at[1];
+      }
+      visit(head, d, value, best, total);
+    }
+  }
+
+  // The output of all warps together. buffer: kWarps * min(heads, 8) * kHeadFloats.
+  template <int kWarps>
+  __device__ void write_merged(float* buffer, T* first_head, int64_t head_stride, int heads) const {
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      const int here = min(heads - 8 * n, 8);
+      if (here <= 0) break;
+      __syncthreads();
+      share(buffer, n, here);
+      __syncthreads();
+      over_warps<kWarps>(buffer, here, [&](int head, int d, float value, float, float total) {
+        first_head[(8 * n + head) * head_stride + d] = T(total > 0 ? value / total : 0.0f);
+      });
+    }
+  }
+
+  // The state of all warps together, into the first warp's.
+  template <int kWarps>
+  __device__ void merge_warps(float* buffer, int heads) {
+    const int lane = threadIdx.x % 32;
+#pragma unroll
+    for (int n = 0; n < kTiles; ++n) {
+      const int here = min(heads - 8 * n, 8);
+      if (here <= 0) break;
+      __syncthreads();
+      share(buffer, n, here);
+      __syncthreads();
+      if (threadIdx.x >= 32) continue;
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        const int head = 8 * n + 2 * c + h;
-        if (head >= heads) continue;
-        const float norm = sum[n][h] > 0 ? 1.0f / sum[n][h] : 0.0f;
-        T* to = first_head + head * head_stride;
-        uint32_t pair[kRows];
+        const int head = lane % 4 * 2 + h;
+        if (head >= here) continue;
+        for (int w = 1; w < kWarps; ++w) {
+          const float* from = buffer + (w * here + head) * kHeadFloats;
+          const float best = fmaxf(from[0], top[n][h]), base = best == -INFINITY ? 0.0f : best;
+          const float own = exp2f(top[n][h] - base), other = exp2f(from[0] - base);
+          sum[n][h] = sum[n][h] * own + from[1] * other;
+          top[n][h] = best;
 #pragma unroll
-        for (int i = 0; i < kRows; ++i) pair[i] = Mma<T>::pack(acc[n][i][h] * norm, acc[n][i][2 + h] * norm);
-#pragma unroll
-        for (int b = 0; b < kHalves; ++b)
-          *reinterpret_cast<uint4*>(to + 64 * b + 8 * g) =
-              make_uint4(pair[4 * b], pair[4 * b + 1], pair[4 * b + 2], pair[4 * b + 3]);
-        if (kTail)
-          *reinterpret_cast<uint2*>(to + 64 * kHalves + 4 * g) = make_uint2(pair[4 * kHalves], pair[4 * kHalves + 1]);
+          for (int i = 0; i < kRows; ++i) {
+            const float2 x = *reinterpret_cast<const float2*>(from + 4 + dimension(i));
+            acc[n][i][h] = acc[n][i][h] * own + x.x * other;
+            acc[n][i][2 + h] = acc[n][i][2 + h] * own + x.y * other;
+          }
+        }
       }
+    }
   }
 };
 

@@ -33,7 +33,8 @@ Page page_of(const TensorView& runs, int64_t block_size, int64_t head_size, int6
              int64_t hi_offset, int64_t lo_offset, int64_t scale_offset, int64_t element) {
   Page page{};
   page.base = static_cast<uint8_t*>(runs.data_ptr());
-  page.block_stride = runs.stride(0);
+  if (runs.stride(0) >> 31) TVM_FFI_THROW(ValueError) << "a block of the KV cache spans 2 GiB or more";
+  page.block_stride = uint32_t(runs.stride(0));
   page.head_stride = runs.stride(1);
   page.block_size = int(block_size);
   const int64_t quads = block_size / kQuad;

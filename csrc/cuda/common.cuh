@@ -32,6 +32,8 @@ inline int num_multiprocessors() {
 template <class... Args>
 void launch(void (*kernel)(Args...), dim3 grid, int threads, int smem, void* stream, bool overlap,
             const char* what, const Args&... args) {
+  // One carve-out for every kernel, so that an SM need not drain before the next one starts.
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100), what);
   if (smem > 48 * 1024)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem), what);
   cudaLaunchConfig_t config{};
@@ -61,6 +63,13 @@ __device__ __forceinline__ float from_order_key(uint32_t key) {
 }
 
 __device__ __forceinline__ uint4 load16(const void* p) { return __ldg(reinterpret_cast<const uint4*>(p)); }
+
+// The same where neighbouring lanes ask for parts of a cache line: the whole line comes from memory.
+__device__ __forceinline__ uint4 load16_line(const void* p) {
+  uint4 x;
+  asm("ld.global.nc.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
+  return x;
+}
 __device__ __forceinline__ uint2 load8(const void* p) { return __ldg(reinterpret_cast<const uint2*>(p)); }
 
 __device__ __forceinline__ float load_scalar(const void* data, int64_t i, Element element) {
@@ -70,6 +79,10 @@ __device__ __forceinline__ float load_scalar(const void* data, int64_t i, Elemen
     default: return __half2float(static_cast<const __half*>(data)[i]);
   }
 }
+
+// Index of an element in shared memory when threads own runs of elements: one word of padding after
+// every 32 keeps the runs' starts in different banks.
+__host__ __device__ constexpr int spread(int i) { return i + i / 32; }
 
 __device__ __forceinline__ float warp_sum(float x) {
 #pragma unroll

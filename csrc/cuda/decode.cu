@@ -27,6 +27,7 @@ int64_t workspace(DecodeParams& p, uint8_t* base) {
   take(p.work.bias, groups * p.head_quads * 4);
   take(p.work.pivot_score, sets);
   take(p.work.pivot_token, sets);
+  take(p.work.pivot_scale, sets);
   take(p.work.count, sets);
   take(p.work.arrived, groups);
   take(p.work.candidates, sets * p.capacity);

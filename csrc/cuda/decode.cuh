@@ -9,7 +9,6 @@
 namespace adamas {
 
 constexpr int kChunk = 16;  // tokens of one step of a warp
-constexpr int kBinWords = kBins + 32;
 
 // The candidates do not hold the k best (the sample misled the pivot): scores are computed again, once
 // per pass of the radix selection. Any score distribution ends here at worst, and it is exact.
@@ -41,10 +40,10 @@ __device__ __noinline__ void select_from_scan(const DecodeParams& p, int row, in
         });
     __syncwarp();
   };
-  const Threshold best = block_threshold<kAttendThreads>(bins, 32 + bits, plan.need, each);
+  const uint64_t best = block_threshold<kAttendThreads>(bins, 32 + bits, plan.need, each);
   const uint64_t mask = (1ull << bits) - 1;
   each([&](uint64_t v) {
-    if (v >= best.value) atomicOr(&bitmap[(v & mask) / 32], 1u << (v & mask) % 32);
+    if (v >= best) set_bit(bitmap, uint32_t(v & mask));
   });
 }
 
@@ -55,11 +54,16 @@ struct Attend {
   static constexpr int kRowBytes = D * int(sizeof(T));
   static constexpr int kWordChunks = D <= 128 ? 1 : 2;
   static constexpr int kStateFloats = Softmax::kFloats * 32;
+  static constexpr int kList = 8 * kAttendThreads;  // selected tokens that are looked up at a time
+
+  static __host__ __device__ int merge_bytes(const DecodeParams& p) {
+    return kAttendWarps * (p.group < 8 ? p.group : 8) * Softmax::kHeadFloats * 4;
+  }
 
   static int shared_bytes(const DecodeParams& p) {
-    const int list = p.capacity * 8, merge = kAttendWarps / 2 * kStateFloats * 4;
-    const int bitmap = (p.max_context_len + 31) / 32 * 4, rows = (p.num_rows + 1) * 8;
-    const int front = kBinWords * 4 + (list > merge ? list : merge) + bitmap, back = rows + 16 + merge;
+    const int list = kList * 8, merge = merge_bytes(p);
+    const int bitmap = bitmap_words(p.max_context_len) * 4, rows = (p.num_rows + 1) * 8;
+    const int front = kSelectWords * 4 + (list > merge ? list : merge) + bitmap, back = rows + 16 + merge;
     return front > back ? front : back;
   }
 
@@ -87,23 +91,25 @@ struct Attend {
     if (!plan.sparse) return;
 
     uint32_t* bins = reinterpret_cast<uint32_t*>(memory);
-    uint8_t* list = memory + kBinWords * 4;
-    const int list_bytes = max(p.capacity * 8, kAttendWarps / 2 * kStateFloats * 4);
+    uint8_t* list = memory + kSelectWords * 4;
+    const int list_bytes = max(kList * 8, merge_bytes(p));
     uint32_t* bitmap = reinterpret_cast<uint32_t*>(list + list_bytes);
     const int words = (plan.length + 31) / 32;
     for (int w = threadIdx.x; w < words; w += kAttendThreads)
-      bitmap[w] = range_bits(w, 0, p.num_sink_tokens) | range_bits(w, plan.length - p.recent_window, plan.length);
+      bitmap[spread(w)] = range_bits(w, 0, p.num_sink_tokens) | range_bits(w, plan.length - p.recent_window, plan.length);
+    for (int i = threadIdx.x; i < kBinWords; i += kAttendThreads) bins[i] = 0;
+    __syncthreads();
 
     wait_for_previous();
     if (plan.need > 0) {
       const uint32_t count = p.work.count[set];
+      const float pivot = p.work.pivot_score[set], scale = p.work.pivot_scale[set];
       if (count >= uint32_t(plan.need) && count <= uint32_t(p.capacity))
-        from_candidates(p, set, plan, int(count), bins, reinterpret_cast<uint2*>(list), bitmap);
+        from_candidates(p, set, plan, int(count), pivot, scale, bins, bitmap);
       else
         from_scan(p, row, kv_head, score_head, plan, bins, bitmap);
     }
     __syncthreads();
-
     Softmax softmax;
     softmax.load_query(query_of(p, row, first_head), p.query.head_stride, heads);
     softmax.reset();
@@ -111,70 +117,97 @@ struct Attend {
     int64_t* offsets = reinterpret_cast<int64_t*>(list);
     const int32_t* blocks = p.block_table + row * p.blocks_per_row;
     const uint8_t* base = p.page.base + kv_head * p.page.head_stride;
-    for (int round = 0;; round += p.capacity) {
+    for (int round = 0;; round += kList) {
       const int total = each_set_bit<kAttendThreads>(bitmap, words, bins, [&](int rank, int token) {
-        if (uint32_t(rank - round) < uint32_t(p.capacity)) {
+        if (uint32_t(rank - round) < uint32_t(kList)) {
           const int block = block_of_quad(p.page, token / kQuad);
           offsets[rank - round] =
-              __ldg(blocks + block) * p.page.block_stride + (token - block * p.page.block_size) * kRowBytes;
+              __ldg(blocks + block) * int64_t(p.page.block_stride) + (token - block * p.page.block_size) * kRowBytes;
         }
       });
       __syncthreads();
-      const int here = min(total - round, p.capacity);
+      const int here = min(total - round, kList);
       for (int chunk = warp * kChunk; chunk < here; chunk += kAttendWarps * kChunk)
         softmax.step([&](int slot) { return base + offsets[min(chunk + slot, here - 1)]; }, p.page.v_offset, 0,
                      here - chunk, p.softmax_scale);
-      if (round + p.capacity >= total) break;
+      if (round + kList >= total) break;
       __syncthreads();
     }
     softmax.finish();
-    softmax.template merge_warps<kAttendWarps>(reinterpret_cast<float*>(list));
-    if (warp == 0) softmax.write(output_of(p, row, first_head), p.output.head_stride, heads);
+    softmax.template write_merged<kAttendWarps>(reinterpret_cast<float*>(list), output_of(p, row, first_head),
+                                                p.output.head_stride, heads);
   }
 
+  // Selects among the candidates. One pass over equal steps of the score above the pivot finds the
+  // bin of the k-th best; its few members are ranked one by one. bins: zero, and synchronised.
   static __device__ void from_candidates(const DecodeParams& p, int set, const RowPlan& plan, int count,
-                                         uint32_t* bins, uint2* list, uint32_t* bitmap) {
+                                         float pivot, float scale, uint32_t* bins, uint32_t* bitmap) {
     const uint2* from = p.work.candidates + int64_t(set) * p.capacity;
-    uint32_t low = kFull, high = 0;
-    constexpr int kAhead = 4;
-    for (int base = threadIdx.x; base < count; base += kAhead * kAttendThreads) {
-      uint2 entry[kAhead];
+    auto each = [&](auto visit) {  // four loads at a time
+      constexpr int kAhead = 4;
+      for (int base = threadIdx.x; base < count; base += kAhead * kAttendThreads) {
+        uint2 entry[kAhead];
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i)
-        if (base + i * kAttendThreads < count) entry[i] = from[base + i * kAttendThreads];
+        for (int i = 0; i < kAhead; ++i)
+          if (base + i * kAttendThreads < count) entry[i] = from[base + i * kAttendThreads];
 #pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        if (base + i * kAttendThreads >= count) break;
-        const uint32_t key = order_key(__uint_as_float(entry[i].x));
-        list[base + i * kAttendThreads] = make_uint2(key, entry[i].y);
-        low = min(low, key);
-        high = max(high, key);
+        for (int i = 0; i < kAhead; ++i)
+          if (base + i * kAttendThreads < count) visit(__uint_as_float(entry[i].x), entry[i].y, base + i * kAttendThreads);
       }
-    }
-    low = __reduce_min_sync(kFull, low);
-    high = __reduce_max_sync(kFull, high);
-    if (threadIdx.x % 32 == 0) {
-      bins[threadIdx.x / 32] = low;
-      bins[kAttendWarps + threadIdx.x / 32] = high;
-    }
-    __syncthreads();
-#pragma unroll
-    for (int w = 0; w < kAttendWarps; ++w) {
-      low = min(low, bins[w]);
-      high = max(high, bins[kAttendWarps + w]);
-    }
-    __syncthreads();
-    const int bits = token_bits(plan.length);
-    auto each = [&](auto visit) {
-      for (int i = threadIdx.x; i < count; i += kAttendThreads) visit(ranked(list[i].x - low, list[i].y, bits));
     };
-    uint64_t threshold = 0;
-    if (count > plan.need)
-      threshold = block_threshold<kAttendThreads>(bins, 32 - __clz(high - low) + bits, plan.need, each).value;
-    const uint64_t mask = (1ull << bits) - 1;
-    each([&](uint64_t v) {
-      if (v >= threshold) atomicOr(&bitmap[(v & mask) / 32], 1u << (v & mask) % 32);
+    auto bin_of = [&](float x) { return scale > 0 ? min(int(fmaxf(x - pivot, 0.0f) * scale), kBins - 1) : 0; };
+    each([&](float score, uint32_t, int) { atomicAdd(bins + spread(bin_of(score)), 1u); });
+    __syncthreads();
+    const Bin edge = find_block_bin<kAttendThreads>(bins, plan.need);
+    const uint32_t wanted = plan.need - edge.before;  // of the members of the edge bin
+    auto choose = [&](uint32_t token) { set_bit(bitmap, token); };
+    const int bits = token_bits(plan.length);
+    auto value = [&](float score, uint32_t token) { return ranked(order_key(score), token, bits); };
+    if (edge.size > 32 && edge.size != wanted) {
+      // Radix selection in the edge bin. When its scores are all equal, only the tokens are left.
+      uint32_t* range = bins + kBinWords + 20;
+      if (threadIdx.x == 0) range[0] = kFull, range[1] = 0;
+      __syncthreads();
+      each([&](float score, uint32_t token, int) {
+        const int bin = bin_of(score);
+        if (bin > int(edge.index)) choose(token);
+        if (bin != int(edge.index)) return;
+        atomicMin(range, order_key(score));
+        atomicMax(range + 1, order_key(score));
+      });
+      __syncthreads();
+      const uint32_t low = range[0], high = range[1];
+      auto members = [&](auto visit) {
+        each([&](float score, uint32_t token, int) {
+          if (bin_of(score) == int(edge.index)) visit(ranked(order_key(score) - low, token, bits), token);
+        });
+      };
+      const uint64_t threshold = block_threshold<kAttendThreads>(
+          bins, 32 - __clz(high - low) + bits, wanted,
+          [&](auto visit) { members([&](uint64_t v, uint32_t) { visit(v); }); });
+      members([&](uint64_t v, uint32_t token) {
+        if (v >= threshold) choose(token);
+      });
+      return;
+    }
+    uint32_t* members = bins + kBinWords + 20;  // their number; the indices go to the first bins
+    if (threadIdx.x == 0) *members = 0;
+    __syncthreads();
+    each([&](float score, uint32_t token, int i) {
+      const int bin = bin_of(score);
+      if (bin > int(edge.index) || (bin == int(edge.index) && edge.size == wanted)) choose(token);
+      else if (bin == int(edge.index)) bins[atomicAdd(members, 1u)] = i;
     });
+    if (edge.size == wanted) return;
+    __syncthreads();
+    if (threadIdx.x < 32) {
+      const bool here = threadIdx.x < edge.size;
+      const uint2 own = here ? from[bins[threadIdx.x]] : uint2{};
+      const uint64_t mine = here ? value(__uint_as_float(own.x), own.y) : 0;
+      uint32_t better = 0;
+      for (int i = 0; i < int(edge.size); ++i) better += __shfl_sync(kFull, mine, i) > mine;
+      if (here && better < wanted) choose(own.y);
+    }
   }
 
   static __device__ void from_scan(const DecodeParams& p, int row, int kv_head, int score_head,
@@ -222,21 +255,22 @@ struct Attend {
       for (int i = warp; i < count; i += kAttendWarps) {
         const int token = (plan.first / kChunk + first + i) * kChunk;
         const int block = block_of_quad(p.page, token / kQuad);
-        const uint8_t* run = base + __ldg(blocks + block) * p.page.block_stride +
+        const uint8_t* run = base + __ldg(blocks + block) * int64_t(p.page.block_stride) +
                              (token - block * p.page.block_size) * kRowBytes;
         const int last_slot = min(kChunk, plan.length - token) - 1, begin = max(plan.first - token, 0);
         softmax.step([&](int slot) { return run + min(max(slot, begin), last_slot) * kRowBytes; },
                      p.page.v_offset, begin, last_slot + 1, p.softmax_scale);
       }
       softmax.finish();
-      softmax.template merge_warps<kAttendWarps>(buffer);
+      T* output = output_of(p, row, kv_head * p.group);
       if (count == chunks) {
-        if (warp == 0) softmax.write(output_of(p, row, kv_head * p.group), p.output.head_stride, p.group);
+        softmax.template write_merged<kAttendWarps>(buffer, output, p.output.head_stride, p.group);
       } else {
         // Workers [low, high] share this (row, KV head).
         const int64_t start = at - first;
         const int low = int(((start + 1) * workers + total - 1) / total) - 1;
         const int high = int(((start + chunks) * workers + total - 1) / total) - 1;
+        softmax.template merge_warps<kAttendWarps>(buffer, p.group);
         if (warp == 0) {
           softmax.store(p.work.partials + (worker + group) * kStateFloats);
           __threadfence();
@@ -249,8 +283,7 @@ struct Attend {
           softmax.reset();
           for (int w = low + warp; w <= high; w += kAttendWarps)
             softmax.merge(p.work.partials + (w + group) * kStateFloats);
-          softmax.template merge_warps<kAttendWarps>(buffer);
-          if (warp == 0) softmax.write(output_of(p, row, kv_head * p.group), p.output.head_stride, p.group);
+          softmax.template write_merged<kAttendWarps>(buffer, output, p.output.head_stride, p.group);
         }
       }
       __syncthreads();
@@ -284,6 +317,7 @@ void attend_head_size(const DecodeParams& p, void* stream) {
     if constexpr (D <= 128) {
       const int processors = num_multiprocessors();
       if (sets <= processors) return run(element, integral_constant<int, 1>(), integral_constant<int, 512>());
+      if (sets > 4 * processors) return run(element, integral_constant<int, 1>(), integral_constant<int, 64>());
       if (sets > 2 * processors) return run(element, integral_constant<int, 1>(), integral_constant<int, 128>());
     }
     run(element, integral_constant<int, 1>(), integral_constant<int, 256>());

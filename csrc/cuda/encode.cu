@@ -2,6 +2,8 @@
 //
 // The pivot is a value of a sample that is expected to rank a little below the k-th best. It only
 // decides how many candidates scan writes; select checks their number and is exact in every case.
+#include <algorithm>
+
 #include "scan.cuh"
 #include "select.cuh"
 #include "signature.cuh"
@@ -9,16 +11,17 @@
 namespace adamas {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kPivotBits = 8, kPivotBins = 1 << kPivotBits;
+constexpr int kMostThreads = 512;
+
+constexpr int kPivotBits = 8, kPivotBins = 1 << kPivotBits, kPivotWords = spread(kPivotBins);
 
 // log2 of the sampled tokens
-int sample_bits(int max_context_len) { return max_context_len <= 65536 ? 10 : 11; }
+int sample_bits(int max_context_len) { return max_context_len <= 65536 ? 10 : max_context_len <= 1 << 18 ? 11 : 12; }
 
 struct Shared {
   uint32_t* planes;  // as in the workspace
   int32_t* bias;     // [head quads][4]
-  uint32_t* bins;    // [warps][kPivotBins]
+  uint32_t* bins;    // [score heads per KV head][kPivotWords]
   float* scores;     // [score heads per KV head][sample]
 };
 
@@ -76,31 +79,30 @@ __device__ void encode_manhattan(const DecodeParams& p, float (&x)[kChunks * 4],
   if (lane == 0) s.bias[slot] = total;
 }
 
-// All query heads of one (row, KV head) into shared memory; ends synchronised.
+// All query heads of one (row, KV head) into shared memory, from x of the warps below the group size;
+// ends synchronised. The memory of the scores is used on the way.
 template <int kChunks, Mode kMode>
-__device__ __forceinline__ void encode_queries(const DecodeParams& p, int row, int kv_head, const Shared& s) {
-  const int warp = threadIdx.x / 32;
-  const int first_head = kv_head * p.group;
+__device__ __forceinline__ void encode_queries(const DecodeParams& p, float (&x)[kChunks * 4], const Shared& s) {
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (warp < p.group) hadamard(x, p.page.head_size, p.norm);
   if (kMode == Mode::dot && !p.per_query_head) {
-    if (warp == 0) {
-      float sum[kChunks * 4] = {};
-      for (int h = 0; h < p.group; ++h) {
-        float x[kChunks * 4];
-        load_vector(x, p.query, row, first_head + h, p.page.words);
-        hadamard(x, p.page.head_size, p.norm);
+    float* rows = s.scores;
+    if (warp < p.group) {
 #pragma unroll
-        for (int w = 0; w < kChunks * 4; ++w) sum[w] += x[w];
-      }
-      encode_dot<kChunks, kMode>(p, sum, 0, s);
+      for (int w = 0; w < kChunks * 4; ++w) rows[(warp * kChunks * 4 + w) * 32 + lane] = x[w];
     }
-  } else {
-    for (int h = warp; h < p.group; h += kWarps) {
-      float x[kChunks * 4];
-      load_vector(x, p.query, row, first_head + h, p.page.words);
-      hadamard(x, p.page.head_size, p.norm);
-      if constexpr (kMode == Mode::dot) encode_dot<kChunks, kMode>(p, x, h, s);
-      else encode_manhattan<kChunks>(p, x, h, s);
+    __syncthreads();
+    if (warp == 0) {
+#pragma unroll
+      for (int w = 0; w < kChunks * 4; ++w) x[w] = 0;
+      for (int h = 0; h < p.group; ++h)
+#pragma unroll
+        for (int w = 0; w < kChunks * 4; ++w) x[w] += rows[(h * kChunks * 4 + w) * 32 + lane];
+      encode_dot<kChunks, kMode>(p, x, 0, s);
     }
+  } else if (warp < p.group) {
+    if constexpr (kMode == Mode::dot) encode_dot<kChunks, kMode>(p, x, warp, s);
+    else encode_manhattan<kChunks>(p, x, warp, s);
   }
   __syncthreads();
   if constexpr (kMode == Mode::manhattan_sum) {  // score_quad() unpacks it
@@ -113,39 +115,18 @@ __device__ __forceinline__ void encode_queries(const DecodeParams& p, int row, i
   }
 }
 
-// A score (and, where scores tie, a position in the sample) that about `rank` of the sample reach.
-// Excluded tokens are -inf. Tokens above the score count, and those equal to it from `position` on.
-__device__ __forceinline__ float find_pivot(const float* scores, int sample_bits, uint32_t rank, uint32_t* bins,
-                                            int& position) {
+// A score (and, where scores tie, a position in the sample) that about `rank` of the sample reach, by
+// one warp. Excluded tokens are -inf. Tokens above the score count, and those equal to it from
+// `position` on. `bins`: the scores in equal steps from low to high.
+__device__ __forceinline__ float find_pivot(const float* scores, int sample_bits, uint32_t rank, float low,
+                                            float high, uint32_t* bins, int& position) {
   const int lane = threadIdx.x % 32, sample = 1 << sample_bits;
-  float low = INFINITY, high = -INFINITY;
-  uint32_t valid = 0;
-#pragma unroll 8
-  for (int i = lane; i < sample; i += 32) {
-    const float x = scores[i];
-    high = fmaxf(high, x);
-    if (x > -INFINITY) low = fminf(low, x), ++valid;
-  }
-  low = -warp_max(-low);
-  high = warp_max(high);
-  valid = __reduce_add_sync(kFull, valid);
-  if (valid <= rank) return -INFINITY;
-  // One pass over equal steps of the score nearly always does.
-  const float scale = high > low ? (kPivotBins - 1) / (high - low) : 0.0f;
-  const uint32_t slack = rank / 8 + 1;
-  auto bin_of = [&](float x) { return uint32_t(min(int((x - low) * scale), kPivotBins - 1)); };
-  const Threshold first = warp_threshold<kPivotBits>(bins, kPivotBits, rank, slack, [&](auto visit) {
-#pragma unroll 8
-    for (int i = lane; i < sample; i += 32)
-      if (scores[i] > -INFINITY) visit(bin_of(scores[i]));
-  });
-  if (first.excess <= slack) {
-    float least = INFINITY;
-#pragma unroll 8
-    for (int i = lane; i < sample; i += 32)
-      if (scores[i] > -INFINITY && bin_of(scores[i]) >= first.value) least = fminf(least, scores[i]);
+  const uint32_t slack = rank;  // more candidates are no harm, as long as they fit
+  const Bin first = find_bin<kPivotBits>(bins, rank);
+  if (first.size == 0) return -INFINITY;  // fewer tokens than that
+  if (first.before + first.size - rank <= slack) {
     position = 0;
-    return -warp_max(-least);
+    return low + first.index * ((high - low) / (kPivotBins - 1));
   }
   // Many alike: the position in the sample decides among equal scores.
   const uint32_t base = order_key(low);
@@ -159,14 +140,18 @@ __device__ __forceinline__ float find_pivot(const float* scores, int sample_bits
 }
 
 template <int kChunks, Mode kMode, int kQuads>
-__global__ void __launch_bounds__(kThreads) encode_kernel(const __grid_constant__ DecodeParams p, int sample_bits) {
+__global__ void __launch_bounds__(kMostThreads, 1) encode_kernel(const __grid_constant__ DecodeParams p, int sample_bits) {
   extern __shared__ __align__(16) uint8_t memory[];
   constexpr int kPlanes = query_planes(kMode);
+  const int threads = blockDim.x, warps = threads / 32;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int row = blockIdx.x / p.page.num_kv_heads, kv_head = blockIdx.x % p.page.num_kv_heads;
   const int set = blockIdx.x * p.score_heads_per_kv, sample = 1 << sample_bits;
   let_next_start();
 
+  // One warp per query head of the group.
+  float x[kChunks * 4];
+  if (warp < p.group) load_vector(x, p.query, row, kv_head * p.group + warp, p.page.words);
   const RowPlan plan(p, row);
   if (threadIdx.x == 0) {
     p.work.arrived[blockIdx.x] = 0;
@@ -186,26 +171,31 @@ __global__ void __launch_bounds__(kThreads) encode_kernel(const __grid_constant_
   s.planes = reinterpret_cast<uint32_t*>(memory);
   s.bias = reinterpret_cast<int32_t*>(s.planes + plane_words);
   s.bins = reinterpret_cast<uint32_t*>(s.bias + 4 * kMaxHeadQuads);
-  s.scores = reinterpret_cast<float*>(s.bins + kWarps * kPivotBins);
-  for (int i = threadIdx.x; i < plane_words; i += kThreads)
-    s.planes[i] = kMode != Mode::dot && (i / 4) % 2 ? kFull : 0;
+  uint32_t* range = s.bins + p.score_heads_per_kv * kPivotWords;
+  s.scores = reinterpret_cast<float*>(range + 4 * kMaxHeadQuads * 2);
+  for (int i = threadIdx.x; i < p.score_heads_per_kv * kPivotWords; i += threads) s.bins[i] = 0;
+  if (threadIdx.x < 4 * kMaxHeadQuads * 2) range[threadIdx.x] = 0;
+  for (int i = threadIdx.x; i < plane_words; i += threads)
+    s.planes[i] = kMode != Mode::dot && i / 4 % 2 && i / 32 % kChunks * 4 + i % 4 < p.page.words ? kFull : 0;
   if (threadIdx.x < 4 * kMaxHeadQuads) s.bias[threadIdx.x] = 0;
   __syncthreads();
 
-  // The pivots come from a sample of token quads, evenly spaced; quads, because neighbours resemble
-  // each other.
-  const float spread = float(plan.need) * sample / plan.length;
-  const uint32_t rank = uint32_t(spread + 6.0f * sqrtf(1.5f * spread) + 3.0f);
+  // The pivots come from a sample of tiles, evenly spaced.
+  const float expected = float(plan.need) * sample / plan.length;
+  const uint32_t rank = uint32_t(expected + 6.0f * sqrtf(1.5f * expected) + 3.0f);
   const bool sampled = !p.scores && plan.length >= 2 * sample && rank < sample * 3 / 4 && plan.need > 0;
-  const int64_t quads = (plan.length + kQuad - 1) / kQuad;
-  auto quad_at = [&](int i) { return int(i * quads >> (sample_bits - 2)); };
-  const int steps = sampled ? sample / kQuad / 8 / kWarps : 0;
+  const int64_t tiles = (plan.length + kTile - 1) / kTile;
+  auto quad_at = [&](int i) { return int((i / 4 * tiles >> (sample_bits - 4)) * 4 + i % 4); };
+  const int steps = sampled ? sample / kQuad / 8 / warps : 0;
   QueryFragments<kChunks, kMode, kQuads> query;
+  float low[kQuads], high[kQuads];
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) low[q] = INFINITY, high[q] = -INFINITY;
   scan_quads<kChunks, kMode, kQuads>(
       p.page, kv_head, p.block_table + row * p.blocks_per_row, plan.length, query, steps,
       [&](int step) { return quad_at((warp * steps + step) * 8 + lane / 4); },
-      [&] {  // while the signatures are on their way
-        encode_queries<kChunks, kMode>(p, row, kv_head, s);
+      [&] { // while the signatures are on their way
+        encode_queries<kChunks, kMode>(p, x, s);
         query.load(s.planes, s.bias, p.head_quads);
       },
       [&](int step, int token, int q, const float(&score)[4]) {
@@ -216,9 +206,12 @@ __global__ void __launch_bounds__(kThreads) encode_kernel(const __grid_constant_
           return uint32_t(token + i - p.num_sink_tokens) < uint32_t(plan.middle) ? score[i] : -INFINITY;
         };
         kept.x = visible(0), kept.y = visible(1), kept.z = visible(2), kept.w = visible(3);
+        high[q] = fmaxf(fmaxf(high[q], fmaxf(kept.x, kept.y)), fmaxf(kept.z, kept.w));
+        auto finite = [](float x) { return x > -INFINITY ? x : INFINITY; };
+        low[q] = fminf(fminf(low[q], fminf(finite(kept.x), finite(kept.y))), fminf(finite(kept.z), finite(kept.w)));
         *reinterpret_cast<float4*>(s.scores + head * sample + ((warp * steps + step) * 8 + lane / 4) * 4) = kept;
       });
-  for (int i = threadIdx.x; i < plane_words; i += kThreads)
+  for (int i = threadIdx.x; i < plane_words; i += threads)
     p.work.planes[int64_t(blockIdx.x) * plane_words + i] = s.planes[i];
   if (threadIdx.x < 4 * p.head_quads)
     p.work.bias[blockIdx.x * 4 * p.head_quads + threadIdx.x] = s.bias[threadIdx.x];
@@ -226,16 +219,50 @@ __global__ void __launch_bounds__(kThreads) encode_kernel(const __grid_constant_
     if (threadIdx.x < p.score_heads_per_kv) {
       p.work.pivot_score[set + threadIdx.x] = plan.need > 0 ? -INFINITY : INFINITY;
       p.work.pivot_token[set + threadIdx.x] = INT_MAX;
+      p.work.pivot_scale[set + threadIdx.x] = 0.0f;
     }
     return;
   }
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {
+    const int head = q * 4 + lane % 4;
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2) {
+      low[q] = fminf(low[q], __shfl_xor_sync(kFull, low[q], step));
+      high[q] = fmaxf(high[q], __shfl_xor_sync(kFull, high[q], step));
+    }
+    if (lane < 4 && head < p.score_heads_per_kv && low[q] < INFINITY) {
+      atomicMax(range + 2 * head, order_key(-low[q]));
+      atomicMax(range + 2 * head + 1, order_key(high[q]));
+    }
+  }
   __syncthreads();
-  for (int head = warp; head < p.score_heads_per_kv; head += kWarps) {
+  // Every lane counts the scores that it wrote.
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {
+    const int head = q * 4 + lane % 4;
+    if (head >= p.score_heads_per_kv) continue;
+    const float base = -from_order_key(range[2 * head]), top = from_order_key(range[2 * head + 1]);
+    const float scale = top > base ? __fdividef(kPivotBins - 1, top - base) : 0.0f;
+    auto count = [&](float x) {
+      if (x > -INFINITY) atomicAdd(s.bins + head * kPivotWords + spread(min(int((x - base) * scale), kPivotBins - 1)), 1u);
+    };
+    for (int step = 0; step < steps; ++step) {
+      const float4 x = *reinterpret_cast<float4*>(s.scores + head * sample + ((warp * steps + step) * 8 + lane / 4) * 4);
+      count(x.x), count(x.y), count(x.z), count(x.w);
+    }
+  }
+  __syncthreads();
+  for (int head = warp; head < p.score_heads_per_kv; head += warps) {
+    const float base = -from_order_key(range[2 * head]), top = from_order_key(range[2 * head + 1]);
     int token = INT_MAX;
-    const float score = find_pivot(s.scores + head * sample, sample_bits, rank, s.bins + warp * kPivotBins, token);
+    const float score = find_pivot(s.scores + head * sample, sample_bits, rank, base, top,
+                                   s.bins + head * kPivotWords, token);
     if (lane == 0) {
       p.work.pivot_score[set + head] = score;
       p.work.pivot_token[set + head] = token == INT_MAX ? token : quad_at(token / kQuad) * kQuad;
+      // The k best lie between the pivot and a little above the best of the sample.
+      p.work.pivot_scale[set + head] = score > -INFINITY && top > score ? (kBins - 1) / (top - score) : 0.0f;
     }
   }
 }
@@ -248,9 +275,12 @@ void encode(const DecodeParams& p, void* stream) {
     constexpr int kChunks = decltype(chunks)::value;
     constexpr Mode kMode = decltype(mode)::value;
     const int words = p.head_quads * query_planes(kMode) * kChunks * 32 + 4 * kMaxHeadQuads +
-                      kWarps * kPivotBins + (p.score_heads_per_kv << bits);
-    launch(encode_kernel<kChunks, kMode, decltype(quads)::value>, dim3(p.num_rows * p.page.num_kv_heads),
-           kThreads, words * 4, stream, false, "encode", p, bits);
+                      p.score_heads_per_kv * kPivotWords + 4 * kMaxHeadQuads * 2 +
+                      std::max(p.score_heads_per_kv << bits, p.group * kChunks * 4 * 32);
+    // Large blocks are quicker, small ones share a processor.
+    const int groups = p.num_rows * p.page.num_kv_heads;
+    const int threads = groups <= num_multiprocessors() || p.group > 8 ? kMostThreads : kMostThreads / 2;
+    launch(encode_kernel<kChunks, kMode, decltype(quads)::value>, dim3(groups), threads, words * 4, stream, false, "encode", p, bits);
   });
 }
 

@@ -26,7 +26,8 @@ enum class Mode : int { dot, manhattan, manhattan_sum };
 // One layer's pages; offsets are bytes inside a (block, KV head) run.
 struct Page {
   uint8_t* base;
-  int64_t block_stride, head_stride;  // bytes
+  uint32_t block_stride;  // bytes
+  int64_t head_stride;    // bytes
   int block_size;
   uint32_t quad_magic;  // ceil(2^32 / token quads of a block)
   int head_size, words, num_kv_heads;
@@ -72,6 +73,7 @@ struct Workspace {
   int32_t* bias;          // [group][head quad][4] integer constant of a head's score
   float* pivot_score;     // [set] tokens below (score, token) are no candidates
   int32_t* pivot_token;   // [set]
+  float* pivot_scale;     // [set] bins of select per unit of score above the pivot, or 0
   uint32_t* count;        // [set] candidates found, may exceed the capacity
   uint2* candidates;      // [set][capacity] score (float), token
   uint32_t* arrived;      // [group] dense workers that have finished

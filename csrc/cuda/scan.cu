@@ -1,13 +1,30 @@
 // scan: every signature of every sparse row, once, for all query heads of its KV head. Scores at or
-// above the pivot become candidates. The work of all rows is cut into equal runs, one per warp.
+// above the pivot become candidates.
+#include "pipeline.cuh"
 #include "scan.cuh"
 
 namespace adamas {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32, kBlocksPerProcessor = 2;
-constexpr int kStep = 32;              // tokens of one step of a warp
-constexpr int kQueue = 16;             // candidates that a lane holds back per head quad
+constexpr int kThreads = 256, kWarps = kThreads / 32;
+constexpr int kStep = 32;  // tokens that a warp scores at a time
+constexpr int kQueue = 8;  // candidates that a lane holds back per head quad
+
+// Registers and shared memory of these fit an SM.
+constexpr int ring_stages(int chunks) { return chunks == 1 ? 3 : 2; }
+constexpr int blocks_per_processor(int chunks, int quads) { return chunks * quads == 1 ? 3 : 2; }
+
+__device__ __forceinline__ uint4 shared16(uint32_t at) {
+  uint4 x;
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(at));
+  return x;
+}
+
+__device__ __forceinline__ uint2 shared8(uint32_t at) {
+  uint2 x;
+  asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(at));
+  return x;
+}
 
 // Moves what the lanes hold back for one head quad to the heads' candidates. queue: [kQueue][32]
 __device__ __noinline__ void flush(const DecodeParams& p, const uint2* queue, int count, int set) {
@@ -26,87 +43,167 @@ __device__ __noinline__ void flush(const DecodeParams& p, const uint2* queue, in
 }
 
 template <int kChunks, Mode kMode, int kQuads>
-__global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) scan_kernel(const __grid_constant__ DecodeParams p) {
+__global__ void __launch_bounds__(kThreads, blocks_per_processor(kChunks, kQuads))
+    scan_kernel(const __grid_constant__ DecodeParams p, int bytes) {
   extern __shared__ __align__(16) uint8_t memory[];
-  uint2* queue = reinterpret_cast<uint2*>(memory) + threadIdx.x / 32 * (kQuads * kQueue * 32);
-  int64_t* cum = reinterpret_cast<int64_t*>(memory + kWarps * kQuads * kQueue * 32 * sizeof(uint2));
-  const int lane = threadIdx.x % 32;
+  constexpr int kStages = ring_stages(kChunks);
+  constexpr int kSteps = kStageTokens / kStep;
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  uint8_t* at_memory = memory + kWarps * kStages * bytes;
+  uint2* queue = reinterpret_cast<uint2*>(at_memory) + warp * (kQuads * kQueue * 32);
+  at_memory += kWarps * kQuads * kQueue * 32 * sizeof(uint2);
+  uint64_t* barriers = reinterpret_cast<uint64_t*>(at_memory) + warp * kStages;
+  int64_t* cum = reinterpret_cast<int64_t*>(at_memory) + kWarps * kStages;
   let_next_start();
+  const StageShape shape(p.page);
   const int kv_heads = p.page.num_kv_heads;
+  StageRing<kStages> ring(memory + warp * kStages * bytes, barriers, bytes);
   prefix_rows(cum, p.num_rows, [&](int row) {
     const RowPlan plan(p, row);
-    return plan.sparse ? int64_t((plan.length + kStep - 1) / kStep) * kv_heads : 0;
+    return plan.sparse ? int64_t((plan.length + shape.tokens - 1) / shape.tokens) * kv_heads : 0;
   });
 
+  // Where this lane's token quads lie in a stage.
+  uint32_t quad_at[kSteps];
+  int quad_token[kSteps];
+  const uint32_t plane_bytes = shape.part_tokens * shape.words * 4;
+  uint32_t scale_at[kSteps], word_at[kChunks];
+#pragma unroll
+  for (int i = 0; i < kSteps; ++i) {
+    int quad = i * (kStep / kQuad) + lane / 4;
+    quad_token[i] = quad * kQuad < shape.tokens ? quad * kQuad : INT_MAX / 2;
+    if (quad * kQuad >= shape.tokens) quad = 0;
+    const int part = quad * kQuad / shape.part_tokens, inside = quad - part * shape.part_tokens / kQuad;
+    quad_at[i] = part * shape.part_bytes + inside / 4 * shape.words * kTile * 4 + inside % 4 * 16;
+    scale_at[i] = part * shape.part_bytes + 2 * plane_bytes + inside * 8;
+  }
+#pragma unroll
+  for (int k = 0; k < kChunks; ++k) word_at[k] = (lane % 4 + 4 * k < shape.words ? lane % 4 + 4 * k : 0) * kTile * 4;
+
+  // The work of all rows is cut into equal runs, one per warp.
   const int64_t total = cum[p.num_rows], warps = int64_t(gridDim.x) * kWarps;
-  const int64_t self = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;
+  const int64_t self = int64_t(blockIdx.x) * kWarps + warp;
   int64_t at = total * self / warps;
   const int64_t end = total * (self + 1) / warps;
   bool waited = false;
+  uint32_t filled = 0;  // stages consumed so far; slot and phase follow from it
   while (at < end) {
     const int row = find_row(cum, p.num_rows, at);
     const RowPlan plan(p, row);
-    const int row_steps = (plan.length + kStep - 1) / kStep;
-    const int kv_head = int((at - cum[row]) / row_steps), first = int((at - cum[row]) % row_steps);
-    const int steps = int(min(end - at, int64_t(row_steps - first)));
+    const int row_stages = (plan.length + shape.tokens - 1) / shape.tokens;
+    const int kv_head = int((at - cum[row]) / row_stages), first = int((at - cum[row]) % row_stages);
+    const int stages = int(min(end - at, int64_t(row_stages - first)));
     const int64_t group = int64_t(row) * kv_heads + kv_head;
     const int first_set = int(group) * p.score_heads_per_kv;
+    const int middle_end = p.num_sink_tokens + plan.middle;
 
-    // A lane beyond the last head keeps nothing and reports to the last one.
-    auto set_of = [&](int q) { return first_set + min(q * 4 + lane % 4, p.score_heads_per_kv - 1); };
+    const int32_t* blocks = p.block_table + row * p.blocks_per_row;
+    const uint8_t* run = p.page.base + kv_head * p.page.head_stride;
+    auto block_of = [&](int stage) -> uint32_t {  // of this lane's part
+      const int token = (first + stage) * shape.tokens + lane * shape.part_tokens;
+      return lane < shape.parts && stage < stages && token < plan.length
+                 ? __ldg(blocks + block_of_quad(p.page, token / kQuad))
+                 : 0;
+    };
+    auto fill = [&](int stage, uint32_t block) {
+      if (stage < stages)
+        ring.fill((filled + stage) % kStages, p.page, shape, run, (first + stage) * shape.tokens, plan.length, block);
+    };
+    uint32_t block[kStages];
+#pragma unroll
+    for (int i = 0; i < kStages; ++i) block[i] = block_of(i);
+#pragma unroll
+    for (int i = 0; i < kStages; ++i) fill(i, block[i]);
+    uint32_t next_block = block_of(kStages);
+
+    // Nothing above needs encode to have finished.
+    if (!waited) wait_for_previous();
+    waited = true;
     QueryFragments<kChunks, kMode, kQuads> query;
+    query.load(p.work.planes + group * p.head_quads * query_planes(kMode) * kChunks * 32,
+               p.work.bias + group * 4 * p.head_quads, p.head_quads);
     float above[kQuads], above_late[kQuads];  // tokens with a larger score are kept
     int late[kQuads];                         // from this token on the second limit holds
-    int count[kQuads] = {};
-    scan_quads<kChunks, kMode, kQuads>(
-        p.page, kv_head, p.block_table + row * p.blocks_per_row, plan.length, query, steps,
-        [&](int step) { return (first + step) * (kStep / kQuad) + lane / 4; },
-        [&] {
-          if (!waited) wait_for_previous();
-          waited = true;
-          query.load(p.work.planes + group * p.head_quads * query_planes(kMode) * kChunks * 32,
-                     p.work.bias + group * 4 * p.head_quads, p.head_quads);
 #pragma unroll
-          for (int q = 0; q < kQuads; ++q) {
-            const int head = q * 4 + lane % 4;
-            const bool here = head < p.score_heads_per_kv;
-            above[q] = here ? p.work.pivot_score[first_set + head] : INFINITY;
-            late[q] = here ? p.work.pivot_token[first_set + head] : INT_MAX;
-            above_late[q] = above[q] > -INFINITY ? from_order_key(order_key(above[q]) - 1) : above[q];
-          }
-        },
-        [&](int, int token, int q, const float(&score)[4]) {
-          const int head = q * 4 + lane % 4;
+    for (int q = 0; q < kQuads; ++q) {
+      const int head = q * 4 + lane % 4;
+      const bool here = head < p.score_heads_per_kv;
+      above[q] = here ? p.work.pivot_score[first_set + head] : INFINITY;
+      late[q] = here ? p.work.pivot_token[first_set + head] : INT_MAX;
+      above_late[q] = above[q] > -INFINITY ? from_order_key(order_key(above[q]) - 1) : above[q];
+    }
+    const uint32_t queues = uint32_t(__cvta_generic_to_shared(queue)) + lane * 8;
+    auto queue_start = [&](int q) { return queues + q * (kQueue * 256); };
+    uint32_t tail[kQuads];  // shared address of the queue's end
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) tail[q] = queue_start(q);
+    auto empty = [&](int q) {
+      // A lane beyond the last head keeps nothing and reports to the last one.
+      const int set = first_set + min(q * 4 + lane % 4, p.score_heads_per_kv - 1);
+      flush(p, queue + q * kQueue * 32, int(tail[q] - queue_start(q)) / 256, set);
+      tail[q] = queue_start(q);
+    };
+
+    for (int stage = 0; stage < stages; ++stage) {
+      const int slot = (filled + stage) % kStages;
+      ring.wait(slot, (filled + stage) / kStages & 1);
+      const uint32_t data = ring.data(slot);
+      const int stage_token = (first + stage) * shape.tokens;
+      const bool edge = stage_token < p.num_sink_tokens || stage_token + kStageTokens > middle_end ||
+                        shape.tokens != kStageTokens;
+      Signatures<kChunks, kMode> signatures[kSteps];
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+#pragma unroll
+        for (int k = 0; k < kChunks; ++k) {
+          signatures[i].hi[k] = shared16(data + quad_at[i] + word_at[k]);
+          signatures[i].lo[k] = shared16(data + quad_at[i] + word_at[k] + plane_bytes);
+        }
+        if (kMode == Mode::dot) signatures[i].scale = shared8(data + scale_at[i]);
+      }
+#pragma unroll
+      for (int q = 0; q < kQuads; ++q) {
+        const int head = q * 4 + lane % 4;
+        float scores[kSteps][4];
+#pragma unroll
+        for (int i = 0; i < kSteps; ++i) score_quad(query, signatures[i], q, scores[i]);
+#pragma unroll
+        for (int i = 0; i < kSteps; ++i) {
+          const int token = stage_token + quad_token[i];
+          float(&score)[4] = scores[i];
           if (p.scores) {
-            if (head >= p.score_heads_per_kv) return;
             float* to = p.scores + row * p.scores_row_stride +
                         (kv_head * p.score_heads_per_kv + head) * p.scores_head_stride + token;
 #pragma unroll
-            for (int i = 0; i < 4; ++i)
-              if (token + i < plan.length) to[i] = score[i];
-            return;
+            for (int j = 0; j < 4; ++j)
+              if (head < p.score_heads_per_kv && token + j < plan.length) to[j] = score[j];
+            continue;
           }
           const float limit = token >= late[q] ? above_late[q] : above[q];
-          const bool inside = token >= p.num_sink_tokens && token + 4 <= p.num_sink_tokens + plan.middle;
+          if (edge) {
 #pragma unroll
-          for (int i = 0; i < 4; ++i) {
-            const bool kept =
-                score[i] > limit &&
-                (inside || uint32_t(token + i - p.num_sink_tokens) < uint32_t(plan.middle));
-            if (kept) {
-              queue[(q * kQueue + count[q]) * 32 + lane] = make_uint2(__float_as_uint(score[i]), uint32_t(token + i));
-              ++count[q];
-            }
+            for (int j = 0; j < 4; ++j)
+              if (token + j < p.num_sink_tokens || token + j >= middle_end) score[j] = -INFINITY;
           }
-          if (__any_sync(kFull, count[q] > kQueue - 4)) {
-            flush(p, queue + q * kQueue * 32, count[q], set_of(q));
-            count[q] = 0;
-          }
-        });
+#pragma unroll
+          for (int j = 0; j < 4; ++j)
+            asm volatile(
+                "{ .reg .pred p; setp.gt.f32 p, %1, %2; @p st.shared.v2.b32 [%0], {%3, %4}; @p add.u32 %0, %0, 256; }"
+                : "+r"(tail[q])
+                : "f"(score[j]), "f"(limit), "r"(__float_as_uint(score[j])), "r"(token + j)
+                : "memory");
+          if (__any_sync(kFull, tail[q] > queue_start(q) + (kQueue - 4) * 256)) empty(q);
+        }
+      }
+      __syncwarp();
+      fill(stage + kStages, next_block);
+      next_block = block_of(stage + kStages + 1);
+    }
 #pragma unroll
     for (int q = 0; q < kQuads; ++q)
-      if (__any_sync(kFull, count[q] > 0)) flush(p, queue + q * kQueue * 32, count[q], set_of(q));
-    at += steps;
+      if (__any_sync(kFull, tail[q] > queue_start(q))) empty(q);
+    filled += stages;
+    at += stages;
   }
   if (!waited) wait_for_previous();  // attend relies on encode having finished
 }
@@ -115,10 +212,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerProcessor) scan_kernel(con
 
 void scan(const DecodeParams& p, void* stream) {
   with_scan_types(p, [&](auto chunks, auto mode, auto quads) {
-    const int queues = kWarps * decltype(quads)::value * kQueue * 32 * sizeof(uint2);
-    const int smem = queues + (p.num_rows + 1) * sizeof(int64_t);
-    launch(scan_kernel<decltype(chunks)::value, decltype(mode)::value, decltype(quads)::value>,
-           dim3(kBlocksPerProcessor * num_multiprocessors()), kThreads, smem, stream, true, "scan", p);
+    constexpr int kChunks = decltype(chunks)::value, kQuads = decltype(quads)::value;
+    constexpr int kStages = ring_stages(kChunks);
+    const int bytes = stage_bytes(p.page);
+    const int smem = kWarps * (kStages * (bytes + 8) + kQuads * kQueue * 32 * int(sizeof(uint2))) +
+                     (p.num_rows + 1) * int(sizeof(int64_t));
+    launch(scan_kernel<kChunks, decltype(mode)::value, kQuads>, dim3(blocks_per_processor(kChunks, kQuads) * num_multiprocessors()),
+           kThreads, smem, stream, true, "scan", p, bytes);
   });
 }
 

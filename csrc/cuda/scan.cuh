@@ -1,6 +1,6 @@
 // Scores of tokens from their signatures, on the binary tensor cores; one warp works alone.
 //
-// An instruction multiplies (AND, population count) 16 tokens x 128 or 256 bits with 8 columns. With
+// An instruction multiplies (AND, population count) 16 tokens x 128 bits with 8 columns. With
 // head quads of four heads a lane (row = lane / 4, c = lane % 4) ends up with the whole score of head
 // c for its own four tokens, without any exchange between lanes:
 //
@@ -17,19 +17,9 @@
 namespace adamas {
 
 __device__ __forceinline__ void mma128(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
+  asm("mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
       : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
       : "r"(a0), "r"(a1), "r"(b));
-}
-
-__device__ __forceinline__ void mma256(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,
-                                       uint32_t b0, uint32_t b1) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k256.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, "
-      "{%0,%1,%2,%3};"
-      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 }
 
 constexpr int query_planes(Mode mode) { return mode == Mode::dot ? 2 : 3; }
@@ -63,23 +53,49 @@ struct QueryFragments {
 };
 
 // Signature words of one quad of tokens: word c (and c + 4) of both planes, and the four scales.
+// Lanes whose word lies beyond the head size load word 0; their query planes are zero.
 template <int kChunks, Mode kMode>
 struct Signatures {
   uint4 hi[kChunks], lo[kChunks];
   uint2 scale;
+};
 
-  __device__ void load(const Page& page, const uint8_t* run, int quad_in_block, bool valid) {
-    const int c = threadIdx.x % 4;
-    const int tile = quad_in_block / 4;
-    const uint8_t* at = run + (tile * page.words + c) * (kTile * 4) + (quad_in_block % 4) * 16;
+// Where the signatures of one KV head lie.
+template <int kChunks, Mode kMode>
+struct SignatureReader {
+  const uint8_t* hi[kChunks];  // this lane's words in block 0
+  uint32_t lo, scale;          // from hi to lo, and from the head's run to the scales
+  const uint8_t* run;
+  uint32_t block_stride, quads_per_block, quad_magic, tile_bytes;
+
+  __device__ SignatureReader(const Page& page, int kv_head) {
+    run = page.base + kv_head * page.head_stride;
 #pragma unroll
     for (int k = 0; k < kChunks; ++k) {
-      const bool here = valid && c + 4 * k < page.words;
-      hi[k] = here ? load16(at + page.hi_offset + k * 4 * kTile * 4) : uint4{};
-      lo[k] = here ? load16(at + page.lo_offset + k * 4 * kTile * 4) : uint4{};
+      const int word = int(threadIdx.x % 4) + 4 * k;
+      hi[k] = run + page.hi_offset + (word < page.words ? word : 0) * kTile * 4;
     }
-    if (kMode == Mode::dot)
-      scale = valid ? load8(run + page.scale_offset + quad_in_block * 8) : uint2{};
+    lo = uint32_t(page.lo_offset - page.hi_offset);
+    scale = uint32_t(page.scale_offset);
+    block_stride = page.block_stride;
+    quads_per_block = page.block_size / kQuad;
+    quad_magic = page.quad_magic;
+    tile_bytes = page.words * kTile * 4;
+  }
+
+  __device__ __forceinline__ uint32_t block_of(uint32_t quad) const { return __umulhi(quad, quad_magic); }
+
+  __device__ __forceinline__ void load(Signatures<kChunks, kMode>& to, uint32_t quad, uint32_t block) const {
+    const uint32_t inside = quad - block_of(quad) * quads_per_block;
+    const uint32_t offset = inside / 4 * tile_bytes + inside % 4 * 16;
+    const uint64_t at = uint64_t(block) * block_stride;
+#pragma unroll
+    for (int k = 0; k < kChunks; ++k) {
+      const uint8_t* from = hi[k] + at + offset;
+      to.hi[k] = load16(from);
+      to.lo[k] = load16(from + lo);
+    }
+    if (kMode == Mode::dot) to.scale = load8(run + at + (scale + inside * 8));
   }
 };
 
@@ -102,10 +118,12 @@ __device__ __forceinline__ void score_quad(const QueryFragments<kChunks, kMode, 
         const uint32_t h0 = hi[k][2 * pair], h1 = hi[k][2 * pair + 1];
         const uint32_t l0 = lo[k][2 * pair], l1 = lo[k][2 * pair + 1];
         const uint32_t b0 = query.plane[q][0][k], b1 = query.plane[q][1][k];
-        mma256(low, h0, h1, l0, l1, b0, b0);
-        mma256(high, h0, h1, l0, l1, b1, b1);
         mma128(low, h0, h1, b0);
         mma128(high, h0, h1, b1);
+        mma128(low, h0, h1, b0);
+        mma128(high, h0, h1, b1);
+        mma128(low, l0, l1, b0);
+        mma128(high, l0, l1, b1);
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i)
@@ -133,7 +151,8 @@ __device__ __forceinline__ void score_quad(const QueryFragments<kChunks, kMode, 
 #pragma unroll
       for (int k = 0; k < kChunks; ++k) {
         const uint32_t(&b)[3][kChunks] = query.plane[q];
-        mma256(sum, any[k][0], any[k][1], hi[k][2 * pair], hi[k][2 * pair + 1], b[0][k], b[1][k]);
+        mma128(sum, any[k][0], any[k][1], b[0][k]);
+        mma128(sum, hi[k][2 * pair], hi[k][2 * pair + 1], b[1][k]);
         mma128(sum, both[k][0], both[k][1], b[2][k]);
       }
       int norm[2] = {sum[1], sum[3]};
@@ -144,7 +163,8 @@ __device__ __forceinline__ void score_quad(const QueryFragments<kChunks, kMode, 
 #pragma unroll
           for (int k = 0; k < kChunks; ++k) {
             const uint32_t b0 = from[k * 32], b1 = from[(kChunks + k) * 32], b2 = from[(2 * kChunks + k) * 32];
-            mma256(extra, any[k][0], any[k][1], hi[k][2 * pair], hi[k][2 * pair + 1], b0, b1);
+            mma128(extra, any[k][0], any[k][1], b0);
+            mma128(extra, hi[k][2 * pair], hi[k][2 * pair + 1], b1);
             mma128(extra, both[k][0], both[k][1], b2);
           }
           sum[0] += extra[0];
@@ -177,42 +197,34 @@ __device__ __forceinline__ void scan_quads(const Page& page, int kv_head, const 
                                            const QueryFragments<kChunks, kMode, kQuads>& query, int steps,
                                            QuadOf quad_of, Ready ready, Sink sink) {
   constexpr int kDepth = kChunks == 1 ? 4 : 2;
-  const uint8_t* base = page.base + kv_head * page.head_stride;
-  const int quads = (length + kQuad - 1) / kQuad;
-  const int quads_per_block = page.block_size / kQuad;
-  auto block_of = [&](int quad) { return block_of_quad(page, quad); };
-  int block[kDepth];
+  const SignatureReader<kChunks, kMode> reader(page, kv_head);
+  const uint32_t last = uint32_t(length - 1) / kQuad;
+  auto quad_at = [&](int step) { return min(uint32_t(quad_of(step)), last); };  // a quad that exists
+  uint32_t block[kDepth];
   Signatures<kChunks, kMode> data[kDepth];
-  auto fetch_block = [&](int step) {
-    const int quad = step < steps ? quad_of(step) : quads;
-    return quad < quads ? __ldg(blocks + block_of(quad)) : -1;
-  };
-  auto fetch = [&](Signatures<kChunks, kMode>& to, int step, int block) {
-    const int quad = step < steps ? quad_of(step) : 0;
-    to.load(page, base + block * page.block_stride, quad - block_of(quad) * quads_per_block, block >= 0);
-  };
+  auto fetch_block = [&](int step) { return uint32_t(__ldg(blocks + reader.block_of(quad_at(step)))); };
 #pragma unroll
-  for (int i = 0; i < kDepth; ++i) block[i] = fetch_block(i);
+  for (int i = 0; i < kDepth; ++i)
+    if (i < steps) block[i] = fetch_block(i);
 #pragma unroll
   for (int i = 0; i < kDepth; ++i) {
-    fetch(data[i], i, block[i]);
-    block[i] = fetch_block(kDepth + i);
+    if (i < steps) reader.load(data[i], quad_at(i), block[i]);
+    if (kDepth + i < steps) block[i] = fetch_block(kDepth + i);
   }
   ready();
   for (int step = 0; step < steps; step += kDepth) {
 #pragma unroll
     for (int i = 0; i < kDepth; ++i) {
-      if (step + i < steps) {
-        const int token = quad_of(step + i) * kQuad;
+      if (step + i >= steps) break;
+      const int token = quad_of(step + i) * kQuad;
 #pragma unroll
-        for (int q = 0; q < kQuads; ++q) {
-          float score[4];
-          score_quad(query, data[i], q, score);
-          sink(step + i, token, q, score);
-        }
+      for (int q = 0; q < kQuads; ++q) {
+        float score[4];
+        score_quad(query, data[i], q, score);
+        sink(step + i, token, q, score);
       }
-      fetch(data[i], step + i + kDepth, block[i]);
-      block[i] = fetch_block(step + i + 2 * kDepth);
+      if (step + i + kDepth < steps) reader.load(data[i], quad_at(step + i + kDepth), block[i]);
+      if (step + i + 2 * kDepth < steps) block[i] = fetch_block(step + i + 2 * kDepth);
     }
   }
 }

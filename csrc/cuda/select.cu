@@ -9,7 +9,7 @@ constexpr int kThreads = 256;
 __global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant__ SelectParams p) {
   extern __shared__ __align__(16) uint32_t memory[];
   uint32_t* bins = memory;
-  uint32_t* bitmap = memory + kBins + 32;
+  uint32_t* bitmap = memory + kSelectWords;
   const int row = blockIdx.y, head = blockIdx.x;
   const int length = p.context_lens[row], budget = min(p.budgets[row], length);
   if (length <= 0) return;
@@ -17,7 +17,7 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant_
   const int first = all ? length : p.num_sink_tokens, last = all ? length : length - p.recent_window;
   const int words = (length + 31) / 32;
   for (int w = threadIdx.x; w < words; w += kThreads)
-    bitmap[w] = range_bits(w, 0, first) | range_bits(w, last, length);
+    bitmap[spread(w)] = range_bits(w, 0, first) | range_bits(w, last, length);
   __syncthreads();
   const int need = budget - p.num_sink_tokens - p.recent_window;
   if (!all && need > 0) {
@@ -26,10 +26,10 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant_
     auto each = [&](auto visit) {
       for (int t = first + threadIdx.x; t < last; t += kThreads) visit(ranked(order_key(scores[t]), t, bits));
     };
-    const Threshold best = block_threshold<kThreads>(bins, 32 + bits, need, each);
+    const uint64_t best = block_threshold<kThreads>(bins, 32 + bits, need, each);
     const uint64_t mask = (1ull << bits) - 1;
     each([&](uint64_t v) {
-      if (v >= best.value) atomicOr(&bitmap[(v & mask) / 32], 1u << (v & mask) % 32);
+      if (v >= best) set_bit(bitmap, uint32_t(v & mask));
     });
     __syncthreads();
   }
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant_
 
 void select(const SelectParams& p, void* stream) {
   if (p.num_rows == 0 || p.num_heads == 0) return;
-  const int smem = (kBins + 32 + (p.max_context_len + 31) / 32) * 4;
+  const int smem = (kSelectWords + bitmap_words(p.max_context_len)) * 4;
   launch(select_kernel, dim3(p.num_heads, p.num_rows), kThreads, smem, stream, false, "select", p);
 }
 
