@@ -17,6 +17,9 @@ endif
 # GiB, read on CPU only: vLLM's default share of a small NUMA node does not fit into it.
 export VLLM_CPU_KVCACHE_SPACE ?= 2
 
+# Without an NVIDIA driver nothing here runs the CUDA kernels: do not spend minutes compiling them.
+export ADAMAS_BUILD_CUDA ?= $(if $(wildcard /proc/driver/nvidia/version),auto,0)
+
 .DEFAULT_GOAL := help
 .PHONY: help setup native model demo serve test test-gpu bench-cpu bench-gpu lint clean
 

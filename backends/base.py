@@ -86,7 +86,7 @@ class Backend(ABC):
         """Name and instruction set, for the log."""
 
     def prepare(self, cache: torch.Tensor) -> None:  # noqa: B027 (an optional step)
-        """Called once with a layer's KV cache when it is bound; may advise the operating system."""
+        """Called with a layer's KV cache before anything is written to the allocation it is part of."""
 
     def reserve(self, params: Params, max_rows: int, max_context_len: int) -> int:
         """Allocates what decode steps need beside their arguments; returns its size in bytes."""

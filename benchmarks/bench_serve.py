@@ -1,7 +1,7 @@
 """`vllm bench serve` against two servers that differ in the attention backend alone.
 
-Both servers run at the same time and take turns, so that a machine whose speed drifts slows both.
-Concurrency 1, prefix caching off (every prompt is new), torch.compile on.
+The servers take turns, one at a time (an idle one still costs its neighbour some of a small machine),
+with the same prompts. Concurrency 1, prefix caching off (every prompt is new), torch.compile on.
 
     python benchmarks/bench_serve.py --contexts 1024 2048 4096 8000
 """
@@ -31,20 +31,22 @@ def parse_args():
     parser.add_argument(
         "--prompts", type=int, default=2, help="requests per backend, context and round"
     )
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--config", default="{}", help="options of the adamas backend, JSON")
     parser.add_argument("--name", default="serve_cpu", help="result file")
     return parser.parse_args()
 
 
-def run_bench(server: Server, context: int, output_len: int, prompts: int, seed: int) -> dict:
+def run_bench(
+    server: Server, context: int, output_len: int, prompts: int, seed: int, concurrency: int = 1
+) -> dict:
     """One `vllm bench serve`; returns per-request TPOT and TTFT in ms."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve",
             "--base-url", server.url, "--model", server.model, "--dataset-name", "random",
             "--random-input-len", str(context), "--random-output-len", str(output_len),
-            "--num-prompts", str(prompts), "--max-concurrency", "1", "--seed", str(seed), "--ignore-eos",
+            "--num-prompts", str(prompts), "--max-concurrency", str(concurrency), "--seed", str(seed), "--ignore-eos",
             "--ready-check-timeout-sec", "0", "--disable-tqdm", "--temperature", "0",
             "--save-result", "--save-detailed", "--result-dir", folder, "--result-filename", "r.json",
         ]  # fmt: skip
@@ -62,33 +64,39 @@ def run_bench(server: Server, context: int, output_len: int, prompts: int, seed:
     }
 
 
-def measure(servers: dict[str, Server], args) -> list[dict]:
-    rows = []
-    print(f"{'context':>8} {'TPOT dense':>11} {'TPOT adamas':>12} {'ratio':>19} {'TTFT ratio':>19}")
-    for context in args.contexts:
-        samples = {name: {"tpot": [], "ttft": []} for name in BACKENDS}
-        for seed in range(args.rounds):
-            # The order alternates, so that neither backend always follows the other.
-            for name in BACKENDS if seed % 2 == 0 else BACKENDS[::-1]:
-                one = run_bench(servers[name], context, args.output_len, args.prompts, seed)
-                for key, values in one.items():
-                    samples[name][key] += values
-        dense, sparse = (samples[name] for name in BACKENDS)
-        row = {"context": context, "requests": len(dense["tpot"])}
-        for key in ("tpot", "ttft"):
-            row[f"dense_{key}_ms"] = spread(dense[key])
-            row[f"adamas_{key}_ms"] = spread(sparse[key])
-            row[f"{key}_ratio"] = spread(
-                [d / s for d, s in zip(dense[key], sparse[key], strict=True)]
-            )
-        rows.append(row)
-        tpot, ttft = row["tpot_ratio"], row["ttft_ratio"]
-        print(
-            f"{context:>8} {row['dense_tpot_ms']['median']:>11.1f} {row['adamas_tpot_ms']['median']:>12.1f} "
-            f"{tpot['median']:>6.2f} ({tpot['q1']:.2f}-{tpot['q3']:.2f}) "
-            f"{ttft['median']:>6.3f} ({ttft['q1']:.3f}-{ttft['q3']:.3f})"
-        )
-    return rows
+def measure(args) -> tuple[list[dict], str]:
+    """The rows of the table, and the backend's own log line."""
+    samples = {name: {c: {"tpot": [], "ttft": []} for c in args.contexts} for name in BACKENDS}
+    extra = ["--max-model-len", "8192", "--no-enable-prefix-caching", "--disable-log-stats"]
+    line = ""
+    for seed in range(args.rounds):
+        # The order alternates, so that neither backend always follows the other.
+        for name in BACKENDS if seed % 2 == 0 else BACKENDS[::-1]:
+            config = json.loads(args.config) if name == "adamas" else None
+            with Server(args.model, name, config, extra_args=extra) as server:
+                run_bench(server, 1024, 8, 1, seed=1000)  # warm up
+                for context in args.contexts:
+                    one = run_bench(server, context, args.output_len, args.prompts, seed)
+                    for key, values in one.items():
+                        samples[name][context][key] += values
+                line = next((x for x in server.log().splitlines() if "Using ADAMAS" in x), line)
+    return [compare(c, *(samples[name][c] for name in BACKENDS)) for c in args.contexts], line
+
+
+def compare(context: int, dense: dict, sparse: dict) -> dict:
+    row = {"context": context, "requests": len(dense["tpot"])}
+    for key in ("tpot", "ttft"):
+        row[f"dense_{key}_ms"] = spread(dense[key])
+        row[f"adamas_{key}_ms"] = spread(sparse[key])
+        row[f"{key}_ratio"] = spread([d / s for d, s in zip(dense[key], sparse[key], strict=True)])
+    tpot, ttft = row["tpot_ratio"], row["ttft_ratio"]
+    print(
+        f"{context:>6} tokens: TPOT {row['dense_tpot_ms']['median']:.1f} -> "
+        f"{row['adamas_tpot_ms']['median']:.1f} ms, {tpot['median']:.2f}x "
+        f"({tpot['q1']:.2f}-{tpot['q3']:.2f}); TTFT {ttft['median']:.3f}x "
+        f"({ttft['q1']:.3f}-{ttft['q3']:.3f})"
+    )
+    return row
 
 
 def plot(rows: list[dict], path: Path, title: str) -> None:
@@ -119,14 +127,7 @@ def plot(rows: list[dict], path: Path, title: str) -> None:
 
 def main():
     args = parse_args()
-    extra = ["--max-model-len", "8192", "--no-enable-prefix-caching", "--disable-log-stats"]
-    config = json.loads(args.config)
-    with (
-        Server(args.model, "cpu_attn", extra_args=extra) as dense,
-        Server(args.model, "adamas", config, extra_args=extra) as sparse,
-    ):
-        line = next(x for x in sparse.log().splitlines() if "Using ADAMAS" in x)
-        rows = measure({"cpu_attn": dense, "adamas": sparse}, args)
+    rows, line = measure(args)
     facts = hardware()
     result = {
         "hardware": facts,

@@ -47,6 +47,16 @@ def hardware() -> dict:
     }
 
 
+def gpu_hardware() -> dict:
+    """As :func:`hardware`, for a benchmark that runs on a GPU."""
+    import torch
+
+    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
+    name, _, driver = subprocess.run(query, capture_output=True, text=True).stdout.partition(",")
+    gpu = {"gpu": name.strip(), "driver": driver.strip(), "cuda": torch.version.cuda}
+    return gpu | hardware()
+
+
 def spread(samples: list[float]) -> dict:
     """Median and quartiles of a list of times or ratios."""
     low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")

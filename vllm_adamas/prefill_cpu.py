@@ -14,6 +14,18 @@ import torch
 
 from vllm_adamas.prefill import Prefill, PrefillPlan
 
+#: Tokens copied at a time: what is gathered is still in the L2 cache when it is repacked.
+PIECE = 512
+
+
+@dataclass
+class Piece:
+    """A run of one request's context: its page blocks, its length and its slots in the scratch."""
+
+    block_table: torch.Tensor
+    length: torch.Tensor
+    slots: torch.Tensor
+
 
 @dataclass
 class Scratch:
@@ -22,6 +34,7 @@ class Scratch:
     Args:
         table: int32 ``[P, blocks]``; slots: int64 ``[sum(seq_lens)]``.
         fresh: no request has an earlier context, so the step's own K and V are all there is.
+        pieces: how contexts are copied from the pages otherwise.
         schedules: the kernel's schedule for each head count and window.
     """
 
@@ -29,6 +42,7 @@ class Scratch:
     slots: torch.Tensor
     num_blocks: int
     fresh: bool
+    pieces: list[Piece]
     schedules: dict = field(default_factory=dict)
 
     @classmethod
@@ -41,8 +55,20 @@ class Scratch:
             table[row, :used] = torch.arange(start, start + used)
             slots.append(torch.arange(start * block_size, start * block_size + n))
             start += used
+        step = -(-PIECE // block_size)  # blocks
+        pieces = [
+            Piece(
+                plan.block_table[row : row + 1, first : first + step],
+                torch.tensor([len(part)], dtype=torch.int32),
+                part,
+            )
+            for row, all_slots in enumerate(slots)
+            for first, part in zip(
+                range(0, blocks[row], step), all_slots.split(step * block_size), strict=True
+            )
+        ]
         fresh = plan.query_start_loc.diff().tolist() == lens
-        return cls(table, torch.cat(slots), start, fresh)
+        return cls(table, torch.cat(slots), start, fresh, pieces)
 
 
 class CpuPrefill(Prefill):
@@ -64,12 +90,6 @@ class CpuPrefill(Prefill):
         if plan.prepared is None:
             plan.prepared = Scratch.build(plan, block)
         scratch = plan.prepared
-        if scratch.fresh and key is not None:
-            keys, values = key[here], value[here]
-        else:
-            tokens = scratch.slots.shape[0]
-            keys, values = self._buffer("_rows", (2, tokens, heads, size), query.dtype)
-            backend.gather(params, page, plan.block_table, plan.seq_lens, keys, values)
         cache = self._buffer("_cache", (scratch.num_blocks, heads, 2 * block, size), layout.dtype)
         key_cache, value_cache = cache.chunk(2, dim=2)
         scales = {
@@ -77,9 +97,20 @@ class CpuPrefill(Prefill):
             "v_scale": params.v_scale,
             "kv_cache_dtype": kv_cache_dtype,
         }
-        ops.cpu_attn_reshape_and_cache(
-            keys, values, key_cache, value_cache, scratch.slots, isa, **scales
-        )
+
+        def repack(keys, values, slots):
+            ops.cpu_attn_reshape_and_cache(
+                keys, values, key_cache, value_cache, slots, isa, **scales
+            )
+
+        if scratch.fresh and key is not None:
+            repack(key[here], value[here], scratch.slots)
+        else:
+            for piece in scratch.pieces:
+                shape = (2, piece.slots.shape[0], heads, size)
+                keys, values = self._buffer("_rows", shape, query.dtype)
+                backend.gather(params, page, piece.block_table, piece.length, keys, values)
+                repack(keys, values, piece.slots)
         schedule = scratch.schedules.get((isa, window, params.num_query_heads))
         if schedule is None:
             schedule = scratch.schedules[isa, window, params.num_query_heads] = (

@@ -31,13 +31,11 @@ void gather(const Kernels& kernels, const DecodeParams& p, const Rows& key, cons
 bool advise_huge(void* start, int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kHuge = 2u << 20;
-#ifndef MADV_COLLAPSE
-#define MADV_COLLAPSE 25  // Linux 6.1: also pages that are in use already
-#endif
   const uintptr_t from = (uintptr_t(start) + kHuge - 1) / kHuge * kHuge;
   const uintptr_t to = (uintptr_t(start) + bytes) / kHuge * kHuge;
   if (to <= from || madvise((void*)from, to - from, MADV_HUGEPAGE) != 0) return false;
-  return madvise((void*)from, to - from, MADV_COLLAPSE) == 0;
+  // The 4 KiB pages of the zero fill go; each 2 MiB page comes, zeroed, when it is first touched.
+  return madvise((void*)from, to - from, MADV_DONTNEED) == 0;
 #else
   return false;
 #endif

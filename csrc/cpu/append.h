@@ -2,13 +2,15 @@
 
 template <int D>
 static inline void store_plane(uint8_t* to, Element element, const Rows& rows, int64_t token, int head,
-                               const float* x, float scale) {
-  if (element == rows.element) {
-    const int bytes = element_bytes(element);
-    const int64_t at = token * rows.token_stride + head * rows.head_stride;
-    __builtin_memcpy(to, (const uint8_t*)rows.data + at * bytes, D * bytes);
+                               float scale) {
+  const int64_t at = token * rows.token_stride + head * rows.head_stride;
+  if (element == rows.element && element_bytes(element) == 2) {  // the usual case, a constant size
+    __builtin_memcpy(to, (const uint16_t*)rows.data + at, 2 * D);
+  } else if (element == rows.element) {
+    __builtin_memcpy(to, (const float*)rows.data + at, 4 * D);
   } else {
-    for (int i = 0; i < D; ++i) store_scalar(to, i, element, x[i] / scale);
+    for (int i = 0; i < D; ++i)
+      store_scalar(to, i, element, load_scalar(rows.data, at + i, rows.element) / scale);
   }
 }
 
@@ -18,17 +20,16 @@ static void append_token(const AppendParams& p, int64_t token) {
   const int64_t slot = p.slots[token];
   if (slot < 0) return;
   const int64_t block = slot / page.block_size;
-  const int offset = int(slot % page.block_size);
+  const int offset = int(slot - block * page.block_size);
   const int row_bytes = D * element_bytes(page.element);
   for (int head = 0; head < page.num_kv_heads; ++head) {
     uint8_t* run = page.run(block, head);
-    alignas(64) float x[D];
-    load_vector<D>(p.value, token, head, x);
-    store_plane<D>(run + page.v_offset + offset * row_bytes, page.element, p.value, token, head, x,
+    store_plane<D>(run + page.v_offset + offset * row_bytes, page.element, p.value, token, head,
                    page.v_scale);
-    load_vector<D>(p.key, token, head, x);
-    store_plane<D>(run + offset * row_bytes, page.element, p.key, token, head, x, page.k_scale);
+    store_plane<D>(run + offset * row_bytes, page.element, p.key, token, head, page.k_scale);
 
+    alignas(64) float x[D];
+    load_vector<D>(p.key, token, head, x);
     hadamard<D>(x);
     alignas(64) int32_t codes[D];
     encode<D>(x, outer_threshold<D>(x, p.coding), codes);

@@ -74,7 +74,8 @@ static inline void load_vector(const Rows& rows, int64_t token, int head, float*
   const int64_t at = token * rows.token_stride + head * rows.head_stride;
   if (rows.element == Element::bf16) {  // the usual case, vectorised
     const uint16_t* p = (const uint16_t*)rows.data + at;
-    for (int i = 0; i < D; ++i) x[i] = bits_to_float(uint32_t(p[i]) << 16);
+    for (int i = 0; i < D; i += kLanes)
+      store(x + i, (vf)(__builtin_convertvector(load<vh>(p + i), vu) << 16));
   } else {
     for (int i = 0; i < D; ++i) x[i] = load_scalar(rows.data, at + i, rows.element);
   }
