@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -40,7 +41,7 @@ def parse_args():
 def run_bench(
     server: Server, context: int, output_len: int, prompts: int, seed: int, concurrency: int = 1
 ) -> dict:
-    """One `vllm bench serve`; returns per-request TPOT and TTFT in ms."""
+    """One `vllm bench serve`; per request, in ms: TPOT, median inter-token latency and TTFT."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve",
@@ -60,13 +61,16 @@ def run_bench(
         raise SystemExit(f"only {result['completed']} of {prompts} requests completed")
     return {
         "tpot": [1e3 * sum(itl) / len(itl) for itl in result["itls"]],
+        "itl": [1e3 * statistics.median(itl) for itl in result["itls"]],
         "ttft": [1e3 * t for t in result["ttfts"]],
     }
 
 
 def measure(args) -> tuple[list[dict], str]:
     """The rows of the table, and the backend's own log line."""
-    samples = {name: {c: {"tpot": [], "ttft": []} for c in args.contexts} for name in BACKENDS}
+    samples = {
+        name: {c: {"tpot": [], "itl": [], "ttft": []} for c in args.contexts} for name in BACKENDS
+    }
     extra = ["--max-model-len", "8192", "--no-enable-prefix-caching", "--disable-log-stats"]
     line = ""
     for seed in range(args.rounds):

@@ -1,9 +1,10 @@
 """TPOT of FLASH_ATTN and ADAMAS on one GPU under load, both servers alive and taking turns.
 
-Dummy weights in the shape of Llama-3.1-8B: the speed of decode does not depend on their values. The
-script first checks that both servers give the same greedy tokens below the token budget.
+Dummy weights in the shape of Llama-3.1-8B: the speed of decode does not depend on their values. TPOT
+of a request includes the prefill of those that arrive after it; the median inter-token latency (ITL)
+is a decode step. The script first checks that both servers give the same greedy tokens below the token budget.
 
-    python benchmarks/bench_serve_gpu.py --tokenizer DIR --loads 32000x8 32000x22 128000x5
+    python benchmarks/bench_serve_gpu.py --tokenizer DIR --loads 8000x32 32000x8
 """
 
 from __future__ import annotations
@@ -44,11 +45,15 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokenizer", default=str(MODEL), help="folder with a small tokenizer")
-    parser.add_argument("--loads", nargs="+", default=["32000x8", "32000x22"])
-    parser.add_argument("--output-len", type=int, default=128)
+    parser.add_argument("--loads", nargs="+", default=["32000x8"])
+    parser.add_argument("--output-len", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--config", default="{}", help="options of the adamas backend, JSON")
-    parser.add_argument("--memory", type=float, default=0.44, help="share of the GPU per server")
+    parser.add_argument(
+        "--kv-bytes",
+        default="42G",
+        help="KV cache of each server; equal, so that capacities compare",
+    )
     parser.add_argument("--name", default="serve_gpu", help="result file")
     return parser.parse_args()
 
@@ -81,7 +86,7 @@ def check_equal(servers: dict[str, Server]) -> int:
 
 def measure(servers: dict[str, Server], load: str, args) -> dict:
     context, requests = map(int, load.split("x"))
-    samples = {name: {"tpot": [], "ttft": []} for name in BACKENDS}
+    samples = {name: {"tpot": [], "itl": [], "ttft": []} for name in BACKENDS}
     for seed in range(args.rounds):
         for name in BACKENDS if seed % 2 == 0 else BACKENDS[::-1]:
             one = run_bench(
@@ -90,13 +95,13 @@ def measure(servers: dict[str, Server], load: str, args) -> dict:
             for key, values in one.items():
                 samples[name][key] += values
     row = {"context": context, "concurrency": requests}
-    for key in ("tpot", "ttft"):
+    for key in ("tpot", "itl", "ttft"):
         dense, sparse = (spread(samples[name][key]) for name in BACKENDS)
         row |= {f"dense_{key}_ms": dense, f"adamas_{key}_ms": sparse}
         row[f"{key}_ratio"] = dense["median"] / sparse["median"]
     print(
         f"{load:>12}  TPOT {row['dense_tpot_ms']['median']:.2f} -> {row['adamas_tpot_ms']['median']:.2f} ms, "
-        f"{row['tpot_ratio']:.2f}x; TTFT {row['ttft_ratio']:.3f}x",
+        f"{row['tpot_ratio']:.2f}x; ITL {row['itl_ratio']:.2f}x; TTFT {row['ttft_ratio']:.3f}x",
         flush=True,
     )
     return row
@@ -107,7 +112,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         model = make_model(Path(folder), Path(args.tokenizer))
         extra = ["--load-format", "dummy", "--no-enable-prefix-caching", "--block-size", "64"]
-        extra += ["--gpu-memory-utilization", str(args.memory), "--max-model-len", "131072"]
+        extra += ["--gpu-memory-utilization", "0.45", "--kv-cache-memory-bytes", args.kv_bytes]
+        extra += ["--max-model-len", "131072"]
 
         def start(name: str) -> Server:
             config = json.loads(args.config) if name == "adamas" else None

@@ -90,6 +90,7 @@ class SelectionStats:
         self._logged = self._exported.tolist()
         self._next_log = time.monotonic() + self._interval
         self._next_copy = 0.0
+        self.warming_up = False
 
     @staticmethod
     def _open(config: AdamasConfig) -> torch.Tensor:
@@ -111,6 +112,10 @@ class SelectionStats:
 
     def tick(self) -> None:
         """Called once per step: exports and logs what was attended, when the time has come."""
+        if self.warming_up:  # the steps before this one captured graphs with made-up requests
+            self._sparse.zero_()
+            self._dense.zero_()
+            self.warming_up = False
         now = time.monotonic()
         if self._staged is not None and now >= self._next_copy:
             self._exported.copy_(self._staged)  # what the copy of a second ago has brought

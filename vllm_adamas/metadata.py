@@ -86,6 +86,11 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
         # Captured graphs read budgets from here.
         self._budgets = torch.zeros(max_decode_rows(vllm_config), dtype=torch.int32, device=device)
 
+    def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata):
+        metadata = super().build_for_cudagraph_capture(common_attn_metadata)
+        self.stats.warming_up = True
+        return metadata
+
     def build(
         self,
         common_prefix_len: int,
