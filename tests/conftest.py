@@ -4,3 +4,31 @@ import os
 
 # Idle OpenMP threads of one test would spin through the next one's time. Read once, by torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import pytest
+
+from vllm_adamas.serving.launch import Server
+
+
+@pytest.fixture(scope="session")
+def serve(tmp_path_factory: pytest.TempPathFactory):
+    """``serve(spec)``: the server of a specification, started unless it is the one that runs.
+
+    One at a time: idle servers hold memory that the next one needs. Tests that share a server
+    therefore stand together.
+    """
+    running: dict[object, Server] = {}
+
+    def get(spec) -> Server:
+        if spec not in running:
+            stop()
+            log = tmp_path_factory.mktemp("server") / "log"
+            running[spec] = Server(*spec.arguments(), log_path=log, timeout=300)
+        return running[spec]
+
+    def stop() -> None:
+        while running:
+            running.popitem()[1].stop()
+
+    yield get
+    stop()
