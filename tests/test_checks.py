@@ -48,6 +48,12 @@ def test_no_options_are_the_defaults(vllm_config, additional) -> None:
     assert checks.check_config(Changed(vllm_config, additional_config=additional)) == AdamasConfig()
 
 
+def test_kernels_of_another_device_end_before_the_server(vllm_config) -> None:
+    gpu = Changed(vllm_config, additional_config={"adamas": {"kernels": "cuda"}})
+    with pytest.raises(AdamasError, match=r"kernels='cuda' on this device.*auto, cpu, reference"):
+        checks.check_config(gpu)
+
+
 OTHER = "--attention-backend"
 MODELS = {  # change of the model configuration -> what the sentence names
     "mla": ({"use_mla": True}, ("MLA", OTHER)),

@@ -62,6 +62,9 @@ INVALID = [
     ({"num_dense_layers": -1}, ("num_dense_layers=-1", "0")),
     ({"num_sink_tokens": -1}, ("num_sink_tokens=-1", "0")),
     ({"recent_window": "many"}, ("recent_window='many'", "integer")),
+    ({"num_sink_tokens": True}, ("num_sink_tokens=True", "integer")),
+    ({"num_dense_layers": "2"}, ("num_dense_layers='2'", "integer")),
+    ({"thresholds": True}, ("thresholds=True", "'rms'", "'paper'")),
     ({"min_context": -5}, ("min_context=-5", "0")),
     ({"thresholds": "lloyd"}, ("thresholds='lloyd'", "'rms'", "'paper'")),
     *[

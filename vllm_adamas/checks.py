@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from vllm_adamas.backends import get_backend
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.layout import HEAD_SIZES, TILE
@@ -24,6 +25,7 @@ def check_config(vllm_config) -> AdamasConfig:
     config = AdamasConfig.parse(adamas_options(vllm_config))
     for check in (_check_device, _check_parallel, _check_features, _check_model, _check_cache):
         check(vllm_config)
+    _check_kernels(config)
     return config
 
 
@@ -46,6 +48,14 @@ def _on_cpu() -> bool:
 def block_size_multiple() -> int:
     """Block sizes are multiples of this: vLLM's CPU prefill kernel works in blocks of 32."""
     return 32 if _on_cpu() else TILE
+
+
+def _check_kernels(config: AdamasConfig) -> None:
+    names = ("auto", "cpu", "reference") if _on_cpu() else ("auto", "cuda")
+    if config.kernels not in names:
+        _refuse(f"kernels={config.kernels!r} on this device", f"choose one of {', '.join(names)}")
+    if _on_cpu():
+        get_backend(config.kernels)
 
 
 def _check_device(vllm_config) -> None:

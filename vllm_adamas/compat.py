@@ -121,8 +121,8 @@ def _one_sentence_errors() -> None:
         cause = error
         while cause is not None and not isinstance(cause, AdamasError):
             cause = cause.__cause__ or cause.__context__
-        if isinstance(error, AdamasError):
-            print(f"vllm-adamas: {error}", file=sys.stderr)
+        if cause is not None:
+            print(f"vllm-adamas: {cause}", file=sys.stderr)
         else:
             previous(kind, error, traceback)
 

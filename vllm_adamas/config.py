@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from vllm_adamas.errors import AdamasError
 
@@ -43,7 +42,7 @@ class AdamasConfig(BaseModel):
         AdamasError: from :meth:`parse`, for an unknown key, an impossible value or combination.
     """
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
     score: Literal["dot", "manhattan"] = Field(
         "dot", description="How a query is compared with the stored key codes."
@@ -71,14 +70,14 @@ class AdamasConfig(BaseModel):
         description="Code thresholds: 'rms' (default for dot), 'paper' (default for manhattan), "
         "or a fixed value in orthonormal units.",
     )
-    profile: Path | None = Field(None, description="Calibration profile (not in this release).")
+    profile: str | None = Field(None, description="Calibration profile (not in this release).")
     kernels: Literal["auto", "cpu", "cuda", "reference"] = Field(
         "auto", description="Compute backend; auto takes the fastest one for the device."
     )
     log_interval: float = Field(
         60.0, ge=0, description="Seconds between log lines on selection; 0 turns them off."
     )
-    metrics: StrictBool = Field(True, description="Export counters on the server's /metrics.")
+    metrics: bool = Field(True, description="Export counters on the server's /metrics.")
 
     @model_validator(mode="after")
     def _check(self) -> AdamasConfig:

@@ -5,7 +5,7 @@
 // decides how many candidates there are, and when they are fewer than k all tokens are candidates.
 
 static inline vi order_keys(vf x) {  // signed integers in the order of the floats
-  vi bits = (vi)x;
+  vi bits = (vi)(x + 0.0f);          // -0 becomes 0, its equal
   return bits ^ ((bits >> 31) & 0x7fffffff);
 }
 
@@ -42,7 +42,7 @@ static inline int32_t kth_bound(const int32_t* keys, int n, int k, int* reached)
 }
 
 static inline int32_t order_key(float x) {
-  const int32_t bits = int32_t(float_to_bits(x));
+  const int32_t bits = int32_t(float_to_bits(x + 0.0f));
   return bits ^ ((bits >> 31) & 0x7fffffff);
 }
 
