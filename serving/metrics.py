@@ -7,6 +7,7 @@ environment before it starts the engine; each worker creates its file there.
 from __future__ import annotations
 
 import atexit
+import multiprocessing
 import os
 import shutil
 import tempfile
@@ -20,6 +21,7 @@ import torch
 from vllm_adamas.config import AdamasConfig
 
 FOLDER = "VLLM_ADAMAS_METRICS_DIR"
+_announced = False  # by this process
 NAMES = (
     ("sparse_rows", "Decode rows (query tokens times layers) that attended to selected tokens."),
     ("dense_rows", "Decode rows of sparse layers that attended to their whole context."),
@@ -29,9 +31,15 @@ NAMES = (
 
 
 def announce() -> None:
-    """In the process that serves HTTP: names the folder and exports what workers write into it."""
-    if FOLDER in os.environ:
+    """In the process that serves HTTP: names the folder and exports what workers write into it.
+
+    An engine or worker process, which is spawned, keeps the folder it inherits. A process that was
+    started as a command makes its own, whatever the process that started it had named.
+    """
+    global _announced
+    if _announced or multiprocessing.parent_process() is not None:
         return
+    _announced = True
     folder = tempfile.mkdtemp(prefix="vllm-adamas-")
     os.environ[FOLDER] = folder
     owner = os.getpid()
@@ -39,7 +47,6 @@ def announce() -> None:
     _export(Path(folder))
 
 
-@cache
 def _export(folder: Path) -> None:
     from prometheus_client import REGISTRY
     from prometheus_client.core import CounterMetricFamily

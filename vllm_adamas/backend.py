@@ -9,6 +9,7 @@ from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
 from vllm_adamas import checks, compat
+from vllm_adamas.errors import AdamasError
 from vllm_adamas.layout import HEAD_SIZES, token_bytes
 
 
@@ -55,6 +56,11 @@ class AdamasBackend(AttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        if spec.head_size_v != spec.head_size:
+            raise AdamasError(
+                f"the adamas backend does not support value heads of another size than key heads "
+                f"({spec.head_size_v} and {spec.head_size}): {checks.OTHER_BACKEND}."
+            )
         return compat.page_spec(spec, token_bytes(spec.head_size, spec.dtype))
 
     @classmethod

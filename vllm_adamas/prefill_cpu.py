@@ -8,6 +8,7 @@ bit-identical to CPU_ATTN.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -32,22 +33,22 @@ class Scratch:
     """Where the requests of a plan lie in the scratch cache, one after the other.
 
     Args:
-        table: int32 ``[P, blocks]``; slots: int64 ``[sum(seq_lens)]``.
-        fresh: no request has an earlier context, so the step's own K and V are all there is.
-        pieces: how contexts are copied from the pages otherwise.
+        table: int32 ``[P, blocks]``.
+        slots: per request int64 ``[seq_len]``; new_slots: of the step's own tokens, in their order.
+        context: how earlier tokens are copied from the pages.
         schedules: the kernel's schedule for each head count and window.
     """
 
     table: torch.Tensor
-    slots: torch.Tensor
     num_blocks: int
-    fresh: bool
-    pieces: list[Piece]
+    slots: list[torch.Tensor]
+    new_slots: torch.Tensor
+    context: list[Piece]
     schedules: dict = field(default_factory=dict)
 
     @classmethod
     def build(cls, plan: PrefillPlan, block_size: int) -> Scratch:
-        lens = plan.seq_lens.tolist()
+        lens, queries = plan.seq_lens.tolist(), plan.query_start_loc.diff().tolist()
         blocks = [-(-n // block_size) for n in lens]
         table = torch.zeros(len(lens), max(blocks), dtype=torch.int32)
         slots, start = [], 0
@@ -55,20 +56,27 @@ class Scratch:
             table[row, :used] = torch.arange(start, start + used)
             slots.append(torch.arange(start * block_size, start * block_size + n))
             start += used
-        step = -(-PIECE // block_size)  # blocks
-        pieces = [
-            Piece(
-                plan.block_table[row : row + 1, first : first + step],
-                torch.tensor([len(part)], dtype=torch.int32),
-                part,
-            )
-            for row, all_slots in enumerate(slots)
-            for first, part in zip(
-                range(0, blocks[row], step), all_slots.split(step * block_size), strict=True
-            )
-        ]
-        fresh = plan.query_start_loc.diff().tolist() == lens
-        return cls(table, torch.cat(slots), start, fresh, pieces)
+        split = [all_.split([n - q, q]) for all_, n, q in zip(slots, lens, queries, strict=True)]
+        earlier, new = zip(*split, strict=True)
+        context = pieces(plan.block_table, earlier, block_size)
+        return cls(table, start, slots, torch.cat(new), context)
+
+
+def pieces(
+    block_table: torch.Tensor, slots: Sequence[torch.Tensor], block_size: int
+) -> list[Piece]:
+    """Cuts the first ``len(slots[row])`` tokens of every request into pieces of whole blocks."""
+    blocks = -(-PIECE // block_size)
+    return [
+        Piece(
+            block_table[row : row + 1, i * blocks : (i + 1) * blocks],
+            torch.tensor([len(part)], dtype=torch.int32),
+            part,
+        )
+        for row, some in enumerate(slots)
+        if len(some)
+        for i, part in enumerate(some.split(blocks * block_size))
+    ]
 
 
 class CpuPrefill(Prefill):
@@ -103,14 +111,18 @@ class CpuPrefill(Prefill):
                 keys, values, key_cache, value_cache, slots, isa, **scales
             )
 
-        if scratch.fresh and key is not None:
-            repack(key[here], value[here], scratch.slots)
-        else:
-            for piece in scratch.pieces:
+        def copy(parts):
+            for piece in parts:
                 shape = (2, piece.slots.shape[0], heads, size)
                 keys, values = self._buffer("_rows", shape, query.dtype)
                 backend.gather(params, page, piece.block_table, piece.length, keys, values)
                 repack(keys, values, piece.slots)
+
+        if key is None:  # a layer that shares another layer's cache
+            copy(pieces(plan.block_table, scratch.slots, block))
+        else:
+            copy(scratch.context)
+            repack(key[here], value[here], scratch.new_slots)
         schedule = scratch.schedules.get((isa, window, params.num_query_heads))
         if schedule is None:
             schedule = scratch.schedules[isa, window, params.num_query_heads] = (
