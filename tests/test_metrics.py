@@ -1,0 +1,60 @@
+"""The counters' way from a worker's kernels to /metrics."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import torch
+
+from vllm_adamas.config import AdamasConfig
+from vllm_adamas.serving import metrics
+
+
+def test_a_command_names_a_folder_of_its_own_and_removes_it(tmp_path) -> None:
+    script = (
+        "import os; from vllm_adamas.serving import metrics; metrics.announce(); "
+        "folder = os.environ[metrics.FOLDER]; metrics.announce(); "
+        "assert os.environ[metrics.FOLDER] == folder; assert os.path.isdir(folder); print(folder)"
+    )
+    inherited = {**os.environ, metrics.FOLDER: str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=inherited, capture_output=True, text=True, check=True
+    )
+    folder = done.stdout.strip()
+    assert folder != str(tmp_path)
+    assert not os.path.exists(folder)
+    assert tmp_path.is_dir()
+
+
+def test_counters_are_summed_over_workers(tmp_path) -> None:
+    np.array([1, 2, 3, 4]).tofile(tmp_path / "worker-1.i64")
+    np.array([10, 20, 30, 40]).tofile(tmp_path / "worker-2.i64")
+    (tmp_path / "worker-3.i64").write_bytes(b"torn")  # just being made
+    assert metrics.read_counters(tmp_path).tolist() == [11, 22, 33, 44]
+
+
+def test_what_kernels_add_is_in_the_file(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv(metrics.FOLDER, str(tmp_path))
+    stats = metrics.SelectionStats(AdamasConfig(), "cpu")
+    stats.counters(dense_layer=False).add_(torch.tensor([1, 0, 80, 8]))
+    stats.counters(dense_layer=True).add_(torch.tensor([0, 1, 80, 80]))
+    assert metrics.read_counters(tmp_path).tolist() == [1, 0, 80, 8]
+
+
+def test_steps_that_warm_up_are_not_counted(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv(metrics.FOLDER, str(tmp_path))
+    stats = metrics.SelectionStats(AdamasConfig(), "cpu")
+    stats.counters(dense_layer=False).add_(7)
+    stats.warming_up = True
+    stats.tick()
+    stats.counters(dense_layer=False).add_(1)
+    stats.tick()
+    assert metrics.read_counters(tmp_path).tolist() == [1, 1, 1, 1]
+
+
+def test_nothing_is_written_when_turned_off(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv(metrics.FOLDER, str(tmp_path))
+    stats = metrics.SelectionStats(AdamasConfig(metrics=False), "cpu")
+    stats.counters(dense_layer=False).add_(1)
+    assert not list(tmp_path.iterdir())
