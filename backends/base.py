@@ -7,7 +7,7 @@ D = head_size, N = block_size, L = the longest context of the batch. A score is 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -31,6 +31,9 @@ class Params:
         sliding_window: tokens visible to a query (its own included), 0 = all. Such rows are dense.
         fp8: ``e4m3`` or ``e5m2`` when the K and V planes hold fp8 bytes.
         k_scale, v_scale: factors from fp8 to real values.
+        key_mean: float32 ``[Hkv, D]`` on the device of the pages, the layer's mean key after the
+            Hadamard transform; keys are coded less this mean. It moves all scores of a query alike,
+            so it never changes the true ranking. None is zero.
     """
 
     layout: PageLayout
@@ -46,6 +49,7 @@ class Params:
     fp8: Literal["e4m3", "e5m2"] | None = None
     k_scale: float = 1.0
     v_scale: float = 1.0
+    key_mean: torch.Tensor | None = field(default=None, compare=False)
 
     @classmethod
     def of(cls, config: AdamasConfig, layout: PageLayout, **kwargs) -> Params:

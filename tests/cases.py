@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import pytest
@@ -36,6 +37,7 @@ class Case:
         data: ``normal``; ``equal`` (all keys of a head are one vector), ``few`` (three vectors) and
             ``zero`` make massive ties; ``huge`` (1e4) and ``tiny`` (1e-6) scale keys and values.
         padding: trailing query rows and tokens (slot -1) that belong to no request.
+        centred: keys have a large mean, which is subtracted before they are coded.
     """
 
     lengths: tuple[int, ...] = (1, 63, 64, 65, 0, 200)
@@ -52,6 +54,7 @@ class Case:
     window: int = 0
     data: str = "normal"
     padding: int = 2
+    centred: bool = False
     seed: int = 0
 
     @property
@@ -74,6 +77,10 @@ class Case:
         """The batch, its tokens appended through ``backend``; the same for every device."""
         g = torch.Generator().manual_seed(self.seed)
         params, rows, tokens = self.params, len(self.lengths), sum(self.lengths)
+        mean = torch.zeros(self.heads[1], self.head_size)
+        if self.centred:
+            mean = 4 * torch.randn(mean.shape, generator=g)
+            params = dataclasses.replace(params, key_mean=sig.hadamard(mean).to(device))
         used = [-(-n // self.block_size) for n in self.lengths]
         order = torch.randperm(sum(used) + SPARE_BLOCKS, generator=g).to(torch.int32)
         block_table = order[-1].repeat(rows, max(used) + 1)  # [R, blocks]
@@ -85,7 +92,7 @@ class Case:
             block = block_table[row, token // self.block_size].long()
             slots.insert(0, block * self.block_size + token % self.block_size)
         # Keys and values are slices of one tensor, as a fused projection leaves them.
-        kv = self._keys_and_values(tokens, g)  # [T + padding, 2 * Hkv, D]
+        kv = self._keys_and_values(tokens, mean, g)  # [T + padding, 2 * Hkv, D]
         query = torch.randn(rows + self.padding, self.heads[0], self.head_size, generator=g)
         budgets = (self.budgets,) * rows if isinstance(self.budgets, int) else self.budgets
         batch = Batch(
@@ -101,7 +108,7 @@ class Case:
         backend.append(params, batch.key, batch.value, batch.page, batch.slots)
         return batch
 
-    def _keys_and_values(self, tokens: int, g: torch.Generator) -> torch.Tensor:
+    def _keys_and_values(self, tokens: int, mean: torch.Tensor, g) -> torch.Tensor:
         kv_heads = self.heads[1]
         key = torch.randn(tokens + self.padding, kv_heads, self.head_size, generator=g)
         value = torch.randn(tokens + self.padding, kv_heads, self.head_size, generator=g)
@@ -112,7 +119,7 @@ class Case:
         elif self.data == "zero":
             key = torch.zeros_like(key)
         factor = {"huge": 1e4, "tiny": 1e-6}.get(self.data, 1.0)
-        return torch.cat((key * factor, value * factor), 1).to(self.dtype)
+        return torch.cat((key * factor + mean, value * factor), 1).to(self.dtype)
 
 
 def _garbage(params: Params, blocks: int, g: torch.Generator) -> torch.Tensor:
@@ -177,6 +184,11 @@ class Batch:
             (x / scale).clamp(-top, top).to(kind).float() * scale
             for x, scale in zip(planes, scales, strict=True)
         )
+
+    def coded_keys(self) -> torch.Tensor:
+        """What becomes codes: transformed keys less their mean, float32 ``[T, Hkv, D]``."""
+        x = sig.hadamard(self.key[: sum(self.lengths)])
+        return x if self.params.key_mean is None else x - self.params.key_mean
 
     def scan(self, backend: Backend) -> torch.Tensor:
         query = self.query[: len(self.lengths)]
@@ -274,6 +286,9 @@ CASES = {
     "sinks-all-but-one": Case((300, 65, 40, 0), 13, sinks=4, recent=8, selection="kv_head"),
     "window-only": Case((300, 65, 40, 0), 40, recent=39, score="manhattan"),
     "sliding": Case((300, 1, 99, 100, 101, 0), 16, window=100),
+    "centred": Case(MIXED, MIXED_BUDGETS, centred=True),
+    "centred-d256": Case(head_size=256, heads=(4, 1), centred=True, selection="kv_head"),
+    "centred-d96-manhattan": Case(head_size=96, score="manhattan", centred=True),
     "long": Case((5000, 2049, 2048, 700), (128, 2048, 64, 1), heads=(4, 1), head_size=64),
     "long-ties": Case((5000, 2048), (1000, 30), heads=(2, 1), head_size=64, data="few"),
 }

@@ -81,13 +81,12 @@ def codes(batch: Batch) -> torch.Tensor:
 @over_cases
 def test_append(backend, case: Case) -> None:
     ours, theirs = case.build(backend), case.build(REFERENCE)
-    layout, tokens = ours.params.layout, sum(case.lengths)
+    layout = ours.params.layout
     for plane in (layout.k, layout.v):
         assert torch.equal(
             as_bytes(written(ours, plane(ours.page))), as_bytes(written(theirs, plane(theirs.page)))
         )
-    x = sig.hadamard(ours.key[:tokens])
-    near = near_threshold(x, ours.params)
+    near = near_threshold(ours.coded_keys(), ours.params)
     different = codes(ours) != codes(theirs)
     assert not (different & ~near).any()
     assert different.sum() <= 1e-4 * different.numel()
@@ -405,3 +404,13 @@ def test_wrong_arguments_are_named(name: str, operation: str, arguments: tuple) 
     backend = CpuBackend()
     with pytest.raises(ValueError, match=f"^{name}: "):
         getattr(backend, operation)(Case().params, *arguments)
+
+
+@pytest.mark.parametrize(
+    "mean", [torch.zeros(2, 64), torch.zeros(2, 128).double(), torch.zeros(128, 2).T]
+)
+def test_a_wrong_key_mean_is_named(mean: torch.Tensor) -> None:
+    batch = Case().build(REFERENCE)
+    params = dataclasses.replace(batch.params, key_mean=mean)
+    with pytest.raises(ValueError, match="^key_mean: "):
+        CpuBackend().append(params, batch.key, batch.value, batch.page, batch.slots)

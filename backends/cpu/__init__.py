@@ -57,7 +57,13 @@ class CpuBackend(Backend):
     def append(self, params, key, value, page, slot_mapping):
         coding = params.coding
         self._lib.append(
-            key, value, slot_mapping, coding.threshold, coding.relative, *self._page(params, page)
+            key,
+            value,
+            slot_mapping,
+            params.key_mean,
+            coding.threshold,
+            coding.relative,
+            *self._page(params, page),
         )
 
     def decode(

@@ -46,6 +46,8 @@ class ReferenceBackend(Backend):
         )  # [T, Hkv, D]
         layout.v(page)[block, :, offset] = self._to_plane(params, value[keep], params.v_scale)
         x = sig.hadamard(key[keep])  # [T, Hkv, D]
+        if params.key_mean is not None:
+            x = x - params.key_mean
         codes = sig.bucketize(x, params.coding)
         tile, lane = offset // TILE, offset % TILE
         layout.hi(page)[block, :, tile, :, lane] = sig.pack(codes >> 1)  # [T, Hkv, D/32]

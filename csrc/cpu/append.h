@@ -31,6 +31,7 @@ static void append_token(const AppendParams& p, int64_t token) {
     alignas(64) float x[D];
     load_vector<D>(p.key, token, head, x);
     hadamard<D>(x);
+    if (p.key_mean) subtract<D>(x, p.key_mean + int64_t(head) * D);
     alignas(64) int32_t codes[D];
     encode<D>(x, outer_threshold<D>(x, p.coding), codes);
     uint32_t hi[D / kWord], lo[D / kWord];

@@ -3,6 +3,7 @@
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/error.h>
 #include <tvm/ffi/function.h>
+#include <tvm/ffi/optional.h>
 #include <tvm/ffi/string.h>
 
 #include <string>
@@ -12,6 +13,7 @@
 namespace adamas {
 namespace {
 
+using tvm::ffi::Optional;
 using tvm::ffi::String;
 using tvm::ffi::TensorView;
 
@@ -61,7 +63,8 @@ Page page_of(const TensorView& runs, int64_t block_size, int64_t head_size, int6
               Element(element), float(k_scale), float(v_scale)};
 }
 
-void append_op(TensorView key, TensorView value, TensorView slots, double threshold, bool relative,
+void append_op(TensorView key, TensorView value, TensorView slots, Optional<TensorView> key_mean,
+               double threshold, bool relative,
                TensorView runs, int64_t block_size, int64_t head_size, int64_t v_offset, int64_t hi_offset,
                int64_t lo_offset, int64_t scale_offset, int64_t element, double k_scale, double v_scale) {
   AppendParams p{};
@@ -74,6 +77,13 @@ void append_op(TensorView key, TensorView value, TensorView slots, double thresh
   const int heads = p.page.num_kv_heads;
   p.key = rows_of(key, p.num_tokens, heads, head_size, "key: expected float32, float16 or bfloat16 [T, Hkv, D] with a contiguous D");
   p.value = rows_of(value, p.num_tokens, heads, head_size, "value: expected float32, float16 or bfloat16 [T, Hkv, D] with a contiguous D");
+  if (key_mean.has_value()) {
+    const TensorView& mean = key_mean.value();
+    expect(mean.ndim() == 2 && mean.dtype().code == kDLFloat && mean.dtype().bits == 32 && mean.size(0) == heads &&
+               mean.size(1) == head_size && mean.stride(0) == head_size && mean.stride(1) == 1,
+           "key_mean: expected contiguous float32 [Hkv, D]");
+    p.key_mean = static_cast<const float*>(mean.data_ptr());
+  }
   append(*active, p);
 }
 

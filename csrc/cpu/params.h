@@ -45,6 +45,7 @@ struct AppendParams {
   Page page;
   Coding coding;
   Rows key, value;
+  const float* key_mean;  // [num_kv_heads, head_size], transformed; null is zero
   const int64_t* slots;
   int64_t num_tokens;
 };

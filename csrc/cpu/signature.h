@@ -31,6 +31,11 @@ static inline void hadamard(float* x) {
 }
 
 template <int D>
+static inline void subtract(float* x, const float* mean) {
+  for (int i = 0; i < D; i += kLanes) store(x + i, load<vf>(x + i) - load<vf>(mean + i));
+}
+
+template <int D>
 static inline float outer_threshold(const float* x, Coding coding) {
   if (!coding.relative) return coding.threshold;
   vf squares = {};
