@@ -412,5 +412,5 @@ def test_wrong_arguments_are_named(name: str, operation: str, arguments: tuple) 
 def test_a_wrong_key_mean_is_named(mean: torch.Tensor) -> None:
     batch = Case().build(REFERENCE)
     params = dataclasses.replace(batch.params, key_mean=mean)
-    with pytest.raises(ValueError, match="^key_mean: "):
+    with pytest.raises(ValueError, match=r"^key_mean: "):
         CpuBackend().append(params, batch.key, batch.value, batch.page, batch.slots)
