@@ -113,8 +113,19 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
             return output
         params = self._of(layer, kv_cache)
         rows = attn_metadata.num_decodes
-        if rows:
-            lens = attn_metadata.context_lens
+        lens = attn_metadata.context_lens
+        if rows and self._dense and self.prefill.decodes:
+            self.prefill.decode(
+                params,
+                query[:rows],
+                kv_cache,
+                attn_metadata.block_table,
+                lens,
+                attn_metadata.query_start_loc,
+                output[:rows],
+                self.max_model_len,
+            )
+        elif rows:
             self.backend.decode(
                 params,
                 query[:rows],

@@ -29,6 +29,7 @@ class AdamasMetadata(AttentionMetadata):
         budgets: int32 ``[R]``, tokens that a sparse layer attends; the context length where the
             step is dense: prompts (a prefill's last token too) and contexts within the budget.
         block_table: int32 ``[R, blocks]``.
+        query_start_loc: int32 ``[R + 1]``, 0 to R.
         prefill: plan of the other requests, None without any.
     """
 
@@ -37,6 +38,7 @@ class AdamasMetadata(AttentionMetadata):
     context_lens: torch.Tensor
     budgets: torch.Tensor
     block_table: torch.Tensor
+    query_start_loc: torch.Tensor
     prefill: PrefillPlan | None
 
 
@@ -83,8 +85,10 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
         self._init_reorder_batch_threshold(1)
         self.config = AdamasConfig.parse(adamas_options(vllm_config))
         self.stats = SelectionStats.shared(self.config, device.type)
-        # Captured graphs read budgets from here.
-        self._budgets = torch.zeros(max_decode_rows(vllm_config), dtype=torch.int32, device=device)
+        # Captured graphs read budgets and starts from here.
+        rows = max_decode_rows(vllm_config)
+        self._budgets = torch.zeros(rows, dtype=torch.int32, device=device)
+        self._starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata):
         metadata = super().build_for_cudagraph_capture(common_attn_metadata)
@@ -129,5 +133,6 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
             context_lens=context_lens,
             budgets=budgets,
             block_table=common.block_table_tensor[:num_decodes],
+            query_start_loc=self._starts[: num_decodes + 1],
             prefill=plan,
         )

@@ -43,6 +43,8 @@ class PrefillPlan:
 class Prefill(ABC):
     """Dense causal attention of a :class:`PrefillPlan`."""
 
+    decodes = False  #: whether :meth:`decode` is there, and faster than the backend's dense rows
+
     @abstractmethod
     def run(
         self,
@@ -63,6 +65,27 @@ class Prefill(ABC):
                 None for layers that share another layer's cache.
             page: the layer's KV cache, already appended to.
         """
+
+    def decode(
+        self,
+        params: Params,
+        query: torch.Tensor,
+        page: torch.Tensor,
+        block_table: torch.Tensor,
+        context_lens: torch.Tensor,
+        query_start_loc: torch.Tensor,
+        output: torch.Tensor,
+        max_context_len: int,
+    ) -> None:
+        """Decode of R rows in a dense layer; can be captured in a CUDA graph.
+
+        Args:
+            query, output: ``[R, Hq, D]``; output is written, with zeros where the context is 0.
+            block_table, context_lens: as in :meth:`Backend.decode`.
+            query_start_loc: int32 ``[R + 1]``, 0 to R.
+            max_context_len: an upper bound of ``context_lens`` for every replay.
+        """
+        raise NotImplementedError(f"{type(self).__name__} decodes nothing")
 
 
 @cache
