@@ -37,6 +37,15 @@ def test_planes_share_no_byte_and_leave_only_padding(layout: PageLayout) -> None
     assert runs.shape[-1] - end < layout.block_size * layout.dtype.itemsize
 
 
+def test_a_single_head_may_have_any_stride() -> None:
+    """As tensor parallelism leaves it: PyTorch does not care, kernels ask for aligned strides."""
+    layout = PageLayout(64, 32, torch.bfloat16)
+    page = empty_page(layout, heads=1)
+    odd = page.as_strided(page.shape, (page.stride(0), 1, *page.stride()[2:]))
+    assert layout.runs(odd).stride() == layout.runs(page).stride()
+    assert layout.k(odd).stride() == layout.k(page).stride()
+
+
 @every_layout
 def test_shapes_of_the_planes(layout: PageLayout) -> None:
     page, n, d = empty_page(layout), layout.block_size, layout.head_size

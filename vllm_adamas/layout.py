@@ -107,9 +107,10 @@ class PageLayout:
                 f"layout needs dense ({self.block_size}, {self.token_bytes}): vLLM's KV cache "
                 "layout is not the LBHNC that the backend asked for."
             )
-        return raw.as_strided(
-            (blocks, heads, tokens * content), (*raw.stride()[:2], 1), raw.storage_offset()
-        )
+        run = tokens * content
+        # The stride of a single head may be anything; kernels check that it is aligned.
+        strides = (raw.stride(0), raw.stride(1) if heads > 1 else run, 1)
+        return raw.as_strided((blocks, heads, run), strides, raw.storage_offset())
 
     def _plane(
         self, page: torch.Tensor, offset: int, size: int, dtype: torch.dtype
