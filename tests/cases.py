@@ -10,7 +10,7 @@ import torch
 
 from vllm_adamas.backends.base import Backend, Params
 from vllm_adamas.backends.reference import signature as sig
-from vllm_adamas.backends.reference.ops import FP8
+from vllm_adamas.backends.reference.ops import FP8, select_tokens
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.layout import PageLayout
 
@@ -294,3 +294,84 @@ CASES = {
 }
 
 over_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+
+def as_bytes(x: torch.Tensor) -> torch.Tensor:
+    """Comparable where a NaN is."""
+    return x.contiguous().view(torch.uint8)
+
+
+def written(batch: Batch, plane: torch.Tensor) -> torch.Tensor:
+    """The tokens of the batch in a plane ``[blocks, Hkv, N, ...]``: ``[T, Hkv, ...]``."""
+    slots = batch.slots[batch.slots >= 0]
+    size = batch.params.layout.block_size
+    return plane[slots // size, :, slots % size]
+
+
+def codes(batch: Batch) -> torch.Tensor:
+    """[T, Hkv, D]"""
+    layout = batch.params.layout
+    hi, lo = (
+        sig.unpack(written(batch, sig.untile(plane(batch.page)).transpose(1, 2).transpose(1, 2)))
+        for plane in (layout.hi, layout.lo)
+    )
+    return 2 * hi + lo
+
+
+def check_append(ours: Batch, theirs: Batch) -> None:
+    """K and V bit by bit; codes and scales but for what another order of additions can change.
+
+    Args:
+        theirs: the same case through the reference, on the CPU.
+    """
+    layout = theirs.params.layout
+    for plane in (layout.k, layout.v):
+        got, expected = (as_bytes(written(batch, plane(batch.page))) for batch in (ours, theirs))
+        assert torch.equal(got.cpu(), expected)
+    near = near_threshold(theirs.coded_keys(), theirs.params)
+    different = codes(ours).cpu() != codes(theirs)
+    assert not (different & ~near).any()
+    assert different.sum() <= 1e-4 * different.numel()
+    # The fit of equal codes differs in the last bit of fp16 at most.
+    got, expected = (
+        written(batch, layout.scale(batch.page)).float().cpu() for batch in (ours, theirs)
+    )
+    within = (got - expected).abs() <= 2**-10 * expected.abs() + 2**-24
+    assert (within | different.any(-1)).all()
+
+
+def misleading(shape: tuple[int, ...], g: torch.Generator) -> torch.Tensor:
+    """The largest scores lie where a sample of 256 looks: a pivot from it leaves too few tokens."""
+    scores = torch.rand(shape, generator=g)
+    scores[..., torch.arange(256) * shape[-1] // 256] += 10
+    return scores
+
+
+SCORES = {
+    "normal": lambda shape, g: torch.randn(shape, generator=g),
+    "three values": lambda shape, g: torch.randint(-1, 2, shape, generator=g).float(),
+    "equal": lambda shape, g: torch.full(shape, -2.0),
+    "ascending": lambda shape, g: torch.arange(shape[-1]).float().expand(shape).contiguous(),
+    "descending": lambda shape, g: -torch.arange(shape[-1]).float().expand(shape).contiguous(),
+    "extreme": lambda shape, g: torch.randn(shape, generator=g) * 3e38 / 6,
+    "misleading": misleading,
+}
+
+
+def check_select(backend, scores, lens, budgets, sinks: int, recent: int) -> None:
+    """Token by token against the reference.
+
+    Args:
+        scores: ``[R, sets, L]``; lens: int32 ``[R]`` on the same device; budgets: R integers.
+    """
+    params = Case(sinks=sinks, recent=recent).params
+    limits = torch.tensor(budgets, dtype=torch.int32, device=scores.device)
+    chosen = backend.select(params, scores, lens, limits)
+    for row, length in enumerate(lens.tolist()):
+        if sinks + recent >= min(length, budgets[row]) and budgets[row] < length:
+            continue
+        for head in range(scores.shape[1]):
+            best = scores[row, head, :length].cpu()
+            expected = select_tokens(best, budgets[row], sinks, recent).tolist()
+            got = chosen[row, head].tolist()
+            assert got == expected + [-1] * (len(got) - len(expected))

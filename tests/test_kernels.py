@@ -11,11 +11,13 @@ import pytest
 import torch
 from cases import (
     CASES,
+    SCORES,
     SPARE_BLOCKS,
     TOLERANCE,
-    Batch,
     Case,
-    near_threshold,
+    as_bytes,
+    check_append,
+    check_select,
     over_cases,
     relative_error,
 )
@@ -25,7 +27,6 @@ from hypothesis import strategies as st
 from vllm_adamas.backends.cpu import CpuBackend
 from vllm_adamas.backends.reference import ReferenceBackend
 from vllm_adamas.backends.reference import signature as sig
-from vllm_adamas.backends.reference.ops import select_tokens
 
 REFERENCE = ReferenceBackend()
 NEEDS = {
@@ -53,47 +54,12 @@ def backend(request):
     CpuBackend("auto")
 
 
-def as_bytes(x: torch.Tensor) -> torch.Tensor:
-    """Comparable where a NaN is."""
-    return x.contiguous().view(torch.uint8)
-
-
-def written(batch: Batch, plane: torch.Tensor) -> torch.Tensor:
-    """The tokens of the batch in a plane ``[blocks, Hkv, N, ...]``: ``[T, Hkv, ...]``."""
-    slots = batch.slots[batch.slots >= 0]
-    size = batch.params.layout.block_size
-    return plane[slots // size, :, slots % size]
-
-
-def codes(batch: Batch) -> torch.Tensor:
-    """[T, Hkv, D]"""
-    layout = batch.params.layout
-    hi, lo = (
-        sig.unpack(written(batch, sig.untile(plane(batch.page)).transpose(1, 2).transpose(1, 2)))
-        for plane in (layout.hi, layout.lo)
-    )
-    return 2 * hi + lo
-
-
 # append
 
 
 @over_cases
 def test_append(backend, case: Case) -> None:
-    ours, theirs = case.build(backend), case.build(REFERENCE)
-    layout = ours.params.layout
-    for plane in (layout.k, layout.v):
-        assert torch.equal(
-            as_bytes(written(ours, plane(ours.page))), as_bytes(written(theirs, plane(theirs.page)))
-        )
-    near = near_threshold(ours.coded_keys(), ours.params)
-    different = codes(ours) != codes(theirs)
-    assert not (different & ~near).any()
-    assert different.sum() <= 1e-4 * different.numel()
-    # The fit of equal codes differs in the last bit of fp16 at most.
-    scales = [written(batch, layout.scale(batch.page)).float() for batch in (ours, theirs)]
-    error = (scales[0] - scales[1]).abs()
-    assert ((error <= 2**-10 * scales[1].abs() + 2**-24) | different.any(-1)).all()
+    check_append(case.build(backend), case.build(REFERENCE))
 
 
 @pytest.mark.parametrize("name", ["plain", "block48", "d96", "fp32", "e4m3"])
@@ -178,24 +144,6 @@ def test_scan(backend, case: Case) -> None:
 # select
 
 
-def misleading(shape: tuple[int, ...], g: torch.Generator) -> torch.Tensor:
-    """The largest scores lie where a sample of 256 looks: a pivot from it leaves too few tokens."""
-    scores = torch.rand(shape, generator=g)
-    scores[..., torch.arange(256) * shape[-1] // 256] += 10
-    return scores
-
-
-SCORES = {
-    "normal": lambda shape, g: torch.randn(shape, generator=g),
-    "three values": lambda shape, g: torch.randint(-1, 2, shape, generator=g).float(),
-    "equal": lambda shape, g: torch.full(shape, -2.0),
-    "ascending": lambda shape, g: torch.arange(shape[-1]).float().expand(shape).contiguous(),
-    "descending": lambda shape, g: -torch.arange(shape[-1]).float().expand(shape).contiguous(),
-    "extreme": lambda shape, g: torch.randn(shape, generator=g) * 3e38 / 6,
-    "misleading": misleading,
-}
-
-
 @pytest.mark.parametrize("length", [1, 2, 17, 255, 1023, 1024, 1025, 5003])
 @pytest.mark.parametrize("kind", SCORES)
 def test_select(backend, kind: str, length: int) -> None:
@@ -214,20 +162,6 @@ def test_select(backend, kind: str, length: int) -> None:
         if budget < 1:
             continue
         check_select(backend, scores, lens, (budget, budget, budget), sinks, recent)
-
-
-def check_select(backend, scores, lens, budgets, sinks: int, recent: int) -> None:
-    params = Case(sinks=sinks, recent=recent).params
-    chosen = backend.select(params, scores, lens, torch.tensor(budgets, dtype=torch.int32))
-    for row, length in enumerate(lens.tolist()):
-        if sinks + recent >= min(length, budgets[row]) and budgets[row] < length:
-            continue
-        for head in range(scores.shape[1]):
-            expected = select_tokens(
-                scores[row, head, :length], budgets[row], sinks, recent
-            ).tolist()
-            got = chosen[row, head].tolist()
-            assert got == expected + [-1] * (len(got) - len(expected))
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
