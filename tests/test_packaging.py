@@ -2,6 +2,7 @@
 
 import email
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,22 @@ IMPORTS = """
 import vllm_adamas, vllm_adamas.backends, vllm_adamas.serving, vllm_adamas.serving.launch
 for module in (vllm_adamas, vllm_adamas.backends, vllm_adamas.serving):
     print(module.__file__)
+"""
+
+# What a native library may need from its host: nothing of CPython, of PyTorch, or of a CUDA runtime.
+SYSTEM_LIBRARIES = "libtvm_ffi libstdc++ libm libgomp libgcc_s libc libpthread libdl librt ld-linux"
+SYSTEM_SYMBOLS = re.compile(r"TVMFFI\w+$|\S+@+(GLIBC|GLIBCXX|CXXABI|GCC|GOMP|OMP)_[\w.]+$")
+SELECT_WITHOUT_TORCH = """
+import sys
+sys.modules["torch"] = None  # importing it fails from here on
+import numpy as np, tvm_ffi
+library = tvm_ffi.load_module(sys.argv[1])
+library.use_isa("auto")
+scores = np.array([[[3, 1, 4, 1, 5, 9, 2, 6]]], dtype=np.float32)
+tokens = np.full((1, 1, 3), -1, dtype=np.int32)
+lens, budgets = np.array([8], dtype=np.int32), np.array([3], dtype=np.int32)
+library.select(*map(tvm_ffi.from_dlpack, (scores, lens, budgets, tokens)), 0, 0)
+print(tokens.ravel().tolist())
 """
 
 
@@ -111,6 +128,39 @@ def test_wheel_serves_every_python_version(wheel: Path) -> None:
     assert (python, abi) == ("py3", "none")
     assert platform != "any"
     assert "vllm_adamas/backends/cpu/libadamas_cpu.so" in names(wheel)
+
+
+@pytest.fixture(scope="module")
+def libraries(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The wheel's native libraries by device: `cpu`, and `cuda` where the build found nvcc."""
+    folder = tmp_path_factory.mktemp("libraries")
+    with zipfile.ZipFile(wheel) as archive:
+        found = [name for name in archive.namelist() if name.endswith(".so")]
+        archive.extractall(folder, found)
+    return {Path(name).parent.name: folder / name for name in found}
+
+
+def test_libraries_serve_every_python_and_pytorch(libraries: dict[str, Path]) -> None:
+    """They link neither, so no release of either can break them."""
+    assert "cpu" in libraries
+    for path in libraries.values():
+        dynamic = subprocess.run(
+            ["readelf", "-d", path], capture_output=True, text=True, check=True
+        )
+        needed = re.findall(r"NEEDED.*\[(.+?)\.so", dynamic.stdout)
+        assert "libtvm_ffi" in needed
+        assert {name.partition("-x86")[0] for name in needed} <= set(SYSTEM_LIBRARIES.split())
+        command = ["nm", "-D", "--undefined-only", path]
+        symbols = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        required = [line.split()[1] for line in symbols.splitlines() if line.split()[0] == "U"]
+        assert any(name.startswith("TVMFFI") for name in required)
+        assert not [name for name in required if not SYSTEM_SYMBOLS.match(name)]
+
+
+def test_libraries_compute_without_pytorch(libraries: dict[str, Path]) -> None:
+    command = [sys.executable, "-c", SELECT_WITHOUT_TORCH, libraries["cpu"]]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.stdout.strip() == "[4, 5, 7]", done.stderr
 
 
 def test_wheel_never_requires_vllm(wheel: Path) -> None:
