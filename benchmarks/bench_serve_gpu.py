@@ -1,23 +1,32 @@
-"""TPOT of FLASH_ATTN and ADAMAS on one GPU under load, both servers alive and taking turns.
+"""TPOT of FLASH_ATTN and ADAMAS as a client sees it under load on a GPU.
 
-Dummy weights in the shape of Llama-3.1-8B: the speed of decode does not depend on their values. TPOT
-of a request includes the prefill of those that arrive after it; the median inter-token latency (ITL)
-is a decode step. The script first checks that both servers give the same greedy tokens below the token budget.
+Dummy weights in the shape of Llama-3.1-8B: the speed of decode does not depend on their values. Prompts
+of random tokens are sent once, cold, for TTFT, and then again: their prefixes are cached by then, so
+TPOT and the inter-token latency (ITL) are those of decode steps with every request running. A load of
+mixed requests follows: cached documents with fresh questions that arrive at a rate.
 
-    python benchmarks/bench_serve_gpu.py --tokenizer DIR --loads 8000x32 32000x8
+Both servers are alive and take turns where both fit; loads whose KV cache needs a whole GPU run on one
+server after the other, unless `--devices` gives each server a GPU of its own.
+
+    python benchmarks/bench_serve_gpu.py --tokenizer DIR --loads 32000x8 32000x22 128000x5
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
+import statistics
 import tempfile
+import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
-from bench_serve import MODEL, run_bench
-from common import gpu_hardware, save, spread
+from bench_serve import MODEL
+from common import RESULTS, gpu_hardware, save, spread
 
 from vllm_adamas.serving.launch import Server
 
@@ -39,21 +48,25 @@ LLAMA_8B = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
+KV_BYTES = 2 * 2 * 8 * 128 * 32  # a token of LLAMA_8B, all layers
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+MIXED = {"documents": 8, "context": 32000, "question": 500, "requests": 48, "rate": 6.0}
+KEYS = ("ttft", "tpot", "itl")
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokenizer", default=str(MODEL), help="folder with a small tokenizer")
-    parser.add_argument("--loads", nargs="+", default=["32000x8"])
-    parser.add_argument("--output-len", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--config", default="{}", help="options of the adamas backend, JSON")
+    parser.add_argument("--loads", nargs="*", default=["32000x8"], help="CONTEXTxREQUESTS")
     parser.add_argument(
-        "--kv-bytes",
-        default="42G",
-        help="KV cache of each server; equal, so that capacities compare",
+        "--big-loads", nargs="*", default=["32000x22", "128000x5"], help="one server at a time"
     )
+    parser.add_argument("--output-len", type=int, default=256)
+    parser.add_argument("--rounds", type=int, default=3, help="warm rounds of every load")
+    parser.add_argument("--config", default="{}", help="options of the adamas backend, JSON")
+    parser.add_argument("--kv-bytes", default="42G", help="KV cache of servers that share a GPU")
+    parser.add_argument("--big-kv-bytes", default="96G", help="KV cache of a server that does not")
+    parser.add_argument("--devices", nargs=2, help="a GPU for each server; then all loads are big")
     parser.add_argument("--name", default="serve_gpu", help="result file")
     return parser.parse_args()
 
@@ -66,8 +79,142 @@ def make_model(folder: Path, tokenizer: Path) -> Path:
     return folder
 
 
-def check_equal(servers: dict[str, Server]) -> int:
-    """Greedy tokens of both servers on prompts shorter than the budget; returns how many agreed."""
+def random_prompt(seed: int, tokens: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(100, LLAMA_8B["vocab_size"]) for _ in range(tokens)]
+
+
+def one_request(server: Server, prompt: list[int], tokens: int, wait: float = 0.0) -> dict:
+    """Times of one streamed completion, in ms."""
+    time.sleep(wait)
+    body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    start, times = time.perf_counter(), []
+    for event in server.stream("/v1/completions", body):
+        if event["choices"]:
+            times.append(1e3 * (time.perf_counter() - start))
+    result = {"ttft": times[0], "end": times[-1]}
+    if tokens > 1:
+        result |= {
+            "tpot": (times[-1] - times[0]) / (tokens - 1),
+            "itl": statistics.median(b - a for a, b in pairwise(times)),
+        }
+    return result
+
+
+def at_once(server: Server, prompts: list[list[int]], tokens: int, waits=None) -> list[dict]:
+    waits = waits or [0.0] * len(prompts)
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        return list(pool.map(lambda p, w: one_request(server, p, tokens, w), prompts, waits))
+
+
+@dataclass
+class Load:
+    """`requests` prompts of `context` tokens at once; samples per backend and key."""
+
+    context: int
+    requests: int
+    samples: dict = field(default_factory=lambda: {b: {k: [] for k in KEYS} for b in BACKENDS})
+
+    @classmethod
+    def parse(cls, text: str) -> Load:
+        return cls(*map(int, text.split("x")))
+
+    @property
+    def prompts(self) -> list[list[int]]:
+        return [random_prompt(1000 * self.context + i, self.context) for i in range(self.requests)]
+
+    def measure(
+        self, servers: dict[str, Server], output_len: int, rounds: int, cold_workers: int
+    ) -> None:
+        """Servers take turns; with several `cold_workers`, not for the cold prompts, which take long
+        and keep a GPU of their own busy."""
+        prompts = self.prompts
+        with ThreadPoolExecutor(cold_workers) as pool:
+            cold = pool.map(lambda server: at_once(server, prompts, 1), servers.values())
+            for name, results in zip(servers, cold, strict=True):
+                self.add(name, results, ("ttft",))
+        for turn in range(rounds):
+            order = list(servers) if turn % 2 == 0 else list(servers)[::-1]
+            for name in order:
+                self.add(name, at_once(servers[name], prompts, output_len), ("tpot", "itl"))
+
+    def add(self, name: str, results: list[dict], keys: tuple[str, ...]) -> None:
+        for key in keys:
+            self.samples[name][key] += [one[key] for one in results]
+        shown = "  ".join(
+            f"{key} {statistics.median(one[key] for one in results):.2f} ms" for key in keys
+        )
+        print(f"{self.context:>7} x {self.requests:<3} {name:<11} {shown}", flush=True)
+
+    def row(self, config: dict, read_rate: float) -> dict:
+        row = {"context": self.context, "concurrency": self.requests}
+        for key in KEYS:
+            dense, sparse = (spread(self.samples[name][key]) for name in BACKENDS)
+            row |= {f"dense_{key}_ms": dense, f"adamas_{key}_ms": sparse}
+            row[f"{key}_ratio"] = dense["median"] / sparse["median"]
+        dense, sparse = floors(self.context, self.requests, config, read_rate)
+        return row | {"floor_ms": {"dense": dense, "adamas": sparse}}
+
+
+def floors(context: int, rows: int, config: dict, read_rate: float) -> tuple[float, float]:
+    """What a decode step costs in ms if it did nothing but read, dense and sparse: weights, and K and V
+    or signatures and the selected K and V."""
+    m = LLAMA_8B
+    kv_width = m["num_key_value_heads"] * m["head_dim"]
+    layer = 2 * m["hidden_size"] ** 2 + 2 * m["hidden_size"] * kv_width
+    layer += 3 * m["hidden_size"] * m["intermediate_size"]
+    layers, budget = m["num_hidden_layers"], config.get("token_budget", 256)
+    weights = 2 * (layers * layer + m["vocab_size"] * m["hidden_size"])
+    dense_layers = config.get("num_dense_layers", 2)
+    sets = 4 if config.get("selection") == "query_head" else 1
+    token = KV_BYTES // layers
+    signature = m["num_key_value_heads"] * (m["head_dim"] // 4 + 2)
+    sparse = signature * context + sets * token * budget
+    dense = weights + rows * layers * token * context
+    ours = weights + rows * (dense_layers * token * context + (layers - dense_layers) * sparse)
+    return 1e3 * dense / read_rate, 1e3 * ours / read_rate
+
+
+def measured_read_rate() -> float:
+    """Bytes per second: the best that FlashAttention reads K and V at, from `decode_gpu.json`."""
+    cells = json.loads((RESULTS / "decode_gpu.json").read_text())["cells"]
+    return 1e9 * max(cell["fa3"]["GBps"] for cell in cells)
+
+
+def mixed_load(servers: dict[str, Server], output_len: int) -> dict:
+    """Questions about cached documents; arrivals are Poisson, the same for both servers."""
+    rng = random.Random(0)
+    prompts = [
+        random_prompt(1000 * MIXED["context"] + i % MIXED["documents"], MIXED["context"])
+        + random_prompt(i, MIXED["question"])
+        for i in range(MIXED["requests"])
+    ]
+    waits = [0.0]
+    while len(waits) < len(prompts):
+        waits.append(waits[-1] + rng.expovariate(MIXED["rate"]))
+    result = dict(MIXED, output_len=output_len)
+    for name in BACKENDS:
+        server = servers[name]
+        at_once(server, [p[: MIXED["context"]] for p in prompts[: MIXED["documents"]]], 1)  # cached
+        before, start = server.metrics(), time.perf_counter()
+        results = at_once(server, prompts, output_len, waits)
+        seconds, after = time.perf_counter() - start, server.metrics()
+        hits, queries = (
+            after[f"vllm:prefix_cache_{x}_total"] - before[f"vllm:prefix_cache_{x}_total"]
+            for x in ("hits", "queries")
+        )
+        result[name] = {f"{key}_ms": spread([one[key] for one in results]) for key in KEYS}
+        result[name] |= {"seconds": seconds, "prefix_hit_rate": hits / queries}
+        shown = "  ".join(f"{key} {result[name][f'{key}_ms']['median']:.1f} ms" for key in KEYS)
+        print(f"mixed {name:<11} {shown}  {seconds:.1f} s", flush=True)
+    dense, sparse = (result[name] for name in BACKENDS)
+    for key in KEYS:
+        result[f"{key}_ratio"] = dense[f"{key}_ms"]["median"] / sparse[f"{key}_ms"]["median"]
+    return result
+
+
+def check_equal(servers: dict[str, Server]) -> dict:
+    """Greedy tokens of both servers on prompts shorter than the budget."""
     prompts = [f"Tell me about the number {n}." for n in range(4)]
     answers = {}
     for name, server in servers.items():
@@ -80,70 +227,92 @@ def check_equal(servers: dict[str, Server]) -> int:
     equal = sum(
         a == b for x, y in zip(dense, sparse, strict=True) for a, b in zip(x, y, strict=True)
     )
-    print(f"below the budget: {equal} of {sum(map(len, dense))} greedy tokens equal")
-    return equal
+    total = sum(map(len, dense))
+    print(f"below the budget: {equal} of {total} greedy tokens equal", flush=True)
+    return {"equal": equal, "of": total}
 
 
-def measure(servers: dict[str, Server], load: str, args) -> dict:
-    context, requests = map(int, load.split("x"))
-    samples = {name: {"tpot": [], "itl": [], "ttft": []} for name in BACKENDS}
-    for seed in range(args.rounds):
-        for name in BACKENDS if seed % 2 == 0 else BACKENDS[::-1]:
-            one = run_bench(
-                servers[name], context, args.output_len, requests, seed, concurrency=requests
-            )
-            for key, values in one.items():
-                samples[name][key] += values
-    row = {"context": context, "concurrency": requests}
-    for key in ("tpot", "itl", "ttft"):
-        dense, sparse = (spread(samples[name][key]) for name in BACKENDS)
-        row |= {f"dense_{key}_ms": dense, f"adamas_{key}_ms": sparse}
-        row[f"{key}_ratio"] = dense["median"] / sparse["median"]
-    print(
-        f"{load:>12}  TPOT {row['dense_tpot_ms']['median']:.2f} -> {row['adamas_tpot_ms']['median']:.2f} ms, "
-        f"{row['tpot_ratio']:.2f}x; ITL {row['itl_ratio']:.2f}x; TTFT {row['ttft_ratio']:.3f}x",
-        flush=True,
-    )
-    return row
+class Bench:
+    """The servers of one benchmark, and what they say about themselves."""
 
+    def __init__(self, args, model: Path):
+        self.args, self.model = args, model
+        self.facts: dict = {}
 
-def main():
-    args = parse_args()
-    with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        model = make_model(Path(folder), Path(args.tokenizer))
-        extra = ["--load-format", "dummy", "--no-enable-prefix-caching", "--block-size", "64"]
-        extra += ["--gpu-memory-utilization", "0.45", "--kv-cache-memory-bytes", args.kv_bytes]
+    def start(self, names: tuple[str, ...], kv_bytes: str, stack: ExitStack) -> dict[str, Server]:
+        extra = ["--load-format", "dummy", "--block-size", "64", "--max-num-seqs", "32"]
+        extra += ["--gpu-memory-utilization", "0.45", "--kv-cache-memory-bytes", kv_bytes]
         extra += ["--max-model-len", "131072"]
 
-        def start(name: str) -> Server:
-            config = json.loads(args.config) if name == "adamas" else None
-            return Server(model, name, config, extra_args=extra)
+        def one(name: str) -> Server:
+            config = json.loads(self.args.config) if name == "adamas" else None
+            env = {}
+            if self.args.devices:
+                env["CUDA_VISIBLE_DEVICES"] = self.args.devices[BACKENDS.index(name)]
+            return Server(self.model, name, config, extra_args=extra, env=env)
 
+        begin = time.perf_counter()
         with ThreadPoolExecutor() as pool:
-            servers = dict(zip(BACKENDS, pool.map(start, BACKENDS), strict=True))
+            futures = [pool.submit(one, name) for name in names]
+        servers = dict(zip(names, (future.result() for future in futures), strict=True))
         for server in servers.values():
             stack.callback(server.stop)
-        lines = servers["adamas"].log().splitlines()
-        capacity = {name: kv_tokens(server.log()) for name, server in servers.items()}
-        print("KV cache tokens:", capacity)
-        result = {
-            "hardware": gpu_hardware(),
-            "adamas": next(x for x in lines if "Using ADAMAS" in x).partition("backend: ")[2],
-            "kv_cache_tokens": capacity,
-            "equal_tokens_below_budget": check_equal(servers),
-            "rows": [measure(servers, load, args) for load in args.loads],
-            "adamas_counters": {
+        print(f"{' and '.join(names)}: started in {time.perf_counter() - begin:.0f} s", flush=True)
+        for name, server in servers.items():
+            tokens = kv_tokens(server.log())
+            self.facts.setdefault("kv_cache_tokens", {}).setdefault(kv_bytes, {})[name] = tokens
+            at_once(server, [random_prompt(7, 2000)] * 2, 8)  # warm up
+        return servers
+
+    def run(self) -> dict:
+        args = self.args
+        together = [Load.parse(x) for x in args.loads]
+        big = [Load.parse(x) for x in args.big_loads]
+        cold_workers = 2 if args.devices else 1
+        with ExitStack() as stack:
+            kv_bytes = args.big_kv_bytes if args.devices else args.kv_bytes
+            servers = self.start(BACKENDS, kv_bytes, stack)
+            lines = servers["adamas"].log().splitlines()
+            self.facts["adamas"] = next(x for x in lines if "Using ADAMAS" in x).partition(
+                "backend: "
+            )[2]
+            self.facts["below_budget"] = check_equal(servers)
+            for load in together + (big if args.devices else []):
+                load.measure(servers, args.output_len, args.rounds, cold_workers)
+            self.facts["mixed"] = mixed_load(servers, args.output_len // 2)
+            self.facts["adamas_counters"] = {
                 k: v for k, v in servers["adamas"].metrics().items() if k.startswith("vllm_adamas")
-            },
-        }
-    print(json.dumps(result["adamas_counters"]))
-    print("wrote", save(args.name, result))
+            }
+        for name in BACKENDS if big and not args.devices else ():
+            with ExitStack() as stack:
+                servers = self.start((name,), args.big_kv_bytes, stack)
+                for load in big:
+                    load.measure(servers, args.output_len, args.rounds, cold_workers)
+        rate, config = measured_read_rate(), json.loads(args.config)
+        rows = [load.row(config, rate) for load in together + big]
+        return {**self.facts, "output_len": args.output_len, "read_rate": rate, "rows": rows}
 
 
 def kv_tokens(log: str) -> int:
     """From vLLM's line 'GPU KV cache size: N tokens'."""
     line = next(x for x in log.splitlines() if "KV cache size:" in x)
     return int(line.partition("KV cache size:")[2].split()[0].replace(",", ""))
+
+
+def main():
+    args = parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        model = make_model(Path(folder), Path(args.tokenizer))
+        result = {"hardware": gpu_hardware(), "devices": args.devices or ["0", "0"]}
+        result |= Bench(args, model).run()
+    for row in result["rows"]:
+        print(
+            f"{row['context']:>7} x {row['concurrency']:<3} TPOT {row['dense_tpot_ms']['median']:.2f} -> "
+            f"{row['adamas_tpot_ms']['median']:.2f} ms, {row['tpot_ratio']:.2f}x; "
+            f"ITL {row['itl_ratio']:.2f}x; TTFT {row['ttft_ratio']:.3f}x; floors "
+            f"{row['floor_ms']['dense']:.2f} -> {row['floor_ms']['adamas']:.2f} ms"
+        )
+    print("wrote", save(args.name, result))
 
 
 if __name__ == "__main__":
