@@ -189,3 +189,36 @@ class Backend(ABC):
         Args:
             key, value: ``[sum(context_lens), Hkv, D]``, written; fp8 planes arrive as real values.
         """
+
+
+class Through(Backend):
+    """A backend seen through something that changes or records one operation; the rest passes."""
+
+    def __init__(self, inner: Backend):
+        self.inner = inner
+        self.name = inner.name
+
+    @property
+    def description(self) -> str:
+        return self.inner.description
+
+    def prepare(self, cache):
+        self.inner.prepare(cache)
+
+    def reserve(self, params, max_rows, max_context_len):
+        return self.inner.reserve(params, max_rows, max_context_len)
+
+    def append(self, params, key, value, page, slot_mapping):
+        self.inner.append(params, key, value, page, slot_mapping)
+
+    def scan(self, params, query, page, block_table, context_lens):
+        return self.inner.scan(params, query, page, block_table, context_lens)
+
+    def select(self, params, scores, context_lens, budgets):
+        return self.inner.select(params, scores, context_lens, budgets)
+
+    def decode(self, params, *args, **kwargs):
+        self.inner.decode(params, *args, **kwargs)
+
+    def gather(self, params, page, block_table, context_lens, key, value):
+        self.inner.gather(params, page, block_table, context_lens, key, value)

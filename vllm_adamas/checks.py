@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from vllm_adamas import profile as profiles
 from vllm_adamas.backends import get_backend
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
@@ -19,6 +20,8 @@ CUDA_KV_CACHE_DTYPES = ("auto", "bfloat16", "float16")
 def check_config(vllm_config) -> AdamasConfig:
     """Checks a complete VllmConfig that selects the adamas backend.
 
+    A profile's hash is written into the configuration, so that every process codes keys alike.
+
     Raises:
         AdamasError: the first constraint that is not met.
     """
@@ -26,7 +29,31 @@ def check_config(vllm_config) -> AdamasConfig:
     for check in (_check_device, _check_parallel, _check_features, _check_model, _check_cache):
         check(vllm_config)
     _check_kernels(config)
-    return config
+    return _pin_profile(vllm_config, config)
+
+
+def _pin_profile(vllm_config, config: AdamasConfig) -> AdamasConfig:
+    if config.profile is None or vllm_config.model_config is None:
+        return config
+    profile = profiles.load(config.profile)
+    identity = profiles.identify(vllm_config.model_config)
+    profiles.check_fits(profile, config.profile.partition("#")[0], identity)
+    pinned = profiles.pin(config.profile)
+    options = {**adamas_options(vllm_config), "profile": pinned}
+    vllm_config.additional_config = {**vllm_config.additional_config, "adamas": options}
+    return AdamasConfig.parse(options)
+
+
+def warnings(vllm_config, config: AdamasConfig) -> list[str]:
+    """What is served, but known to be served badly: one sentence each, with the better setting."""
+    model, found = vllm_config.model_config, []
+    if model is not None and config.profile is None and profiles.has_qk_norm(model):
+        also = " and score dot" if config.score == "manhattan" else ""
+        found.append(
+            "This model normalises its keys (QK-norm), so they share a large mean that 2-bit codes "
+            f"represent badly: use a calibration profile{also} (`vllm-adamas calibrate`)."
+        )
+    return found
 
 
 def adamas_options(vllm_config):

@@ -35,6 +35,8 @@ def main(argv: list[str] | None = None) -> int:
     info.add_argument("--kv-cache-dtype", choices=DTYPES, default="bfloat16")
     info.add_argument("--json", action="store_true", help="print one JSON object")
     info.set_defaults(run=_info)
+    _add_eval(commands)
+    _add_calibrate(commands)
     args = parser.parse_args(argv)
     try:
         return args.run(args)
@@ -43,14 +45,20 @@ def main(argv: list[str] | None = None) -> int:
         return 2
 
 
-def _info(args) -> int:
+def _options(text: str) -> dict:
+    """``--config`` as options, valid ones."""
     try:
-        options = json.loads(args.config)
+        options = json.loads(text)
     except json.JSONDecodeError as error:
         raise AdamasError(
             f"--config is not JSON ({error}): quote it as '{{\"token_budget\": 256}}'."
         ) from None
-    config = AdamasConfig.parse(options)
+    AdamasConfig.parse(options)
+    return options
+
+
+def _info(args) -> int:
+    config = AdamasConfig.parse(_options(args.config))
     shape = _model_shape(args)
     report = {
         "versions": _versions(),
@@ -69,6 +77,98 @@ def _info(args) -> int:
         for key, value in section.items():
             print(f"  {key:24} {value}")
     return 0
+
+
+def _add_eval(commands) -> None:
+    command = commands.add_parser(
+        "eval",
+        help="quality of sparse decode against dense, through the real engine",
+        description="Runs tasks under several configurations and writes results.json, report.md and "
+        "report.png; a run that was interrupted goes on where it stopped.",
+    )
+    command.add_argument("model", metavar="MODEL", help="folder or hub name")
+    command.add_argument("--output", metavar="DIR", default="adamas-eval")
+    command.add_argument(
+        "--quick", action="store_true", help="few minutes on a CPU: short contexts, few samples"
+    )
+    command.add_argument("--tasks", help="comma-separated; default: all")
+    command.add_argument(
+        "--arms",
+        help="comma-separated configurations beside dense, such as dot or quest; default: all",
+    )
+    command.add_argument("--budgets", help="comma-separated, in tokens")
+    command.add_argument(
+        "--config",
+        action="append",
+        default=[],
+        metavar="JSON",
+        help="one more configuration: the options you would give under 'adamas'",
+    )
+    command.add_argument("--profile", metavar="FILE", help="calibration profile for all of them")
+    command.add_argument(
+        "--text",
+        nargs="+",
+        metavar="FILE",
+        help="default: a book of the package, not calibrated on",
+    )
+    for name, what in (
+        ("context", "tokens of a window or prompt"),
+        ("windows", "text windows at most"),
+        ("steps", "scored tokens per window"),
+        ("prompts", "prompts per retrieval task"),
+        ("seed", "of the retrieval tasks"),
+    ):
+        command.add_argument(f"--{name}", type=int, metavar="N", help=what)
+    _add_engine(command)
+    command.set_defaults(run=_eval)
+
+
+def _add_calibrate(commands) -> None:
+    command = commands.add_parser(
+        "calibrate",
+        help="make a calibration profile of a model",
+        description="Measures mean keys and what each setting keeps of the attention, and writes a "
+        "profile for the option 'profile'.",
+    )
+    command.add_argument("model", metavar="MODEL", help="folder or hub name")
+    command.add_argument("--output", metavar="FILE", required=True)
+    command.add_argument(
+        "--text", nargs="+", metavar="FILE", help="default: a part of a book of the package"
+    )
+    command.add_argument("--tokens", type=int, default=12288, help="read at most")
+    command.add_argument("--context", type=int, default=4096, help="tokens of a window")
+    command.add_argument(
+        "--recall", type=float, default=0.95, help="wanted share of the oracle's attention mass"
+    )
+    _add_engine(command)
+    command.set_defaults(run=_calibrate)
+
+
+def _add_engine(command) -> None:
+    command.add_argument("--dtype", default="auto", help="as vLLM's")
+    command.add_argument("--max-num-seqs", type=int, default=16, help="requests in one step")
+    command.add_argument(
+        "--kv-cache-gib", type=float, help="memory for the KV cache; default: what vLLM takes"
+    )
+
+
+def _engine_options(args) -> dict:
+    options = {"dtype": args.dtype, "max_num_seqs": args.max_num_seqs}
+    if args.kv_cache_gib is not None:
+        options["kv_cache_memory_bytes"] = int(args.kv_cache_gib * 2**30)
+    return options
+
+
+def _eval(args) -> int:
+    from vllm_adamas.evaluate import command
+
+    return command.evaluate(args, [_options(text) for text in args.config], _engine_options(args))
+
+
+def _calibrate(args) -> int:
+    from vllm_adamas.evaluate import command
+
+    return command.calibrate(args, _engine_options(args))
 
 
 def _versions() -> dict[str, str]:

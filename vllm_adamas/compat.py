@@ -173,3 +173,15 @@ def page_spec(spec, content_bytes: int):
     import dataclasses
 
     return dataclasses.replace(spec, state_content_bytes=content_bytes)
+
+
+def adamas_parts(worker) -> tuple[dict, list]:
+    """The adamas layers (name to implementation, in model order) and metadata builders of a worker."""
+    runner = worker.model_runner
+    layers = {
+        name: layer.impl
+        for name, layer in runner.compilation_config.static_forward_context.items()
+        if type(getattr(layer, "impl", None)).__name__ == "AdamasImpl"
+    }
+    builders = [group.get_metadata_builder() for groups in runner.attn_groups for group in groups]
+    return layers, builders

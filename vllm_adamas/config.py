@@ -70,7 +70,9 @@ class AdamasConfig(BaseModel):
         description="Code thresholds: 'rms' (default for dot), 'paper' (default for manhattan), "
         "or a fixed value in orthonormal units.",
     )
-    profile: str | None = Field(None, description="Calibration profile (not in this release).")
+    profile: str | None = Field(
+        None, description="A file that `vllm-adamas calibrate` made for this model."
+    )
     kernels: Literal["auto", "cpu", "cuda", "reference"] = Field(
         "auto", description="Compute backend; auto takes the fastest one for the device."
     )
@@ -107,11 +109,6 @@ class AdamasConfig(BaseModel):
         ):
             raise ValueError(
                 f"thresholds={self.thresholds:g} is impossible: give 'rms', 'paper' or a value > 0"
-            )
-        if self.profile is not None:
-            raise ValueError(
-                "profile is reserved for calibration profiles, which this release cannot read: "
-                "remove the key"
             )
         return self
 

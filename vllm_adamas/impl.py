@@ -6,14 +6,20 @@ from functools import cache
 
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
 from vllm.logger import init_logger
 from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
+from vllm_adamas import profile as profiles
 from vllm_adamas.backends import get_backend
 from vllm_adamas.backends.base import Backend, Params
-from vllm_adamas.checks import adamas_options
+from vllm_adamas.backends.reference.signature import hadamard
+from vllm_adamas.checks import adamas_options, warnings
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.layout import TILE, PageLayout, overhead
@@ -76,6 +82,8 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
             self.max_model_len,
         )
         _log_once(self.config, self.backend, head_size, dtype, workspace)
+        for warning in warnings(vllm_config, self.config):
+            logger.warning_once(warning)
 
     def do_kv_cache_update(
         self,
@@ -151,21 +159,42 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
             )
         return output
 
+    def reconfigure(self, config: AdamasConfig, wrap=None) -> None:
+        """Serve with another configuration from the next step on; never called in a server.
+
+        Args:
+            wrap: what the backend is seen through, such as a recorder.
+        """
+        self.config = config
+        backend = get_backend(config.kernels, current_platform.device_type)
+        self.backend = wrap(backend) if wrap else backend
+        self._params = None
+
     def _of(self, layer, kv_cache: torch.Tensor) -> Params:
         """Parameters of this layer; known once its cache is bound and its scales are loaded."""
         if self._params is None:
             self.backend.prepare(kv_cache)
             layout = PageLayout(self.head_size, kv_cache.shape[2], kv_cache.dtype)
-            self._dense = (
-                extract_layer_index(layer.layer_name) < self.config.num_dense_layers
-                or self.sliding_window is not None
-            )
+            index = extract_layer_index(layer.layer_name)
+            self._dense = index < self.config.num_dense_layers or self.sliding_window is not None
             self._params = self._make_params(
-                layout, k_scale=layer._k_scale_float, v_scale=layer._v_scale_float
+                layout,
+                k_scale=layer._k_scale_float,
+                v_scale=layer._v_scale_float,
+                key_mean=self._key_mean(index, kv_cache.device),
             )
         return self._params
 
-    def _make_params(self, layout: PageLayout, **scales: float) -> Params:
+    def _key_mean(self, layer: int, device: torch.device) -> torch.Tensor | None:
+        if self.config.profile is None or self.sliding_window is not None:
+            return None
+        profile = profiles.load(self.config.profile)
+        first = get_tensor_model_parallel_rank() * profile.model.num_kv_heads
+        first //= get_tensor_model_parallel_world_size()  # ranks beyond the heads share them
+        mean = profile.key_mean(layer, range(first, first + self.num_kv_heads))
+        return hadamard(mean).contiguous().to(device)
+
+    def _make_params(self, layout: PageLayout, **scales) -> Params:
         return Params.of(
             self.config,
             layout,
@@ -184,12 +213,13 @@ def _log_once(
 ) -> None:
     logger.info(
         "Using ADAMAS attention backend: score %s (thresholds %s), token budget %s per %s, "
-        "%d dense layers, pages +%.1f%%, kernels %s%s.",
+        "%d dense layers, profile %s, pages +%.1f%%, kernels %s%s.",
         config.score,
         config.coding(head_size),
         config.budget_text(),
         config.selection.replace("_", " "),
         config.num_dense_layers,
+        config.profile or "none",
         100 * overhead(head_size, dtype),
         backend.description,
         f", workspace {workspace / 2**20:.0f} MiB" if workspace else "",

@@ -1,0 +1,253 @@
+"""The pieces of the evaluation: prompts, texts, statistics, results files, mistakes."""
+
+import json
+import statistics
+from pathlib import Path
+from random import Random
+from types import SimpleNamespace
+
+import pytest
+from common import MODEL, is_one_sentence
+from hypothesis import given
+from hypothesis import strategies as st
+
+from vllm_adamas.cli import main
+from vllm_adamas.errors import AdamasError
+from vllm_adamas.evaluate import report, tasks, texts
+from vllm_adamas.evaluate.study import DENSE, FAMILIES, TASKS, Arm, Settings, Study
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(MODEL)
+
+
+class Words:
+    """A tokenizer of one token per word, without a chat template, that begins with BOS."""
+
+    chat_template = None
+
+    def __call__(self, text, add_special_tokens=True, verbose=True):
+        ids = [hash(word) for word in text.split()]
+        return SimpleNamespace(input_ids=[1, *ids] if add_special_tokens else ids)
+
+
+# tasks
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_prompts_hold_their_needles_and_fit(tokenizer, task: str) -> None:
+    hay = texts.packaged(calibration=False).content
+    made = tasks.prompts(tokenizer, task, hay, 1500, 8, seed=3)
+    expected = len(made[0].expected)
+    assert len(made) == -(-8 // expected)
+    for index, prompt in enumerate(made):
+        text = tokenizer.decode(prompt.ids)
+        assert 1300 < len(prompt.ids) <= 1500
+        needles = tasks.TASKS[task](Random(f"{task} 3 {index}"))
+        places = [text.index(needle) for needle in needles.needles]
+        assert places == sorted(places)
+        assert needles.question in text
+        assert text.endswith(needles.answer)
+        assert prompt.score(needles.answer) < 1.0, "the question gives the answer away"
+        assert prompt.score(" ".join(prompt.expected)) == 1.0
+
+
+def test_prompts_are_a_function_of_the_seed(tokenizer) -> None:
+    hay = texts.packaged(calibration=False).content
+    first, again, other = (
+        tasks.prompts(tokenizer, "single", hay, 400, 3, seed) for seed in (0, 0, 1)
+    )
+    assert first == again != other
+
+
+def test_answers_are_scored_by_the_share_of_strings() -> None:
+    prompt = tasks.Prompt([], ["123", "Teapot"])
+    assert [prompt.score(text) for text in ("x", "it is 123", "123 and a teapot")] == [0, 0.5, 1]
+
+
+def test_a_context_that_holds_no_needles_is_refused(tokenizer) -> None:
+    refused(
+        lambda: tasks.prompts(tokenizer, "common_words", "A. B.", 100, 1, 0), "common_words", "100"
+    )
+
+
+# texts
+
+
+@given(st.integers(20, 60), st.integers(1, 10), st.integers(1, 5))
+def test_windows_are_consecutive_text(context: int, steps: int, limit: int) -> None:
+    words = [str(n) for n in range(200)]
+    found = texts.windows(Words(), [texts.Text("t", " ".join(words))], context, steps, limit)
+    ids = [hash(word) for word in words]
+    starts = set()
+    for window in found:
+        assert window.prompt[0] == 1
+        whole = window.prompt[1:] + window.target
+        assert len(whole) == context - 1
+        assert len(window.target) == steps + 1
+        starts.add(ids.index(whole[0]))
+        assert whole == ids[ids.index(whole[0]) :][: len(whole)]
+    assert len(starts) == len(found) == min(limit, 200 // (context - 1))
+
+
+def test_texts_that_cannot_be_used_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "empty").write_text(" \n")
+    (tmp_path / "short").write_text("Two words")
+    refused(lambda: texts.read([str(tmp_path / "none")]), "none", "cannot be read")
+    refused(lambda: texts.read([str(tmp_path)]), str(tmp_path), "cannot be read")
+    refused(lambda: texts.read([str(tmp_path / "binary")]), "binary", "UTF-8")
+    refused(lambda: texts.read([str(tmp_path / "empty")]), "is empty")
+    short = texts.read([str(tmp_path / "short")])
+    refused(lambda: texts.windows(Words(), short, 50, 5, 1), "50 tokens", "--context")
+
+
+def test_calibration_and_evaluation_read_different_parts() -> None:
+    parts = [texts.packaged(calibration=which).content for which in (True, False)]
+    assert all(len(part) > 40_000 for part in parts)
+    assert parts[0][:200] not in parts[1]
+    assert parts[1][:200] not in parts[0]
+
+
+# statistics and reports
+
+
+def test_bootstrap_covers_the_true_mean() -> None:
+    """In most of 200 experiments, as 95% intervals of 30 pairs do."""
+    rng, hits = Random(0), 0
+    for seed in range(200):
+        sample = [rng.gauss(0.3, 1.0) for _ in range(30)]
+        mean, low, high = report.bootstrap(sample, seed)
+        assert low <= mean <= high
+        assert mean == statistics.fmean(sample)
+        hits += low <= 0.3 <= high
+    assert 175 <= hits <= 199
+
+
+def results() -> dict:
+    def cell(family: str, budget: int, shift: float) -> dict:
+        text = {"nll": [2.0 + shift, 3.0 + shift], "steps": 8}
+        found = {"perplexity": text, "passkey": {"scores": [1.0, 1.0 if shift < 0.2 else 0.0]}}
+        if budget:
+            text |= {"kl": [shift, shift], "layers": [2], "rows": 3}
+            text |= {"mass": [[0.8]], "oracle": [[0.9]], "error": [[0.1]]}
+            found["agreement"] = {"agreed": [3, 5], "of": 8}
+        return {"family": family, "budget": budget, "options": {}, "tasks": found}
+
+    return {
+        "model": {"name": "some-model"},
+        "settings": {"context": 64, "free_tokens": 8, "seed": 0, "texts": {"a.txt": "00"}},
+        "environment": {"device": "x", "vllm-adamas": "1", "vllm": "2", "torch": "3", "date": "d"},
+        "cells": {
+            DENSE: cell(DENSE, 0, 0.0),
+            "dot-64": cell("dot", 64, 0.1),
+            "quest-64": cell("quest", 64, 0.5),
+        },
+    }
+
+
+def test_the_report_states_differences_and_sample_sizes() -> None:
+    table = report.markdown(results())
+    assert "some-model" in table
+    assert "2 windows of 64 tokens" in table
+    assert "16 scored tokens" in table
+    assert "2 passkey" in table
+    (dot,) = [line for line in table.splitlines() if line.startswith("| dot-64 | +")]
+    assert dot == (
+        "| dot-64 | +0.1000 [+0.1000, +0.1000] | 0.1000 [0.1000, 0.1000] | 0.800 | 0.900 | 0.100 | "
+        "4.0 [3.0, 5.0] |"
+    )
+    assert "| quest-64 | 50.0 [-100.0, +0.0] |" in table
+
+
+def test_the_plot_is_drawn(tmp_path: Path) -> None:
+    assert report.plot(results(), tmp_path / "p.png")
+    assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+# studies
+
+
+def study(path: Path, **settings) -> Study:
+    return Study(Settings("some/model", **settings), [texts.Text("a.txt", "x")], path / "r.json")
+
+
+def test_what_is_done_is_not_missing(tmp_path: Path) -> None:
+    first, arm = study(tmp_path, tasks=("perplexity", "passkey")), Arm.of("dot", 64)
+    assert first.missing(arm) == ["perplexity", "passkey"]
+    first.result["cells"]["dot-64"] = {"tasks": {"perplexity": {}}}
+    first._save()
+    again = study(tmp_path, tasks=("perplexity", "passkey", "single"))
+    assert again.missing(arm) == ["passkey", "single"]
+    assert again.missing(Arm.of("dot", 128)) == ["perplexity", "passkey", "single"]
+    again.retrieval_budgets = (128,)
+    assert again.missing(arm) == []
+    assert again.missing(Arm.dense()) == ["perplexity", "passkey", "single"]
+
+
+def test_results_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
+    study(tmp_path)._save()
+    refused(lambda: study(tmp_path, context=64), "r.json", "context")
+    (tmp_path / "r.json").write_text("{}")
+    refused(lambda: study(tmp_path), "r.json", "not a results file")
+
+
+def test_a_results_file_names_no_folders(tmp_path: Path) -> None:
+    made = Study(Settings(str(MODEL)), [texts.Text("a.txt", "x")], tmp_path / "r.json")
+    assert str(MODEL.parent) not in json.dumps(made.result)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_a_valid_configuration(family: str) -> None:
+    from vllm_adamas.config import AdamasConfig
+
+    for budget in (32, 64, 1024):
+        arm = Arm.of(family, budget)
+        assert arm.fits() == (family != "manhattan-window" or budget > 36)
+        if arm.fits():
+            assert AdamasConfig.parse(arm.options).budget(10_000) == budget
+
+
+# mistakes at the command line
+
+
+def refused(call, *named: str) -> None:
+    with pytest.raises(AdamasError) as error:
+        call()
+    message = str(error.value)
+    assert is_one_sentence(message), message
+    assert all(part in message for part in named), message
+
+
+@pytest.mark.parametrize(
+    ("args", "named"),
+    [
+        ("eval {model} --tasks riddles", ("riddles", *TASKS)),
+        ("eval {model} --arms best", ("best", *FAMILIES)),
+        ("eval {model} --budgets many", ("many", "--budgets 64,256")),
+        ("eval {model} --budgets 0", ("0", "above 0")),
+        ("eval {model} --steps 0", ("--steps 0", "above 0")),
+        ("eval {model} --steps 64 --context 65", ("--steps 64", "--context 65")),
+        ("eval {model} --config [", ("not JSON",)),
+        ("eval {model} --config {{\"budget\":1}}", ("budget", "not an option")),
+        ("eval {model} --text /no/such.txt", ("/no/such.txt", "cannot be read")),
+        ("eval {model} --profile /no/such.json", ("/no/such.json", "cannot be read")),
+        ("eval /no/such/model", ("/no/such/model", "config.json")),
+        ("calibrate {model} --output p.json --text /no/such.txt", ("/no/such.txt", "cannot be read")),
+        ("calibrate {model} --output /no/such/p.json", ("/no/such", "does not exist")),
+        ("calibrate {model} --output p.json --recall 2", ("--recall 2", "at most 1")),
+        ("calibrate ./nothing --output p.json", ("nothing", "config.json")),
+    ],
+)  # fmt: skip
+def test_mistakes_end_in_one_sentence(capsys, tmp_path, monkeypatch, args: str, named) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(args.format(model=MODEL).split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("vllm-adamas: ")
+    message = error.removeprefix("vllm-adamas: ").rstrip("\n")
+    assert is_one_sentence(message), message
+    assert all(part in message for part in named), message
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,243 @@
+"""Calibration profiles: what is stored, what is refused, and how they reach the layers."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from common import MODEL, is_one_sentence
+
+from vllm_adamas import checks, profile
+from vllm_adamas.errors import AdamasError
+from vllm_adamas.evaluate.calibrate import suggest
+
+LAYERS, HEADS, SIZE = 3, 2, 64
+
+
+def identity(**changes) -> profile.ModelIdentity:
+    return profile.ModelIdentity(
+        **{
+            "name": "some-model",
+            "fingerprint": "abc",
+            "num_layers": LAYERS,
+            "num_query_heads": 4,
+            "num_kv_heads": HEADS,
+            "head_size": SIZE,
+            "rope": "{}",
+            **changes,
+        }
+    )
+
+
+def layer(seed: int, **changes) -> profile.LayerProfile:
+    mean = torch.randn(HEADS, SIZE, generator=torch.Generator().manual_seed(seed))
+    values = {"key_rms": [1.0, 2.0], "mean_share": [0.1, 0.2]}
+    return profile.LayerProfile(**{"key_mean": profile.encode_mean(mean), **values, **changes})
+
+
+def made(**changes) -> profile.Profile:
+    return profile.Profile(
+        **{
+            "created_by": "vllm-adamas 1",
+            "model": identity(),
+            "tokens": 100,
+            "texts": {"a.txt": "00"},
+            "context": 64,
+            "suggestion": profile.Suggestion(
+                wanted_recall=0.9, token_budget=64, num_dense_layers=1, reached=True
+            ),
+            "layers": [layer(seed) for seed in range(LAYERS)],
+            **changes,
+        }
+    )
+
+
+def refused(call, *named: str) -> None:
+    with pytest.raises(AdamasError) as error:
+        call()
+    message = str(error.value)
+    assert is_one_sentence(message), message
+    assert all(part in message for part in named), message
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    made().save(path)
+    loaded = profile.load(str(path))
+    assert loaded == made()
+    whole = loaded.key_mean(1, range(HEADS))
+    expected = torch.randn(HEADS, SIZE, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(whole, expected.half().float())
+    assert torch.equal(loaded.key_mean(1, range(1, 2)), whole[1:])  # the heads of one rank
+
+
+def test_a_pinned_profile_cannot_change(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    made().save(path)
+    pinned = profile.pin(str(path))
+    assert profile.pin(pinned) == pinned
+    assert profile.load(pinned) == made()
+    made(tokens=101).save(path)
+    profile.load.cache_clear()  # another process
+    refused(lambda: profile.load(pinned), str(path), "has changed", "restart")
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"not json", "not a calibration profile"),
+        (b"[1, 2]", "not a calibration profile"),
+        (b'{"layers": []}', "not a calibration profile"),
+        (b"\xff\xfe", "not a calibration profile"),
+        (made().model_copy(update={"version": 2}), "version 2"),
+        (made(layers=[layer(0)]), "1 layers instead of 3"),
+        (made(layers=[layer(s, key_mean="QUJD") for s in range(3)]), "key_mean of layer 0"),
+        (
+            made(layers=[layer(s, key_mean=profile.encode_mean(torch.full((2, 64), torch.nan))) for s in range(3)]),
+            "not finite",
+        ),
+    ],
+)  # fmt: skip
+def test_other_files_are_refused(tmp_path: Path, content, named: str) -> None:
+    path = tmp_path / "p.json"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        path.write_text(json.dumps(content.model_dump()))
+    refused(lambda: profile.load(str(path)), str(path), named, "vllm-adamas calibrate")
+
+
+def test_an_unknown_entry_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "p.json"
+    path.write_text(json.dumps({**made().model_dump(), "budget": 3}))
+    refused(lambda: profile.load(str(path)), "budget", "vllm-adamas calibrate")
+
+
+def test_a_missing_file_is_refused() -> None:
+    refused(lambda: profile.load("/no/such/p.json"), "/no/such/p.json", "cannot be read")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"num_layers": 4},
+        {"num_query_heads": 8},
+        {"num_kv_heads": 4},
+        {"head_size": 128},
+        {"rope": '{"rope_theta": 1}'},
+        {"fingerprint": "def"},
+        {"fingerprint": "", "name": "another-model"},
+    ],
+    ids=str,
+)
+def test_another_model_is_refused_by_name(changes: dict) -> None:
+    other = identity(**{"name": "the-other", **changes})
+    refused(lambda: profile.check_fits(made(), "p.json", other), "some-model", other.name, "p.json")
+
+
+def test_the_same_model_fits() -> None:
+    profile.check_fits(made(), "p.json", identity())
+    profile.check_fits(made(), "p.json", identity(fingerprint=""))  # files not here yet
+    profile.check_fits(made(), "p.json", identity(name="renamed folder"))
+
+
+def test_a_fingerprint_sees_one_changed_weight_and_no_changed_layout(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    weights = {"a": torch.zeros(100), "b": torch.ones(3, 3)}
+    prints = []
+    for number, files in enumerate(
+        [[weights], [{"a": weights["a"]}, {"b": weights["b"]}], [{**weights, "b": torch.eye(3)}]]
+    ):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for part, tensors in enumerate(files):
+            save_file(tensors, folder / f"model-{part}.safetensors", {"version": str(number)})
+        prints.append(profile.fingerprint(folder))
+    assert prints[0] == prints[1] != prints[2]
+
+
+def test_the_suggestion_is_the_smallest_budget_that_keeps_enough() -> None:
+    def with_mass(*recall: float) -> profile.LayerProfile:
+        budgets = ("64", "128", "256")
+        kept = dict(zip(budgets, (0.5 * r for r in recall), strict=True))
+        return layer(0, mass={"dot": kept, "oracle": dict.fromkeys(budgets, 0.5)})
+
+    first, good = with_mass(0.3, 0.4, 0.5), with_mass(0.8, 0.92, 0.99)
+    assert suggest([first, good, good], 0.9) == profile.Suggestion(
+        wanted_recall=0.9, token_budget=128, num_dense_layers=1, reached=True
+    )
+    assert suggest([good, layer(1), good], 0.99).token_budget == 256  # one sliding-window layer
+    assert not suggest([good, good], 0.995).reached
+
+
+@pytest.fixture(scope="module")
+def model_profile(tmp_path_factory) -> Path:
+    """A profile that fits the real model, with means of zero but in one head."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    from vllm_adamas.plugin import register
+
+    register()
+    config = EngineArgs(model=str(MODEL)).create_engine_config().model_config
+    found = profile.identify(config)
+    mean = torch.zeros(found.num_kv_heads, found.head_size)
+    path = tmp_path_factory.mktemp("profile") / "p.json"
+    layers = [layer(0, key_mean=profile.encode_mean(mean))] * found.num_layers
+    made(model=found, layers=layers).save(path)
+    return path
+
+
+def engine_config(**options):
+    from vllm.engine.arg_utils import EngineArgs
+
+    return EngineArgs(
+        model=str(MODEL),
+        attention_backend="adamas",
+        additional_config={"adamas": options},
+        enforce_eager=True,
+    ).create_engine_config()
+
+
+def test_the_hash_travels_with_the_configuration(model_profile: Path) -> None:
+    config = engine_config(profile=str(model_profile), token_budget=99)
+    options = checks.adamas_options(config)
+    assert options["profile"] == profile.pin(str(model_profile))
+    assert options["token_budget"] == 99
+    assert checks.check_config(config).profile == options["profile"]  # a worker checks again
+
+
+def test_a_profile_of_another_model_ends_the_command(tmp_path: Path) -> None:
+    made().save(tmp_path / "p.json")
+    refused(
+        lambda: engine_config(profile=str(tmp_path / "p.json")),
+        "some-model",
+        MODEL.name,
+        "num_layers",
+    )
+
+
+def test_keys_that_are_normalised_without_a_profile_are_warned_of(tmp_path: Path) -> None:
+    from types import SimpleNamespace
+
+    from safetensors.torch import save_file
+
+    from vllm_adamas.config import AdamasConfig
+
+    def warned(names: list[str], **options) -> list[str]:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        save_file({name: torch.zeros(2) for name in names}, folder / "model.safetensors")
+        model = SimpleNamespace(model=str(folder), revision=None, hf_text_config=None)
+        return checks.warnings(SimpleNamespace(model_config=model), AdamasConfig(**options))
+
+    normed = ["model.layers.0.self_attn.k_norm.weight", "model.norm.weight"]
+    (sentence,) = warned(normed, score="manhattan")
+    assert "score dot" in sentence
+    assert "calibrate" in sentence
+    assert len(warned(normed)) == 1
+    assert warned(normed, profile="p.json") == []
+    assert warned(["model.layers.0.self_attn.k_proj.weight"]) == []
+    shutil.rmtree(tmp_path)

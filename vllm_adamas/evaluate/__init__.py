@@ -1,0 +1,1 @@
+"""Quality that a user can check: evaluation against dense attention, and calibration of a model."""

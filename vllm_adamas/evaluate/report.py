@@ -1,0 +1,198 @@
+"""Results of a study as a table for people and as plots."""
+
+from __future__ import annotations
+
+import random
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+
+from vllm_adamas.evaluate import tasks
+from vllm_adamas.evaluate.study import AGREEMENT, DENSE, PERPLEXITY
+
+RESAMPLES = 2000
+CONFIDENCE = 0.95
+
+
+def bootstrap(differences: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
+    """Mean of paired differences with its percentile interval; what is resampled are the pairs."""
+    rng, n = random.Random(seed), len(differences)
+    means = sorted(statistics.fmean(rng.choices(differences, k=n)) for _ in range(RESAMPLES))
+    tail = (1 - CONFIDENCE) / 2
+    low, high = means[int(tail * RESAMPLES)], means[int((1 - tail) * RESAMPLES) - 1]
+    return statistics.fmean(differences), low, high
+
+
+def summary(result: dict) -> list[dict]:
+    """One row per cell: each quantity as ``(mean, low, high)`` or a number; absent where not measured."""
+    cells = result["cells"]
+    dense = cells[DENSE]["tasks"]
+    rows = []
+    for name, cell in cells.items():
+        row: dict = {"name": name, "family": cell["family"], "budget": cell["budget"]}
+        found = cell["tasks"]
+        if PERPLEXITY in found and PERPLEXITY in dense:
+            ours, theirs = found[PERPLEXITY], dense[PERPLEXITY]
+            row["nll"] = statistics.fmean(ours["nll"])
+            if name != DENSE:
+                pairs = zip(ours["nll"], theirs["nll"], strict=True)
+                row["dnll"] = bootstrap([a - b for a, b in pairs])
+            if "kl" in ours:
+                row["kl"] = bootstrap(ours["kl"])
+            for what in ("mass", "oracle", "error"):
+                if what in ours:
+                    row[what] = statistics.fmean(statistics.fmean(heads) for heads in ours[what])
+        if "agreed" in found.get(AGREEMENT, {}):
+            row["agreed"] = bootstrap(found[AGREEMENT]["agreed"])
+        for task in tasks.TASKS:
+            if task in found and task in dense:
+                row[task] = statistics.fmean(found[task]["scores"])
+                if name != DENSE:
+                    pairs = zip(found[task]["scores"], dense[task]["scores"], strict=True)
+                    row[f"d{task}"] = bootstrap([a - b for a, b in pairs])
+        rows.append(row)
+    return rows
+
+
+def markdown(result: dict) -> str:
+    """The report: what was measured, then one table of text quality and one of retrieval."""
+    rows, settings = summary(result), result["settings"]
+    dense = rows[0]
+    cells = result["cells"][DENSE]["tasks"]
+    lines = [
+        f"# Quality of {result['model']['name']} under sparse decode",
+        "",
+        _setting(result),
+        "",
+    ]
+    if "nll" in dense:
+        windows, steps = len(cells[PERPLEXITY]["nll"]), cells[PERPLEXITY]["steps"]
+        lines += [
+            f"**Text**, {windows} windows of {settings['context']} tokens, {steps} forced decode steps each: "
+            f"{windows * steps} scored tokens. Dense NLL {dense['nll']:.4f}. ΔNLL and KL to dense in nats per "
+            "token; mass: attention kept, of the oracle's with as many tokens; error: of the attention output; "
+            f"agreement: greedy tokens (of {settings['free_tokens']}) until the first that differs from dense. "
+            "In brackets 95% intervals, paired bootstrap over windows.",
+            "",
+            "| configuration | ΔNLL | KL | mass | oracle | error | agreement |",
+            "|---|---|---|---|---|---|---|",
+        ]
+        lines += [
+            f"| {row['name']} | {_triple(row.get('dnll'), '+.4f')} | {_triple(row.get('kl'), '.4f')} | "
+            f"{_one(row.get('mass'))} | {_one(row.get('oracle'))} | {_one(row.get('error'))} | "
+            f"{_triple(row.get('agreed'), '.1f')} |"
+            for row in rows
+            if "nll" in row and row["name"] != DENSE
+        ]
+        lines.append("")
+    names = [task for task in tasks.TASKS if task in dense]
+    if names:
+        lines += [
+            f"**Retrieval**, {_counts(cells, names)} prompts of up to {settings['context']} tokens, seed "
+            f"{settings['seed']}: share of expected strings in the answer, in per cent, and in brackets the "
+            "95% interval of the difference to dense, paired bootstrap over prompts.",
+            "",
+            "| configuration | " + " | ".join(name.replace("_", " ") for name in names) + " |",
+            "|---" * (len(names) + 1) + "|",
+        ]
+        lines += [
+            f"| {row['name']} | " + " | ".join(_score(row, name) for name in names) + " |"
+            for row in rows
+            if any(name in row for name in names)
+        ]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _counts(cells: dict, names: list[str]) -> str:
+    return ", ".join(f"{len(cells[name]['scores'])} {name.replace('_', ' ')}" for name in names)
+
+
+def _setting(result: dict) -> str:
+    environment, texts = result["environment"], ", ".join(result["settings"]["texts"])
+    versions = ", ".join(f"{k} {environment[k]}" for k in ("vllm-adamas", "vllm", "torch"))
+    return f"{environment['device']}, {versions}, {environment['date']}. Texts: {texts}."
+
+
+def _triple(value: tuple[float, float, float] | None, form: str) -> str:
+    if value is None:
+        return ""
+    mean, low, high = (format(x, form) for x in value)
+    return f"{mean} [{low}, {high}]"
+
+
+def _one(value: float | None) -> str:
+    return "" if value is None else f"{value:.3f}"
+
+
+def _score(row: dict, task: str) -> str:
+    if task not in row:
+        return ""
+    text = f"{100 * row[task]:.1f}"
+    if f"d{task}" not in row:
+        return text
+    _, low, high = row[f"d{task}"]
+    return f"{text} [{100 * low:+.1f}, {100 * high:+.1f}]"
+
+
+def plot(result: dict, path: Path) -> bool:
+    """ΔNLL, attention mass and retrieval against the budget; False without matplotlib."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        return False
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [row for row in summary(result) if row["budget"]]
+    panels = [
+        (title, key)
+        for title, key in (
+            ("ΔNLL to dense, nats per token", "dnll"),
+            ("attention mass kept", "mass"),
+            ("retrieval, mean of tasks", "retrieval"),
+        )
+        if any(_y(row, key) is not None for row in rows)
+    ]
+    figure, axes = pyplot.subplots(1, max(1, len(panels)), figsize=(5 * max(1, len(panels)), 4))
+    for axis, (title, key) in zip([axes] if len(panels) < 2 else axes, panels, strict=False):
+        for family in dict.fromkeys(row["family"] for row in rows):
+            points = sorted(
+                (row["budget"], _y(row, key), row.get(key))
+                for row in rows
+                if row["family"] == family and _y(row, key) is not None
+            )
+            if not points:
+                continue
+            x, y, values = zip(*points, strict=True)
+            (line,) = axis.plot(x, y, marker="o", markersize=3, label=family)
+            if key == "dnll":
+                low, high = ([v[i] for v in values] for i in (1, 2))
+                axis.fill_between(x, low, high, color=line.get_color(), alpha=0.12)
+        if key == "dnll":
+            axis.set_yscale("symlog", linthresh=0.03)
+            axis.axhline(0, color="grey", linewidth=0.6)
+        if key == "retrieval":
+            axis.axhline(_retrieval(summary(result)[0]), color="grey", linestyle="--", label=DENSE)
+        axis.set_xscale("log", base=2)
+        axis.set_xlabel("token budget")
+        axis.set_title(title)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    figure.suptitle(f"{result['model']['name']}, context {result['settings']['context']}")
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+    return True
+
+
+def _retrieval(row: dict) -> float | None:
+    values = [row[task] for task in tasks.TASKS if task in row]
+    return statistics.fmean(values) if values else None
+
+
+def _y(row: dict, key: str) -> float | None:
+    if key == "retrieval":
+        return _retrieval(row)
+    value = row.get(key)
+    return value[0] if isinstance(value, tuple) else value

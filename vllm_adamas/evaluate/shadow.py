@@ -1,0 +1,115 @@
+"""What a backend did, seen from outside: recorders between the attention layers and their backend."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import torch
+
+from vllm_adamas.backends.base import Backend, Params, Through
+
+ROWS = 8  #: compared at most per step; they take turns
+
+
+class MassRecord:
+    """Sums over sampled sparse rows, per layer: each value is a float64 tensor ``[Hq]``.
+
+    The attention mass of a set of tokens is the sum of their dense softmax weights.
+
+    Args:
+        budgets: sizes of the sets that are measured; empty takes each row's own.
+    """
+
+    def __init__(self, budgets: tuple[int, ...] = ()):
+        self.budgets = budgets
+        self.rows: dict[int, int] = defaultdict(int)
+        self.mass: dict[tuple[int, int], torch.Tensor | float] = defaultdict(float)
+        self.oracle: dict[tuple[int, int], torch.Tensor | float] = defaultdict(float)
+        self.error: dict[int, torch.Tensor | float] = defaultdict(float)
+
+    def layers(self) -> list[int]:
+        """Layers that had sparse rows."""
+        return sorted(self.rows)
+
+    def mean(self, what: str, budget: int = 0) -> torch.Tensor:
+        """``mass``, ``oracle`` or ``error`` averaged over rows: ``[sparse layers, Hq]``."""
+        table = getattr(self, what)
+        keys = self.layers() if what == "error" else [(layer, budget) for layer in self.layers()]
+        return torch.stack(
+            [table[k] / self.rows[n] for n, k in zip(self.layers(), keys, strict=True)]
+        )
+
+
+class Shadow(Through):
+    """Every ``stride``-th decode step is compared with dense attention over the same pages.
+
+    The mass is that of the tokens which the backend's own scan and select choose; the error is
+    ||output - dense|| / ||dense|| of what its decode wrote.
+    """
+
+    def __init__(self, inner: Backend, layer: int, record: MassRecord, stride: int = 8):
+        super().__init__(inner)
+        self.layer, self.record, self.stride = layer, record, stride
+        self._steps = 0
+
+    def decode(
+        self, params, query, page, block_table, context_lens, budgets, output, stats, **kwargs
+    ):
+        arguments = (query, page, block_table, context_lens, budgets, output, stats)
+        self.inner.decode(params, *arguments, **kwargs)
+        self._steps += 1
+        if params.sliding_window or self._steps % self.stride:
+            return
+        sparse = (budgets < context_lens).nonzero().flatten().tolist()
+        turn = self._steps // self.stride * ROWS % max(1, len(sparse))
+        for row in (sparse[turn:] + sparse[:turn])[:ROWS]:
+            one = slice(row, row + 1)
+            rows = (query[one], page, block_table[one], context_lens[one], budgets[one])
+            self._look(params, *rows, output[row])
+
+    def _look(self, params: Params, query, page, table, lens, budget, output) -> None:
+        record, layer, length = self.record, self.layer, int(lens)
+        shape = (2, length, params.num_kv_heads, params.layout.head_size)
+        both = torch.empty(shape, dtype=output.dtype, device=page.device)
+        self.inner.gather(params, page, table, lens, *both)
+        key, value = both.float().transpose(1, 2)  # [Hkv, L, D]
+        q = query[0].float().unflatten(0, (params.num_kv_heads, params.group))  # [Hkv, G, D]
+        weights = (q @ key.transpose(1, 2) * params.softmax_scale).softmax(-1)  # [Hkv, G, L]
+        dense = (weights @ value).flatten(0, 1)  # [Hq, D]
+        weights = weights.flatten(0, 1)  # [Hq, L]
+        error = (output.float() - dense).norm(dim=-1) / dense.norm(dim=-1).clamp_min(1e-30)
+        scores = self.inner.scan(params, query, page, table, lens)
+        best = weights.sort(-1, descending=True).values.cumsum(-1)
+        record.rows[layer] += 1
+        record.error[layer] += error.double().cpu()
+        for size in record.budgets or (0,):
+            wanted = budget if not size else torch.full_like(budget, size)
+            tokens = self.inner.select(params, scores, lens, wanted)[0].long()  # [sets, K]
+            tokens = tokens.repeat_interleave(params.num_query_heads // len(tokens), 0)  # [Hq, K]
+            mass = weights.gather(1, tokens.clamp_min(0)).masked_fill(tokens < 0, 0.0).sum(-1)
+            record.mass[layer, size] += mass.double().cpu()
+            record.oracle[layer, size] += best[:, min(int(wanted), length) - 1].double().cpu()
+
+
+class KeyRecord:
+    """Sums over appended tokens, per layer: keys ``[Hkv, D]`` and squared norms ``[Hkv]``, float64."""
+
+    def __init__(self):
+        self.tokens: dict[int, int] = defaultdict(int)
+        self.sum: dict[int, torch.Tensor | float] = defaultdict(float)
+        self.squares: dict[int, torch.Tensor | float] = defaultdict(float)
+
+
+class KeyCapture(Through):
+    """Adds every key that is appended, after RoPE and before any coding, to a record."""
+
+    def __init__(self, inner: Backend, layer: int, record: KeyRecord):
+        super().__init__(inner)
+        self.layer, self.record = layer, record
+
+    def append(self, params, key, value, page, slot_mapping):
+        self.inner.append(params, key, value, page, slot_mapping)
+        layer, kept = self.layer, key[slot_mapping >= 0].double()
+        self.record.tokens[layer] += len(kept)
+        self.record.sum[layer] += kept.sum(0).cpu()
+        self.record.squares[layer] += kept.square().sum((0, 2)).cpu()
