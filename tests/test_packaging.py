@@ -22,7 +22,9 @@ for module in (vllm_adamas, vllm_adamas.backends, vllm_adamas.serving):
 
 # What a native library may need from its host: nothing of CPython, of PyTorch, or of a CUDA runtime.
 SYSTEM_LIBRARIES = "libtvm_ffi libstdc++ libm libgomp libgcc_s libc libpthread libdl librt ld-linux"
-SYSTEM_SYMBOLS = re.compile(r"TVMFFI\w+$|\S+@+(GLIBC|GLIBCXX|CXXABI|GCC|GOMP|OMP)_[\w.]+$")
+SYSTEM_SYMBOLS = re.compile(
+    r"TVMFFI\w+$|_ZNK?St\w+$|\S+@+(GLIBC|GLIBCXX|CXXABI|GCC|GOMP|OMP)_[\w.]+$"
+)
 SELECT_WITHOUT_TORCH = """
 import sys
 sys.modules["torch"] = None  # importing it fails from here on
