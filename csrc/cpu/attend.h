@@ -1,8 +1,9 @@
 // attend: exact softmax attention over a list or a range of tokens. Per-ISA include.
 //
 // Tokens go through in steps of kStep: logits of a step for all heads of the KV head, one running
-// maximum per head, then the values. The rows of the next step are prefetched while this one is
-// computed, because selected tokens lie scattered over the pages.
+// maximum per head, then the values. Selected tokens lie scattered over the pages, so the rows of the
+// next step are prefetched while this one is computed: one row beside each, because a core waits as soon
+// as it has more than a dozen misses in flight.
 
 constexpr int kStep = 32;
 
@@ -48,16 +49,23 @@ constexpr int columns(int vectors, int heads) {
   return best;
 }
 
-// One step for H heads at once, so that each K and V element is converted once.
+template <Element E, int D>
+static inline void prefetch_row(const uint8_t* row) {
+  for (int line = 0; line < D * Convert<E>::bytes; line += kLine) __builtin_prefetch(row + line);
+}
+
+// One step for H heads at once, so that each K and V element is converted once. `next` are the rows to
+// prefetch meanwhile.
 template <Element E, int D, int H>
-static inline void attend_step(const uint8_t* const* rows, int n, int64_t v_offset, const float* queries,
-                               Partial* partials) {
+static inline void attend_step(const uint8_t* const* rows, int n, const uint8_t* const* next,
+                               int64_t v_offset, const float* queries, Partial* partials) {
   constexpr int kBytes = Convert<E>::bytes;
   alignas(64) float weight[H][kStep];
   for (int group = 0; group < kStep; group += kLanes) {
     vf sums[H][kLanes];
     for (int i = 0; i < kLanes; ++i) {
       const uint8_t* k = rows[group + i];
+      prefetch_row<E, D>(next[group + i]);
       vf s[H];
 #pragma GCC unroll 8
       for (int c = 0; c < D; c += 2 * kLanes) {
@@ -105,6 +113,7 @@ static inline void attend_step(const uint8_t* const* rows, int n, int64_t v_offs
       for (int c = 0; c < kColumns; ++c) acc[h][c] = load<vf>(partials[h].acc + (column + c) * kLanes) * decay[h];
     for (int i = 0; i < n; ++i) {
       const uint8_t* v = rows[i] + v_offset + column * kLanes * kBytes;
+      if (column == 0) prefetch_row<E, D>(next[i] + v_offset);
 #pragma GCC unroll 16
       for (int c = 0; c < kColumns; c += 2) {
         vf a, b;
@@ -139,10 +148,7 @@ static void attend_tokens(const DecodeParams& p, int row, int kv_head, const flo
       const int block = shift >= 0 ? token >> shift : token / page.block_size;
       const int offset = token - block * page.block_size;
       to[i] = page.run(blocks[block], kv_head) + offset * kRow;
-      for (int line = 0; line < kRow; line += kLine) __builtin_prefetch(to[i] + line);
     }
-    for (int i = 0; i < n; ++i)
-      for (int line = 0; line < kRow; line += kLine) __builtin_prefetch(to[i] + page.v_offset + line);
     for (int i = n; i < kStep; ++i) to[i] = to[0];  // read, but given no weight
   };
 
@@ -151,18 +157,23 @@ static void attend_tokens(const DecodeParams& p, int row, int kv_head, const flo
     partials[h].sum = 0;
     for (int i = 0; i < D; ++i) partials[h].acc[i] = 0;
   }
-  if (count > 0) locate(0, rows[0]);
+  if (count > 0) {
+    locate(0, rows[0]);
+    for (int i = 0; i < kStep; ++i) prefetch_row<E, D>(rows[0][i]);
+    for (int i = 0; i < kStep; ++i) prefetch_row<E, D>(rows[0][i] + page.v_offset);
+  }
   for (int start = 0, turn = 0; start < count; start += kStep, turn ^= 1) {
-    if (start + kStep < count) locate(start + kStep, rows[turn ^ 1]);
+    const uint8_t *const *now = rows[turn], *const *next = now;
+    if (start + kStep < count) locate(start + kStep, rows[turn ^ 1]), next = rows[turn ^ 1];
     const int n = count - start < kStep ? count - start : kStep;
     int h = 0;
     for (; h + 4 <= heads; h += 4)
-      attend_step<E, D, 4>(rows[turn], n, page.v_offset, queries + h * D, partials + h);
+      attend_step<E, D, 4>(now, n, next, page.v_offset, queries + h * D, partials + h);
     if (h + 3 == heads) {
-      attend_step<E, D, 3>(rows[turn], n, page.v_offset, queries + h * D, partials + h);
+      attend_step<E, D, 3>(now, n, next, page.v_offset, queries + h * D, partials + h);
     } else {
       for (; h < heads; ++h)
-        attend_step<E, D, 1>(rows[turn], n, page.v_offset, queries + h * D, partials + h);
+        attend_step<E, D, 1>(now, n, next, page.v_offset, queries + h * D, partials + h);
     }
   }
 }

@@ -2,7 +2,7 @@
 //
 // decode runs in two waves per group of rows, so that one long context occupies every thread too:
 //   wave 1  dense rows: (row, KV head, chunk) -> softmax partials
-//           sparse rows: (row, KV head, chunk) -> scores
+//           sparse rows: (row, a few KV heads, chunk) -> scores
 //   wave 2  dense rows: (row, query head) merges its partials
 //           sparse rows: (row, token set) selects and attends
 #include <omp.h>
@@ -16,7 +16,9 @@
 namespace adamas {
 namespace {
 
-constexpr int kChunk = 2048;                     // tokens per item of wave 1
+constexpr int kAttendChunk = 2048;               // tokens per item of wave 1, dense
+constexpr int kScanChunk = 1024;                 // the same, sparse
+constexpr int kScanHeads = 4;                    // KV heads per item
 constexpr int64_t kGroupFloats = 16ll << 20;     // workspace of one group of rows: 64 MiB
 
 // Grows and is reused from call to call; the pages of a decode step need no allocation.
@@ -33,7 +35,7 @@ class Buffer {
 };
 
 int64_t padded(int64_t tokens) { return (tokens + kTile - 1) / kTile * kTile; }
-int chunks(int64_t tokens) { return int((tokens + kChunk - 1) / kChunk); }
+int parts(int64_t n, int size) { return int((n + size - 1) / size); }
 
 struct RowPlan {
   bool sparse;
@@ -97,6 +99,16 @@ int select_row(const Kernels& kernels, const DecodeParams& p, const float* score
   return budget;
 }
 
+// Scores of some KV heads of one row into its score rows.
+void scan_heads(const Kernels& kernels, const DecodeParams& p, int row, int first_head, int heads,
+                const QueryCode* codes, int first, int last, float* scores, int64_t stride) {
+  const bool shared = !p.per_query_head, sum = shared && !p.dot;
+  const int sets = shared ? 1 : p.group();              // score rows of a KV head
+  const int count = shared && p.dot ? 1 : p.group();    // query codes of a KV head
+  kernels.scan(p, row, first_head, heads, codes + first_head * count, count, sum, first, last,
+               scores + first_head * sets * stride, stride);
+}
+
 class Group {
  public:
   Group(const Kernels& kernels, const DecodeParams& p) : kernels_(kernels), p_(p) {}
@@ -155,11 +167,11 @@ class Group {
       plan.scores = score_floats_;
       plan.partials = num_partials_;
       if (plan.sparse) {
-        items1_ += int64_t(chunks(plan.length)) * p_.page.num_kv_heads;
+        items1_ += int64_t(parts(plan.length, kScanChunk)) * parts(p_.page.num_kv_heads, kScanHeads);
         items2_ += p_.score_heads();
         score_floats_ += padded(plan.length) * p_.score_heads();
       } else {
-        const int n = chunks(plan.length - plan.first);
+        const int n = parts(plan.length - plan.first, kAttendChunk);
         items1_ += int64_t(n) * p_.page.num_kv_heads;
         items2_ += p_.num_query_heads;
         num_partials_ += int64_t(n) * p_.num_query_heads;
@@ -179,17 +191,16 @@ class Group {
 
   void wave1(int row, const RowPlan& plan, int item, const QueryCode* codes, float* scores,
              Partial* partials, int64_t& attended) {
-    const int kv_head = item % p_.page.num_kv_heads, chunk = item / p_.page.num_kv_heads, group = p_.group();
+    const int group = p_.group(), all_heads = p_.page.num_kv_heads;
     if (plan.sparse) {
-      const int first = chunk * kChunk, last = std::min(plan.length, first + kChunk);
-      const int64_t stride = padded(plan.length);
-      const bool shared = !p_.per_query_head;
-      const int sets = shared ? 1 : group;                // score rows of this KV head
-      const int count = shared && p_.dot ? 1 : group;     // query codes of this KV head
-      kernels_.scan(p_, row, kv_head, codes + kv_head * count, count, shared && !p_.dot, first, last,
-                    scores + plan.scores + kv_head * sets * stride, stride);
+      const int splits = parts(all_heads, kScanHeads), chunk = item / splits;
+      const int first = chunk * kScanChunk, last = std::min(plan.length, first + kScanChunk);
+      const int head = item % splits * kScanHeads;
+      scan_heads(kernels_, p_, row, head, std::min(all_heads - head, kScanHeads), codes, first, last,
+                 scores + plan.scores, padded(plan.length));
     } else {
-      const int first = plan.first + chunk * kChunk, last = std::min(plan.length, first + kChunk);
+      const int kv_head = item % all_heads, chunk = item / all_heads;
+      const int first = plan.first + chunk * kAttendChunk, last = std::min(plan.length, first + kAttendChunk);
       const int head_size = p_.page.head_size;
       float* queries = scratch.queries.at_least(int64_t(group) * head_size);
       for (int g = 0; g < group; ++g) kernels_.load_query(p_, row, kv_head * group + g, queries + g * head_size);
@@ -203,7 +214,7 @@ class Group {
              int64_t& attended) {
     const int head_size = p_.page.head_size;
     if (!plan.sparse) {
-      const int n = chunks(plan.length - plan.first);
+      const int n = parts(plan.length - plan.first, kAttendChunk);
       if (n == 0) {  // an empty (padded) row
         Partial* empty = scratch.heads(1, head_size);
         empty->sum = 0;
@@ -264,11 +275,7 @@ void scan(const Kernels& kernels, const DecodeParams& p, float* scores, int64_t 
     const int64_t stride = padded(length);
     row_scores.resize(stride * p.score_heads() + 1);
     kernels.encode_queries(p, row, codes.data());
-    const bool shared = !p.per_query_head;
-    const int sets = shared ? 1 : p.group(), count = shared && p.dot ? 1 : p.group();
-    for (int kv_head = 0; kv_head < p.page.num_kv_heads; ++kv_head)
-      kernels.scan(p, row, kv_head, codes.data() + kv_head * count, count, shared && !p.dot, 0, length,
-                   row_scores.data() + kv_head * sets * stride, stride);
+    scan_heads(kernels, p, row, 0, p.page.num_kv_heads, codes.data(), 0, length, row_scores.data(), stride);
     for (int head = 0; head < p.score_heads(); ++head)
       std::copy_n(row_scores.data() + head * stride, length, scores + row * row_stride + head * head_stride);
   }

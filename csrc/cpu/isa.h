@@ -44,10 +44,10 @@ void append_any(const AppendParams& p, int64_t token) {
 void encode_any(const DecodeParams& p, int row, QueryCode* codes) {
   ADAMAS_FOR_HEAD_SIZE(p.page.head_size, encode_queries<D>(p, row, codes))
 }
-void scan_any(const DecodeParams& p, int row, int kv_head, const QueryCode* codes, int count, bool sum,
-              int first, int last, float* scores, int64_t stride) {
-  ADAMAS_FOR_HEAD_SIZE(p.page.head_size,
-                       scan_tokens<D>(p, row, kv_head, codes, count, sum, first, last, scores, stride))
+void scan_any(const DecodeParams& p, int row, int first_head, int heads, const QueryCode* codes, int count,
+              bool sum, int first, int last, float* scores, int64_t stride) {
+  ADAMAS_FOR_HEAD_SIZE(p.page.head_size, scan_tokens<D>(p, row, first_head, heads, codes, count, sum, first,
+                                                        last, scores, stride))
 }
 void load_query_any(const DecodeParams& p, int row, int head, float* query) {
   ADAMAS_FOR_PAGE(p.page, (load_query<E, D>(p, row, head, query)))

@@ -27,11 +27,12 @@ struct Kernels {
   // Codes of the score queries of one row: Hq of them, or Hkv (dot, one set per KV head).
   void (*encode_queries)(const DecodeParams&, int row, QueryCode* codes);
 
-  // Scores of tokens [first, last) of one row against the `count` query codes of one KV head.
-  // scores[i * stride + token]; with `sum` the scores of the queries are added up into scores[token].
-  // first is a multiple of kTile; whole tiles are written.
-  void (*scan)(const DecodeParams&, int row, int kv_head, const QueryCode* codes, int count, bool sum,
-               int first, int last, float* scores, int64_t stride);
+  // Scores of tokens [first, last) of one row, `heads` KV heads from first_head on, each against `count`
+  // query codes of its own: codes[h * count + i] -> scores[(h * count + i) * stride + token]; with `sum`
+  // the scores of a head's queries are added up into scores[h * stride + token]. first is a multiple of
+  // kTile; whole tiles are written.
+  void (*scan)(const DecodeParams&, int row, int first_head, int heads, const QueryCode* codes, int count,
+               bool sum, int first, int last, float* scores, int64_t stride);
 
   // The k best of scores[0, n), ties to the larger index: ascending indices + base into out, which
   // has room for k + kTile. scratch holds 2 * (n + kTile) int32.

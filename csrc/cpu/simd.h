@@ -34,10 +34,11 @@ static inline vf max(vf a, vf b) { return a > b ? a : b; }
 static inline float hmax(vf v) {
 #ifdef __AVX512F__
   return _mm512_reduce_max_ps((__m512)v);
-#endif
+#else
   float m = v[0];
   for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
   return m;
+#endif
 }
 static inline float hsum(vf v) {
 #ifdef __AVX512F__
