@@ -7,6 +7,16 @@ from functools import cache
 from vllm_adamas.backends.base import Backend
 from vllm_adamas.errors import AdamasError
 
+HOPPER = (9, 0)  #: the compute capability that the CUDA library has code for
+MIN_CAPABILITY = (8, 0)  #: of the Triton kernels, and of vLLM's FlashAttention
+
+
+def gpu_kernels(name: str, capability: tuple[int, int]) -> str:
+    """Which kernels ``name`` stands for on a GPU: ``auto`` is CUDA on Hopper, Triton elsewhere."""
+    if name == "auto":
+        return "cuda" if capability == HOPPER else "triton"
+    return name
+
 
 @cache
 def get_backend(name: str, device_type: str = "cpu") -> Backend:
@@ -15,10 +25,18 @@ def get_backend(name: str, device_type: str = "cpu") -> Backend:
     Raises:
         AdamasError: the backend does not exist for the device or its library is not built.
     """
-    if device_type == "cuda" and name in ("auto", "cuda"):
+    if device_type == "cuda" and name == "auto":
+        import torch
+
+        name = gpu_kernels(name, torch.cuda.get_device_capability())
+    if device_type == "cuda" and name == "cuda":
         from vllm_adamas.backends.cuda import CudaBackend
 
         return CudaBackend()
+    if device_type == "cuda" and name == "triton":
+        from vllm_adamas.backends.triton import TritonBackend
+
+        return TritonBackend()
     if device_type == "cpu" and name in ("auto", "cpu"):
         from vllm_adamas.backends.cpu import CpuBackend
 

@@ -6,6 +6,14 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    # Triton kernels run in Python then. Triton reads the variable when it and the kernels are
+    # imported; processes that tests start must not inherit it.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TRITON_INTERPRET", "1")
+        import vllm_adamas.backends.triton  # noqa: F401
 
 from vllm_adamas.serving.launch import Server
 

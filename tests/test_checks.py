@@ -7,7 +7,7 @@ import pytest
 import torch
 from common import MODEL, is_one_sentence
 
-from vllm_adamas import checks
+from vllm_adamas import backends, checks
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.plugin import register
@@ -48,9 +48,11 @@ def test_no_options_are_the_defaults(vllm_config, additional) -> None:
     assert checks.check_config(Changed(vllm_config, additional_config=additional)) == AdamasConfig()
 
 
-def test_kernels_of_another_device_end_before_the_server(vllm_config) -> None:
-    gpu = Changed(vllm_config, additional_config={"adamas": {"kernels": "cuda"}})
-    with pytest.raises(AdamasError, match=r"kernels='cuda' on this device.*auto, cpu, reference"):
+@pytest.mark.parametrize("kernels", ["cuda", "triton"])
+def test_kernels_of_another_device_end_before_the_server(vllm_config, kernels: str) -> None:
+    gpu = Changed(vllm_config, additional_config={"adamas": {"kernels": kernels}})
+    sentence = rf"kernels='{kernels}' on this device.*auto, cpu, reference"
+    with pytest.raises(AdamasError, match=sentence):
         checks.check_config(gpu)
 
 
@@ -161,16 +163,31 @@ def test_a_hopper_gpu_passes(vllm_config, monkeypatch) -> None:
 
 def test_other_devices(vllm_config, monkeypatch) -> None:
     on_gpu(monkeypatch, is_cuda=lambda: False, device_name="tpu")
-    check_refusal(vllm_config, ("tpu", "CPU", "Hopper"))
-    for capability in (None, SimpleNamespace(major=8, minor=0), SimpleNamespace(major=10, minor=0)):
+    check_refusal(vllm_config, ("tpu", "CPU", "NVIDIA"))
+    for capability in (None, SimpleNamespace(major=7, minor=5)):
         on_gpu(monkeypatch, get_device_capability=lambda found=capability: found)
-        check_refusal(vllm_config, ("Hopper", OTHER))
+        check_refusal(vllm_config, ("capability 8.0", OTHER))
+
+
+@pytest.mark.parametrize(("major", "minor"), [(8, 0), (8, 9), (10, 0), (12, 0)])
+def test_other_gpus_take_the_triton_kernels(vllm_config, monkeypatch, major, minor) -> None:
+    capability = SimpleNamespace(major=major, minor=minor)
+    on_gpu(monkeypatch, get_device_capability=lambda: capability)
+    assert backends.gpu_kernels("auto", (major, minor)) == "triton"
+    for kernels in ("auto", "triton"):
+        checks.check_config(
+            Changed(vllm_config, additional_config={"adamas": {"kernels": kernels}})
+        )
+    cuda = Changed(vllm_config, additional_config={"adamas": {"kernels": "cuda"}})
+    check_refusal(cuda, ("kernels='cuda'", "Hopper", "triton"))
 
 
 def test_gpu_kernels_that_are_not_built(vllm_config, monkeypatch) -> None:
     on_gpu(monkeypatch)
     monkeypatch.setattr("vllm_adamas.backends.cuda.LIBRARY", Path("/no/libadamas_cuda.so"))
-    check_refusal(vllm_config, ("libadamas_cuda.so", "ADAMAS_BUILD_CUDA=1"))
+    check_refusal(vllm_config, ("libadamas_cuda.so", "ADAMAS_BUILD_CUDA=1", "kernels=triton"))
+    triton = Changed(vllm_config, additional_config={"adamas": {"kernels": "triton"}})
+    checks.check_config(triton)
 
 
 def test_types_without_gpu_kernels(vllm_config, monkeypatch) -> None:

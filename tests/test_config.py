@@ -46,6 +46,7 @@ VALID = [
     ("profile", "a.json"),
     ("kernels", "cpu"),
     ("kernels", "cuda"),
+    ("kernels", "triton"),
     ("kernels", "reference"),
     ("log_interval", 0),
     ("metrics", False),
@@ -165,7 +166,9 @@ def test_budgets_of_a_batch(options: dict, rows: list[tuple[int, bool]]) -> None
     assert out.tolist() == [config.budget(n) for n, _ in rows]
 
 
-@pytest.mark.parametrize(("name", "device"), [("cuda", "cpu"), ("cpu", "cuda"), ("auto", "xpu")])
+@pytest.mark.parametrize(
+    ("name", "device"), [("cuda", "cpu"), ("triton", "cpu"), ("cpu", "cuda"), ("auto", "xpu")]
+)
 def test_kernels_of_another_device_are_refused(name: str, device: str) -> None:
     with pytest.raises(AdamasError, match=f"{name!r}.*{device}") as error:
         get_backend(name, device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from vllm_adamas import profile as profiles
-from vllm_adamas.backends import get_backend
+from vllm_adamas.backends import HOPPER, MIN_CAPABILITY, get_backend, gpu_kernels
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.layout import HEAD_SIZES, TILE
@@ -78,11 +78,35 @@ def block_size_multiple() -> int:
 
 
 def _check_kernels(config: AdamasConfig) -> None:
-    names = ("auto", "cpu", "reference") if _on_cpu() else ("auto", "cuda")
+    names = ("auto", "cpu", "reference") if _on_cpu() else ("auto", "cuda", "triton")
     if config.kernels not in names:
         _refuse(f"kernels={config.kernels!r} on this device", f"choose one of {', '.join(names)}")
     if _on_cpu():
         get_backend(config.kernels)
+    elif gpu_kernels(config.kernels, _capability()) == "cuda":
+        _check_cuda_kernels()
+
+
+def _check_cuda_kernels() -> None:
+    if _capability() != HOPPER:
+        _refuse(
+            "kernels='cuda' on GPUs other than Hopper (compute capability 9.0)",
+            "choose auto or triton",
+        )
+    from vllm_adamas.backends.cuda import LIBRARY
+
+    if not LIBRARY.exists():
+        raise AdamasError(
+            f"the CUDA kernels are not built ({LIBRARY.name} is missing): reinstall the package with "
+            "ADAMAS_BUILD_CUDA=1 on a host with nvcc, or choose kernels=triton."
+        )
+
+
+def _capability() -> tuple[int, int]:
+    from vllm.platforms import current_platform
+
+    found = current_platform.get_device_capability()
+    return (found.major, found.minor) if found else (0, 0)
 
 
 def _check_device(vllm_config) -> None:
@@ -91,16 +115,10 @@ def _check_device(vllm_config) -> None:
     if _on_cpu():
         return
     if not current_platform.is_cuda():
-        _refuse(f"{current_platform.device_name} devices", "serve on a CPU or an NVIDIA Hopper GPU")
-    capability = current_platform.get_device_capability()
-    if capability is None or (capability.major, capability.minor) != (9, 0):
-        _refuse("GPUs other than Hopper (compute capability 9.0) in this release", OTHER_BACKEND)
-    from vllm_adamas.backends.cuda import LIBRARY
-
-    if not LIBRARY.exists():
-        raise AdamasError(
-            f"the CUDA kernels are not built ({LIBRARY.name} is missing): reinstall the package with "
-            "ADAMAS_BUILD_CUDA=1 on a host with nvcc."
+        _refuse(f"{current_platform.device_name} devices", "serve on a CPU or an NVIDIA GPU")
+    if _capability() < MIN_CAPABILITY:
+        _refuse(
+            f"GPUs below compute capability {'.'.join(map(str, MIN_CAPABILITY))}", OTHER_BACKEND
         )
 
 

@@ -73,7 +73,7 @@ class AdamasConfig(BaseModel):
     profile: str | None = Field(
         None, description="A file that `vllm-adamas calibrate` made for this model."
     )
-    kernels: Literal["auto", "cpu", "cuda", "reference"] = Field(
+    kernels: Literal["auto", "cpu", "cuda", "triton", "reference"] = Field(
         "auto", description="Compute backend; auto takes the fastest one for the device."
     )
     log_interval: float = Field(

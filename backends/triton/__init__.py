@@ -1,0 +1,5 @@
+"""The Triton backend: the operations for every GPU that Triton compiles for."""
+
+from vllm_adamas.backends.triton.ops import TritonBackend
+
+__all__ = ["TritonBackend"]

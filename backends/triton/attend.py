@@ -1,0 +1,152 @@
+"""attend: exact softmax over selected tokens or over all, split along the tokens, then merged."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+ROWS = tl.constexpr(16)  #: query heads of a program, padded to what a tensor core multiplies
+
+
+@triton.jit
+def dequantize(x, FP8: tl.constexpr):
+    """K or V elements as they lie in a plane, to a float type that holds them exactly.
+
+    fp8 is taken apart by hand: not every GPU converts it.
+    """
+    if FP8 is not None:
+        bits = x.to(tl.int16)
+        if FP8 == "e5m2":  # the upper half of a float16
+            x = (bits << 8).to(tl.float16, bitcast=True)
+        else:  # e4m3: the exponent's bias is 7 instead of 15, and the largest code is NaN
+            x = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
+            x = tl.where((bits & 0x7F) == 0x7F, float("nan"), x.to(tl.float32) * 256.0)
+    return x
+
+
+@triton.jit
+def attend_kernel(
+    query,  # [R, Hq, D]
+    query_row,
+    query_head,
+    k,
+    v,
+    kv_block,
+    kv_head,
+    block_table,  # int32 [R, blocks]
+    table_row,
+    context_lens,  # int32 [R]
+    budgets,  # int32 [R]
+    tokens,  # int32 [R, sets, L]
+    token_row,
+    token_set,
+    partial,  # float32 [R, Hq, parts, PADDED]
+    maximum,  # float32 [R, Hq, parts], of logits in units of ln 2
+    total,  # float32 [R, Hq, parts]
+    factor,
+    WINDOW: tl.constexpr,  # tokens that a query sees, 0: all
+    SPARSE: tl.constexpr,  # rows with a selection, or else the rows without
+    HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    N: tl.constexpr,
+    SIZE: tl.constexpr,
+    PADDED: tl.constexpr,
+    FP8: tl.constexpr,
+    DTYPE: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """One program: a part of one row's tokens, for HEADS query heads that share them."""
+    row, unit, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(2)
+    length, budget = tl.load(context_lens + row), tl.load(budgets + row)
+    if WINDOW > 0:
+        count = tl.minimum(length, WINDOW)
+    elif SPARSE:
+        count = tl.where(budget < length, budget, 0)
+    else:
+        count = tl.where(budget < length, 0, length)
+    chunk = tl.cdiv(tl.cdiv(count, parts), TOKENS) * TOKENS
+    start = tl.program_id(2) * chunk
+    end = tl.minimum(start + chunk, count)
+
+    member, dim = tl.arange(0, ROWS), tl.arange(0, PADDED)
+    head = unit * HEADS + member
+    real = (member < HEADS)[:, None] & (dim < SIZE)[None, :]
+    query += row * query_row
+    q = tl.load(query + head[:, None] * query_head + dim[None, :], mask=real, other=0).to(DTYPE)
+    kv = unit * HEADS // GROUP
+
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    weight = tl.zeros((ROWS,), tl.float32)
+    out = tl.zeros((ROWS, PADDED), tl.float32)
+    for first in range(start, end, TOKENS):
+        index = first + tl.arange(0, TOKENS)
+        inside = index < end
+        if SPARSE:
+            chosen = tokens + row * token_row + unit * token_set + index
+            token = tl.load(chosen, mask=inside, other=0)
+        else:
+            token = length - count + index
+        block = tl.load(block_table + row * table_row + token // N, mask=inside, other=0)
+        first_of = block.to(tl.int64) * kv_block + kv * kv_head + token % N * SIZE
+        at = first_of[:, None] + dim[None, :]
+        whole = inside[:, None] & (dim < SIZE)[None, :]
+        key = dequantize(tl.load(k + at, mask=whole, other=0), FP8).to(DTYPE)
+        value = dequantize(tl.load(v + at, mask=whole, other=0), FP8).to(DTYPE)
+        logit = tl.dot(q, tl.trans(key), input_precision="ieee") * factor
+        logit = tl.where(inside[None, :], logit, float("-inf"))
+        higher = tl.maximum(top, tl.max(logit, 1))
+        p = tl.exp2(logit - higher[:, None])
+        shrink = tl.exp2(top - higher)
+        weight = weight * shrink + tl.sum(p, 1)
+        out = tl.dot(p.to(DTYPE), value, out * shrink[:, None], input_precision="ieee")
+        top = higher
+
+    unit = (row * (tl.num_programs(1) * HEADS) + head) * parts + tl.program_id(2)
+    mine = member < tl.where(count > 0, HEADS, 0)  # other rows belong to another launch
+    tl.store(maximum + unit, top, mask=mine)
+    tl.store(total + unit, weight, mask=mine)
+    mine = member < tl.where(start < end, HEADS, 0)
+    tl.store(partial + unit[:, None] * PADDED + dim[None, :], out, mask=mine[:, None])
+
+
+@triton.jit
+def merge_kernel(
+    partial,
+    maximum,
+    total,
+    output,  # [R, Hq, D]
+    output_row,
+    output_head,
+    context_lens,
+    budgets,
+    stats,  # int64 [4]: sparse rows, dense rows, context tokens, attended tokens
+    factor,
+    WINDOW: tl.constexpr,
+    PARTS: tl.constexpr,
+    SIZE: tl.constexpr,
+    PADDED: tl.constexpr,
+):
+    """One program: one row and query head."""
+    row, head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
+    length, budget = tl.load(context_lens + row), tl.load(budgets + row)
+    part, dim = tl.arange(0, PARTS), tl.arange(0, PADDED)
+    unit = (row * heads + head) * PARTS + part
+    top = tl.load(maximum + unit, mask=part < tl.where(length > 0, PARTS, 0), other=float("-inf"))
+    used = top > float("-inf")
+    share = tl.exp2(top - tl.where(length > 0, tl.max(top, 0), 0.0))
+    weight = tl.sum(share * tl.load(total + unit, mask=used, other=0))
+    at = partial + unit[:, None] * PADDED + dim[None, :]
+    out = tl.sum(share[:, None] * tl.load(at, mask=used[:, None], other=0), 0)
+    out *= factor / tl.where(length > 0, weight, 1.0)
+    to = output + row * output_row + head * output_head + dim
+    tl.store(to, out.to(output.dtype.element_ty), mask=dim < SIZE)
+
+    if WINDOW > 0:
+        budget, attended = length, tl.minimum(length, WINDOW)
+    else:
+        attended = tl.minimum(budget, length)
+    kind = tl.where(budget < length, 0, 1)
+    counter = tl.arange(0, 4)
+    added = tl.where(counter == 2, length, attended).to(tl.int64) * heads
+    added = tl.where(counter < 2, (counter == kind).to(tl.int64), added)
+    tl.atomic_add(stats + counter, added, mask=counter < tl.where((head == 0) & (length > 0), 4, 0))

@@ -1,0 +1,54 @@
+"""gather: K and V of several contexts, back to back."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from vllm_adamas.backends.triton.attend import dequantize
+
+
+@triton.jit
+def gather_kernel(
+    k,
+    v,
+    kv_block,
+    kv_head,
+    block_table,  # int32 [R, blocks]
+    table_row,
+    context_lens,  # int32 [R]
+    key,  # [T, Hkv, D] with the strides out_*
+    value,
+    key_token,
+    key_head,
+    value_token,
+    value_head,
+    k_scale,
+    v_scale,
+    N: tl.constexpr,
+    SIZE: tl.constexpr,
+    PADDED: tl.constexpr,
+    FP8: tl.constexpr,
+    ROWS: tl.constexpr,  # a power of two above the number of rows
+    TOKENS: tl.constexpr,
+):
+    """One program: TOKENS tokens of one row and KV head."""
+    row, head = tl.program_id(1), tl.program_id(2)
+    others = tl.arange(0, ROWS)
+    before = tl.sum(tl.load(context_lens + others, mask=others < row, other=0).to(tl.int64))
+    length = tl.load(context_lens + row)
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    inside = token < length
+    block = tl.load(block_table + row * table_row + token // N, mask=inside, other=0)
+    dim = tl.arange(0, PADDED)
+    whole = inside[:, None] & (dim < SIZE)[None, :]
+    at = block.to(tl.int64) * kv_block + head * kv_head + token % N * SIZE
+    at = at[:, None] + dim[None, :]
+    one = dequantize(tl.load(k + at, mask=whole, other=0), FP8)
+    two = dequantize(tl.load(v + at, mask=whole, other=0), FP8)
+    if FP8 is not None:
+        one, two = one.to(tl.float32) * k_scale, two.to(tl.float32) * v_scale
+    to = ((before + token) * key_token + head * key_head)[:, None] + dim[None, :]
+    tl.store(key + to, one.to(key.dtype.element_ty), mask=whole)
+    to = ((before + token) * value_token + head * value_head)[:, None] + dim[None, :]
+    tl.store(value + to, two.to(value.dtype.element_ty), mask=whole)

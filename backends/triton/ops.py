@@ -1,0 +1,351 @@
+"""The host side: argument checks, launch shapes, workspaces.
+
+Launch shapes depend on the number of rows and on ``max_context_len`` alone; lengths and budgets are
+read on the device. So a decode step never synchronises and can be captured in a CUDA graph.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+from vllm_adamas.backends import MIN_CAPABILITY
+from vllm_adamas.backends.arguments import typed
+from vllm_adamas.backends.base import Backend, Params
+from vllm_adamas.backends.reference.ops import FP8
+from vllm_adamas.backends.triton.append import append_kernel
+from vllm_adamas.backends.triton.attend import ROWS, attend_kernel, merge_kernel
+from vllm_adamas.backends.triton.gather import gather_kernel
+from vllm_adamas.backends.triton.scan import SETS, encode_kernel, scan_kernel
+from vllm_adamas.backends.triton.select import select_kernel
+from vllm_adamas.errors import AdamasError
+
+DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
+MAX_GROUP = ROWS.value  #: query heads per KV head
+
+#: TRITON_INTERPRET=1: kernels run in Python on CPU tensors, for tests.
+INTERPRETED = not isinstance(append_kernel, triton.JITFunction)
+
+PROGRAMS_PER_SM = 8  #: that a launch aims at, by cutting contexts into parts
+MAX_PARTS = 64  #: of one context; merge holds them all at once
+SCORE_BYTES = 256 << 20  #: of one pass; more rows take several
+APPEND_TOKENS, SELECT_TOKENS, GATHER_TOKENS = 16, 2048, 32
+
+
+class TritonBackend(Backend):
+    """Kernels of this folder: encode and scan, select, attend (sparse rows, dense rows), merge.
+
+    Any of the page's K and V types, up to 16 query heads per KV head, contexts of any length.
+    """
+
+    name = "triton"
+
+    def __init__(self):
+        self._memory: dict[torch.device, torch.Tensor] = {}
+        self._plans: dict[tuple, Plan] = {}
+        self._pages: dict[tuple, Planes] = {}
+        if INTERPRETED:
+            return
+        if not torch.cuda.is_available():
+            raise AdamasError(
+                "kernels='triton' need a GPU that Triton compiles for, and none is visible: choose "
+                "kernels=auto on a CPU."
+            )
+        if torch.version.cuda and torch.cuda.get_device_capability() < MIN_CAPABILITY:
+            raise AdamasError(
+                f"the Triton kernels need compute capability {'.'.join(map(str, MIN_CAPABILITY))}, "
+                f"{torch.cuda.get_device_name()} has "
+                f"{'.'.join(map(str, torch.cuda.get_device_capability()))}: serve with another "
+                "attention backend."
+            )
+
+    @property
+    def description(self) -> str:
+        where = "interpreted" if INTERPRETED else torch.cuda.get_device_name()
+        return f"triton {triton.__version__} ({where})"
+
+    def reserve(self, params, max_rows, max_context_len):
+        """As :meth:`Backend.reserve`. Steps of one device share the workspace: run them on one stream."""
+        device = torch.device("cpu" if INTERPRETED else torch.cuda.current_device())
+        size = max(Plan(params, r, max_context_len, device).size for r in range(1, max_rows + 1))
+        return self._workspace(device, size).nbytes
+
+    def append(self, params, key, value, page, slot_mapping):
+        layout, heads = params.layout, params.num_kv_heads
+        typed("slot_mapping", slot_mapping, torch.int64, None)
+        tokens = slot_mapping.shape[0]
+        key, value = key[:tokens], value[:tokens]  # vLLM pads keys, not slots
+        dtype = key.dtype if params.fp8 else layout.dtype
+        typed("key", key, dtype, tokens, heads, layout.head_size)
+        typed("value", value, dtype, tokens, heads, layout.head_size)
+        if not tokens:
+            return
+        stored_key = _to_fp8(key, params.fp8, params.k_scale) if params.fp8 else key
+        stored_value = _to_fp8(value, params.fp8, params.v_scale) if params.fp8 else value
+        planes = self._planes(params, page)
+        append_kernel[triton.cdiv(tokens, APPEND_TOKENS), heads](
+            key, params.key_mean, stored_key, stored_value, slot_mapping, tokens,
+            *key.stride()[:2], *stored_key.stride()[:2], *stored_value.stride()[:2],
+            planes.k, planes.v, planes.hi, planes.lo, planes.scale, *planes.strides,
+            params.coding.threshold, RELATIVE=params.coding.relative, N=layout.block_size,
+            **_sizes(layout.head_size), BLOCK=_block(layout.head_size), TOKENS=APPEND_TOKENS,
+        )  # fmt: skip
+
+    def scan(self, params, query, page, block_table, context_lens):
+        rows = self._rows(params, query, block_table, context_lens)
+        longest = int(context_lens.max()) if rows else 0
+        shape = (rows, params.num_score_heads, longest)
+        scores = torch.full(shape, float("-inf"), device=query.device)
+        if longest:
+            plan = self._plan(params, rows, longest, query.device)
+            for first in range(0, rows, plan.rows):
+                some = slice(first, first + plan.rows)
+                batch = (block_table[some], context_lens[some], None, scores[some])
+                self._scan(plan, params, query[some], page, *batch)
+        return scores
+
+    def select(self, params, scores, context_lens, budgets):
+        rows, heads, _ = scores.shape
+        typed("scores", scores, torch.float32, rows, heads, None)
+        typed("context_lens", context_lens, torch.int32, rows)
+        typed("budgets", budgets, torch.int32, rows)
+        most = int(torch.minimum(budgets, context_lens).max()) if rows else 0
+        tokens = torch.full((rows, heads, most), -1, dtype=torch.int32, device=scores.device)
+        if most:
+            self._select(params, scores, tokens, context_lens, budgets, sparse_only=False)
+        return tokens
+
+    def decode(
+        self,
+        params,
+        query,
+        page,
+        block_table,
+        context_lens,
+        budgets,
+        output,
+        stats,
+        *,
+        max_context_len=None,
+    ):
+        """As :meth:`Backend.decode`; ``budgets`` being ``context_lens`` says that every row is dense."""
+        rows = context_lens.shape[0]
+        query, output = query[:rows], output[:rows]  # padding may follow
+        self._rows(params, query, block_table, context_lens)
+        typed("output", output, output.dtype, *query.shape)
+        typed("budgets", budgets, torch.int32, rows)
+        typed("stats", stats, torch.int64, 4)
+        if not rows:
+            return
+        longest = block_table.shape[1] * params.layout.block_size
+        if max_context_len is not None:
+            longest = min(longest, max_context_len)
+        dense = params.sliding_window > 0 or budgets is context_lens
+        plan = self._plan(params, rows, longest, query.device)
+        for first in range(0, rows, plan.rows):
+            some = slice(first, first + plan.rows)
+            batch = (block_table[some], context_lens[some], budgets[some])
+            if not dense:
+                self._scan(plan, params, query[some], page, *batch, plan.scores)
+                tokens = plan.scores.view(torch.int32)
+                self._select(params, plan.scores, tokens, *batch[1:], sparse_only=True)
+                self._attend(plan, params, query[some], page, *batch, tokens)
+            self._attend(plan, params, query[some], page, *batch, None)
+            out = output[some]
+            merge_kernel[len(batch[1]), params.num_query_heads](
+                plan.partial, plan.maximum, plan.total, out, *out.stride()[:2], *batch[1:], stats,
+                params.v_scale, WINDOW=params.sliding_window, PARTS=plan.parts,
+                **_sizes(params.layout.head_size),
+            )  # fmt: skip
+
+    def gather(self, params, page, block_table, context_lens, key, value):
+        layout, rows = params.layout, context_lens.shape[0]
+        typed("key", key, key.dtype, None, params.num_kv_heads, layout.head_size)
+        typed("value", value, key.dtype, *key.shape)
+        typed("context_lens", context_lens, torch.int32, rows)
+        typed("block_table", block_table, torch.int32, rows, None)
+        longest = min(len(key), block_table.shape[1] * layout.block_size)
+        if not rows or not longest:
+            return
+        planes = self._planes(params, page)
+        gather_kernel[triton.cdiv(longest, GATHER_TOKENS), rows, params.num_kv_heads](
+            planes.k, planes.v, *planes.strides[:2], block_table, block_table.stride(0),
+            context_lens, key, value, *key.stride()[:2], *value.stride()[:2],
+            params.k_scale, params.v_scale, N=layout.block_size, **_sizes(layout.head_size),
+            FP8=params.fp8, ROWS=triton.next_power_of_2(rows), TOKENS=GATHER_TOKENS,
+        )  # fmt: skip
+
+    def _scan(self, plan, params, query, page, block_table, context_lens, budgets, scores):
+        rows, heads, layout = len(query), params.num_kv_heads, params.layout
+        planes, dot = self._planes(params, page), params.score == "dot"
+        shared = params.selection == "kv_head"
+        encode_kernel[rows, heads](
+            query, plan.weights, plan.bias, *query.stride()[:2], params.coding.threshold,
+            DOT=dot, SHARED=shared, RELATIVE=params.coding.relative, GROUP=params.group,
+            **_sizes(layout.head_size), BLOCK=_block(layout.head_size),
+        )  # fmt: skip
+        scan_kernel[rows, heads, plan.scan_parts](
+            plan.weights, plan.bias, planes.hi, planes.lo, planes.scale, *planes.strides[2:],
+            block_table, block_table.stride(0), context_lens, budgets, scores,
+            *scores.stride()[:2], DOT=dot, NUM_SETS=1 if shared else params.group,
+            N=layout.block_size, **_sizes(layout.head_size), TOKENS=_scan_tokens(layout.head_size),
+        )  # fmt: skip
+
+    def _select(self, params, scores, tokens, context_lens, budgets, sparse_only):
+        select_kernel[len(context_lens), scores.shape[1]](
+            scores, tokens, *scores.stride()[:2], *tokens.stride()[:2], context_lens, budgets,
+            params.num_sink_tokens, params.recent_window, SPARSE_ONLY=sparse_only,
+            TOKENS=SELECT_TOKENS, num_warps=8,
+        )  # fmt: skip
+
+    def _attend(self, plan, params, query, page, block_table, context_lens, budgets, tokens):
+        """Partial attention of the rows with a selection, or where ``tokens`` is None of the others."""
+        layout, planes, sparse = params.layout, self._planes(params, page), tokens is not None
+        alone = sparse and params.selection == "query_head"
+        units = params.num_query_heads if alone else params.num_kv_heads
+        dtype = torch.float32 if INTERPRETED else query.dtype  # numpy has no bfloat16
+        row_bytes = _padded(layout.head_size) * dtype.itemsize
+        attend_kernel[len(query), units, plan.parts](
+            query, *query.stride()[:2], planes.k, planes.v, *planes.strides[:2],
+            block_table, block_table.stride(0), context_lens, budgets,
+            tokens, *(tokens.stride()[:2] if sparse else (0, 0)),
+            plan.partial, plan.maximum, plan.total,
+            params.softmax_scale * params.k_scale / math.log(2), WINDOW=params.sliding_window,
+            SPARSE=sparse, HEADS=1 if alone else params.group, GROUP=params.group,
+            N=layout.block_size, **_sizes(layout.head_size), FP8=params.fp8, DTYPE=DTYPES[dtype],
+            TOKENS=max(16, min(64, 16384 // row_bytes)),
+        )  # fmt: skip
+
+    def _rows(self, params, query, block_table, context_lens) -> int:
+        rows = context_lens.shape[0]
+        typed("context_lens", context_lens, torch.int32, rows)
+        typed("block_table", block_table, torch.int32, rows, None)
+        dtype = query.dtype if params.fp8 else params.layout.dtype
+        typed("query", query, dtype, rows, params.num_query_heads, params.layout.head_size)
+        return rows
+
+    def _plan(self, params: Params, rows: int, longest: int, device: torch.device) -> Plan:
+        key = (params, rows, longest, device)
+        plan = self._plans.get(key)
+        if plan is None:
+            plan = self._plans[key] = Plan(params, rows, longest, device)
+        memory = self._workspace(device, plan.size)
+        if plan.memory is not memory:
+            plan.lay(memory)
+        return plan
+
+    def _workspace(self, device: torch.device, size: int) -> torch.Tensor:
+        """At least ``size`` float32 elements; grows, but not while a graph is captured."""
+        found = self._memory.get(device)
+        if found is None or found.numel() < size:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                raise AdamasError(
+                    f"the decode workspace would have to grow to {4 * size} bytes while a CUDA graph "
+                    "is captured: call reserve() with the largest batch first."
+                )
+            self._memory[device] = found = torch.empty(size, device=device)
+        return found
+
+    def _planes(self, params: Params, page: torch.Tensor) -> Planes:
+        """The planes of a page; computed once per layer."""
+        key = (params, page.data_ptr())
+        planes = self._pages.get(key)
+        if planes is None:
+            planes = self._pages[key] = Planes.of(params, page)
+        return planes
+
+
+class Planes(NamedTuple):
+    """Views of a page and their strides in elements, between blocks and between heads."""
+
+    k: torch.Tensor
+    v: torch.Tensor
+    hi: torch.Tensor
+    lo: torch.Tensor
+    scale: torch.Tensor
+    strides: tuple[int, ...]
+
+    @classmethod
+    def of(cls, params: Params, page: torch.Tensor) -> Planes:
+        if params.group > MAX_GROUP:
+            raise AdamasError(
+                f"{params.group} query heads per KV head are more than the {MAX_GROUP} that the Triton "
+                "kernels handle: serve this model with another attention backend."
+            )
+        layout = params.layout
+        planes = [plane(page) for plane in (layout.k, layout.v, layout.hi, layout.lo, layout.scale)]
+        k, _, hi, _, scale = planes
+        return cls(*planes, (*k.stride()[:2], *hi.stride()[:2], *scale.stride()[:2]))
+
+
+class Plan:
+    """How a step of R rows is cut into programs and passes, and where its workspace lies.
+
+    Args:
+        longest: an upper bound of the contexts.
+    """
+
+    def __init__(self, params: Params, rows: int, longest: int, device: torch.device):
+        heads, padded = params.num_kv_heads, _padded(params.layout.head_size)
+        self.rows = min(rows, max(1, SCORE_BYTES // (4 * params.num_score_heads * longest)))
+        processors = (
+            torch.cuda.get_device_properties(device).multi_processor_count
+            if device.type == "cuda"
+            else 1
+        )
+        wanted = -(-PROGRAMS_PER_SM * processors // (self.rows * heads))
+        self.scan_parts = min(wanted, triton.cdiv(longest, _scan_tokens(params.layout.head_size)))
+        self.parts = min(MAX_PARTS, triton.next_power_of_2(wanted))
+        sets = (self.rows, heads, 3, SETS.value, padded)
+        split = (self.rows, params.num_query_heads, self.parts)
+        self._shapes = {
+            "scores": (self.rows, params.num_score_heads, longest),
+            "weights": (*sets[:-1], padded // 2),  # float16
+            "bias": (*sets[:2], SETS.value),
+            "partial": (*split, padded),
+            "maximum": split,
+            "total": split,
+        }
+        #: float32 elements; every part begins at a multiple of 64
+        self.size = sum(_whole(shape) for shape in self._shapes.values())
+        self.memory: torch.Tensor | None = None
+
+    def lay(self, memory: torch.Tensor) -> None:
+        """Cuts the workspace up."""
+        self.memory, first = memory, 0
+        for name, shape in self._shapes.items():
+            setattr(self, name, memory[first : first + math.prod(shape)].view(shape))
+            first += _whole(shape)
+        self.weights = self.weights.view(torch.float16)
+
+
+def _whole(shape: tuple[int, ...]) -> int:
+    return -(-math.prod(shape) // 64) * 64
+
+
+def _padded(size: int) -> int:
+    return triton.next_power_of_2(size)
+
+
+def _scan_tokens(size: int) -> int:
+    """Tokens whose unpacked bits fit into 32 KiB of shared memory."""
+    return min(128, 16384 // _padded(size))
+
+
+def _block(size: int) -> int:
+    """Dimensions that one Hadamard matrix transforms."""
+    return size & -size
+
+
+def _sizes(size: int) -> dict[str, int]:
+    return {"SIZE": size, "PADDED": _padded(size)}
+
+
+def _to_fp8(x: torch.Tensor, kind: str, scale: float) -> torch.Tensor:
+    """As the reference does it; rounding is PyTorch's, since not every GPU converts to fp8."""
+    top = torch.finfo(FP8[kind]).max
+    return (x.float() / scale).clamp(-top, top).to(FP8[kind]).view(torch.uint8)

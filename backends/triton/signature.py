@@ -1,0 +1,54 @@
+"""What append and scan share on the device: the Hadamard transform and the 2-bit codes."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+WORD = tl.constexpr(32)  #: dimensions per signature word
+TILE = tl.constexpr(16)  #: tokens per signature tile
+
+
+@triton.jit
+def hadamard(x, ROWS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
+    """Orthonormal transform of float32 [ROWS, PADDED] in blocks of BLOCK dimensions.
+
+    The additions come in the order of the reference, so the result has the same bits.
+    """
+    x = tl.reshape(x, (ROWS * PADDED // BLOCK, BLOCK))
+    for i in tl.static_range(8):
+        if (2 << i) <= BLOCK:
+            pairs = tl.reshape(x, (ROWS * PADDED // BLOCK, BLOCK // (2 << i), 2, 1 << i))
+            a, b = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
+            pairs = tl.permute(tl.join(a + b, a - b), (0, 1, 3, 2))
+            x = tl.reshape(pairs, (ROWS * PADDED // BLOCK, BLOCK))
+    return tl.reshape(x * BLOCK**-0.5, (ROWS, PADDED))
+
+
+@triton.jit
+def bucketize(x, threshold, RELATIVE: tl.constexpr, SIZE: tl.constexpr):
+    """Codes 0..3, int32 [ROWS, PADDED], of a transformed vector with SIZE dimensions; NaN gives 0."""
+    t = threshold
+    if RELATIVE:
+        t = threshold * tl.sqrt(tl.sum(x * x, 1) / SIZE)[:, None]
+    return (x >= -t).to(tl.int32) + (x >= 0).to(tl.int32) + (x >= t).to(tl.int32)
+
+
+@triton.jit
+def pack(bits, ROWS: tl.constexpr, PADDED: tl.constexpr):
+    """Bits, int32 [ROWS, PADDED], to words [ROWS, PADDED/32]."""
+    bits = tl.reshape(bits, (ROWS, PADDED // WORD, WORD))
+    return tl.sum(bits << tl.arange(0, WORD)[None, None, :], 2)
+
+
+@triton.jit
+def unpack(words, PADDED: tl.constexpr, TOKENS: tl.constexpr):
+    """Words [PADDED/32, TOKENS] to bits, float16 [PADDED, TOKENS]."""
+    bits = (words[:, None, :] >> tl.arange(0, WORD)[None, :, None]) & 1
+    return tl.reshape(bits.to(tl.float16), (PADDED, TOKENS))
+
+
+@triton.jit
+def signature_offset(offset, SIZE: tl.constexpr):
+    """Where the first word of a block's token lies in a signature plane; words are TILE apart."""
+    return offset // TILE * (SIZE // WORD * TILE) + offset % TILE

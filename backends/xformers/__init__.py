@@ -1,0 +1,126 @@
+"""Dense decode through xformers' paged split-K operator: an independent oracle, and a peer to time.
+
+No backend of :mod:`vllm_adamas.backends.base`: the operator knows neither signatures nor pages of
+planes. It finds row i of page p at (p * page_size + i) times one stride, and the blocks of an adamas
+page are no multiple of a row apart, so it attends to a copy that :func:`planes` makes. Of xformers
+only the operator that is written in Triton is used; the wheel's compiled ones need the PyTorch that
+they were built with.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+
+from vllm_adamas.backends.arguments import typed
+from vllm_adamas.backends.base import Params
+from vllm_adamas.errors import AdamasError
+
+HEAD_SIZES = (64, 128, 256)
+BLOCK_MULTIPLE = 64  #: the operator's step along the tokens of a page
+DTYPES = (torch.float16, torch.bfloat16)
+LAST_TRITON = (3, 8)  #: Triton 3.9 dropped block pointers, which the operator is made of
+
+
+@cache
+def _operator():
+    """xformers' function and its Triton split-K operator."""
+    import triton
+
+    if tuple(map(int, triton.__version__.split(".")[:2])) > LAST_TRITON:
+        raise AdamasError(
+            f"xformers' split-K operator needs block pointers, which Triton {triton.__version__} has "
+            f"dropped: install Triton {'.'.join(map(str, LAST_TRITON))} or older."
+        )
+    try:
+        from xformers.ops.fmha import memory_efficient_attention_forward
+        from xformers.ops.fmha.triton_splitk import FwOp
+    except ImportError as error:
+        raise AdamasError(
+            f"xformers cannot be imported ({error}): install xformers==0.0.35 beside a PyTorch of "
+            "2.10 or newer."
+        ) from error
+    return memory_efficient_attention_forward, FwOp
+
+
+def planes(params: Params, page: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Copies of a page's K and V, ``[num_blocks, N, Hkv, D]``, for the same block tables."""
+    if params.fp8:
+        raise AdamasError(
+            "xformers' operator reads no fp8 pages of this layout: compare bf16 pages."
+        )
+    layout = params.layout
+    key, value = (plane(page).transpose(1, 2).contiguous() for plane in (layout.k, layout.v))
+    return key, value
+
+
+def attention_bias(context_lens: list[int], block_table: torch.Tensor, block_size: int):
+    """xformers' description of a decode step: which tokens of which pages each row sees.
+
+    Args:
+        context_lens: tokens of each row, at least 1, on the host.
+        block_table: int32 ``[R, blocks]``.
+        block_size: N, a multiple of ``BLOCK_MULTIPLE``.
+    """
+    if block_size % BLOCK_MULTIPLE:
+        raise AdamasError(
+            f"xformers' split-K operator walks pages in steps of {BLOCK_MULTIPLE} tokens: block_size "
+            f"{block_size} is not a multiple of it."
+        )
+    rows = len(context_lens)
+    typed("block_table", block_table, torch.int32, rows, None)
+    capacity = block_table.shape[1] * block_size
+    if not all(1 <= length <= capacity for length in context_lens):
+        raise ValueError(f"context_lens: expected 1 to {capacity} tokens each, got {context_lens}")
+    _operator()
+    from xformers.ops.fmha import attn_bias as bias
+
+    dense = bias.BlockDiagonalPaddedKeysMask.from_seqlens([1] * rows, capacity, context_lens)
+    paged = dense.make_paged(block_table, block_size, bias.PagedBlockDiagonalPaddedKeysMask)
+    return paged.to(block_table.device)
+
+
+def dense_decode(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias, softmax_scale: float
+) -> torch.Tensor:
+    """Attention of R query tokens over their whole contexts, ``[R, Hq, D]``.
+
+    Args:
+        query: ``[R, Hq, D]``, contiguous.
+        key, value: ``[num_blocks, N, Hkv, D]``, contiguous; Hkv divides Hq.
+        bias: of :func:`attention_bias`.
+
+    Raises:
+        AdamasError: xformers has no operator for the head size, the dtype or the device.
+    """
+    rows, query_heads, size = query.shape
+    blocks, block_size, heads, _ = key.shape
+    if size not in HEAD_SIZES:
+        raise AdamasError(
+            f"xformers' split-K operator has no head size {size}: it has "
+            f"{', '.join(map(str, HEAD_SIZES))}."
+        )
+    if query.dtype not in DTYPES:
+        raise AdamasError(
+            f"xformers' split-K operator has no {query.dtype}: it has float16 and bfloat16."
+        )
+    typed("key", key, query.dtype, blocks, bias.page_size, heads, size)
+    typed("value", value, query.dtype, *key.shape)
+    if query.device.type != "cuda" or torch.cuda.get_device_capability(query.device) < (8, 0):
+        raise AdamasError(
+            "xformers' split-K operator needs an NVIDIA GPU of compute capability 8.0 or newer."
+        )
+    attend, operator = _operator()
+    group = query_heads // heads
+    # Grouped heads share keys and values: a dimension of stride 0.
+    shared = (1, blocks * block_size, heads, group, size)
+    output = attend(
+        query.view(1, rows, heads, group, size),
+        key.view(*shared[:3], 1, size).expand(shared),
+        value.view(*shared[:3], 1, size).expand(shared),
+        attn_bias=bias,
+        scale=softmax_scale,
+        op=operator,
+    )
+    return output.view(rows, query_heads, size)
