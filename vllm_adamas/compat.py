@@ -175,13 +175,23 @@ def page_spec(spec, content_bytes: int):
     return dataclasses.replace(spec, state_content_bytes=content_bytes)
 
 
-def adamas_parts(worker) -> tuple[dict, list]:
-    """The adamas layers (name to implementation, in model order) and metadata builders of a worker."""
+def adamas_parts(worker) -> tuple[dict, list, Callable[[int], list]]:
+    """What an evaluation changes in a worker of its own process.
+
+    Returns:
+        the adamas layers, name to layer in model order; the metadata builders; and a function that
+        gives ``SamplingParams.extra_args`` of the first requests of the batch, in the order of its rows.
+    """
     runner = worker.model_runner
     layers = {
-        name: layer.impl
+        name: layer
         for name, layer in runner.compilation_config.static_forward_context.items()
         if type(getattr(layer, "impl", None)).__name__ == "AdamasImpl"
     }
     builders = [group.get_metadata_builder() for groups in runner.attn_groups for group in groups]
-    return layers, builders
+
+    def extra_args(rows: int) -> list[dict]:
+        ids = runner.input_batch.req_ids[:rows]
+        return [runner.requests[name].sampling_params.extra_args or {} for name in ids]
+
+    return layers, builders, extra_args

@@ -95,6 +95,10 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
         self.stats.warming_up = True
         return metadata
 
+    def set_budgets(self, context_lens, prefilling, out) -> None:
+        """:func:`token_budgets` under the configuration; an evaluation gives each row its own."""
+        token_budgets(self.config, context_lens, prefilling, out)
+
     def build(
         self,
         common_prefix_len: int,
@@ -108,11 +112,8 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
         seq_lens = common.seq_lens[: common.num_reqs]
         context_lens, budgets = seq_lens[:num_decodes], self._budgets[:num_decodes]
         prefilling = common.is_prefilling
-        token_budgets(
-            self.config,
-            context_lens,
-            None if prefilling is None else prefilling[:num_decodes],
-            budgets,
+        self.set_budgets(
+            context_lens, None if prefilling is None else prefilling[:num_decodes], budgets
         )
         plan = None
         if num_prefills:

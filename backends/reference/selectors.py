@@ -15,7 +15,7 @@ from vllm_adamas.backends.reference.ops import FP8
 
 Selector = Literal["oracle", "quest", "streaming_llm"]
 
-ROWS = 16  #: rows at a time, which bounds the memory of a step
+ELEMENTS = 1 << 27  #: of keys in float32 at a time
 QUEST_PAGE = 16  #: tokens per page of Quest (arXiv 2406.10774)
 STREAMING_SINKS = 4  #: first tokens that StreamingLLM keeps (arXiv 2309.17453)
 
@@ -38,15 +38,14 @@ class SelectorBackend(Through):
     def scan(self, params, query, page, block_table, context_lens):
         rows = query.shape[0]
         longest = int(context_lens.max()) if rows else 0
-        key, _ = self._context(params, page, block_table, longest)
-        return self._scores(params, query, key, context_lens)
-
-    def _scores(self, params, query, key, context_lens):
-        """``[R, Hq, D], [R, Hkv, L, D] -> [R, Hq, L]``, -inf beyond a context."""
-        longest = key.shape[2]
         q = query.float().unflatten(1, (params.num_kv_heads, params.group))  # [R, Hkv, G, D]
-        position = torch.arange(longest, device=key.device)
+        position = torch.arange(longest, device=query.device)
         beyond = (position >= context_lens.view(-1, 1))[:, None]  # [R, 1, L]
+        key = (
+            None
+            if self.selector == "streaming_llm"
+            else self._keys(params, page, block_table, longest)
+        )
         if self.selector == "oracle":
             scores = (q @ key.transpose(-1, -2)).flatten(1, 2)
         elif self.selector == "quest":
@@ -103,37 +102,39 @@ class SelectorBackend(Through):
             stats,
             max_context_len=max_context_len,
         )
-        for rows in sparse.nonzero().flatten().split(ROWS) if bool(sparse.any()) else ():
-            output[rows] = self._attend(
-                params, query[rows], page, block_table[rows], context_lens[rows], budgets[rows]
-            ).to(output.dtype)
+        if not bool(sparse.any()):
+            return
+        elements = int(context_lens.max()) * params.num_kv_heads * params.layout.head_size
+        for rows in sparse.nonzero().flatten().split(max(1, ELEMENTS // elements)):
+            some = (page, block_table[rows], context_lens[rows])
+            tokens = self.select(
+                params, self.scan(params, query[rows], *some), context_lens[rows], budgets[rows]
+            )
+            found = self._attend(params, query[rows].float(), page, block_table[rows], tokens)
+            output[rows] = found.to(output.dtype)
 
-    def _attend(self, params, query, page, block_table, context_lens, budgets):
-        """Softmax over the chosen tokens, float32 ``[R, Hq, D]``."""
-        longest = int(context_lens.max())
-        key, value = self._context(params, page, block_table, longest)  # [R, Hkv, L, D]
-        scores = self._scores(params, query, key, context_lens)
-        tokens = self.select(params, scores, context_lens, budgets).long()  # [R, Hq, K]
-        unused = tokens < 0
-        at = tokens.clamp_min(0).unflatten(1, (params.num_kv_heads, params.group)).flatten(2)
-        at = at.unsqueeze(-1).expand(-1, -1, -1, key.shape[-1])  # [R, Hkv, G * K, D]
+    def _attend(self, params, query, page, block_table, tokens):
+        """Softmax over ``tokens`` ``[R, Hq, K]``, -1 where there is none: float32 ``[R, Hq, D]``."""
+        layout = params.layout
+        heads = torch.arange(params.num_query_heads, device=page.device) // params.group
+        at = tokens.long().clamp_min(0)
+        row = torch.arange(len(at), device=page.device)[:, None, None]
+        block = block_table[row, at // layout.block_size].long()  # [R, Hq, K]
         k, v = (
-            x.gather(2, at).unflatten(2, (params.group, -1)).flatten(1, 2) for x in (key, value)
+            self._real(params, plane[block, heads[None, :, None], at % layout.block_size]) * scale
+            for plane, scale in ((layout.k(page), params.k_scale), (layout.v(page), params.v_scale))
         )  # [R, Hq, K, D]
-        logits = (k @ query.float().unsqueeze(-1)).squeeze(-1) * params.softmax_scale
-        weights = logits.masked_fill(unused, -torch.inf).softmax(-1)
+        logits = (k @ query.unsqueeze(-1)).squeeze(-1) * params.softmax_scale
+        weights = logits.masked_fill(tokens < 0, -torch.inf).softmax(-1)
         return (weights.unsqueeze(2) @ v).squeeze(2)
 
+    def _keys(self, params, page, block_table, longest):
+        """K of R contexts, float32 ``[R, Hkv, L, D]``; finite beyond a context."""
+        used = block_table[:, : -(-longest // params.layout.block_size)].long()
+        key = self._real(params, params.layout.k(page)[used])  # [R, blocks, Hkv, N, D]
+        key = key.transpose(1, 2).flatten(2, 3)[:, :, :longest] * params.k_scale
+        return key.nan_to_num_(0.0, 0.0, 0.0)  # blocks beyond a context hold anything
+
     @staticmethod
-    def _context(params, page, block_table, longest):
-        """K and V of R contexts, float32 ``[R, Hkv, L, D]`` each; zero beyond a context."""
-        layout = params.layout
-        used = block_table[:, : -(-longest // layout.block_size)].long()
-        planes = []
-        for plane, scale in ((layout.k(page), params.k_scale), (layout.v(page), params.v_scale)):
-            found = plane[used]  # [R, blocks, Hkv, N, D]
-            if params.fp8:
-                found = found.view(FP8[params.fp8])
-            found = found.transpose(1, 2).flatten(2, 3)[:, :, :longest].float() * scale
-            planes.append(found.nan_to_num(0.0))  # blocks beyond a context hold anything
-        return planes
+    def _real(params, x):
+        return (x.view(FP8[params.fp8]) if params.fp8 else x).float()

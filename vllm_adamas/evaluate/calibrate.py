@@ -13,7 +13,7 @@ from vllm_adamas import __version__
 from vllm_adamas import profile as profiles
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.evaluate import texts
-from vllm_adamas.evaluate.engine import Continuation, Engine
+from vllm_adamas.evaluate.engine import Engine, Request
 from vllm_adamas.evaluate.shadow import KeyCapture, KeyRecord, MassRecord, Shadow
 
 BUDGETS = (32, 64, 128, 256, 512, 1024)
@@ -50,14 +50,14 @@ def calibrate(
     budgets = tuple(b for b in BUDGETS if b <= context // 2)
     if not budgets:
         raise AdamasError(f"--context {context} is too short to calibrate on: give at least 64.")
-    engine = Engine(model, context + 64, max_num_seqs=8, **engine_options)
+    engine = Engine(model, context + 64, **engine_options)
     windows = texts.windows(
         engine.tokenizer, sources, context, min(STEPS, context // 4), max(1, tokens // context)
     )
     keys = KeyRecord()
     engine.use({"token_budget": 1.0}, partial(KeyCapture, record=keys))
     engine.run(windows, progress="mean keys")
-    identity = profiles.identify(engine.llm.llm_engine.vllm_config.model_config)
+    identity = profiles.identify(engine.model_config)
     layers = [_layer(keys, layer) for layer in sorted(keys.tokens)]
     made = profiles.Profile(
         created_by=f"vllm-adamas {__version__}",
@@ -97,11 +97,11 @@ def _layer(keys: KeyRecord, layer: int) -> profiles.LayerProfile:
 
 
 def _measure(
-    engine: Engine, windows: list[Continuation], options: dict, budgets: tuple[int, ...], name: str
+    engine: Engine, windows: list[Request], options: dict, budgets: tuple[int, ...], name: str
 ) -> MassRecord:
     record = MassRecord(budgets)
     engine.use(
-        {"num_dense_layers": 0, "token_budget": budgets[-1], **options},
+        {"token_budget": 1.0, **options},  # dense, so that all settings see the same queries
         partial(Shadow, record=record, stride=4),
     )
     engine.run(windows, progress=name)
@@ -109,15 +109,16 @@ def _measure(
 
 
 def _masses(tables: dict[str, MassRecord], layer: int) -> dict[str, dict[str, float]]:
-    if not next(iter(tables.values())).rows.get(layer):
+    if layer not in next(iter(tables.values())).layers():
         return {}  # a sliding window: dense
     masses = {}
     for name, record in tables.items():
         for what, title in (("mass", name), ("oracle", ORACLE)):
-            table, rows = getattr(record, what), record.rows[layer]
             if title not in masses:
+                row = record.layers().index(layer)
                 masses[title] = {
-                    str(b): round(float((table[layer, b] / rows).mean()), 4) for b in record.budgets
+                    str(b): round(float(record.mean(what, b)[row].mean()), 4)
+                    for b in record.budgets
                 }
     return masses
 

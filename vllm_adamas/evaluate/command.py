@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from vllm_adamas import profile as profiles
+from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.evaluate import report, texts
 from vllm_adamas.evaluate.calibrate import calibrate as make_profile
@@ -39,9 +40,9 @@ def evaluate(args, configs: list[dict], engine_options: dict) -> int:
     families = _split(args.arms) or (QUICK_ARMS if args.quick else tuple(FAMILIES))
     arms = [Arm.of(family, budget) for family in families for budget in budgets]
     for number, options in enumerate(configs, 1):
-        budget = options.get("token_budget", 256)
-        family = f"config-{number}"
-        arms.append(Arm(family, family, budget if isinstance(budget, int) else 0, options))
+        budget, name = AdamasConfig.parse(options).token_budget, f"config-{number}"
+        at = budget if isinstance(budget, int) else 0
+        arms.append(Arm(name, name, at, options, batched=False))
     options = {}
     if args.profile:
         profiles.load(args.profile)

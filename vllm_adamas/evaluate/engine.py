@@ -2,7 +2,8 @@
 
 What is measured is what a server runs: vLLM's scheduler and model runner, the attention backend and
 its kernels. One engine serves every configuration of a study, so that prompts are prefilled once:
-prefill is dense, hence their pages are the same for all configurations that code keys alike.
+prefill is dense, hence K and V of a prompt are the same under all of them, and only its codes are made
+again where a configuration codes keys differently.
 """
 
 from __future__ import annotations
@@ -17,45 +18,52 @@ from pathlib import Path
 import torch
 
 from vllm_adamas import compat
+from vllm_adamas.backends import get_backend
 from vllm_adamas.backends.base import Backend
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
 
-#: A process that evaluates holds the engine itself; one whose environment says otherwise is told.
+#: The engine runs in the process that evaluates it.
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
+SILENT = {"metrics": False, "log_interval": 0}
+RECODE_BYTES = 1 << 28  #: of K and V that are coded again at a time
 
 
 @dataclass(frozen=True)
-class Continuation:
-    """A prompt and the text that really follows it, both as token ids."""
-
-    prompt: list[int]
-    target: list[int]
-
-
-class Scores:
-    """What the model thought of forced tokens: W windows of S tokens each.
-
-    The first token of a target is predicted by the (dense) prefill, so S is one less than its length.
+class Request:
+    """A prompt, and what is to follow it.
 
     Args:
-        nll: ``[W, S]``, negative log-likelihood of each token in nats.
-        kl: ``[W, S]``, divergence KL(reference || model) in nats; None without a reference.
-        log_probs: float32 ``[W, S, vocabulary]`` if they were asked for.
+        prompt: token ids.
+        target: the text that really follows, forced token by token; or None, to generate greedily.
+        tokens: how many to generate.
+        budget: tokens that a sparse layer attends; None in all requests of a run is as the
+            configuration says, in some of them everything.
+        window: identifies what is forced, for the divergence from the same window's dense run.
     """
 
-    def __init__(self, windows: int, steps: int):
-        self.nll = torch.full((windows, steps), torch.nan)
-        self.kl: torch.Tensor | None = None
-        self.log_probs: torch.Tensor | None = None
+    prompt: list[int]
+    target: list[int] | None = None
+    tokens: int = 1
+    budget: int | None = None
+    window: int = 0
 
 
 @dataclass(frozen=True)
 class Run:
-    """What :meth:`Engine.run` found: of forced windows their scores, of free prompts their tokens."""
+    """What a run found, in the order of its requests; the first token of a target is not scored.
 
-    scores: Scores
+    Args:
+        tokens: of every request.
+        nll: negative log-likelihood of each forced token in nats, ``[steps]`` per forced request.
+        kl: KL(reference || model) at each of these, if there was a reference.
+        log_probs: float32 ``[forced requests, steps, vocabulary]`` if they were asked for.
+    """
+
     tokens: list[list[int]]
+    nll: torch.Tensor
+    kl: torch.Tensor | None
+    log_probs: torch.Tensor | None
 
 
 class Engine:
@@ -65,10 +73,10 @@ class Engine:
         max_model_len: longest prompt with its continuation, in tokens.
         max_num_seqs: requests that run together.
         options: options that hold for all configurations, such as a profile or kernels.
-        threads: CPU threads; None leaves it to vLLM.
+        engine_options: further arguments of vLLM's LLM.
 
     Raises:
-        AdamasError: the model or an option cannot be served, or another engine ran here before.
+        AdamasError: the model or an option cannot be served.
     """
 
     def __init__(
@@ -78,30 +86,27 @@ class Engine:
         *,
         max_num_seqs: int = 16,
         options: dict | None = None,
-        dtype: str = "auto",
         **engine_options,
     ):
         os.environ.update(ENVIRONMENT)
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         compat.require_supported_vllm()
         from vllm import LLM
         from vllm.platforms import current_platform
 
         from vllm_adamas.evaluate.forcing import ForcedContinuation
 
-        on_cpu = current_platform.is_cpu()
-        if on_cpu:
+        if current_platform.is_cpu():
             engine_options.setdefault("distributed_executor_backend", "uni")
         self.options = dict(options or {})
         self.forcing = ForcedContinuation
-        try:
+        with _adamas_errors():
             self.llm = LLM(
                 model=str(model),
-                dtype=dtype,
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
                 attention_backend=compat.NAME,
-                additional_config={"adamas": {"metrics": False, "log_interval": 0, **self.options}},
+                additional_config={"adamas": {**SILENT, **self.options}},
                 enforce_eager=True,
                 enable_prefix_caching=True,
                 async_scheduling=False,
@@ -109,89 +114,114 @@ class Engine:
                 disable_log_stats=True,
                 **engine_options,
             )
-        except AdamasError:
-            raise
-        except Exception as error:
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, AdamasError):
-                cause = cause.__cause__ or cause.__context__
-            if cause is None:
-                raise
-            raise cause from None
         self.tokenizer = self.llm.get_tokenizer()
+        ((self._layers, self._builders, self._extra_args),) = self.llm.collective_rpc(
+            compat.adamas_parts
+        )
+        for builder in self._builders:
+            builder.set_budgets = partial(self._set_budgets, builder, builder.set_budgets)
         self._coding: tuple | None = None
-        (self._layers, self._builders), *_ = self.llm.collective_rpc(compat.adamas_parts)
-        self.device = torch.device(current_platform.device_type)
 
     @property
-    def layers(self) -> list[str]:
-        """Names of the attention layers, in the order of the model."""
-        return list(self._layers)
+    def model_config(self):
+        """vLLM's ModelConfig."""
+        return self.llm.llm_engine.vllm_config.model_config
 
     def use(
         self, options: dict, wrap: Callable[[Backend, int], Backend] | None = None
     ) -> AdamasConfig:
-        """Serve with these options from now on, through ``wrap(backend, layer)`` if given.
-
-        Cached prompts are forgotten when they hold other codes than the options ask for.
-        """
-        config = AdamasConfig.parse(
-            {"metrics": False, "log_interval": 0, **self.options, **options}
-        )
-        for number, impl in enumerate(self._layers.values()):
-            impl.reconfigure(config, partial(wrap, layer=number) if wrap else None)
+        """Serve with these options from now on, through ``wrap(backend, layer)`` if given."""
+        config = AdamasConfig.parse({**SILENT, **self.options, **options})
+        for number, layer in enumerate(self._layers.values()):
+            layer.impl.reconfigure(config, partial(wrap, layer=number) if wrap else None)
         for builder in self._builders:
             builder.config = config
-        coding = tuple(
-            (config.coding(impl.head_size), config.profile) for impl in self._layers.values()
-        )
-        if coding != self._coding:
-            self._coding = coding
-            self.llm.reset_prefix_cache()
+        sizes = {layer.impl.head_size for layer in self._layers.values()}
+        coding = (config.profile, *(config.coding(size) for size in sorted(sizes)))
+        if self._coding not in (None, coding):
+            self._recode()
+        self._coding = coding
         return config
+
+    def _recode(self) -> None:
+        """Codes the keys of every page again; with an fp8 cache, which has lost bits, forgets them."""
+        for layer in self._layers.values():
+            impl, page = layer.impl, layer.kv_cache
+            if impl.kv_cache_dtype.startswith("fp8"):
+                self.llm.reset_prefix_cache()
+                return
+            params = impl._of(layer, page)
+            backend = get_backend(impl.config.kernels, page.device.type)  # unseen by recorders
+            layout, size, blocks = params.layout, params.layout.block_size, len(page)
+            at_once = max(1, RECODE_BYTES // (page[0].numel() * page.element_size()))
+            for first in range(0, blocks, at_once):
+                some = slice(first, min(first + at_once, blocks))
+                key, value = (
+                    plane(page)[some].transpose(1, 2).flatten(0, 1).contiguous()
+                    for plane in (layout.k, layout.v)
+                )  # [blocks * N, Hkv, D]
+                slots = torch.arange(some.start * size, some.stop * size, device=page.device)
+                backend.append(params, key, value, page, slots)
+
+    def _set_budgets(self, builder, by_config, context_lens, prefilling, out) -> None:
+        """Rows of requests with a budget of their own get that."""
+        by_config(context_lens, prefilling, out)
+        rows = len(context_lens)
+        own = [extra.get(self.forcing.BUDGET) for extra in self._extra_args(rows)]
+        if len(own) < rows or all(budget is None for budget in own):
+            return  # a warm-up step has rows without requests
+        prompts = [False] * rows if prefilling is None else prefilling.tolist()
+        everything = torch.iinfo(torch.int32).max
+        wanted = [
+            everything if prompt or budget is None else budget
+            for prompt, budget in zip(prompts, own, strict=True)
+        ]
+        torch.minimum(context_lens, torch.tensor(wanted, dtype=torch.int32).to(out.device), out=out)
 
     def run(
         self,
-        forced: Sequence[Continuation] = (),
-        free: Sequence[list[int]] = (),
-        free_tokens: int = 1,
-        reference: torch.Tensor | None = None,
+        requests: Sequence[Request],
         *,
+        reference: torch.Tensor | None = None,
         keep: bool = False,
         progress: str | None = None,
     ) -> Run:
-        """One batch: forces targets, decode step by decode step, and generates greedily.
+        """All requests in one batch, as far as they fit.
 
         Args:
-            forced: windows whose targets have one length.
-            free: prompts of which exactly ``free_tokens`` greedy tokens are wanted each.
-            reference: log-probabilities that an earlier call kept, for the divergence.
+            requests: the targets of those that have one are of one length.
+            reference: ``[windows, steps, vocabulary]`` that an earlier run kept, for the divergence.
             keep: keep the log-probabilities of forced tokens.
             progress: title of a progress bar.
         """
         from vllm import SamplingParams
 
-        steps = len(forced[0].target) - 1 if forced else 0
-        scores = Scores(len(forced), steps)
-        if reference is not None:
-            scores.kl = torch.full((len(forced), steps), torch.nan)
-        options = [
-            {"max_tokens": len(w.target), "extra_args": self.forcing.arguments(i, w.target)}
-            for i, w in enumerate(forced)
-        ] + [{"max_tokens": free_tokens}] * len(free)
-        prompts = [w.prompt for w in forced] + list(free)
-        with self.forcing.recording(scores, reference, keep):
+        forced = [request for request in requests if request.target is not None]
+        index = {id(request): number for number, request in enumerate(forced)}
+        with self.forcing.recording(forced, reference, keep) as record:
             outputs = self.llm.generate(
-                [{"prompt_token_ids": ids} for ids in prompts],
+                [{"prompt_token_ids": request.prompt} for request in requests],
                 [
-                    SamplingParams(temperature=0, ignore_eos=True, detokenize=False, **some)
-                    for some in options
+                    SamplingParams(
+                        temperature=0,
+                        ignore_eos=True,
+                        detokenize=False,
+                        max_tokens=request.tokens
+                        if request.target is None
+                        else len(request.target),
+                        extra_args={
+                            self.forcing.BUDGET: request.budget,
+                            self.forcing.FORCED: index.get(id(request)),
+                        },
+                    )
+                    for request in requests
                 ],
-                use_tqdm=bar(progress) if progress else False,
+                use_tqdm=_bar(progress) if progress else False,
             )
-        if scores.nll.isnan().any():
+        if record.nll.isnan().any():
             raise RuntimeError("a forced token was not seen by the recorder")
-        return Run(scores, [list(out.outputs[0].token_ids) for out in outputs[len(forced) :]])
+        tokens = [list(output.outputs[0].token_ids) for output in outputs]
+        return Run(tokens, record.nll.cpu(), record.kl_or_none(), record.log_probs)
 
     def close(self) -> None:
         """Frees the engine."""
@@ -199,12 +229,26 @@ class Engine:
             self.llm.llm_engine.engine_core.shutdown()
 
 
-def bar(title: str) -> Callable:
+@contextlib.contextmanager
+def _adamas_errors():
+    """What vLLM raises because of an AdamasError becomes that error."""
+    try:
+        yield
+    except Exception as error:
+        cause: BaseException | None = error
+        while cause is not None and not isinstance(cause, AdamasError):
+            cause = cause.__cause__ or cause.__context__
+        if cause is None:
+            raise
+        raise cause from None
+
+
+def _bar(title: str) -> Callable:
     """A progress bar with a title of our own, as vLLM's generate() wants it."""
     from tqdm import tqdm
 
     def make(*args, **kwargs):
-        kwargs.update(desc=title, leave=False, dynamic_ncols=True, postfix=None)
+        kwargs.update(desc=title, leave=False, dynamic_ncols=True)
         return tqdm(*args, **kwargs)
 
     return make

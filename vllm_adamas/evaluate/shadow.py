@@ -8,36 +8,35 @@ import torch
 
 from vllm_adamas.backends.base import Backend, Params, Through
 
-ROWS = 8  #: compared at most per step; they take turns
+ROWS = 8  #: of a budget that are compared at most per step; they take turns
 
 
 class MassRecord:
-    """Sums over sampled sparse rows, per layer: each value is a float64 tensor ``[Hq]``.
+    """Sums over sampled sparse rows, per layer and budget: each value is a float64 tensor ``[Hq]``.
 
-    The attention mass of a set of tokens is the sum of their dense softmax weights.
+    The attention mass of a set of tokens is the sum of their dense softmax weights; ``oracle`` is that
+    of the tokens with the largest weights.
 
     Args:
-        budgets: sizes of the sets that are measured; empty takes each row's own.
+        budgets: sizes of the sets that are measured, in dense rows too; empty takes each row's own.
+        pooled: rows of any budget are added up, under budget 0.
     """
 
-    def __init__(self, budgets: tuple[int, ...] = ()):
-        self.budgets = budgets
-        self.rows: dict[int, int] = defaultdict(int)
+    def __init__(self, budgets: tuple[int, ...] = (), pooled: bool = False):
+        self.budgets, self.pooled = budgets, pooled
+        self.rows: dict[tuple[int, int], int] = defaultdict(int)
         self.mass: dict[tuple[int, int], torch.Tensor | float] = defaultdict(float)
         self.oracle: dict[tuple[int, int], torch.Tensor | float] = defaultdict(float)
-        self.error: dict[int, torch.Tensor | float] = defaultdict(float)
+        self.error: dict[tuple[int, int], torch.Tensor | float] = defaultdict(float)
 
     def layers(self) -> list[int]:
         """Layers that had sparse rows."""
-        return sorted(self.rows)
+        return sorted({layer for layer, _ in self.rows})
 
-    def mean(self, what: str, budget: int = 0) -> torch.Tensor:
+    def mean(self, what: str, budget: int) -> torch.Tensor:
         """``mass``, ``oracle`` or ``error`` averaged over rows: ``[sparse layers, Hq]``."""
         table = getattr(self, what)
-        keys = self.layers() if what == "error" else [(layer, budget) for layer in self.layers()]
-        return torch.stack(
-            [table[k] / self.rows[n] for n, k in zip(self.layers(), keys, strict=True)]
-        )
+        return torch.stack([table[n, budget] / self.rows[n, budget] for n in self.layers()])
 
 
 class Shadow(Through):
@@ -60,12 +59,18 @@ class Shadow(Through):
         self._steps += 1
         if params.sliding_window or self._steps % self.stride:
             return
-        sparse = (budgets < context_lens).nonzero().flatten().tolist()
-        turn = self._steps // self.stride * ROWS % max(1, len(sparse))
-        for row in (sparse[turn:] + sparse[:turn])[:ROWS]:
-            one = slice(row, row + 1)
-            rows = (query[one], page, block_table[one], context_lens[one], budgets[one])
-            self._look(params, *rows, output[row])
+        by_budget = defaultdict(list)
+        for row, (budget, length) in enumerate(
+            zip(budgets.tolist(), context_lens.tolist(), strict=True)
+        ):
+            if budget < length or (self.record.budgets and max(self.record.budgets) < length):
+                by_budget[budget].append(row)
+        for rows in by_budget.values():
+            turn = self._steps // self.stride * ROWS % len(rows)
+            for row in (rows[turn:] + rows[:turn])[:ROWS]:
+                one = slice(row, row + 1)
+                seen = (query[one], page, block_table[one], context_lens[one], budgets[one])
+                self._look(params, *seen, output[row])
 
     def _look(self, params: Params, query, page, table, lens, budget, output) -> None:
         record, layer, length = self.record, self.layer, int(lens)
@@ -78,17 +83,20 @@ class Shadow(Through):
         dense = (weights @ value).flatten(0, 1)  # [Hq, D]
         weights = weights.flatten(0, 1)  # [Hq, L]
         error = (output.float() - dense).norm(dim=-1) / dense.norm(dim=-1).clamp_min(1e-30)
+        name = 0 if record.pooled else int(budget)
+        record.error[layer, name] += error.double().cpu()
+        sizes = record.budgets or (int(budget),)
         scores = self.inner.scan(params, query, page, table, lens)
-        best = weights.sort(-1, descending=True).values.cumsum(-1)
-        record.rows[layer] += 1
-        record.error[layer] += error.double().cpu()
-        for size in record.budgets or (0,):
-            wanted = budget if not size else torch.full_like(budget, size)
+        best = weights.topk(min(max(sizes), length), -1).values.cumsum(-1)  # [Hq, K]
+        for size in sizes:
+            wanted = torch.full_like(budget, size)
             tokens = self.inner.select(params, scores, lens, wanted)[0].long()  # [sets, K]
             tokens = tokens.repeat_interleave(params.num_query_heads // len(tokens), 0)  # [Hq, K]
             mass = weights.gather(1, tokens.clamp_min(0)).masked_fill(tokens < 0, 0.0).sum(-1)
-            record.mass[layer, size] += mass.double().cpu()
-            record.oracle[layer, size] += best[:, min(int(wanted), length) - 1].double().cpu()
+            name = 0 if record.pooled else size
+            record.rows[layer, name] += 1
+            record.mass[layer, name] += mass.double().cpu()
+            record.oracle[layer, name] += best[:, min(size, length) - 1].double().cpu()
 
 
 class KeyRecord:

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from vllm_adamas import profile as profiles
 from vllm_adamas.backends.reference.selectors import SelectorBackend
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.evaluate import tasks, texts
-from vllm_adamas.evaluate.engine import Continuation, Engine
+from vllm_adamas.evaluate.engine import Engine, Request
 from vllm_adamas.evaluate.shadow import MassRecord, Shadow
 
 FORMAT, VERSION = "vllm-adamas-eval", 1
@@ -50,8 +50,10 @@ class Arm:
     Args:
         name: unique; what results call it.
         options: of the backend.
-        family, budget: where it stands in tables and plots; budget 0 is dense.
+        family, budget: where it stands in tables and plots; 0 is dense or varies.
         selector: a reference selector instead of the backend's own scan and select.
+        batched: its requests carry the budget, so that all budgets of a family run in one batch;
+            else the configuration alone says what they attend, as in a server.
     """
 
     name: str
@@ -59,10 +61,11 @@ class Arm:
     budget: int
     options: dict = field(default_factory=dict, hash=False)
     selector: str | None = None
+    batched: bool = True
 
     @classmethod
     def dense(cls) -> Arm:
-        return cls(DENSE, DENSE, 0, {"token_budget": 1.0})
+        return cls(DENSE, DENSE, 0, {"token_budget": 1.0}, batched=False)
 
     @classmethod
     def of(cls, family: str, budget: int) -> Arm:
@@ -79,6 +82,16 @@ class Arm:
         return cls(
             f"{family}-{budget}", family, budget, {**options, "token_budget": budget}, selector
         )
+
+    def group(self) -> tuple:
+        """Arms of one group differ in their budgets alone, and run in one batch."""
+        options = {k: v for k, v in self.options.items() if k != "token_budget"}
+        alone = "" if self.batched else self.name
+        return self.selector, json.dumps(options, sort_keys=True), alone
+
+    def own_budget(self) -> int | None:
+        """What each of its requests carries; None where the configuration itself says it."""
+        return self.budget if self.batched else None
 
     def fits(self) -> bool:
         """Whether the budget leaves something to select beside sinks and window."""
@@ -185,55 +198,70 @@ class Study:
         engine = Engine(
             settings.model, settings.context + most, options=settings.options, **engine_options
         )
-        model_config = engine.llm.llm_engine.vllm_config.model_config
-        self.result["model"] = profiles.identify(model_config).model_dump()
+        self.result["model"] = profiles.identify(engine.model_config).model_dump()
         windows = texts.windows(
             engine.tokenizer, self.sources, settings.context, settings.steps, settings.windows
         )
-        for number, arm in enumerate(todo, 1):
+        groups: dict[tuple, list[Arm]] = {}
+        for arm in todo:
+            groups.setdefault(arm.group(), []).append(arm)
+        runs = [
+            (part, group) for part in (self._text, self._retrieval) for group in groups.values()
+        ]
+        for number, (part, group) in enumerate(runs, 1):
             started = time.monotonic()
-            cell = self.result["cells"].setdefault(
-                arm.name,
-                {"family": arm.family, "budget": arm.budget, "options": arm.options, "tasks": {}},
-            )
-            title = f"[{number}/{len(todo)}] {arm.name}"
-            for run in (self._text, self._retrieval):
-                cell["tasks"].update(run(engine, arm, windows, title))
+            names = ", ".join(arm.name for arm in group)
+            found = part(engine, group, windows, f"[{number}/{len(runs)}] {names}")
+            for arm, results in found.items():
+                self._cell(arm)["tasks"].update(results)
+            if found:
                 self._save()
-            print(f"{arm.name}: {time.monotonic() - started:.0f} s", file=sys.stderr)
+                print(f"{names}: {time.monotonic() - started:.0f} s", file=sys.stderr)
         engine.close()
         return self.result
 
-    def _text(self, engine: Engine, arm: Arm, windows: list[Continuation], title: str) -> dict:
-        """Perplexity and agreement: the same windows, forced and free, in one batch."""
-        missing, found = self.missing(arm), {}
-        forced = windows if PERPLEXITY in missing else []
-        free = [w.prompt for w in windows] if AGREEMENT in missing else []
-        if forced and self._reference is None and arm.name != DENSE:
-            _use(engine, Arm.dense())
-            dense = engine.run(windows, keep=True, progress=f"{title}, dense first")
-            self._reference = dense.scores.log_probs
+    def _cell(self, arm: Arm) -> dict:
+        empty = {"family": arm.family, "budget": arm.budget, "options": arm.options, "tasks": {}}
+        return self.result["cells"].setdefault(arm.name, empty)
+
+    def _text(self, engine: Engine, group: list[Arm], windows: list[Request], title: str) -> dict:
+        """Perplexity and agreement: the same windows, forced and free, of all budgets in one batch."""
+        forced = [arm for arm in group if PERPLEXITY in self.missing(arm)]
+        free = [arm for arm in group if AGREEMENT in self.missing(arm)]
         if not forced and not free:
-            return found
-        record, keep = MassRecord(), arm.name == DENSE
+            return {}
+        is_dense = group[0].name == DENSE
+        if forced and self._reference is None and not is_dense:
+            _use(engine, Arm.dense())
+            dense = engine.run(windows, keep=True, progress=f"{title}: dense first")
+            self._reference = dense.log_probs
+        requests = [replace(w, budget=arm.own_budget()) for arm in forced for w in windows]
+        requests += [
+            Request(w.prompt, tokens=self.settings.free_tokens, budget=arm.own_budget())
+            for arm in free
+            for w in windows
+        ]
+        record = MassRecord(pooled=not group[0].batched)
         shadow = partial(Shadow, record=record, stride=self.settings.stride)
-        _use(engine, arm, shadow if forced else None)
-        run = engine.run(
-            forced, free, self.settings.free_tokens, self._reference, keep=keep, progress=title
-        )
-        if forced:
-            scores = run.scores
-            self._reference = scores.log_probs if keep else self._reference
-            found[PERPLEXITY] = {"nll": _means(scores.nll), "steps": scores.nll.shape[1]}
-            if scores.kl is not None:
-                found[PERPLEXITY]["kl"] = _means(scores.kl)
+        _use(engine, group[0], shadow if forced and not is_dense else None)
+        run = engine.run(requests, reference=self._reference, keep=is_dense, progress=title)
+        if is_dense:
+            self._reference = run.log_probs
+        found: dict[Arm, dict] = {arm: {} for arm in group}
+        for number, arm in enumerate(forced):
+            mine = slice(number * len(windows), (number + 1) * len(windows))
+            measured = {"nll": _means(run.nll[mine]), "steps": run.nll.shape[1]}
+            if run.kl is not None:
+                measured["kl"] = _means(run.kl[mine])
             if record.layers():
-                found[PERPLEXITY]["layers"] = record.layers()
-                found[PERPLEXITY]["rows"] = record.rows[record.layers()[0]]
+                layers, budget = record.layers(), arm.own_budget() or 0
+                measured |= {"layers": layers, "rows": record.rows[layers[0], budget]}
                 for what in ("mass", "oracle", "error"):
-                    found[PERPLEXITY][what] = [_rounded(row) for row in record.mean(what)]
-        if free:
-            found[AGREEMENT] = self._agreement(arm, run.tokens)
+                    measured[what] = [_rounded(row) for row in record.mean(what, budget)]
+            found[arm][PERPLEXITY] = measured
+        rest = iter(run.tokens[len(forced) * len(windows) :])
+        for arm in free:
+            found[arm][AGREEMENT] = self._agreement(arm, [next(rest) for _ in windows])
         return found
 
     def _agreement(self, arm: Arm, tokens: list[list[int]]) -> dict:
@@ -248,24 +276,36 @@ class Study:
         ]
         return {"agreed": agreed, "of": self.settings.free_tokens}
 
-    def _retrieval(self, engine: Engine, arm: Arm, windows, title: str) -> dict:
-        """Every retrieval task in one batch."""
-        names = [task for task in self.missing(arm) if task in tasks.TASKS]
-        if not names:
-            return {}
+    def _retrieval(self, engine: Engine, group: list[Arm], windows, title: str) -> dict:
+        """Every retrieval task of all budgets in one batch."""
         s, hay = self.settings, "\n\n".join(text.content for text in self.sources)
-        for name in names:
-            if name not in self._prompts:
-                self._prompts[name] = tasks.prompts(
-                    engine.tokenizer, name, hay, s.context - s.answer_tokens, s.prompts, s.seed
-                )
-        prompts = [(name, prompt) for name in names for prompt in self._prompts[name]]
-        _use(engine, arm)
-        run = engine.run((), [p.ids for _, p in prompts], s.answer_tokens, progress=title)
-        found: dict[str, dict] = {name: {"scores": []} for name in names}
-        for (name, prompt), ids in zip(prompts, run.tokens, strict=True):
-            found[name]["scores"].append(round(prompt.score(engine.tokenizer.decode(ids)), 4))
+        asked = [
+            (arm, name, prompt)
+            for arm in group
+            for name in self.missing(arm)
+            if name in tasks.TASKS
+            for prompt in self._prompts_of(name, engine.tokenizer, hay)
+        ]
+        if not asked:
+            return {}
+        _use(engine, group[0])
+        run = engine.run(
+            [Request(p.ids, tokens=s.answer_tokens, budget=a.own_budget()) for a, _, p in asked],
+            progress=title,
+        )
+        found: dict[Arm, dict] = {}
+        for (arm, name, prompt), ids in zip(asked, run.tokens, strict=True):
+            scores = found.setdefault(arm, {}).setdefault(name, {"scores": []})["scores"]
+            scores.append(round(prompt.score(engine.tokenizer.decode(ids)), 4))
         return found
+
+    def _prompts_of(self, task: str, tokenizer, hay: str) -> list[tasks.Prompt]:
+        if task not in self._prompts:
+            s = self.settings
+            self._prompts[task] = tasks.prompts(
+                tokenizer, task, hay, s.context - s.answer_tokens, s.prompts, s.seed
+            )
+        return self._prompts[task]
 
     def _save(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -169,18 +169,22 @@ def prompts(tokenizer, task: str, hay: str, context: int, count: int, seed: int)
             raise AdamasError(
                 f"the task {task} needs {frame} tokens and the context is {context}: raise --context."
             )
-        chosen, at = [], rng.randrange(len(sentences))
+        first = at = rng.randrange(len(sentences))
         while lengths[at % len(sentences)] <= room:
             room -= lengths[at % len(sentences)]
-            chosen.append(sentences[at % len(sentences)])
             at += 1
+        chosen = [sentences[i % len(sentences)] for i in range(first, at)]
         # Later needles stand later, as a chain of assignments must.
         places = sorted(rng.randrange(len(chosen) + 1) for _ in needles.needles)
         for place, needle in reversed(list(zip(places, needles.needles, strict=True))):
             chosen.insert(place, needle)
         ids = _ids(tokenizer, needles, chosen)
         while len(ids) > context:  # joints may cost a token
-            chosen.remove(next(s for s in chosen if s not in needles.needles))
+            over = len(ids) - context
+            while over > 0:
+                chosen.remove(sentences[first % len(sentences)])
+                over -= lengths[first % len(sentences)]
+                first += 1
             ids = _ids(tokenizer, needles, chosen)
         made.append(Prompt(ids, needles.expected))
     return made

@@ -9,7 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from vllm_adamas.errors import AdamasError
-from vllm_adamas.evaluate.engine import Continuation
+from vllm_adamas.evaluate.engine import Request
 
 PACKAGED = "alice.txt"  #: Lewis Carroll, Alice's Adventures in Wonderland (1865), public domain
 CALIBRATION_SHARE = 0.4  #: of the packaged book; the rest is for evaluation
@@ -59,7 +59,7 @@ def read(paths: Sequence[str]) -> list[Text]:
 
 def windows(
     tokenizer, texts: Sequence[Text], context: int, steps: int, limit: int
-) -> list[Continuation]:
+) -> list[Request]:
     """Windows of ``context`` tokens whose last ``steps`` are scored, evenly spread over the texts.
 
     Windows do not overlap; a tokenizer's own first tokens (BOS) stand before each.
@@ -83,4 +83,4 @@ def windows(
         found = [found[i * len(found) // limit] for i in range(limit)]
     # One token more than the steps: the first is predicted by the prefill.
     cut = body - steps - 1
-    return [Continuation(start + ids[:cut], ids[cut:]) for ids in found]
+    return [Request(start + ids[:cut], ids[cut:], window=i) for i, ids in enumerate(found)]
