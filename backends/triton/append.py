@@ -17,7 +17,7 @@ from vllm_adamas.backends.triton.signature import (
 FP16_MAX = tl.constexpr(65504.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])  # every step has another number of them
 def append_kernel(
     key,  # [T, Hkv, D] with the strides key_*
     mean,  # float32 [Hkv, D] or None

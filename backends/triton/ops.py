@@ -46,6 +46,7 @@ class TritonBackend(Backend):
 
     def __init__(self):
         self._memory: dict[torch.device, torch.Tensor] = {}
+        self._reserved: dict[tuple, int] = {}
         self._plans: dict[tuple, Plan] = {}
         self._pages: dict[tuple, Planes] = {}
         if INTERPRETED:
@@ -71,8 +72,12 @@ class TritonBackend(Backend):
     def reserve(self, params, max_rows, max_context_len):
         """As :meth:`Backend.reserve`. Steps of one device share the workspace: run them on one stream."""
         device = torch.device("cpu" if INTERPRETED else torch.cuda.current_device())
-        size = max(Plan(params, r, max_context_len, device).size for r in range(1, max_rows + 1))
-        return self._workspace(device, size).nbytes
+        key = (params, max_rows, max_context_len)
+        if key not in self._reserved:  # the layers of a model ask alike
+            self._reserved[key] = max(
+                Plan(params, rows + 1, max_context_len, device).size for rows in range(max_rows)
+            )
+        return self._workspace(device, self._reserved[key]).nbytes
 
     def append(self, params, key, value, page, slot_mapping):
         layout, heads = params.layout, params.num_kv_heads
@@ -232,10 +237,9 @@ class TritonBackend(Backend):
         key = (params, rows, longest, device)
         plan = self._plans.get(key)
         if plan is None:
-            plan = self._plans[key] = Plan(params, rows, longest, device)
-        memory = self._workspace(device, plan.size)
-        if plan.memory is not memory:
-            plan.lay(memory)
+            plan = Plan(params, rows, longest, device)
+            plan.lay(self._workspace(device, plan.size))
+            self._plans[key] = plan
         return plan
 
     def _workspace(self, device: torch.device, size: int) -> torch.Tensor:
@@ -247,6 +251,7 @@ class TritonBackend(Backend):
                     f"the decode workspace would have to grow to {4 * size} bytes while a CUDA graph "
                     "is captured: call reserve() with the largest batch first."
                 )
+            self._plans.clear()  # they hold on to the memory
             self._memory[device] = found = torch.empty(size, device=device)
         return found
 
@@ -312,11 +317,10 @@ class Plan:
         }
         #: float32 elements; every part begins at a multiple of 64
         self.size = sum(_whole(shape) for shape in self._shapes.values())
-        self.memory: torch.Tensor | None = None
 
     def lay(self, memory: torch.Tensor) -> None:
         """Cuts the workspace up."""
-        self.memory, first = memory, 0
+        first = 0
         for name, shape in self._shapes.items():
             setattr(self, name, memory[first : first + math.prod(shape)].view(shape))
             first += _whole(shape)
