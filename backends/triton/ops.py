@@ -20,7 +20,7 @@ from vllm_adamas.backends.reference.ops import FP8
 from vllm_adamas.backends.triton.append import append_kernel
 from vllm_adamas.backends.triton.attend import ROWS, attend_kernel, merge_kernel
 from vllm_adamas.backends.triton.gather import gather_kernel
-from vllm_adamas.backends.triton.scan import SETS, encode_kernel, scan_kernel
+from vllm_adamas.backends.triton.scan import PLANES, encode_kernel, scan_kernel
 from vllm_adamas.backends.triton.select import select_kernel
 from vllm_adamas.errors import AdamasError
 
@@ -32,8 +32,9 @@ INTERPRETED = not isinstance(append_kernel, triton.JITFunction)
 
 PROGRAMS_PER_SM = 8  #: that a launch aims at, by cutting contexts into parts
 MAX_PARTS = 64  #: of one context; merge holds them all at once
-SCORE_BYTES = 256 << 20  #: of one pass; more rows take several
-APPEND_TOKENS, SELECT_TOKENS, GATHER_TOKENS = 16, 2048, 32
+SCORE_BYTES = 512 << 20  #: scores and tokens of one pass; more rows take several
+APPEND_TOKENS, SCAN_TOKENS, SELECT_TOKENS, GATHER_TOKENS = 16, 128, 4096, 32
+SAMPLES, CANDIDATES = 1024, 1024  #: of select: scores that suggest a pivot; tokens of a later step
 
 
 class TritonBackend(Backend):
@@ -118,11 +119,13 @@ class TritonBackend(Backend):
         typed("scores", scores, torch.float32, rows, heads, None)
         typed("context_lens", context_lens, torch.int32, rows)
         typed("budgets", budgets, torch.int32, rows)
-        most = int(torch.minimum(budgets, context_lens).max()) if rows else 0
-        tokens = torch.full((rows, heads, most), -1, dtype=torch.int32, device=scores.device)
+        kept = torch.minimum(budgets, context_lens)
+        most = int(kept.max()) if rows else 0
+        tokens = torch.empty_like(scores, dtype=torch.int32)
         if most:
             self._select(params, scores, tokens, context_lens, budgets, sparse_only=False)
-        return tokens
+        index = torch.arange(most, device=scores.device)
+        return tokens[..., :most].masked_fill(index >= kept[:, None, None], -1)
 
     def decode(
         self,
@@ -156,9 +159,8 @@ class TritonBackend(Backend):
             batch = (block_table[some], context_lens[some], budgets[some])
             if not dense:
                 self._scan(plan, params, query[some], page, *batch, plan.scores)
-                tokens = plan.scores.view(torch.int32)
-                self._select(params, plan.scores, tokens, *batch[1:], sparse_only=True)
-                self._attend(plan, params, query[some], page, *batch, tokens)
+                self._select(params, plan.scores, plan.tokens, *batch[1:], sparse_only=True)
+                self._attend(plan, params, query[some], page, *batch, plan.tokens)
             self._attend(plan, params, query[some], page, *batch, None)
             out = output[some]
             merge_kernel[len(batch[1]), params.num_query_heads](
@@ -188,23 +190,26 @@ class TritonBackend(Backend):
         rows, heads, layout = len(query), params.num_kv_heads, params.layout
         planes, dot = self._planes(params, page), params.score == "dot"
         shared = params.selection == "kv_head"
+        summed = dot and shared
         encode_kernel[rows, heads](
-            query, plan.weights, plan.bias, *query.stride()[:2], params.coding.threshold,
-            DOT=dot, SHARED=shared, RELATIVE=params.coding.relative, GROUP=params.group,
-            **_sizes(layout.head_size), BLOCK=_block(layout.head_size),
+            query, plan.planes, plan.bias, *query.stride()[:2], params.coding.threshold,
+            DOT=dot, SUMMED=summed, RELATIVE=params.coding.relative, GROUP=params.group,
+            GROUP_PADDED=_padded(params.group), **_sizes(layout.head_size),
+            BLOCK=_block(layout.head_size),
         )  # fmt: skip
         scan_kernel[rows, heads, plan.scan_parts](
-            plan.weights, plan.bias, planes.hi, planes.lo, planes.scale, *planes.strides[2:],
+            plan.planes, plan.bias, planes.hi, planes.lo, planes.scale, *planes.strides[2:],
             block_table, block_table.stride(0), context_lens, budgets, scores,
-            *scores.stride()[:2], DOT=dot, NUM_SETS=1 if shared else params.group,
-            N=layout.block_size, **_sizes(layout.head_size), TOKENS=_scan_tokens(layout.head_size),
+            *scores.stride()[:2], DOT=dot, SHARED=shared, GROUP=params.group,
+            ROWS=1 if summed else _padded(params.group), N=layout.block_size,
+            SIZE=layout.head_size, TOKENS=SCAN_TOKENS,
         )  # fmt: skip
 
     def _select(self, params, scores, tokens, context_lens, budgets, sparse_only):
         select_kernel[len(context_lens), scores.shape[1]](
             scores, tokens, *scores.stride()[:2], *tokens.stride()[:2], context_lens, budgets,
             params.num_sink_tokens, params.recent_window, SPARSE_ONLY=sparse_only,
-            TOKENS=SELECT_TOKENS, num_warps=8,
+            SAMPLES=SAMPLES, TOKENS=SELECT_TOKENS, CANDIDATES=CANDIDATES, num_warps=8,
         )  # fmt: skip
 
     def _attend(self, plan, params, query, page, block_table, context_lens, budgets, tokens):
@@ -296,21 +301,22 @@ class Plan:
 
     def __init__(self, params: Params, rows: int, longest: int, device: torch.device):
         heads, padded = params.num_kv_heads, _padded(params.layout.head_size)
-        self.rows = min(rows, max(1, SCORE_BYTES // (4 * params.num_score_heads * longest)))
+        self.rows = min(rows, max(1, SCORE_BYTES // (8 * params.num_score_heads * longest)))
         processors = (
             torch.cuda.get_device_properties(device).multi_processor_count
             if device.type == "cuda"
             else 1
         )
         wanted = -(-PROGRAMS_PER_SM * processors // (self.rows * heads))
-        self.scan_parts = min(wanted, triton.cdiv(longest, _scan_tokens(params.layout.head_size)))
+        self.scan_parts = min(wanted, triton.cdiv(longest, SCAN_TOKENS))
         self.parts = min(MAX_PARTS, triton.next_power_of_2(wanted))
-        sets = (self.rows, heads, 3, SETS.value, padded)
+        queries = (self.rows, heads, _padded(params.group))
         split = (self.rows, params.num_query_heads, self.parts)
         self._shapes = {
             "scores": (self.rows, params.num_score_heads, longest),
-            "weights": (*sets[:-1], padded // 2),  # float16
-            "bias": (*sets[:2], SETS.value),
+            "tokens": (self.rows, params.num_score_heads, longest),
+            "planes": (*queries, PLANES.value, params.layout.words),
+            "bias": queries,
             "partial": (*split, padded),
             "maximum": split,
             "total": split,
@@ -324,7 +330,8 @@ class Plan:
         for name, shape in self._shapes.items():
             setattr(self, name, memory[first : first + math.prod(shape)].view(shape))
             first += _whole(shape)
-        self.weights = self.weights.view(torch.float16)
+        for name in ("tokens", "planes", "bias"):
+            setattr(self, name, getattr(self, name).view(torch.int32))
 
 
 def _whole(shape: tuple[int, ...]) -> int:
@@ -333,11 +340,6 @@ def _whole(shape: tuple[int, ...]) -> int:
 
 def _padded(size: int) -> int:
     return triton.next_power_of_2(size)
-
-
-def _scan_tokens(size: int) -> int:
-    """Tokens whose unpacked bits fit into 32 KiB of shared memory."""
-    return min(128, 16384 // _padded(size))
 
 
 def _block(size: int) -> int:

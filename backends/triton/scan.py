@@ -1,12 +1,11 @@
 """scan: the score of every context token, from signatures alone.
 
-Both scores are one product of matrices: each query becomes weights for two or three planes of bits,
-and a bias. With code c = 2 * hi + lo of a key,
+Both scores are sums over bits, and bits are counted 32 at a time. With code c = 2 * hi + lo of a key,
 
-    dot:        sum q * (2c - 3)  =  4q . hi + 2q . lo - 3 sum q            times the token's scale
-    manhattan:  -sum |a - c|      =  sum over t = 1..3 of (2[a >= t] - 1) . [c >= t]  -  sum a
+    dot:        sum q * (2c - 3)  =  2 * sum over b of 2^b * (2 |hi & q_b| + |lo & q_b|)  -  3 sum q
+    manhattan:  -sum |a - c|      =  -sum over t = 1..3 of |[a >= t] xor [c >= t]|
 
-Bits and weights are exact in float16 and the sums are integers below 2^24, so scores are exact.
+where q_b are the bits of the 4-bit query, the last one of weight -8, and |x| counts the bits of x.
 """
 
 from __future__ import annotations
@@ -19,84 +18,84 @@ from vllm_adamas.backends.triton.signature import (
     WORD,
     bucketize,
     hadamard,
+    pack,
     signature_offset,
-    unpack,
 )
 
-SETS = tl.constexpr(16)  #: token sets of a KV head, padded to what a tensor core multiplies
-QUERY_MAX = tl.constexpr(7)  #: a 4-bit query
+QUERY_BITS = tl.constexpr(4)
+QUERY_MAX = tl.constexpr(7)
+PLANES = tl.constexpr(4)  #: of an encoded query, in memory; manhattan uses three
 ROUND = tl.constexpr(12582912.0)  #: 1.5 * 2^23: adding it leaves no bits for a fraction
 
 
 @triton.jit
 def _quantize(q):
-    """Symmetric 4-bit query, integers in float32 [SETS, PADDED]; halves round to even."""
+    """Symmetric 4-bit query, int32 [ROWS, PADDED]; halves round to even."""
     step = tl.max(tl.abs(q), 1) / QUERY_MAX
     usable = (step > 0) & (step < float("inf"))
     inverse = tl.where(usable, tl.div_rn(1.0, tl.where(usable, step, 1.0)), 0.0)
     inverse = tl.where(inverse < float("inf"), inverse, 0.0)
     x = (q * inverse[:, None] + ROUND) - ROUND
     x = tl.where(x == x, x, 0.0)
-    return tl.minimum(tl.maximum(x, -QUERY_MAX), QUERY_MAX)
-
-
-@triton.jit
-def _sum_of_group(x, real):
-    """[SETS, PADDED]: the sum over the query heads in the first row, zeros below."""
-    total = tl.sum(tl.where(real, x, 0.0), 0)[None, :]
-    return tl.where((tl.arange(0, SETS) == 0)[:, None], total, 0.0)
+    return tl.minimum(tl.maximum(x, -QUERY_MAX), QUERY_MAX).to(tl.int32)
 
 
 @triton.jit
 def encode_kernel(
     query,  # [R, Hq, D]
-    weights,  # float16 [R, Hkv, 3, SETS, PADDED]
-    bias,  # float32 [R, Hkv, SETS]
+    planes,  # int32 [R, Hkv, ROWS, PLANES, D/32]: bits of the encoded queries
+    bias,  # int32 [R, Hkv, ROWS]: -3 sum q
     query_row,
     query_head,
     threshold,
     DOT: tl.constexpr,
-    SHARED: tl.constexpr,
+    SUMMED: tl.constexpr,  # the group's queries become one, ROWS is 1
     RELATIVE: tl.constexpr,
     GROUP: tl.constexpr,
+    GROUP_PADDED: tl.constexpr,
     SIZE: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program: the query heads of one row and KV head."""
-    row, head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    member, dim = tl.arange(0, SETS), tl.arange(0, PADDED)
+    ROWS: tl.constexpr = 1 if SUMMED else GROUP_PADDED
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    member, dim = tl.arange(0, GROUP_PADDED), tl.arange(0, PADDED)
     real = (member < GROUP)[:, None] & (dim < SIZE)[None, :]
     at = row * query_row + (head * GROUP + member)[:, None] * query_head + dim[None, :]
     q = tl.load(query + at, mask=real, other=0).to(tl.float32)
-    q = hadamard(q, SETS, PADDED, BLOCK)
+    q = hadamard(q, GROUP_PADDED, PADDED, BLOCK)
+    if SUMMED:
+        q = tl.sum(q, 0)[None, :]
 
-    unit = row * heads + head
-    to = weights + unit * (3 * SETS * PADDED) + member[:, None] * PADDED + dim[None, :]
+    encoded, word = tl.arange(0, ROWS), tl.arange(0, PADDED // WORD)
+    unit = (row * tl.num_programs(1) + head) * ROWS + encoded
+    to = planes + (unit * (PLANES * SIZE // WORD))[:, None] + word[None, :]
+    inside = (word < SIZE // WORD)[None, :]
     if DOT:
-        if SHARED:
-            q = _sum_of_group(q, real)
         q = _quantize(q)
-        tl.store(to, (4 * q).to(tl.float16))
-        tl.store(to + SETS * PADDED, (2 * q).to(tl.float16))
-        offset = -3.0 * tl.sum(q, 1)
+        for b in tl.static_range(QUERY_BITS):
+            tl.store(to + b * (SIZE // WORD), pack((q >> b) & 1, ROWS, PADDED), mask=inside)
+        tl.store(bias + unit, -3 * tl.sum(q, 1))
     else:
         a = bucketize(q, threshold, RELATIVE, SIZE)
         for t in tl.static_range(3):
-            weight = tl.where(a > t, 1.0, -1.0)
-            if SHARED:
-                weight = _sum_of_group(weight, real)
-            tl.store(to + t * (SETS * PADDED), weight.to(tl.float16))
-        a = a.to(tl.float32)
-        if SHARED:
-            a = _sum_of_group(a, real)
-        offset = -tl.sum(tl.where(real, a, 0.0), 1)
-    tl.store(bias + unit * SETS + member, offset)
+            at_least = (a > t).to(tl.int32)
+            tl.store(to + t * (SIZE // WORD), pack(at_least, ROWS, PADDED), mask=inside)
+
+
+@triton.jit
+def _popcount(x):
+    """Set bits of uint32, in the form that the compiler turns into one instruction."""
+    x -= (x >> 1) & 0x55555555
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24).to(tl.int32)
 
 
 @triton.jit
 def scan_kernel(
-    weights,
+    planes,
     bias,
     hi,
     lo,
@@ -113,13 +112,15 @@ def scan_kernel(
     score_row,
     score_set,
     DOT: tl.constexpr,
-    NUM_SETS: tl.constexpr,
+    SHARED: tl.constexpr,  # one set per KV head
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,  # as in encode
     N: tl.constexpr,
     SIZE: tl.constexpr,
-    PADDED: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
     """One program: a part of one row's context, for one KV head."""
+    WORDS: tl.constexpr = SIZE // WORD
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
     length = tl.load(context_lens + row)
     chunk = tl.cdiv(tl.cdiv(length, tl.num_programs(2)), TOKENS) * TOKENS
@@ -128,33 +129,54 @@ def scan_kernel(
     if budgets is not None:
         end = tl.where(tl.load(budgets + row) < length, end, start)
 
-    member, dim, word = tl.arange(0, SETS), tl.arange(0, PADDED), tl.arange(0, PADDED // WORD)
-    unit = row * tl.num_programs(1) + head
-    weights += unit * (3 * SETS * PADDED) + member[:, None] * PADDED + dim[None, :]
-    weight0, weight1 = tl.load(weights), tl.load(weights + SETS * PADDED)
-    if not DOT:
-        weight2 = tl.load(weights + 2 * SETS * PADDED)
-    offset = tl.load(bias + unit * SETS + member)[:, None]
-    to = scores + row * score_row + (head * NUM_SETS + member)[:, None] * score_set
+    encoded = tl.arange(0, ROWS)
+    unit = (row * tl.num_programs(1) + head) * ROWS + encoded
+    planes += unit * (PLANES * WORDS)
+    which = tl.arange(0, 1 if SHARED else ROWS)
+    sets = 1 if SHARED else GROUP
+    scores += row * score_row + (head * sets + which)[:, None] * score_set
+    if DOT:
+        offset = tl.load(bias + unit)[:, None]
 
     for first in range(start, end, TOKENS):
         token = first + tl.arange(0, TOKENS)
         inside = token < end
         block = tl.load(block_table + row * table_row + token // N, mask=inside, other=0)
         block = block.to(tl.int64)
-        first_of = block * sig_block + head * sig_head + signature_offset(token % N, SIZE)
-        at = first_of[None, :] + (word * TILE)[:, None]
-        whole = inside[None, :] & (word < SIZE // WORD)[:, None]
-        high = tl.load(hi + at, mask=whole, other=0)
-        low = tl.load(lo + at, mask=whole, other=0)
+        at = block * sig_block + head * sig_head + signature_offset(token % N, SIZE)
+        high, low = (), ()
+        for w in tl.static_range(WORDS):
+            high_word = tl.load(hi + at + w * TILE, mask=inside, other=0)
+            low_word = tl.load(lo + at + w * TILE, mask=inside, other=0)
+            high += (high_word.to(tl.uint32, bitcast=True)[None, :],)
+            low += (low_word.to(tl.uint32, bitcast=True)[None, :],)
+        total = tl.zeros((ROWS, TOKENS), tl.int32)
         if DOT:
-            total = tl.dot(weight0, unpack(high, PADDED, TOKENS))
-            total = tl.dot(weight1, unpack(low, PADDED, TOKENS), total)
+            for b in tl.static_range(QUERY_BITS):
+                in_high = tl.zeros((ROWS, TOKENS), tl.int32)
+                in_low = tl.zeros((ROWS, TOKENS), tl.int32)
+                for w in tl.static_range(WORDS):
+                    q = tl.load(planes + (b * WORDS + w)).to(tl.uint32, bitcast=True)[:, None]
+                    in_high += _popcount(high[w] & q)
+                    in_low += _popcount(low[w] & q)
+                part = (4 * in_high + 2 * in_low) << b
+                total += part if b < QUERY_BITS - 1 else -part  # two's complement
             fit = scale + block * scale_block + head * scale_head + token % N
-            score = (total + offset) * tl.load(fit, mask=inside, other=0)[None, :]
+            fit = tl.load(fit, mask=inside, other=0).to(tl.float32)[None, :]
+            score = (total + offset).to(tl.float32) * fit
         else:
-            total = tl.dot(weight0, unpack(high | low, PADDED, TOKENS))
-            total = tl.dot(weight1, unpack(high, PADDED, TOKENS), total)
-            total = tl.dot(weight2, unpack(high & low, PADDED, TOKENS), total)
-            score = total + offset
-        tl.store(to + token[None, :], score, mask=inside[None, :] & (member < NUM_SETS)[:, None])
+            for w in tl.static_range(WORDS):
+                for t in tl.static_range(3):
+                    q = tl.load(planes + (t * WORDS + w)).to(tl.uint32, bitcast=True)[:, None]
+                    if t == 0:
+                        at_least = high[w] | low[w]
+                    elif t == 1:
+                        at_least = high[w]
+                    else:
+                        at_least = high[w] & low[w]
+                    total += _popcount(at_least ^ q)
+            if SHARED:
+                real = (encoded < GROUP)[:, None]
+                total = tl.sum(tl.where(real, total, 0), 0)[None, :]
+            score = -total.to(tl.float32)
+        tl.store(scores + token[None, :], score, mask=inside[None, :] & (which < sets)[:, None])

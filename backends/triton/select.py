@@ -1,8 +1,10 @@
 """select: the exact k best tokens of a set, by radix selection over the bits of the scores.
 
-A float's bits become an integer of the same order. Four passes, one per byte, count the digits of
-the scores that share the digits found so far, and so find the k-th best score; a fifth writes the
-tokens. Nothing is buffered, so no distribution of scores can overflow.
+A float's bits become an integer of the same order, the key. First the candidates: tokens whose key
+reaches a pivot, which a sample suggests. Fewer than k of them, and everything becomes a candidate, so
+the pivot decides the time alone. Then four passes over the candidates, one per byte, count the digits
+of the keys that share the digits found so far, which gives the k-th best key; a last one writes the
+tokens. Lists are as long as contexts, so no distribution of scores can overflow them.
 """
 
 from __future__ import annotations
@@ -12,9 +14,9 @@ import triton.language as tl
 
 
 @triton.jit
-def _keys(scores, token, length, sinks, recent):
+def _keys(scores, token, inside, length, sinks, recent):
     """Unsigned integers in the order of the scores; tokens that are always kept have the largest."""
-    score = tl.load(scores + token, mask=token < length, other=0)
+    score = tl.load(scores + token, mask=inside, other=0)
     bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)  # both zeros are one score
     order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     order = tl.where((token < sinks) | (token >= length - recent), 0x7FFFFFFF, order)
@@ -22,9 +24,26 @@ def _keys(scores, token, length, sinks, recent):
 
 
 @triton.jit
+def _pivot(scores, length, wanted, sinks, recent, SAMPLES: tl.constexpr):
+    """A key that the wanted tokens probably reach, and few others; 0 where a sample says too little.
+
+    The sample's rank is four standard deviations beyond the expected one; the upper 16 bits suffice.
+    """
+    token = tl.arange(0, SAMPLES) * (length // SAMPLES)
+    key = _keys(scores, token, token < length, length, sinks, recent)
+    expected = wanted.to(tl.float32) * SAMPLES / tl.maximum(length, 1).to(tl.float32)
+    rank = (expected + 4 * tl.sqrt(expected) + 4).to(tl.int32)
+    pivot = tl.full((), 0, tl.uint32)
+    for i in tl.static_range(16):
+        higher = pivot | (tl.full((), 1, tl.uint32) << (31 - i))
+        pivot = tl.where(tl.sum((key >= higher).to(tl.int32)) >= rank, higher, pivot)
+    return tl.where(length >= 2 * SAMPLES, pivot, 0)
+
+
+@triton.jit
 def select_kernel(
     scores,  # float32 [R, sets, L]
-    tokens,  # int32 [R, sets, k]; may be the memory of scores: token i is written at or before i
+    tokens,  # int32 [R, sets, L]; the chosen ones come first, what is behind them has no meaning
     score_row,
     score_set,
     token_row,
@@ -34,7 +53,9 @@ def select_kernel(
     sinks,
     recent,
     SPARSE_ONLY: tl.constexpr,  # leave rows out whose budget reaches the context
+    SAMPLES: tl.constexpr,
     TOKENS: tl.constexpr,
+    CANDIDATES: tl.constexpr,
 ):
     """One program: one token set. Ascending tokens; of equal scores the most recent ones."""
     row, which = tl.program_id(0).to(tl.int64), tl.program_id(1)
@@ -44,18 +65,33 @@ def select_kernel(
     scores += row * score_row + which * score_set
     tokens += row * token_row + which * token_set
 
-    digits = tl.arange(0, 256)
-    wanted = tl.minimum(budget, length)  # of the tokens that share the prefix
-    prefix = tl.full((), 0, tl.uint32)
-    equal = length  # tokens that share the prefix
-    for i in tl.static_range(4):
-        count = tl.zeros((256,), tl.int32)
+    wanted = tl.minimum(budget, length)
+    pivot = _pivot(scores, length, wanted, sinks, recent, SAMPLES)
+    found = tl.full((), -1, tl.int32)
+    while found < wanted:
+        found = tl.full((), 0, tl.int32)
         for first in range(0, length, TOKENS):
             token = first + tl.arange(0, TOKENS)
-            key = _keys(scores, token, length, sinks, recent) >> (24 - 8 * i)
-            shared = (token < length) & ((key >> 8) == prefix)
+            inside = token < length
+            key = _keys(scores, token, inside, length, sinks, recent)
+            reached = (inside & (key >= pivot)).to(tl.int32)
+            tl.store(tokens + (found + tl.cumsum(reached, 0) - 1), token, mask=reached > 0)
+            found += tl.sum(reached)
+        pivot = tl.full((), 0, tl.uint32)
+    tl.debug_barrier()  # every thread sees every candidate
+
+    digits = tl.arange(0, 256)
+    prefix = tl.full((), 0, tl.uint32)
+    equal = found  # candidates that share the prefix; `wanted` are to be taken among them
+    for i in tl.static_range(4):
+        count = tl.zeros((256,), tl.int32)
+        for first in range(0, found, CANDIDATES):
+            at = first + tl.arange(0, CANDIDATES)
+            token = tl.load(tokens + at, mask=at < found, other=0)
+            key = _keys(scores, token, at < found, length, sinks, recent) >> (24 - 8 * i)
+            shared = (at < found) & ((key >> 8) == prefix)
             count += tl.histogram((key & 255).to(tl.int32), 256, mask=shared)
-        # The largest digit with enough tokens at or above it; at least one where nothing is wanted.
+        # The largest digit with enough candidates at or above it; 0 where nothing is wanted.
         at_or_above = tl.cumsum(count, 0, reverse=True)
         digit = tl.maximum(tl.sum((at_or_above >= wanted).to(tl.int32)) - 1, 0)
         wanted -= tl.sum(tl.where(digits > digit, count, 0))
@@ -63,13 +99,15 @@ def select_kernel(
         prefix = (prefix << 8) | digit.to(tl.uint32)
 
     ties_passed, written = 0, 0
-    for first in range(0, length, TOKENS):
-        token = first + tl.arange(0, TOKENS)
-        key = _keys(scores, token, length, sinks, recent)
-        tie = ((token < length) & (key == prefix)).to(tl.int32)
+    for first in range(0, found, CANDIDATES):
+        at = first + tl.arange(0, CANDIDATES)
+        token = tl.load(tokens + at, mask=at < found, other=0)
+        key = _keys(scores, token, at < found, length, sinks, recent)
+        tie = ((at < found) & (key == prefix)).to(tl.int32)
         rank = ties_passed + tl.cumsum(tie, 0)  # from 1
-        take = (token < length) & ((key > prefix) | ((tie > 0) & (rank > equal - wanted)))
-        place = written + tl.cumsum(take.to(tl.int32), 0) - 1
-        tl.store(tokens + place, token, mask=take)
+        better = (at < found) & (key > prefix)
+        take = (better | ((tie > 0) & (rank > equal - wanted))).to(tl.int32)
+        # At or before where the token came from, which every thread has read.
+        tl.store(tokens + (written + tl.cumsum(take, 0) - 1), token, mask=take > 0)
         ties_passed += tl.sum(tie)
-        written += tl.sum(take.to(tl.int32))
+        written += tl.sum(take)

@@ -42,13 +42,6 @@ def pack(bits, ROWS: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
-def unpack(words, PADDED: tl.constexpr, TOKENS: tl.constexpr):
-    """Words [PADDED/32, TOKENS] to bits, float16 [PADDED, TOKENS]."""
-    bits = (words[:, None, :] >> tl.arange(0, WORD)[None, :, None]) & 1
-    return tl.reshape(bits.to(tl.float16), (PADDED, TOKENS))
-
-
-@triton.jit
 def signature_offset(offset, SIZE: tl.constexpr):
     """Where the first word of a block's token lies in a signature plane; words are TILE apart."""
     return offset // TILE * (SIZE // WORD * TILE) + offset % TILE

@@ -25,7 +25,7 @@ LAST_TRITON = (3, 8)  #: Triton 3.9 dropped block pointers, which the operator i
 
 @cache
 def _operator():
-    """xformers' function and its Triton split-K operator."""
+    """xformers' Triton split-K operator, and the class of what it takes."""
     import triton
 
     if tuple(map(int, triton.__version__.split(".")[:2])) > LAST_TRITON:
@@ -34,14 +34,14 @@ def _operator():
             f"dropped: install Triton {'.'.join(map(str, LAST_TRITON))} or older."
         )
     try:
-        from xformers.ops.fmha import memory_efficient_attention_forward
+        from xformers.ops.fmha import Inputs
         from xformers.ops.fmha.triton_splitk import FwOp
     except ImportError as error:
         raise AdamasError(
             f"xformers cannot be imported ({error}): install xformers==0.0.35 beside a PyTorch of "
             "2.10 or newer."
         ) from error
-    return memory_efficient_attention_forward, FwOp
+    return FwOp, Inputs
 
 
 def planes(params: Params, page: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -111,16 +111,19 @@ def dense_decode(
         raise AdamasError(
             "xformers' split-K operator needs an NVIDIA GPU of compute capability 8.0 or newer."
         )
-    attend, operator = _operator()
+    operator, inputs = _operator()
     group = query_heads // heads
     # Grouped heads share keys and values: a dimension of stride 0.
     shared = (1, blocks * block_size, heads, group, size)
-    output = attend(
-        query.view(1, rows, heads, group, size),
-        key.view(*shared[:3], 1, size).expand(shared),
-        value.view(*shared[:3], 1, size).expand(shared),
-        attn_bias=bias,
-        scale=softmax_scale,
-        op=operator,
+    # Not through memory_efficient_attention, which refuses to run without the compiled operators.
+    output, _ = operator.apply(
+        inputs(
+            query.view(1, rows, heads, group, size),
+            key.view(*shared[:3], 1, size).expand(shared),
+            value.view(*shared[:3], 1, size).expand(shared),
+            attn_bias=bias,
+            scale=softmax_scale,
+        ),
+        needs_gradient=False,
     )
     return output.view(rows, query_heads, size)
