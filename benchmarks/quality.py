@@ -17,6 +17,7 @@ from vllm_adamas.evaluate.study import FAMILIES, TASKS, Arm, Settings, Study
 
 #: Retrieval is measured for these; text quality for every budget.
 RETRIEVAL_BUDGETS = (64, 128, 256)
+PROFILE_FAMILIES = ("dot", "dot-query-head")
 
 
 def main() -> None:
@@ -26,12 +27,13 @@ def main() -> None:
     parser.add_argument("--text", nargs="+", required=True)
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--windows", type=int, default=48)
-    parser.add_argument("--steps", type=int, default=128)
+    parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--tasks", nargs="+", default=TASKS)
     parser.add_argument("--families", nargs="+", default=list(FAMILIES))
     parser.add_argument("--budgets", nargs="+", type=int, default=BUDGETS)
-    parser.add_argument("--profile")
+    parser.add_argument("--profile", help="its families run with it too, as <family>+profile")
+    parser.add_argument("--retrieval-budgets", nargs="+", type=int, default=RETRIEVAL_BUDGETS)
     parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument("--max-num-batched-tokens", type=int)
     parser.add_argument("--kv-cache-gib", type=float)
@@ -45,7 +47,6 @@ def main() -> None:
         prompts=args.prompts,
         stride=32,
         tasks=tuple(args.tasks),
-        options={"profile": args.profile} if args.profile else {},
         answer_tokens=48,
     )
     engine = {"max_num_seqs": args.max_num_seqs}
@@ -55,8 +56,10 @@ def main() -> None:
         engine["kv_cache_memory_bytes"] = int(args.kv_cache_gib * 2**30)
     name = args.name or Path(args.model).name
     path = args.output / f"quality_{name}.json"
-    study = Study(settings, texts.read(args.text), path, RETRIEVAL_BUDGETS)
+    study = Study(settings, texts.read(args.text), path, args.retrieval_budgets)
     arms = [Arm.of(family, budget) for family in args.families for budget in args.budgets]
+    if args.profile:
+        arms += [Arm.of(f, b, args.profile) for f in PROFILE_FAMILIES for b in args.budgets]
     write_report(study.run(arms, **engine), args.output, f"quality_{name}")
 
 

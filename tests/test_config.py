@@ -73,6 +73,7 @@ INVALID = [
         ({"thresholds": x}, ("thresholds", "'rms'", "'paper'", "> 0"))
         for x in (0.0, -1.0, math.inf)
     ],
+    ({"profile": "a.json", "score": "manhattan"}, ("profile", "score='dot'", "remove")),
     ({"profile": 3}, ("profile=3", "string", "calibrate")),
     ({"kernels": "gpu"}, ("kernels='gpu'", "'auto'", "'cpu'", "'cuda'", "'reference'")),
     ({"log_interval": -1}, ("log_interval=-1", "0")),

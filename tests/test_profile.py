@@ -32,7 +32,9 @@ def identity(**changes) -> profile.ModelIdentity:
 
 def layer(seed: int, **changes) -> profile.LayerProfile:
     mean = torch.randn(HEADS, SIZE, generator=torch.Generator().manual_seed(seed))
+    exponents = torch.full((HEADS, SIZE), seed % 4 - 2)
     values = {"key_rms": [1.0, 2.0], "mean_share": [0.1, 0.2]}
+    values["balance"] = profile.encode_balance(exponents)
     return profile.LayerProfile(**{"key_mean": profile.encode_mean(mean), **values, **changes})
 
 
@@ -174,7 +176,7 @@ def test_the_suggestion_is_the_smallest_budget_that_keeps_enough() -> None:
 
 @pytest.fixture(scope="module")
 def model_profile(tmp_path_factory) -> Path:
-    """A profile that fits the real model, with means of zero but in one head."""
+    """A profile that fits the real model, with means of zero."""
     from vllm.engine.arg_utils import EngineArgs
 
     from vllm_adamas.plugin import register
@@ -184,7 +186,8 @@ def model_profile(tmp_path_factory) -> Path:
     found = profile.identify(config)
     mean = torch.zeros(found.num_kv_heads, found.head_size)
     path = tmp_path_factory.mktemp("profile") / "p.json"
-    layers = [layer(0, key_mean=profile.encode_mean(mean))] * found.num_layers
+    means = {"key_mean": profile.encode_mean(mean), "balance": profile.encode_balance(mean)}
+    layers = [layer(0, **means)] * found.num_layers
     made(model=found, layers=layers).save(path)
     return path
 
@@ -241,3 +244,49 @@ def test_keys_that_are_normalised_without_a_profile_are_warned_of(tmp_path: Path
     assert warned(normed, profile="p.json") == []
     assert warned(["model.layers.0.self_attn.k_proj.weight"]) == []
     shutil.rmtree(tmp_path)
+
+
+def test_a_balance_is_least_squares_over_channels() -> None:
+    """Of all exponents near it, no other gives a smaller product of the two norms."""
+    from vllm_adamas.evaluate.calibrate import balance
+
+    g = torch.Generator().manual_seed(0)
+    queries, keys = torch.rand(2, 2, 64, generator=g, dtype=torch.float64) ** 8 + 1e-3
+    found = balance(queries, keys)
+    assert found.abs().max() <= profile.MAX_EXPONENT
+    assert found.unique().numel() > 2
+
+    def error(exponents):  # of q.k, up to a constant
+        factor = torch.exp2(exponents)
+        return (queries / factor**2).sum(1) * (keys * factor**2).sum(1)
+
+    assert (error(found) < 0.8 * error(torch.zeros_like(found))).all()
+    for channel in range(0, 64, 7):
+        for step in (-2, 2):
+            moved = found.clone()
+            moved[:, channel] += step
+            assert (error(found) <= error(moved)).all()
+    assert not balance(keys, keys).any()
+
+
+def test_balanced_attention_is_the_same_attention() -> None:
+    """Powers of two are exact: not one bit of a dense output changes."""
+    import dataclasses
+
+    from cases import CASES
+
+    from vllm_adamas.backends.cpu import CpuBackend
+
+    backend, case = CpuBackend(), CASES["group3"]
+    case = dataclasses.replace(case, budgets=tuple(n + 1 for n in case.lengths), padding=0)
+    batch = case.build(backend)
+    plain, _ = batch.decode(backend)
+    exponents = torch.randint(
+        -4, 5, (case.heads[1], 128), generator=torch.Generator().manual_seed(1)
+    )
+    factor = torch.exp2(exponents.float()).to(case.dtype)
+    kv = torch.cat((batch.key * factor, batch.value), 1)
+    query = batch.query / factor.repeat_interleave(batch.params.group, 0)
+    other = dataclasses.replace(batch, kv=kv, query=query)
+    backend.append(other.params, other.key, other.value, other.page, other.slots)
+    assert torch.equal(other.decode(backend)[0], plain)

@@ -104,7 +104,11 @@ def _add_eval(commands) -> None:
         metavar="JSON",
         help="one more configuration: the options you would give under 'adamas'",
     )
-    command.add_argument("--profile", metavar="FILE", help="calibration profile for all of them")
+    command.add_argument(
+        "--profile",
+        metavar="FILE",
+        help="calibration profile: configurations of score dot run with it too",
+    )
     command.add_argument(
         "--text",
         nargs="+",

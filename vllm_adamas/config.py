@@ -104,6 +104,11 @@ class AdamasConfig(BaseModel):
                 f"num_sink_tokens + recent_window = {forced} leaves nothing of {name}={floor} to "
                 f"select: raise {name} above {forced} or lower the other two"
             )
+        if self.profile is not None and self.score == "manhattan":
+            raise ValueError(
+                "profile belongs to score='dot': a distance between codes is not kept by shifting and "
+                "balancing keys, so take score='dot' or remove profile"
+            )
         if isinstance(self.thresholds, float) and not (
             math.isfinite(self.thresholds) and self.thresholds > 0
         ):

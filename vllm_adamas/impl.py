@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from vllm.config import get_current_vllm_config
@@ -29,6 +30,13 @@ from vllm_adamas.serving.metrics import SelectionStats
 
 logger = init_logger("vllm.adamas")
 FP8 = {"fp8": "e4m3", "fp8_e4m3": "e4m3", "fp8_e5m2": "e5m2"}
+
+
+class Balance(NamedTuple):
+    """Factors of the channels, powers of two: keys ``[Hkv, D]``, queries ``[Hq, D]`` (the inverses)."""
+
+    key: torch.Tensor
+    query: torch.Tensor
 
 
 class AdamasImpl(AttentionImpl[AdamasMetadata]):
@@ -73,8 +81,10 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         self.prefill = get_prefill(device)
         self.stats = SelectionStats.shared(self.config, device)
         self.max_model_len = vllm_config.model_config.max_model_len
+        self.dtype = vllm_config.model_config.dtype
         self._params: Params | None = None
         self._dense = False
+        self._balance: Balance | None = None
         dtype = torch.uint8 if kv_cache_dtype in FP8 else torch.get_default_dtype()
         workspace = self.backend.reserve(
             self._make_params(PageLayout(head_size, TILE, dtype)),
@@ -94,7 +104,10 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Writes K, V and signatures of the step's tokens; vLLM calls it before :meth:`forward`."""
-        self.backend.append(self._of(layer, kv_cache), key, value, kv_cache, slot_mapping)
+        params = self._of(layer, kv_cache)
+        if self._balance is not None:
+            key = key * self._balance.key
+        self.backend.append(params, key, value, kv_cache, slot_mapping)
 
     def forward(
         self,
@@ -120,6 +133,10 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         if attn_metadata is None:  # vLLM's warm-up run
             return output
         params = self._of(layer, kv_cache)
+        if self._balance is not None:
+            query = query * self._balance.query
+            if key is not None:
+                key = key * self._balance.key
         rows = attn_metadata.num_decodes
         lens = attn_metadata.context_lens
         if rows and self._dense and self.prefill.decodes:
@@ -170,6 +187,10 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         self.backend = wrap(backend) if wrap else backend
         self._params = None
 
+    def key_factor(self) -> torch.Tensor | float:
+        """What the channels of stored keys are multiplied by, ``[Hkv, D]`` or 1."""
+        return 1.0 if self._balance is None else self._balance.key
+
     def _of(self, layer, kv_cache: torch.Tensor) -> Params:
         """Parameters of this layer; known once its cache is bound and its scales are loaded."""
         if self._params is None:
@@ -177,22 +198,34 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
             layout = PageLayout(self.head_size, kv_cache.shape[2], kv_cache.dtype)
             index = extract_layer_index(layer.layer_name)
             self._dense = index < self.config.num_dense_layers or self.sliding_window is not None
+            key_mean = self._load_profile(layer, kv_cache.device)
             self._params = self._make_params(
                 layout,
                 k_scale=layer._k_scale_float,
                 v_scale=layer._v_scale_float,
-                key_mean=self._key_mean(index, kv_cache.device),
+                key_mean=key_mean,
             )
         return self._params
 
-    def _key_mean(self, layer: int, device: torch.device) -> torch.Tensor | None:
+    def _load_profile(self, layer, device: torch.device) -> torch.Tensor | None:
+        """Sets the balance and returns the mean of the balanced, transformed keys."""
+        self._balance = None
         if self.config.profile is None or self.sliding_window is not None:
             return None
         profile = profiles.load(self.config.profile)
+        owner = self.kv_sharing_target_layer_name or layer.layer_name  # of the pages
+        index = extract_layer_index(owner)
         first = get_tensor_model_parallel_rank() * profile.model.num_kv_heads
         first //= get_tensor_model_parallel_world_size()  # ranks beyond the heads share them
-        mean = profile.key_mean(layer, range(first, first + self.num_kv_heads))
-        return hadamard(mean).contiguous().to(device)
+        heads = range(first, first + self.num_kv_heads)
+        exponents = profile.balance(index, heads).to(device=device, dtype=torch.float32)
+        factor = torch.exp2(exponents)  # [Hkv, D]
+        if exponents.any():
+            group = self.num_heads // self.num_kv_heads
+            self._balance = Balance(
+                factor.to(self.dtype), (1 / factor).repeat_interleave(group, 0).to(self.dtype)
+            )
+        return hadamard(profile.key_mean(index, heads).to(device) * factor).contiguous()
 
     def _make_params(self, layout: PageLayout, **scales) -> Params:
         return Params.of(

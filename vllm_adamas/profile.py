@@ -1,8 +1,10 @@
 """Calibration profiles: what `vllm-adamas calibrate` measured on a model, as versioned JSON.
 
-A server uses the mean key of every layer and KV head, which is subtracted before keys are coded. It
-is part of the codes, so it must be the same for every token of a server: the file is read before the
-first token, and its hash travels with the configuration to every worker.
+A server uses two things of every layer and KV head. The mean key is subtracted before keys are coded.
+The balance multiplies each channel of the keys by a power of two and divides that of the queries by it:
+every q.k stays what it was, to the bit, but coarse codes of the balanced keys estimate it better. Both
+are part of the codes, so they must be the same for every token of a server: the file is read before
+the first token, and its hash travels with the configuration to every worker.
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ from vllm_adamas.errors import AdamasError
 
 FORMAT = "vllm-adamas-profile"
 VERSION = 1
+
+#: Of the balance: fp16 keys and queries still have room for such factors.
+MAX_EXPONENT = 4
 
 #: What a fingerprint reads: bytes of a tensor, and places in a file that is no safetensors.
 SAMPLE_BYTES, SAMPLES = 1024, 64
@@ -49,6 +54,7 @@ class LayerProfile(_Part):
 
     Args:
         key_mean: float16 ``[num_kv_heads, head_size]``, little-endian, base64; after RoPE.
+        balance: int8 ``[num_kv_heads, head_size]``, base64: exponents of the key channels' factors.
         key_rms: root of the mean square of key elements, per KV head.
         mean_share: ||mean||^2 over the mean ||key||^2, per KV head: 0 for centred keys, at most 1.
         mass: attention mass kept, per setting and budget, averaged over query heads; ``oracle`` is
@@ -56,6 +62,7 @@ class LayerProfile(_Part):
     """
 
     key_mean: str
+    balance: str
     key_rms: list[float]
     mean_share: list[float]
     mass: dict[str, dict[str, float]] = Field(default_factory=dict)
@@ -89,6 +96,12 @@ class Profile(_Part):
         mean = torch.frombuffer(raw, dtype=torch.float16).float()
         return mean.view(self.model.num_kv_heads, self.model.head_size)[heads.start : heads.stop]
 
+    def balance(self, layer: int, heads: range) -> torch.Tensor:
+        """Exponents of two of some KV heads' key channels, int8 ``[len(heads), head_size]``."""
+        raw = bytearray(base64.b64decode(self.layers[layer].balance))
+        exponents = torch.frombuffer(raw, dtype=torch.int8)
+        return exponents.view(self.model.num_kv_heads, -1)[heads.start : heads.stop]
+
     def save(self, path: Path) -> None:
         """Writes the file, complete or not at all."""
         partial = path.with_name(f"{path.name}.partial")
@@ -99,6 +112,11 @@ class Profile(_Part):
 def encode_mean(mean: torch.Tensor) -> str:
     """Of :attr:`LayerProfile.key_mean`."""
     return base64.b64encode(mean.to(torch.float16).contiguous().numpy().tobytes()).decode()
+
+
+def encode_balance(exponents: torch.Tensor) -> str:
+    """Of :attr:`LayerProfile.balance`."""
+    return base64.b64encode(exponents.to(torch.int8).contiguous().numpy().tobytes()).decode()
 
 
 def pin(option: str) -> str:
@@ -152,11 +170,14 @@ def _check_sizes(profile: Profile) -> None:
     model = profile.model
     if len(profile.layers) != model.num_layers:
         raise ValueError(f"{len(profile.layers)} layers instead of {model.num_layers}")
-    size = 2 * model.num_kv_heads * model.head_size
+    elements, heads = model.num_kv_heads * model.head_size, range(model.num_kv_heads)
     for number, layer in enumerate(profile.layers):
-        if len(base64.b64decode(layer.key_mean, validate=True)) != size:
-            raise ValueError(f"key_mean of layer {number} is not {size} bytes")
-        if not profile.key_mean(number, range(model.num_kv_heads)).isfinite().all():
+        for name, size in (("key_mean", 2 * elements), ("balance", elements)):
+            if len(base64.b64decode(getattr(layer, name), validate=True)) != size:
+                raise ValueError(f"{name} of layer {number} is not {size} bytes")
+        if profile.balance(number, heads).abs().max() > MAX_EXPONENT:
+            raise ValueError(f"balance of layer {number} is beyond ±{MAX_EXPONENT}")
+        if not profile.key_mean(number, heads).isfinite().all():
             raise ValueError(f"key_mean of layer {number} is not finite")
 
 

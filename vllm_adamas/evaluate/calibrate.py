@@ -1,4 +1,4 @@
-"""Calibration: mean keys and what each setting keeps of the attention, from a few thousand tokens."""
+"""Calibration: balance, mean keys and what settings keep of the attention, from a few thousand tokens."""
 
 from __future__ import annotations
 
@@ -14,19 +14,25 @@ from vllm_adamas import profile as profiles
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.evaluate import texts
 from vllm_adamas.evaluate.engine import Engine, Request
-from vllm_adamas.evaluate.shadow import KeyCapture, KeyRecord, MassRecord, Shadow
+from vllm_adamas.evaluate.shadow import Capture, ChannelRecord, MassRecord, Shadow
 
 BUDGETS = (32, 64, 128, 256, 512, 1024)
 #: What a profile holds a table of. Options beside the profile; None is without it.
 SETTINGS = {
     "dot": {"score": "dot", "selection": "kv_head"},
     "dot, per query head": {"score": "dot", "selection": "query_head"},
-    "manhattan": {"score": "manhattan", "selection": "query_head"},
-    "dot, not centred": {"score": "dot", "selection": "kv_head", "profile": None},
+    "manhattan": {"score": "manhattan", "selection": "query_head", "profile": None},
+    "dot, no profile": {"score": "dot", "selection": "kv_head", "profile": None},
+    "dot, per query head, no profile": {
+        "score": "dot",
+        "selection": "query_head",
+        "profile": None,
+    },
 }
 ORACLE = "oracle"
 STEPS = 32  #: decode steps per window
 MAX_DENSE_LAYERS = 4
+REGULAR = 1e-3  #: of the mean energy is added to each channel's, so that none is taken for silent
 
 
 def calibrate(
@@ -38,7 +44,7 @@ def calibrate(
     wanted_recall: float = 0.95,
     **engine_options,
 ) -> profiles.Profile:
-    """Runs the model densely over the texts for its mean keys, then measures each setting with them.
+    """Runs the model densely over the texts for the channels' statistics, then measures each setting.
 
     Args:
         tokens: at most so many are read, in windows of ``context``.
@@ -54,11 +60,11 @@ def calibrate(
     windows = texts.windows(
         engine.tokenizer, sources, context, min(STEPS, context // 4), max(1, tokens // context)
     )
-    keys = KeyRecord()
-    engine.use({"token_budget": 1.0}, partial(KeyCapture, record=keys))
-    engine.run(windows, progress="mean keys")
+    channels = ChannelRecord()
+    engine.use({"token_budget": 1.0, "num_dense_layers": 0}, partial(Capture, record=channels))
+    engine.run(windows, progress="channels of keys and queries")
     identity = profiles.identify(engine.model_config)
-    layers = [_layer(keys, layer) for layer in sorted(keys.tokens)]
+    layers = [_layer(channels, layer) for layer in sorted(channels.tokens)]
     made = profiles.Profile(
         created_by=f"vllm-adamas {__version__}",
         model=identity,
@@ -86,14 +92,30 @@ def calibrate(
     return made.model_copy(update={"layers": layers, "suggestion": suggestion})
 
 
-def _layer(keys: KeyRecord, layer: int) -> profiles.LayerProfile:
-    count = keys.tokens[layer]
-    mean, squares = keys.sum[layer] / count, keys.squares[layer] / count  # [Hkv, D], [Hkv]
+def _layer(record: ChannelRecord, layer: int) -> profiles.LayerProfile:
+    count = record.tokens[layer]
+    mean, squares = record.key[layer] / count, record.key_squares[layer] / count  # [Hkv, D]
+    queries = record.query_squares[layer] / record.rows[layer]
+    exponents = balance(queries, squares - mean.square())
     return profiles.LayerProfile(
         key_mean=profiles.encode_mean(mean),
-        key_rms=_rounded((squares / mean.shape[1]).sqrt()),
-        mean_share=_rounded(mean.square().sum(1) / squares),
+        balance=profiles.encode_balance(exponents),
+        key_rms=_rounded(squares.mean(1).sqrt()),
+        mean_share=_rounded(mean.square().sum(1) / squares.sum(1)),
     )
+
+
+def balance(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
+    """Exponents of two for the key channels, from mean squares of queries and centred keys ``[Hkv, D]``.
+
+    A 2-bit code of a Hadamard-transformed key errs about equally in every dimension, by a share of the
+    key's norm. With factors s the error of q.k has the variance ||q / s||^2 ||k s||^2 / D up to a
+    constant, which is least at s^4 = E[q^2] / E[k^2] per channel.
+    """
+    queries, keys = (x + REGULAR * x.mean(-1, keepdim=True) for x in (queries, keys))
+    wanted = (queries.log2() - keys.log2()) / 4
+    limit = profiles.MAX_EXPONENT
+    return (wanted - wanted.mean(-1, keepdim=True)).round().clamp(-limit, limit)
 
 
 def _measure(

@@ -43,11 +43,15 @@ def evaluate(args, configs: list[dict], engine_options: dict) -> int:
         budget, name = AdamasConfig.parse(options).token_budget, f"config-{number}"
         at = budget if isinstance(budget, int) else 0
         arms.append(Arm(name, name, at, options, batched=False))
-    options = {}
     if args.profile:
         profiles.load(args.profile)
-        options["profile"] = args.profile
-    settings = Settings(model, tasks=tuple(names), options=options, **values)
+        arms += [
+            Arm.of(family, budget, args.profile)
+            for family in families
+            for budget in budgets
+            if FAMILIES.get(family, {}).get("score") == "dot"
+        ]
+    settings = Settings(model, tasks=tuple(names), **values)
     if settings.steps + 2 > settings.context:
         raise AdamasError(
             f"--steps {settings.steps} does not fit into --context {settings.context}: give fewer steps."

@@ -132,6 +132,7 @@ class Engine:
     ) -> AdamasConfig:
         """Serve with these options from now on, through ``wrap(backend, layer)`` if given."""
         config = AdamasConfig.parse({**SILENT, **self.options, **options})
+        before = [layer.impl.key_factor() for layer in self._layers.values()]
         for number, layer in enumerate(self._layers.values()):
             layer.impl.reconfigure(config, partial(wrap, layer=number) if wrap else None)
         for builder in self._builders:
@@ -139,18 +140,22 @@ class Engine:
         sizes = {layer.impl.head_size for layer in self._layers.values()}
         coding = (config.profile, *(config.coding(size) for size in sorted(sizes)))
         if self._coding not in (None, coding):
-            self._recode()
+            self._recode(before)
         self._coding = coding
         return config
 
-    def _recode(self) -> None:
-        """Codes the keys of every page again; with an fp8 cache, which has lost bits, forgets them."""
-        for layer in self._layers.values():
+    def _recode(self, before: list[torch.Tensor | float]) -> None:
+        """Writes the keys of every page again, whose channels had the factors ``before``, with new codes.
+
+        An fp8 cache has lost bits, so it is forgotten.
+        """
+        for layer, old in zip(self._layers.values(), before, strict=True):
             impl, page = layer.impl, layer.kv_cache
             if impl.kv_cache_dtype.startswith("fp8"):
                 self.llm.reset_prefix_cache()
                 return
             params = impl._of(layer, page)
+            ratio = impl.key_factor() / old  # powers of two: exact
             backend = get_backend(impl.config.kernels, page.device.type)  # unseen by recorders
             layout, size, blocks = params.layout, params.layout.block_size, len(page)
             at_once = max(1, RECODE_BYTES // (page[0].numel() * page.element_size()))
@@ -161,7 +166,7 @@ class Engine:
                     for plane in (layout.k, layout.v)
                 )  # [blocks * N, Hkv, D]
                 slots = torch.arange(some.start * size, some.stop * size, device=page.device)
-                backend.append(params, key, value, page, slots)
+                backend.append(params, key * ratio, value, page, slots)
 
     def _set_budgets(self, builder, by_config, context_lens, prefilling, out) -> None:
         """Rows of requests with a budget of their own get that."""

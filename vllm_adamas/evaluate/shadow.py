@@ -99,25 +99,34 @@ class Shadow(Through):
             record.oracle[layer, name] += best[:, min(size, length) - 1].double().cpu()
 
 
-class KeyRecord:
-    """Sums over appended tokens, per layer: keys ``[Hkv, D]`` and squared norms ``[Hkv]``, float64."""
+class ChannelRecord:
+    """Sums per layer, each float64 ``[Hkv, D]``: of appended keys, their squares, and the squares of
+    decode queries over the group of a KV head."""
 
     def __init__(self):
         self.tokens: dict[int, int] = defaultdict(int)
-        self.sum: dict[int, torch.Tensor | float] = defaultdict(float)
-        self.squares: dict[int, torch.Tensor | float] = defaultdict(float)
+        self.rows: dict[int, int] = defaultdict(int)
+        self.key: dict[int, torch.Tensor | float] = defaultdict(float)
+        self.key_squares: dict[int, torch.Tensor | float] = defaultdict(float)
+        self.query_squares: dict[int, torch.Tensor | float] = defaultdict(float)
 
 
-class KeyCapture(Through):
-    """Adds every key that is appended, after RoPE and before any coding, to a record."""
+class Capture(Through):
+    """Adds every appended key, after RoPE and before any coding, and every decode query to a record."""
 
-    def __init__(self, inner: Backend, layer: int, record: KeyRecord):
+    def __init__(self, inner: Backend, layer: int, record: ChannelRecord):
         super().__init__(inner)
         self.layer, self.record = layer, record
 
     def append(self, params, key, value, page, slot_mapping):
         self.inner.append(params, key, value, page, slot_mapping)
-        layer, kept = self.layer, key[slot_mapping >= 0].double()
-        self.record.tokens[layer] += len(kept)
-        self.record.sum[layer] += kept.sum(0).cpu()
-        self.record.squares[layer] += kept.square().sum((0, 2)).cpu()
+        record, layer, kept = self.record, self.layer, key[slot_mapping >= 0].double()
+        record.tokens[layer] += len(kept)
+        record.key[layer] += kept.sum(0).cpu()
+        record.key_squares[layer] += kept.square().sum(0).cpu()
+
+    def decode(self, params, query, *args, **kwargs):
+        self.inner.decode(params, query, *args, **kwargs)
+        squares = query.double().unflatten(1, (params.num_kv_heads, params.group)).square()
+        self.record.rows[self.layer] += len(query) * params.group
+        self.record.query_squares[self.layer] += squares.sum((0, 2)).cpu()

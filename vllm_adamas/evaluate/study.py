@@ -68,8 +68,9 @@ class Arm:
         return cls(DENSE, DENSE, 0, {"token_budget": 1.0}, batched=False)
 
     @classmethod
-    def of(cls, family: str, budget: int) -> Arm:
-        """
+    def of(cls, family: str, budget: int, profile: str | None = None) -> Arm:
+        """A family with a budget; with a profile it is a family of its own, ``<family>+profile``.
+
         Raises:
             AdamasError: an unknown family.
         """
@@ -79,6 +80,8 @@ class Arm:
             )
         options = dict(FAMILIES[family])
         selector = options.pop("selector", None)
+        if profile:
+            options["profile"], family = profile, f"{family}+profile"
         return cls(
             f"{family}-{budget}", family, budget, {**options, "token_budget": budget}, selector
         )
@@ -150,6 +153,10 @@ class Study:
         )
         tasks.check_names(settings.tasks, TASKS)
         known = {"model": Path(settings.model).name}  # results go elsewhere, folders stay
+        known["options"] = {
+            key: Path(value).name if key == "profile" else value
+            for key, value in settings.options.items()
+        }
         wanted = json.loads(json.dumps({**asdict(settings), **known}))
         self.result = {
             "format": FORMAT,
@@ -221,7 +228,10 @@ class Study:
         return self.result
 
     def _cell(self, arm: Arm) -> dict:
-        empty = {"family": arm.family, "budget": arm.budget, "options": arm.options, "tasks": {}}
+        options = dict(arm.options)
+        if options.get("profile"):
+            options["profile"] = Path(options["profile"]).name
+        empty = {"family": arm.family, "budget": arm.budget, "options": options, "tasks": {}}
         return self.result["cells"].setdefault(arm.name, empty)
 
     def _text(self, engine: Engine, group: list[Arm], windows: list[Request], title: str) -> dict:
