@@ -3,7 +3,8 @@
 Every cell is a CUDA graph of several decode calls over different blocks and queries, together larger
 than the L2 cache; the time of a call is the median over replays. `read` is the measured ceiling: a
 plain read of the signature planes through the same block tables. Stages are differences between
-graphs with one, two and three of the kernels.
+graphs with one, two and three of the kernels. The fused kernel is measured beside them; a star marks
+what the policy takes.
 
 FlashAttention 3 comes from an installed vLLM and is called as vLLM calls it for decode, on a cache of
 its own layout, with and without a prepared schedule; the faster one counts.
@@ -29,17 +30,19 @@ from vllm_adamas.layout import PageLayout
 RESULTS = Path(__file__).parent / "results" / "decode_gpu.json"
 DTYPE = torch.bfloat16
 QUERY_HEADS, KV_HEADS, HEAD_SIZE, BLOCK_SIZE, BUDGET = 32, 8, 128, 64, 256
-CELLS = [
-    (8192, 1),
-    (8192, 8),
-    (8192, 32),
-    (32768, 1),
-    (32768, 8),
-    (32768, 32),
-    (131072, 1),
-    (131072, 8),
-]
 SELECTIONS = ("query_head", "kv_head")
+K = 1024
+#: Contexts and rows of each part of the record.
+CELLS = {
+    "cells": [
+        (n * K, rows) for n, r in ((8, (1, 8, 32)), (32, (1, 8, 32)), (128, (1, 8))) for rows in r
+    ],
+    "budgets": [(32 * K, 1), (32 * K, 8)],
+    "contexts": [(n * K, 1) for n in (4, 16, 64, 256, 512, 1024)],
+    "mha": [(n * K, 1) for n in (8, 16, 32)],
+    "fp8": [(32 * K, 1), (32 * K, 8)],
+}
+BUDGETS = (64, 128, 512, 1024)
 WORKING_SET = 200 << 20  # bytes that one graph touches, several times the L2 cache
 POOL_TOKENS = 1 << 20
 REPLAYS, WARMUP = 25, 5
@@ -104,31 +107,44 @@ def timed(calls, replays: int = REPLAYS) -> dict:
 class Pool:
     """Random keys and values in adamas pages and in a dense cache of FlashAttention's layout."""
 
-    def __init__(self, backend, fa_block: int = 16, dense: bool = True):
-        self.layout = PageLayout(HEAD_SIZE, BLOCK_SIZE, DTYPE)
-        blocks = POOL_TOKENS // BLOCK_SIZE
-        content = self.layout.token_bytes // DTYPE.itemsize
-        self.pages = torch.zeros(blocks, KV_HEADS, BLOCK_SIZE, content, dtype=DTYPE, device="cuda")
-        shape = (POOL_TOKENS // fa_block, fa_block, KV_HEADS, HEAD_SIZE)
+    def __init__(
+        self, backend, kv_heads=KV_HEADS, tokens=POOL_TOKENS, fa_block=16, dense=True, fp8=None
+    ):
+        self.kv_heads, self.tokens, self.fa_block, self.fp8 = kv_heads, tokens, fa_block, fp8
+        self.layout = PageLayout(HEAD_SIZE, BLOCK_SIZE, torch.uint8 if fp8 else DTYPE)
+        content = self.layout.token_bytes // self.layout.dtype.itemsize
+        blocks = tokens // BLOCK_SIZE
+        self.pages = torch.zeros(
+            blocks, kv_heads, BLOCK_SIZE, content, dtype=self.layout.dtype, device="cuda"
+        )
+        shape = (tokens // fa_block, fa_block, kv_heads, HEAD_SIZE)
         if dense:
             self.k, self.v = (torch.empty(shape, dtype=DTYPE, device="cuda") for _ in range(2))
-        self.fa_block = fa_block
-        params = params_of(self.layout, "dot", "query_head")
-        step = 1 << 16
-        for start in range(0, POOL_TOKENS, step):
+        params, step = self.params("dot", "query_head"), 1 << 15
+        for start in range(0, tokens, step):
             key, value = (
-                torch.randn(step, KV_HEADS, HEAD_SIZE, device="cuda").to(DTYPE) for _ in range(2)
+                torch.randn(step, kv_heads, HEAD_SIZE, device="cuda").to(DTYPE) for _ in range(2)
             )
             slots = torch.arange(start, start + step, device="cuda")
             backend.append(params, key, value, self.pages, slots)
             if dense:
-                self.k.view(-1, KV_HEADS, HEAD_SIZE)[start : start + step] = key
-                self.v.view(-1, KV_HEADS, HEAD_SIZE)[start : start + step] = value
+                self.k.view(-1, kv_heads, HEAD_SIZE)[start : start + step] = key
+                self.v.view(-1, kv_heads, HEAD_SIZE)[start : start + step] = value
+
+    def params(self, score: str, selection: str) -> Params:
+        return params_of(self.layout, score, selection, self.kv_heads, self.fp8)
+
+    def signature_bytes(self, length: int, rows: int) -> int:
+        return signature_bytes(length, rows, self.kv_heads)
+
+    def attended_bytes(self, rows: int, selection: str, budget: int) -> int:
+        sets = QUERY_HEADS if selection == "query_head" else self.kv_heads
+        return rows * sets * budget * 2 * HEAD_SIZE * self.layout.dtype.itemsize
 
     def tables(self, length: int, rows: int, copies: int, block_size: int) -> list[torch.Tensor]:
         """One shuffled block table per copy; copies are disjoint as long as the pool lasts."""
         per_row = length // block_size
-        order = torch.randperm(POOL_TOKENS // block_size, device="cuda").to(torch.int32)
+        order = torch.randperm(self.tokens // block_size, device="cuda").to(torch.int32)
         need = rows * per_row
         tables = []
         for i in range(copies):
@@ -137,24 +153,19 @@ class Pool:
         return tables
 
 
-def params_of(layout: PageLayout, score: str, selection: str) -> Params:
-    config = AdamasConfig(score=score, selection=selection, token_budget=BUDGET)
+def params_of(layout: PageLayout, score: str, selection: str, kv_heads=KV_HEADS, fp8=None):
     return Params.of(
-        config,
+        AdamasConfig(score=score, selection=selection),
         layout,
         num_query_heads=QUERY_HEADS,
-        num_kv_heads=KV_HEADS,
+        num_kv_heads=kv_heads,
         softmax_scale=HEAD_SIZE**-0.5,
+        fp8=fp8,
     )
 
 
-def signature_bytes(length: int, rows: int) -> int:
-    return length * rows * KV_HEADS * (HEAD_SIZE // 4 + 2)
-
-
-def attended_bytes(rows: int, selection: str) -> int:
-    sets = QUERY_HEADS if selection == "query_head" else KV_HEADS
-    return rows * sets * BUDGET * 2 * HEAD_SIZE * DTYPE.itemsize
+def signature_bytes(length: int, rows: int, kv_heads: int = KV_HEADS) -> int:
+    return length * rows * kv_heads * (HEAD_SIZE // 4 + 2)
 
 
 def bench_read(pool, length, rows, copies):
@@ -164,7 +175,7 @@ def bench_read(pool, length, rows, copies):
     out = torch.zeros(1, dtype=torch.int32, device="cuda")
     words = BLOCK_SIZE * (HEAD_SIZE // 4 + 2) // 4
     blocks = length // BLOCK_SIZE
-    grid = (triton.cdiv(blocks, 4), rows, KV_HEADS)
+    grid = (triton.cdiv(blocks, 4), rows, pool.kv_heads)
 
     def call(table):
         _read_planes[grid](
@@ -173,45 +184,45 @@ def bench_read(pool, length, rows, copies):
         )  # fmt: skip
 
     tables = pool.tables(length, rows, copies, BLOCK_SIZE)
-    return timed([lambda t=t: call(t) for t in tables])
+    result = timed([lambda t=t: call(t) for t in tables])
+    result["GBps"] = round(pool.signature_bytes(length, rows) / result["us"] / 1e3)
+    return result
 
 
-def bench_adamas(backend, pool, length, rows, copies, score, selection):
-    params = params_of(pool.layout, score, selection)
+def bench_adamas(backend, pool, length, rows, copies, score, selection, budget, stages) -> dict:
+    """The three kernels and the fused one; ``runs`` is what the policy takes."""
+    params = pool.params(score, selection)
     lens = torch.full((rows,), length, dtype=torch.int32, device="cuda")
-    budgets = torch.full((rows,), BUDGET, dtype=torch.int32, device="cuda")
+    budgets = torch.full((rows,), budget, dtype=torch.int32, device="cuda")
     stats = torch.zeros(4, dtype=torch.int64, device="cuda")
     tables = pool.tables(length, rows, copies, BLOCK_SIZE)
     queries = [torch.randn(rows, QUERY_HEADS, HEAD_SIZE, device="cuda").to(DTYPE) for _ in tables]
     outputs = [torch.empty_like(q) for q in queries]
     backend.reserve(params, rows, length)
 
-    def calls(stages):
+    def calls(**how):
         return [
             lambda q=q, t=t, o=o: backend.decode(
-                params,
-                q,
-                pool.pages,
-                t,
-                lens,
-                budgets,
-                o,
-                stats,
-                max_context_len=length,
-                stages=stages,
+                params, q, pool.pages, t, lens, budgets, o, stats, max_context_len=length, **how
             )
             for q, t, o in zip(queries, tables, outputs, strict=True)
         ]
 
-    whole = timed(calls(7))
-    encode, encode_scan = timed(calls(1))["us"], timed(calls(3))["us"]
-    whole["encode_us"] = encode
-    whole["scan_us"] = round(encode_scan - encode, 2)
-    whole["attend_us"] = round(whole["us"] - encode_scan, 2)
-    whole["GBps"] = round(
-        (signature_bytes(length, rows) + attended_bytes(rows, selection)) / whole["us"] / 1e3
-    )
-    return whole
+    moved = pool.signature_bytes(length, rows) + pool.attended_bytes(rows, selection, budget)
+    result = {"three": timed(calls(cluster=0))}
+    chosen = backend.cluster_size(params, rows, DTYPE, pool.pages, length)
+    cluster = backend.largest_cluster(params, rows, DTYPE, pool.pages, length)
+    if cluster:
+        result["fused"] = timed(calls(cluster=cluster)) | {"cluster": cluster}
+    if stages:
+        encode, encode_scan = (timed(calls(cluster=0, stages=n))["us"] for n in (1, 3))
+        three = result["three"]
+        three["encode_us"], three["scan_us"] = encode, round(encode_scan - encode, 2)
+        three["attend_us"] = round(three["us"] - encode_scan, 2)
+    for one in result.values():
+        one["GBps"] = round(moved / one["us"] / 1e3)
+    result["runs"] = "fused" if chosen else "three"
+    return result
 
 
 def bench_fa3(pool, length, rows, copies):
@@ -224,7 +235,7 @@ def bench_fa3(pool, length, rows, copies):
     outputs = [torch.empty_like(q) for q in queries]
     plan = get_scheduler_metadata(
         batch_size=rows, max_seqlen_q=1, max_seqlen_k=length, num_heads_q=QUERY_HEADS,
-        num_heads_kv=KV_HEADS, headdim=HEAD_SIZE, cache_seqlens=lens, qkv_dtype=DTYPE,
+        num_heads_kv=pool.kv_heads, headdim=HEAD_SIZE, cache_seqlens=lens, qkv_dtype=DTYPE,
         cu_seqlens_q=starts, page_size=pool.fa_block, causal=True, num_splits=32,
     )  # fmt: skip
 
@@ -246,7 +257,7 @@ def bench_fa3(pool, length, rows, copies):
     best = variants[name]
     best["variant"] = name
     best["all_us"] = {n: v["us"] for n, v in variants.items()}
-    dense = rows * length * KV_HEADS * HEAD_SIZE * 2 * DTYPE.itemsize
+    dense = rows * length * pool.kv_heads * HEAD_SIZE * 2 * DTYPE.itemsize
     best["GBps"] = round(dense / best["us"] / 1e3)
     return best
 
@@ -270,57 +281,89 @@ def environment() -> dict:
     return {"gpu": smi.split(",")[0], "driver": smi.split(",")[-1].strip(), **versions}
 
 
+class Bench:
+    """One run: FlashAttention is measured once per shape, beside what is compared with it."""
+
+    def __init__(self, fa3: bool, scores: list[str]):
+        self.backend, self.fa3, self.scores = CudaBackend(), fa3, scores
+        self.dense: dict[tuple[int, int, int], dict] = {}
+
+    def cell(self, pool, length, rows, scores, budget=BUDGET, read=False) -> dict:
+        copies = max(2, -(-WORKING_SET // pool.signature_bytes(length, rows)))
+        cell = {"context": length, "rows": rows, "copies": copies, "budget": budget}
+        if read:
+            cell["read"] = bench_read(pool, length, rows, copies)
+            show(length, rows, "read signatures", cell["read"])
+        key = (pool.kv_heads, length, rows)
+        if self.fa3 and key not in self.dense and not pool.fp8:
+            self.dense[key] = bench_fa3(pool, length, rows, copies)
+            show(length, rows, "FlashAttention 3", self.dense[key])
+        if key in self.dense:
+            cell["fa3"] = self.dense[key]
+        for score in scores:
+            for selection in SELECTIONS:
+                name = f"{score} {selection}"
+                args = (self.backend, pool, length, rows, copies, score, selection, budget, read)
+                result = cell[name] = bench_adamas(*args)
+                for kernels in ("three", "fused"):
+                    if kernels in result:
+                        mark = " *" if kernels == result["runs"] else ""
+                        show(
+                            length, rows, f"{name} {budget} {kernels}{mark}", result[kernels], cell
+                        )
+        return cell
+
+    def part(self, name: str, cells: list[tuple[int, int]]) -> list[dict]:
+        dense = self.fa3 and name != "fp8"
+        tokens = max(1 << 18, *(length * rows for length, rows in cells))
+        heads = QUERY_HEADS if name == "mha" else KV_HEADS
+        pool = Pool(self.backend, heads, tokens, dense=dense, fp8="e4m3" if name == "fp8" else None)
+        if name == "cells":
+            return [self.cell(pool, *cell, self.scores, read=True) for cell in cells]
+        budgets = BUDGETS if name == "budgets" else (BUDGET,)
+        return [self.cell(pool, *cell, ["dot"], budget) for cell in cells for budget in budgets]
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--no-fa3", action="store_true", help="measure adamas alone")
     parser.add_argument("--score", nargs="+", default=["dot", "manhattan"])
-    parser.add_argument("--cells", nargs="+", help="LENGTHxROWS, default: all")
+    parser.add_argument("--parts", nargs="+", default=list(CELLS), choices=CELLS)
+    parser.add_argument("--cells", nargs="+", help="LENGTHxROWS of the part 'cells', default: all")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
-    cells = CELLS if not args.cells else [tuple(map(int, c.split("x"))) for c in args.cells]
+    if args.cells:
+        CELLS["cells"] = [tuple(map(int, cell.split("x"))) for cell in args.cells]
 
     torch.manual_seed(0)
-    backend = CudaBackend()
-    pool = Pool(backend, dense=not args.no_fa3)
+    bench = Bench(not args.no_fa3, args.score)
     record = {
         "environment": environment(),
         "setting": {
             "dtype": "bf16", "query_heads": QUERY_HEADS, "kv_heads": KV_HEADS, "head_size": HEAD_SIZE,
             "block_size": BLOCK_SIZE, "budget": BUDGET, "replays": REPLAYS,
         },
-        "cells": [],
     }  # fmt: skip
     print(json.dumps(record["environment"]))
     print(
-        f"{'context':>8} {'rows':>4} {'what':24} {'us':>8} {'q1..q3':>17} {'GB/s':>6} {'speed-up':>8}  stages (us)"
+        f"{'context':>8} {'rows':>4} {'what':32} {'us':>8} {'q1..q3':>17} {'GB/s':>6} {'speed-up':>8}  stages (us)"
     )
-    for length, rows in cells:
-        copies = max(2, -(-WORKING_SET // signature_bytes(length, rows)))
-        cell = {"context": length, "rows": rows, "copies": copies}
-        cell["read"] = bench_read(pool, length, rows, copies)
-        cell["read"]["GBps"] = round(signature_bytes(length, rows) / cell["read"]["us"] / 1e3)
-        show(length, rows, "read signatures", cell["read"])
-        if not args.no_fa3:
-            cell["fa3"] = bench_fa3(pool, length, rows, copies)
-            show(length, rows, "FlashAttention 3", cell["fa3"])
-        for score in args.score:
-            for selection in SELECTIONS:
-                name = f"{score} {selection}"
-                cell[name] = bench_adamas(backend, pool, length, rows, copies, score, selection)
-                if "fa3" in cell:
-                    cell[name]["speedup"] = round(cell["fa3"]["us"] / cell[name]["us"], 2)
-                show(length, rows, name, cell[name])
-        record["cells"].append(cell)
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(record, indent=1) + "\n")
+    for name in args.parts:
+        record[name] = bench.part(name, CELLS[name])
+        args.output.write_text(json.dumps(record, indent=1) + "\n")
     print(f"wrote {args.output}")
 
 
-def show(length, rows, name, r):
+def show(length, rows, name, r, cell=None):
     stages = " ".join(f"{k[:-3]} {r[k]}" for k in ("encode_us", "scan_us", "attend_us") if k in r)
+    if "cluster" in r:
+        stages = f"clusters of {r['cluster']}"
+    if cell and "fa3" in cell:
+        r["speedup"] = round(cell["fa3"]["us"] / r["us"], 2)
     speedup = f"{r['speedup']:7.2f}x" if "speedup" in r else " " * 8
     print(
-        f"{length:8} {rows:4} {name:24} {r['us']:8.1f} {r['q1']:8.1f}{r['q3']:9.1f} {r['GBps']:6} "
+        f"{length:8} {rows:4} {name:32} {r['us']:8.1f} {r['q1']:8.1f}{r['q3']:9.1f} {r['GBps']:6} "
         f"{speedup}  {stages}",
         flush=True,
     )

@@ -7,16 +7,21 @@ from pathlib import Path
 
 import torch
 
+from vllm_adamas.backends.arguments import typed
 from vllm_adamas.backends.base import Backend, Params
 from vllm_adamas.errors import AdamasError
 
 LIBRARY = Path(__file__).with_name("libadamas_cuda.so")
 ELEMENTS = {torch.bfloat16: 1, torch.float16: 2}
+FP8_ELEMENTS = {"e4m3": 3, "e5m2": 4}
 
 MAX_GROUP = 16  #: query heads per KV head that fit the kernels' fragments
 MAX_CONTEXT = 1 << 20  #: tokens; a bitmap of one context has to fit into shared memory
 MAX_CANDIDATES = 32768  #: per token set
 ALL_STAGES = 7
+MAX_CLUSTER = 16  #: blocks that share memory on Hopper
+#: Policy: with fewer blocks for a (row, KV head) the fused kernel loses to the three kernels.
+MIN_CLUSTER = 3
 
 
 def candidate_capacity(max_context_len: int, max_budget: int) -> int:
@@ -38,26 +43,6 @@ def _library():
     import tvm_ffi
 
     return tvm_ffi.load_module(str(LIBRARY))
-
-
-def _shaped(name: str, x: torch.Tensor, *shape: int | None) -> None:
-    """Checks a shape (None fits any size) and a contiguous last dimension; cheap when it fits."""
-    if len(shape) == x.dim() and x.stride(-1) == 1:
-        for size, wanted in zip(x.shape, shape, strict=True):
-            if wanted is not None and size != wanted:
-                break
-        else:
-            return
-    raise ValueError(
-        f"{name}: expected [{', '.join('*' if s is None else str(s) for s in shape)}] with a contiguous "
-        f"last dimension, got {tuple(x.shape)} with strides {x.stride()}"
-    )
-
-
-def _typed(name: str, x: torch.Tensor, dtype: torch.dtype, *shape: int | None) -> None:
-    if x.dtype != dtype:
-        raise ValueError(f"{name}: expected {dtype}, got {x.dtype}")
-    _shaped(name, x, *shape)
 
 
 def _aligned(name: str, x: torch.Tensor) -> None:
@@ -91,6 +76,7 @@ class CudaBackend(Backend):
         self._work: dict[torch.device, torch.Tensor] = {}
         self._pages: dict[tuple, tuple] = {}
         self._bytes: dict[tuple, int] = {}
+        self._clusters: dict[tuple, int] = {}
 
     @property
     def description(self) -> str:
@@ -122,15 +108,20 @@ class CudaBackend(Backend):
 
     def append(self, params, key, value, page, slot_mapping):
         heads, size = params.num_kv_heads, params.layout.head_size
-        _typed("slot_mapping", slot_mapping, torch.int64, None)
+        typed("slot_mapping", slot_mapping, torch.int64, None)
         tokens = slot_mapping.shape[0]
         key, value = key[:tokens], value[:tokens]  # vLLM pads keys, not slots
-        _typed("key", key, params.layout.dtype, tokens, heads, size)
-        _typed("value", value, params.layout.dtype, tokens, heads, size)
+        typed("key", key, self._dtype(params, key), tokens, heads, size)
+        typed("value", value, key.dtype, tokens, heads, size)
+        if params.key_mean is not None:
+            typed("key_mean", params.key_mean, torch.float32, heads, size)
+            if not params.key_mean.is_contiguous():
+                raise ValueError("key_mean: expected contiguous float32 [Hkv, D]")
         self._lib.append(
             key,
             value,
             slot_mapping,
+            params.key_mean,
             params.coding.threshold,
             params.coding.relative,
             *self._page(params, page),
@@ -150,6 +141,7 @@ class CudaBackend(Backend):
         max_context_len: int | None = None,
         max_budget: int = 2048,
         stages: int = ALL_STAGES,
+        cluster: int | None = None,
     ):
         """As :meth:`Backend.decode`.
 
@@ -157,20 +149,17 @@ class CudaBackend(Backend):
             max_context_len: an upper bound of ``context_lens``; default: what the block table holds.
             max_budget: the largest budget below its context that is expected. Larger ones work, and
                 cost a second look at the signatures.
-            stages: which kernels run (bits: encode, scan, attend), for measurements.
+            stages: which of the three kernels run (bits: encode, scan, attend), for measurements.
+            cluster: blocks per (row, KV head) of the fused kernel, 0 for the three kernels; default:
+                what :meth:`cluster_size` says.
         """
-        rows = self._rows(params, query, block_table, context_lens)
-        _typed(
-            "output",
-            output,
-            params.layout.dtype,
-            rows,
-            params.num_query_heads,
-            params.layout.head_size,
-        )
+        rows, query = self._rows(params, query, block_table, context_lens)
+        output = output[:rows]
+        heads, size = params.num_query_heads, params.layout.head_size
+        typed("output", output, query.dtype, rows, heads, size)
         _aligned("output", output)
-        _typed("budgets", budgets, torch.int32, rows)
-        _typed("stats", stats, torch.int64, 4)
+        typed("budgets", budgets, torch.int32, rows)
+        typed("stats", stats, torch.int64, 4)
         longest = min(block_table.shape[1] * params.layout.block_size, MAX_CONTEXT)
         if max_context_len is not None:
             longest = min(longest, max_context_len)
@@ -195,11 +184,14 @@ class CudaBackend(Backend):
             params.coding.threshold,
             params.coding.relative,
             stages,
+            self.cluster_size(params, rows, query.dtype, page, longest)
+            if cluster is None
+            else cluster,
             *self._page(params, page),
         )
 
     def scan(self, params, query, page, block_table, context_lens):
-        rows = self._rows(params, query, block_table, context_lens)
+        rows, query = self._rows(params, query, block_table, context_lens)
         longest = int(context_lens.max()) if rows else 0
         scores = torch.full(
             (rows, params.num_score_heads, longest),
@@ -224,7 +216,7 @@ class CudaBackend(Backend):
 
     def select(self, params, scores, context_lens, budgets):
         rows, heads, longest = scores.shape
-        _typed("scores", scores, torch.float32, rows, heads, None)
+        typed("scores", scores, torch.float32, rows, heads, None)
         if longest > MAX_CONTEXT:
             raise AdamasError(f"contexts above {MAX_CONTEXT} tokens are not supported on CUDA.")
         most = int(torch.minimum(budgets, context_lens).max()) if rows else 0
@@ -235,24 +227,62 @@ class CudaBackend(Backend):
         return tokens
 
     def gather(self, params, page, block_table, context_lens, key, value):
-        _typed("key", key, params.layout.dtype, None, params.num_kv_heads, params.layout.head_size)
-        _typed("value", value, key.dtype, *key.shape)
+        dtype = self._dtype(params, key)
+        typed("key", key, dtype, None, params.num_kv_heads, params.layout.head_size)
+        typed("value", value, dtype, *key.shape)
         self._lib.gather(key, value, block_table, context_lens, *self._page(params, page))
 
-    def _rows(self, params, query, block_table, context_lens) -> int:
+    def _rows(self, params, query, block_table, context_lens) -> tuple[int, torch.Tensor]:
+        """The number of rows, and their queries: vLLM pads queries, not contexts."""
         rows = context_lens.shape[0]
-        _typed("context_lens", context_lens, torch.int32, rows)
-        _typed("block_table", block_table, torch.int32, rows, None)
-        _typed(
-            "query",
-            query,
-            params.layout.dtype,
-            rows,
-            params.num_query_heads,
-            params.layout.head_size,
-        )
+        typed("context_lens", context_lens, torch.int32, rows)
+        typed("block_table", block_table, torch.int32, rows, None)
+        query = query[:rows]
+        heads, size = params.num_query_heads, params.layout.head_size
+        typed("query", query, self._dtype(params, query), rows, heads, size)
         _aligned("query", query)
-        return rows
+        return rows, query
+
+    @staticmethod
+    def _dtype(params: Params, x: torch.Tensor) -> torch.dtype:
+        """The dtype of queries, keys and values: the page's, or either one beside fp8 pages."""
+        if not params.fp8:
+            return params.layout.dtype
+        return x.dtype if x.dtype in ELEMENTS else torch.bfloat16
+
+    def fused_clusters(
+        self, params: Params, dtype: torch.dtype, page: torch.Tensor, longest: int, cluster: int
+    ) -> int:
+        """Clusters of ``cluster`` blocks of the fused kernel that run at once; 0: it cannot be used."""
+        return self._lib.fused_clusters(
+            params.num_query_heads,
+            longest,
+            params.score == "dot",
+            params.selection == "query_head",
+            dtype == torch.float16,
+            cluster,
+            *self._page(params, page),
+        )
+
+    def largest_cluster(
+        self, params: Params, rows: int, dtype: torch.dtype, page: torch.Tensor, longest: int
+    ) -> int:
+        """Blocks per (row, KV head) of the fused kernel that run at once; 0: it cannot be used."""
+        groups = rows * params.num_kv_heads
+        sizes = range(MAX_CLUSTER, 0, -1)
+        fits = (n for n in sizes if self.fused_clusters(params, dtype, page, longest, n) >= groups)
+        return next(fits, 0)
+
+    def cluster_size(
+        self, params: Params, rows: int, dtype: torch.dtype, page: torch.Tensor, longest: int
+    ) -> int:
+        """Blocks of the fused kernel for a step of ``rows``, 0 for the three kernels."""
+        key = (params, rows, dtype, longest)
+        found = self._clusters.get(key)
+        if found is None:
+            found = self.largest_cluster(params, rows, dtype, page, longest)
+            found = self._clusters[key] = found if found >= MIN_CLUSTER else 0
+        return found
 
     def _workspace_bytes(self, params: Params, rows: int, capacity: int) -> int:
         key = (params, rows, capacity)
@@ -292,13 +322,10 @@ class CudaBackend(Backend):
     @staticmethod
     def _describe(params: Params, page: torch.Tensor) -> tuple:
         layout = params.layout
-        if params.fp8:
+        if not params.fp8 and layout.dtype not in ELEMENTS:
             raise AdamasError(
-                "the CUDA kernels of this release read bf16 and fp16 pages: serve without "
-                "--kv-cache-dtype fp8."
+                f"the CUDA kernels read bf16, fp16 and fp8 pages, not {layout.dtype}."
             )
-        if layout.dtype not in ELEMENTS:
-            raise AdamasError(f"the CUDA kernels read bf16 and fp16 pages, not {layout.dtype}.")
         if params.group > MAX_GROUP:
             raise AdamasError(
                 f"{params.group} query heads per KV head are more than the {MAX_GROUP} that the CUDA "
@@ -314,5 +341,7 @@ class CudaBackend(Backend):
             layout.hi_offset,
             layout.lo_offset,
             layout.scale_offset,
-            ELEMENTS[layout.dtype],
+            FP8_ELEMENTS[params.fp8] if params.fp8 else ELEMENTS[layout.dtype],
+            params.k_scale if params.fp8 else 1.0,
+            params.v_scale if params.fp8 else 1.0,
         )

@@ -19,6 +19,19 @@ __device__ __forceinline__ void copy_vector(uint8_t* to, const Rows& from, int64
   }
 }
 
+// Values beyond the range of fp8 become its largest.
+template <int kWords>
+__device__ __forceinline__ void store_fp8(uint8_t* to, const float (&x)[kWords], float scale, Element element) {
+  const auto kind = element == Element::e4m3 ? __NV_E4M3 : __NV_E5M2;
+#pragma unroll
+  for (int w = 0; w < kWords; ++w)
+    to[w * kWord + threadIdx.x % 32] = __nv_cvt_float_to_fp8(__fdiv_rn(x[w], scale), __NV_SATFINITE, kind);
+}
+
+__device__ __forceinline__ float from_fp8(uint8_t x, Element element) {
+  return __half2float(__half(__nv_cvt_fp8_to_halfraw(x, element == Element::e4m3 ? __NV_E4M3 : __NV_E5M2)));
+}
+
 template <int kWords>
 __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant__ AppendParams p) {
   const Page& page = p.page;
@@ -34,11 +47,22 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant_
 
   float x[kWords];
   load_vector(x, p.key, token, head, kWords);
-  const int row_bytes = page.head_size * 2;
-  copy_vector(run + offset * row_bytes, p.key, token, head, row_bytes);
-  copy_vector(run + page.v_offset + offset * row_bytes, p.value, token, head, row_bytes);
+  if (page.fp8()) {
+    float v[kWords];
+    load_vector(v, p.value, token, head, kWords);
+    store_fp8(run + offset * page.head_size, x, page.k_scale, page.element);
+    store_fp8(run + page.v_offset + offset * page.head_size, v, page.v_scale, page.element);
+  } else {
+    const int row_bytes = page.head_size * 2;
+    copy_vector(run + offset * row_bytes, p.key, token, head, row_bytes);
+    copy_vector(run + page.v_offset + offset * row_bytes, p.value, token, head, row_bytes);
+  }
 
   hadamard(x, page.head_size, p.norm);
+  if (p.key_mean) {
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) x[w] -= __ldg(p.key_mean + head * page.head_size + w * kWord + lane);
+  }
   const float t = outer_threshold(x, p.coding, page.head_size);
   const int at = offset / kTile * kWords * kTile + offset % kTile;
   float product = 0, squares = 0;
@@ -67,7 +91,7 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant_
   for (int r = lane; r < row; r += 32) start += p.context_lens[r];
 #pragma unroll
   for (int step = 16; step; step /= 2) start += __shfl_xor_sync(kFull, start, step);
-  const int row_bytes = page.head_size * 2;
+  const int row_bytes = page.head_size * (page.fp8() ? 1 : 2);
   const int64_t warps = int64_t(gridDim.x) * kThreads / 32, items = int64_t(length) * page.num_kv_heads;
   for (int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / 32; i < items; i += warps) {
     const int token = int(i / page.num_kv_heads), head = int(i % page.num_kv_heads);
@@ -77,6 +101,18 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant_
     auto to = [&](const Rows& rows) {
       return static_cast<uint8_t*>(rows.data) + ((start + token) * rows.token_stride + head * rows.head_stride) * 2;
     };
+    if (page.fp8()) {
+      auto convert = [&](const Rows& rows, const uint8_t* from, float scale) {
+        for (int d = lane; d < page.head_size; d += 32) {
+          const float x = from_fp8(from[d], page.element) * scale;
+          if (rows.element == Element::bf16) reinterpret_cast<__nv_bfloat16*>(to(rows))[d] = __float2bfloat16_rn(x);
+          else reinterpret_cast<__half*>(to(rows))[d] = __float2half_rn(x);
+        }
+      };
+      convert(p.key, run, page.k_scale);
+      convert(p.value, run + page.v_offset, page.v_scale);
+      continue;
+    }
     for (int b = lane * 4; b < row_bytes; b += 32 * 4) {
       *reinterpret_cast<uint32_t*>(to(p.key) + b) = *reinterpret_cast<const uint32_t*>(run + b);
       *reinterpret_cast<uint32_t*>(to(p.value) + b) = *reinterpret_cast<const uint32_t*>(run + page.v_offset + b);

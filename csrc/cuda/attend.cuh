@@ -28,6 +28,10 @@ struct Mma<__nv_bfloat16> {
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
     return d;
   }
+  static __device__ __forceinline__ uint32_t from_half2(uint32_t x) {
+    const float2 f = __half22float2(*reinterpret_cast<const __half2*>(&x));
+    return pack(f.x, f.y);
+  }
 };
 
 template <>
@@ -44,6 +48,7 @@ struct Mma<__half> {
     asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
     return d;
   }
+  static __device__ __forceinline__ uint32_t from_half2(uint32_t x) { return x; }
 };
 
 __device__ __forceinline__ uint32_t transpose8(uint32_t x) {
@@ -55,16 +60,36 @@ __device__ __forceinline__ uint32_t word_of(const uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
+// 4 fp8 values as T; every fp8 value is one of fp16 and of bf16. An e5m2 value is the upper byte of its
+// fp16.
+template <class T>
+__device__ __forceinline__ uint2 from_fp8(uint32_t x, bool e5m2) {
+  uint32_t low, high;
+  asm("{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b; }"
+      : "=r"(low), "=r"(high)
+      : "r"(x));
+  if (e5m2) low = __byte_perm(x, 0, 0x1404), high = __byte_perm(x, 0, 0x3424);
+  return {Mma<T>::from_half2(low), Mma<T>::from_half2(high)};
+}
+
+template <class T>
+__device__ __forceinline__ uint4 from_fp8(uint2 x, bool e5m2) {
+  const uint2 low = from_fp8<T>(x.x, e5m2), high = from_fp8<T>(x.y, e5m2);
+  return {low.x, low.y, high.x, high.y};
+}
+
 // Softmax state of up to 8 * kTiles heads over the tokens that one warp has seen. Lane (g, c) holds
 // heads 2c and 2c + 1 of each tile; logits are in base 2.
-template <int D, class T, int kTiles>
+template <int D, class T, int kTiles, bool kFp8>
 struct Attention {
+  static constexpr int kRowBytes = D * (kFp8 ? 1 : int(sizeof(T)));
   static constexpr int kKChunks = D / 32, kHalves = D / 64;
   static constexpr bool kTail = D % 64 != 0;  // the last 32 dimensions of D = 96
   static constexpr int kRows = D / 16;
   static constexpr int kFloats = kTiles * (kRows * 4 + 4);  // per lane
   static constexpr int kHeadFloats = D + 4;                 // one head of one warp in shared memory
 
+  bool e5m2 = false;  // the kind of fp8
   uint4 query[kTiles][kKChunks];
   float acc[kTiles][kRows][4];
   float top[kTiles][2], sum[kTiles][2];
@@ -90,17 +115,31 @@ struct Attention {
     }
   }
 
+  // Values of a row in global or shared memory, from `first` on, as T.
+  template <bool kShared>
+  __device__ __forceinline__ uint4 load8_values(const uint8_t* row, int first) const {
+    row += first * (kRowBytes / D);
+    if constexpr (kFp8) return from_fp8<T>(kShared ? shared8(row) : load8_line(row), e5m2);
+    else return kShared ? shared16(row) : load16_line(row);
+  }
+  template <bool kShared>
+  __device__ __forceinline__ uint2 load4_values(const uint8_t* row, int first) const {
+    row += first * (kRowBytes / D);
+    if constexpr (kFp8) return from_fp8<T>(kShared ? shared4(row) : __ldg(reinterpret_cast<const uint32_t*>(row)), e5m2);
+    else return kShared ? shared8(row) : load8(row);
+  }
+
   // Tokens of the step are slots 0 .. 15; at(slot) is the address of the slot's K row, readable for
-  // every slot. Only slots in [begin, end) count.
-  template <class At>
+  // every slot, in shared memory if kShared. Only slots in [begin, end) count.
+  template <bool kShared = false, class At>
   __device__ __forceinline__ void step(At at, int64_t v_offset, int begin, int end, float scale) {
     const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
     uint4 k[2][kKChunks];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      const uint8_t* from = at(g + 8 * i) + c * 16;
+      const uint8_t* from = at(g + 8 * i);
 #pragma unroll
-      for (int j = 0; j < kKChunks; ++j) k[i][j] = load16_line(from + j * 64);
+      for (int j = 0; j < kKChunks; ++j) k[i][j] = load8_values<kShared>(from, 32 * j + 8 * c);
     }
     uint4 v[4][kHalves];
     uint2 tail[4];
@@ -108,8 +147,8 @@ struct Attention {
     for (int i = 0; i < 4; ++i) {
       const uint8_t* from = at(2 * c + (i & 1) + (i & 2) * 4) + v_offset;
 #pragma unroll
-      for (int h = 0; h < kHalves; ++h) v[i][h] = load16_line(from + h * 128 + g * 16);
-      if (kTail) tail[i] = load8(from + kHalves * 128 + g * 8);
+      for (int h = 0; h < kHalves; ++h) v[i][h] = load8_values<kShared>(from, 64 * h + 8 * g);
+      if (kTail) tail[i] = load4_values<kShared>(from, 64 * kHalves + 4 * g);
     }
     const bool valid[2] = {g >= begin && g < end, g + 8 >= begin && g + 8 < end};
 #pragma unroll
@@ -259,7 +298,7 @@ struct Attention {
 
   // The output of all warps together. buffer: kWarps * min(heads, 8) * kHeadFloats.
   template <int kWarps>
-  __device__ void write_merged(float* buffer, T* first_head, int64_t head_stride, int heads) const {
+  __device__ void write_merged(float* buffer, T* first_head, int64_t head_stride, int heads, float v_scale) const {
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       const int here = min(heads - 8 * n, 8);
@@ -268,7 +307,7 @@ struct Attention {
       share(buffer, n, here);
       __syncthreads();
       over_warps<kWarps>(buffer, here, [&](int head, int d, float value, float, float total) {
-        first_head[(8 * n + head) * head_stride + d] = T(total > 0 ? value / total : 0.0f);
+        first_head[(8 * n + head) * head_stride + d] = T(total > 0 ? value / total * v_scale : 0.0f);
       });
     }
   }

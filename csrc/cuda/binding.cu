@@ -13,6 +13,7 @@
 namespace adamas {
 namespace {
 
+using tvm::ffi::Optional;
 using tvm::ffi::TensorView;
 
 void* stream_of(const TensorView& t) { return TVMFFIEnvGetStream(t.device().device_type, t.device().device_id); }
@@ -30,7 +31,8 @@ Rows rows_of(const TensorView& t) {  // [tokens, heads, head_size], head_size co
 
 // runs: uint8 [num_blocks, num_kv_heads, run_bytes]; offsets: V, hi, lo and scale.
 Page page_of(const TensorView& runs, int64_t block_size, int64_t head_size, int64_t v_offset,
-             int64_t hi_offset, int64_t lo_offset, int64_t scale_offset, int64_t element) {
+             int64_t hi_offset, int64_t lo_offset, int64_t scale_offset, int64_t element, double k_scale,
+             double v_scale) {
   Page page{};
   page.base = static_cast<uint8_t*>(runs.data_ptr());
   if (runs.stride(0) >> 31) TVM_FFI_THROW(ValueError) << "a block of the KV cache spans 2 GiB or more";
@@ -47,6 +49,8 @@ Page page_of(const TensorView& runs, int64_t block_size, int64_t head_size, int6
   page.lo_offset = lo_offset;
   page.scale_offset = scale_offset;
   page.element = Element(element);
+  page.k_scale = float(k_scale);
+  page.v_scale = float(v_scale);
   return page;
 }
 
@@ -57,25 +61,27 @@ T* pointer_of(const TensorView& t) {
   return static_cast<T*>(t.data_ptr());
 }
 
-void append_op(TensorView key, TensorView value, TensorView slots, double threshold, bool relative,
+void append_op(TensorView key, TensorView value, TensorView slots, Optional<TensorView> key_mean, double threshold,
+               bool relative,
                TensorView runs, int64_t block_size, int64_t head_size, int64_t v_offset, int64_t hi_offset,
-               int64_t lo_offset, int64_t scale_offset, int64_t element) {
+               int64_t lo_offset, int64_t scale_offset, int64_t element, double k_scale, double v_scale) {
   AppendParams p{};
-  p.page = page_of(runs, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element);
+  p.page = page_of(runs, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element, k_scale, v_scale);
   p.coding = Coding{float(threshold), relative};
   p.key = rows_of(key);
   p.value = rows_of(value);
   p.slots = pointer_of<const int64_t>(slots);
   p.num_tokens = slots.size(0);
   p.norm = hadamard_norm(head_size);
+  if (key_mean.has_value()) p.key_mean = pointer_of<const float>(key_mean.value());
   append(p, stream_of(key));
 }
 
 void gather_op(TensorView key, TensorView value, TensorView block_table, TensorView context_lens,
                TensorView runs, int64_t block_size, int64_t head_size, int64_t v_offset, int64_t hi_offset,
-               int64_t lo_offset, int64_t scale_offset, int64_t element) {
+               int64_t lo_offset, int64_t scale_offset, int64_t element, double k_scale, double v_scale) {
   GatherParams p{};
-  p.page = page_of(runs, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element);
+  p.page = page_of(runs, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element, k_scale, v_scale);
   p.key = rows_of(key);
   p.value = rows_of(value);
   p.block_table = pointer_of<const int32_t>(block_table);
@@ -127,25 +133,27 @@ DecodeParams decode_params(const TensorView& query, const TensorView& block_tabl
   return p;
 }
 
-// stages: bit 0 encode, bit 1 scan, bit 2 attend (the benchmark times them one by one).
+// cluster: blocks per (row, KV head) of the fused kernel, 0 for the three kernels; of those, stages: bit
+// 0 encode, bit 1 scan, bit 2 attend (the benchmark times them one by one).
 void decode_op(TensorView query, TensorView output, TensorView block_table, TensorView context_lens,
                TensorView budgets, TensorView stats, TensorView work, int64_t max_context_len, int64_t capacity,
                double softmax_scale, bool dot, bool per_query_head, int64_t num_sink_tokens,
                int64_t recent_window, int64_t sliding_window, double threshold, bool relative, int64_t stages,
-               TensorView runs, int64_t block_size, int64_t head_size, int64_t v_offset, int64_t hi_offset,
-               int64_t lo_offset, int64_t scale_offset, int64_t element) {
+               int64_t cluster, TensorView runs, int64_t block_size, int64_t head_size, int64_t v_offset, int64_t hi_offset,
+               int64_t lo_offset, int64_t scale_offset, int64_t element, double k_scale, double v_scale) {
   DecodeParams p = decode_params(
       query, block_table, context_lens, work, max_context_len, capacity, dot, per_query_head, threshold, relative,
-      page_of(runs, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element));
+      page_of(runs, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element, k_scale, v_scale));
   p.output = rows_of(output);
   p.budgets = pointer_of<const int32_t>(budgets);
-  p.softmax_scale = float(softmax_scale * 1.4426950408889634);  // logits in base 2
+  p.softmax_scale = float(softmax_scale * k_scale * 1.4426950408889634);  // logits in base 2
   p.num_sink_tokens = int(num_sink_tokens);
   p.recent_window = int(recent_window);
   p.sliding_window = int(sliding_window);
   p.stats = pointer_of<int64_t>(stats);
   if (p.num_rows == 0) return;
   void* stream = stream_of(query);
+  if (cluster) return fused(p, int(cluster), stream);
   if (stages & 1) encode(p, stream);
   if (stages & 2) scan(p, stream);
   if (stages & 4) attend(p, stream);
@@ -154,16 +162,30 @@ void decode_op(TensorView query, TensorView output, TensorView block_table, Tens
 void scan_op(TensorView query, TensorView block_table, TensorView context_lens, TensorView scores, TensorView work,
              bool dot, bool per_query_head, double threshold, bool relative, TensorView runs, int64_t block_size,
              int64_t head_size, int64_t v_offset, int64_t hi_offset, int64_t lo_offset, int64_t scale_offset,
-             int64_t element) {
+             int64_t element, double k_scale, double v_scale) {
   DecodeParams p = decode_params(
       query, block_table, context_lens, work, scores.size(2), 1, dot, per_query_head, threshold, relative,
-      page_of(runs, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element));
+      page_of(runs, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element, k_scale, v_scale));
   p.scores = pointer_of<float>(scores);
   p.scores_row_stride = scores.stride(0);
   p.scores_head_stride = scores.stride(1);
   if (p.num_rows == 0) return;
   encode(p, stream_of(query));
   scan(p, stream_of(query));
+}
+
+// Clusters of the fused kernel that run at once, 0 if it does not take the shape.
+int64_t fused_clusters_op(int64_t num_query_heads, int64_t max_context_len, bool dot, bool per_query_head, bool half,
+                          int64_t cluster, TensorView runs, int64_t block_size, int64_t head_size, int64_t v_offset,
+                          int64_t hi_offset, int64_t lo_offset, int64_t scale_offset, int64_t element, double k_scale,
+                          double v_scale) {
+  const Page page =
+      page_of(runs, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element, k_scale, v_scale);
+  DecodeParams p = shape_of(1, num_query_heads, page.num_kv_heads, head_size, dot, per_query_head, 1);
+  p.page = page;
+  p.query.element = half ? Element::f16 : Element::bf16;
+  p.max_context_len = int(max_context_len);
+  return fused_clusters(p, int(cluster));
 }
 
 void select_op(TensorView scores, TensorView context_lens, TensorView budgets, TensorView tokens,
@@ -194,4 +216,5 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(gather, adamas::gather_op)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(scan, adamas::scan_op)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(select, adamas::select_op)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(decode, adamas::decode_op)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(fused_clusters, adamas::fused_clusters_op)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(workspace_bytes, adamas::workspace_bytes_op)

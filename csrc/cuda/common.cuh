@@ -2,6 +2,7 @@
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
+#include <cuda_fp8.h>
 #include <cuda_runtime.h>
 
 #include <stdexcept>
@@ -49,6 +50,43 @@ void launch(void (*kernel)(Args...), dim3 grid, int threads, int smem, void* str
   check(cudaLaunchKernelEx(&config, kernel, args...), what);
 }
 
+// A launch in clusters of `cluster` neighbours in x, each block with an SM's large share of memory.
+struct ClusterLaunch {
+  cudaLaunchAttribute attribute{};
+  cudaLaunchConfig_t config{};
+
+  template <class Kernel>
+  ClusterLaunch(Kernel kernel, dim3 grid, int cluster, int threads, int smem, void* stream, const char* what) {
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100), what);
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem), what);
+    check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), what);
+    config.gridDim = grid;
+    config.blockDim = dim3(threads);
+    config.dynamicSmemBytes = smem;
+    config.stream = static_cast<cudaStream_t>(stream);
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {unsigned(cluster), 1, 1};
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+  }
+};
+
+template <class... Args>
+void launch_clusters(void (*kernel)(Args...), dim3 grid, int cluster, int threads, int smem, void* stream,
+                     const char* what, const Args&... args) {
+  ClusterLaunch launch(kernel, grid, cluster, threads, smem, stream, what);
+  check(cudaLaunchKernelEx(&launch.config, kernel, args...), what);
+}
+
+// Clusters that the device runs at once.
+template <class... Args>
+int count_clusters(void (*kernel)(Args...), int cluster, int threads, int smem, const char* what) {
+  ClusterLaunch launch(kernel, dim3(cluster), cluster, threads, smem, nullptr, what);
+  int count = 0;
+  check(cudaOccupancyMaxActiveClusters(&count, kernel, &launch.config), what);
+  return count;
+}
+
 __device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" :::); }
 
@@ -70,7 +108,30 @@ __device__ __forceinline__ uint4 load16_line(const void* p) {
   asm("ld.global.nc.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
   return x;
 }
+__device__ __forceinline__ uint2 load8_line(const void* p) {
+  uint2 x;
+  asm("ld.global.nc.L2::128B.v2.u32 {%0,%1}, [%2];" : "=r"(x.x), "=r"(x.y) : "l"(p));
+  return x;
+}
 __device__ __forceinline__ uint2 load8(const void* p) { return __ldg(reinterpret_cast<const uint2*>(p)); }
+
+__device__ __forceinline__ uint4 shared16(const void* p) {
+  uint4 x;
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
+               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+               : "r"(uint32_t(__cvta_generic_to_shared(p))));
+  return x;
+}
+__device__ __forceinline__ uint2 shared8(const void* p) {
+  uint2 x;
+  asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(uint32_t(__cvta_generic_to_shared(p))));
+  return x;
+}
+__device__ __forceinline__ uint32_t shared4(const void* p) {
+  uint32_t x;
+  asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(uint32_t(__cvta_generic_to_shared(p))));
+  return x;
+}
 
 __device__ __forceinline__ float load_scalar(const void* data, int64_t i, Element element) {
   switch (element) {

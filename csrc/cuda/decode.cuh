@@ -3,6 +3,7 @@
 // (row, KV head) merges.
 #pragma once
 #include "attend.cuh"
+#include "pipeline.cuh"
 #include "scan.cuh"
 #include "select.cuh"
 
@@ -47,14 +48,21 @@ __device__ __noinline__ void select_from_scan(const DecodeParams& p, int row, in
   });
 }
 
-template <int D, class T, int kTiles, int kAttendThreads>
+template <int D, class T, int kTiles, int kAttendThreads, bool kFp8>
 struct Attend {
   static constexpr int kAttendWarps = kAttendThreads / 32;
-  using Softmax = Attention<D, T, kTiles>;
-  static constexpr int kRowBytes = D * int(sizeof(T));
+  using Softmax = Attention<D, T, kTiles, kFp8>;
+  static constexpr int kRowBytes = Softmax::kRowBytes;
   static constexpr int kWordChunks = D <= 128 ? 1 : 2;
   static constexpr int kStateFloats = Softmax::kFloats * 32;
   static constexpr int kList = 8 * kAttendThreads;  // selected tokens that are looked up at a time
+  // Many token sets: the copy engine fetches whole rows, which the memory serves faster than pieces of
+  // them. The padding keeps the rows that a load touches in different banks.
+  static constexpr bool kStaged = kAttendThreads <= 128;
+  static constexpr int kStagedRow = kRowBytes + 16, kStagedBytes = 2 * kChunk * kStagedRow;  // K and V of a step
+  static constexpr int kSums = 32 * 4;                                                     // and barriers
+  static constexpr int kFrontBytes =
+      kStaged && kAttendWarps * kStagedBytes > kSelectWords * 4 ? kAttendWarps * kStagedBytes : kSelectWords * 4;
 
   static __host__ __device__ int merge_bytes(const DecodeParams& p) {
     return kAttendWarps * (p.group < 8 ? p.group : 8) * Softmax::kHeadFloats * 4;
@@ -63,7 +71,7 @@ struct Attend {
   static int shared_bytes(const DecodeParams& p) {
     const int list = kList * 8, merge = merge_bytes(p);
     const int bitmap = bitmap_words(p.max_context_len) * 4, rows = (p.num_rows + 1) * 8;
-    const int front = kSelectWords * 4 + (list > merge ? list : merge) + bitmap, back = rows + 16 + merge;
+    const int front = kSums + kFrontBytes + (list > merge ? list : merge) + bitmap, back = rows + 16 + merge;
     return front > back ? front : back;
   }
 
@@ -90,8 +98,10 @@ struct Attend {
     }
     if (!plan.sparse) return;
 
-    uint32_t* bins = reinterpret_cast<uint32_t*>(memory);
-    uint8_t* list = memory + kSelectWords * 4;
+    uint32_t* sums = reinterpret_cast<uint32_t*>(memory);
+    uint8_t* staged = memory + kSums;  // where the bins are
+    uint32_t* bins = reinterpret_cast<uint32_t*>(staged);
+    uint8_t* list = staged + kFrontBytes;
     const int list_bytes = max(kList * 8, merge_bytes(p));
     uint32_t* bitmap = reinterpret_cast<uint32_t*>(list + list_bytes);
     const int words = (plan.length + 31) / 32;
@@ -111,14 +121,23 @@ struct Attend {
     }
     __syncthreads();
     Softmax softmax;
+    softmax.e5m2 = p.page.element == Element::e5m2;
     softmax.load_query(query_of(p, row, first_head), p.query.head_stride, heads);
     softmax.reset();
     // Addresses of the selected tokens in ascending order, as many at a time as the list holds.
     int64_t* offsets = reinterpret_cast<int64_t*>(list);
     const int32_t* blocks = p.block_table + row * p.blocks_per_row;
     const uint8_t* base = p.page.base + kv_head * p.page.head_stride;
+    uint32_t barrier = 0, phase = 0;
+    staged += warp * kStagedBytes;
+    if constexpr (kStaged) {
+      barrier = uint32_t(__cvta_generic_to_shared(sums + 16 + 2 * warp));
+      if (threadIdx.x % 32 == 0) barrier_init(barrier);
+      barrier_init_done();
+      __syncwarp();
+    }
     for (int round = 0;; round += kList) {
-      const int total = each_set_bit<kAttendThreads>(bitmap, words, bins, [&](int rank, int token) {
+      const int total = each_set_bit<kAttendThreads>(bitmap, words, sums, [&](int rank, int token) {
         if (uint32_t(rank - round) < uint32_t(kList)) {
           const int block = block_of_quad(p.page, token / kQuad);
           offsets[rank - round] =
@@ -127,15 +146,30 @@ struct Attend {
       });
       __syncthreads();
       const int here = min(total - round, kList);
-      for (int chunk = warp * kChunk; chunk < here; chunk += kAttendWarps * kChunk)
-        softmax.step([&](int slot) { return base + offsets[min(chunk + slot, here - 1)]; }, p.page.v_offset, 0,
-                     here - chunk, p.softmax_scale);
+      for (int chunk = warp * kChunk; chunk < here; chunk += kAttendWarps * kChunk) {
+        if constexpr (kStaged) {
+          const int lane = threadIdx.x % 32, slot = lane % kChunk, slots = min(here - chunk, kChunk);
+          __syncwarp();
+          if (lane == 0) barrier_expect(barrier, 2 * slots * kRowBytes);
+          __syncwarp();
+          if (slot < slots)
+            bulk_copy(uint32_t(__cvta_generic_to_shared(staged)) + lane * kStagedRow,
+                      base + offsets[chunk + slot] + (lane < kChunk ? 0 : p.page.v_offset), kRowBytes, barrier);
+          barrier_wait(barrier, phase);
+          phase ^= 1;
+          softmax.template step<true>([&](int slot) { return staged + min(slot, slots - 1) * kStagedRow; },
+                                      kChunk * kStagedRow, 0, slots, p.softmax_scale);
+        } else {
+          softmax.step([&](int slot) { return base + offsets[min(chunk + slot, here - 1)]; }, p.page.v_offset, 0,
+                       here - chunk, p.softmax_scale);
+        }
+      }
       if (round + kList >= total) break;
       __syncthreads();
     }
     softmax.finish();
     softmax.template write_merged<kAttendWarps>(reinterpret_cast<float*>(list), output_of(p, row, first_head),
-                                                p.output.head_stride, heads);
+                                                p.output.head_stride, heads, p.page.v_scale);
   }
 
   // Selects among the candidates. One pass over equal steps of the score above the pivot finds the
@@ -248,6 +282,7 @@ struct Attend {
       const int64_t group = int64_t(row) * kv_heads + kv_head;
 
       Softmax softmax;
+      softmax.e5m2 = p.page.element == Element::e5m2;
       softmax.load_query(query_of(p, row, kv_head * p.group), p.query.head_stride, p.group);
       softmax.reset();
       const int32_t* blocks = p.block_table + row * p.blocks_per_row;
@@ -264,7 +299,7 @@ struct Attend {
       softmax.finish();
       T* output = output_of(p, row, kv_head * p.group);
       if (count == chunks) {
-        softmax.template write_merged<kAttendWarps>(buffer, output, p.output.head_stride, p.group);
+        softmax.template write_merged<kAttendWarps>(buffer, output, p.output.head_stride, p.group, p.page.v_scale);
       } else {
         // Workers [low, high] share this (row, KV head).
         const int64_t start = at - first;
@@ -283,7 +318,7 @@ struct Attend {
           softmax.reset();
           for (int w = low + warp; w <= high; w += kAttendWarps)
             softmax.merge(p.work.partials + (w + group) * kStateFloats);
-          softmax.template write_merged<kAttendWarps>(buffer, output, p.output.head_stride, p.group);
+          softmax.template write_merged<kAttendWarps>(buffer, output, p.output.head_stride, p.group, p.page.v_scale);
         }
       }
       __syncthreads();
@@ -292,11 +327,11 @@ struct Attend {
   }
 };
 
-template <int D, class T, int kTiles, int kThreads>
+template <int D, class T, int kTiles, int kThreads, bool kFp8>
 __global__ void __launch_bounds__(kThreads, D <= 128 && kTiles == 1 ? 512 / kThreads : 1)
     attend_kernel(const __grid_constant__ DecodeParams p, int sets) {
   extern __shared__ __align__(16) uint8_t attend_memory[];
-  using Body = Attend<D, T, kTiles, kThreads>;
+  using Body = Attend<D, T, kTiles, kThreads, kFp8>;
   if (int(blockIdx.x) < sets) Body::sparse(p, blockIdx.x, attend_memory);
   else Body::dense(p, blockIdx.x - sets, attend_memory);
 }
@@ -305,11 +340,16 @@ __global__ void __launch_bounds__(kThreads, D <= 128 && kTiles == 1 ? 512 / kThr
 template <int D>
 void attend_head_size(const DecodeParams& p, void* stream) {
   const int sets = p.num_rows * p.score_heads_per_kv * p.page.num_kv_heads;
-  auto run = [&](auto element, auto tiles, auto threads) {
+  auto launch_it = [&](auto element, auto tiles, auto threads, auto fp8) {
     using T = decltype(element);
     constexpr int kTiles = decltype(tiles)::value, kThreads = decltype(threads)::value;
-    launch(attend_kernel<D, T, kTiles, kThreads>, dim3(sets + p.dense_workers), kThreads,
-           Attend<D, T, kTiles, kThreads>::shared_bytes(p), stream, true, "attend", p, sets);
+    constexpr bool kFp8 = decltype(fp8)::value;
+    launch(attend_kernel<D, T, kTiles, kThreads, kFp8>, dim3(sets + p.dense_workers), kThreads,
+           Attend<D, T, kTiles, kThreads, kFp8>::shared_bytes(p), stream, true, "attend", p, sets);
+  };
+  auto run = [&](auto element, auto tiles, auto threads) {
+    if (p.page.fp8()) launch_it(element, tiles, threads, std::true_type());
+    else launch_it(element, tiles, threads, std::false_type());
   };
   auto by_threads = [&](auto element) {
     using std::integral_constant;
@@ -322,7 +362,7 @@ void attend_head_size(const DecodeParams& p, void* stream) {
     }
     run(element, integral_constant<int, 1>(), integral_constant<int, 256>());
   };
-  if (p.page.element == Element::bf16) by_threads(__nv_bfloat16());
+  if (p.query.element == Element::bf16) by_threads(__nv_bfloat16());
   else by_threads(__half());
 }
 

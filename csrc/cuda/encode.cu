@@ -4,9 +4,8 @@
 // decides how many candidates scan writes; select checks their number and is exact in every case.
 #include <algorithm>
 
-#include "scan.cuh"
+#include "encode.cuh"
 #include "select.cuh"
-#include "signature.cuh"
 
 namespace adamas {
 namespace {
@@ -17,103 +16,6 @@ constexpr int kPivotBits = 8, kPivotBins = 1 << kPivotBits, kPivotWords = spread
 
 // log2 of the sampled tokens
 int sample_bits(int max_context_len) { return max_context_len <= 65536 ? 10 : max_context_len <= 1 << 18 ? 11 : 12; }
-
-struct Shared {
-  uint32_t* planes;  // as in the workspace
-  int32_t* bias;     // [head quads][4]
-  uint32_t* bins;    // [score heads per KV head][kPivotWords]
-  float* scores;     // [score heads per KV head][sample]
-};
-
-template <int kChunks, Mode kMode>
-__device__ void encode_dot(const DecodeParams& p, float (&x)[kChunks * 4], int slot, const Shared& s) {
-  const int lane = threadIdx.x % 32;
-  float top = 0;
-  bool odd = false;
-#pragma unroll
-  for (int w = 0; w < kChunks * 4; ++w) {
-    top = fmaxf(top, fabsf(x[w]));
-    odd |= x[w] != x[w];
-  }
-  top = warp_max(top);
-  float step = __fdiv_rn(top, float(kQueryMax));
-  if (__any_sync(kFull, odd) || !isfinite(step)) step = 0.0f;
-  float inverse = step > 0.0f ? __fdiv_rn(1.0f, step) : 0.0f;
-  if (!isfinite(inverse)) inverse = 0.0f;
-  int total = 0;
-#pragma unroll
-  for (int w = 0; w < kChunks * 4; ++w) {
-    const float y = rintf(__fmul_rn(x[w], inverse));
-    const int q = y == y ? int(fminf(fmaxf(y, -float(kQueryMax)), float(kQueryMax))) : 0;
-    total += q;
-#pragma unroll
-    for (int b = 0; b < kQueryBits; ++b) {
-      const uint32_t word = __ballot_sync(kFull, (q >> b) & 1);
-      const int plane = slot / 4 * 2 + b / 2, column = 2 * (slot % 4) + b % 2;
-      if (lane == 0 && w < p.page.words)
-        s.planes[(plane * kChunks + w / 4) * 32 + column * 4 + w % 4] = word;
-    }
-  }
-  total = __reduce_add_sync(kFull, total);
-  if (lane == 0) s.bias[slot] = 3 * total;
-}
-
-template <int kChunks>
-__device__ void encode_manhattan(const DecodeParams& p, float (&x)[kChunks * 4], int slot, const Shared& s) {
-  const int lane = threadIdx.x % 32;
-  const float t = outer_threshold(x, p.coding, p.page.head_size);
-  int total = 0;
-#pragma unroll
-  for (int w = 0; w < kChunks * 4; ++w) {
-    if (w >= p.page.words) break;
-    const int code = bucketize(x[w], t);
-    total += code;
-#pragma unroll
-    for (int b = 0; b < 3; ++b) {
-      const uint32_t word = __ballot_sync(kFull, code > b);
-      if (lane == 0)
-        s.planes[((slot / 4 * 3 + b) * kChunks + w / 4) * 32 + 2 * (slot % 4) * 4 + w % 4] = word;
-    }
-  }
-  total = __reduce_add_sync(kFull, total);
-  if (lane == 0) s.bias[slot] = total;
-}
-
-// All query heads of one (row, KV head) into shared memory, from x of the warps below the group size;
-// ends synchronised. The memory of the scores is used on the way.
-template <int kChunks, Mode kMode>
-__device__ __forceinline__ void encode_queries(const DecodeParams& p, float (&x)[kChunks * 4], const Shared& s) {
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  if (warp < p.group) hadamard(x, p.page.head_size, p.norm);
-  if (kMode == Mode::dot && !p.per_query_head) {
-    float* rows = s.scores;
-    if (warp < p.group) {
-#pragma unroll
-      for (int w = 0; w < kChunks * 4; ++w) rows[(warp * kChunks * 4 + w) * 32 + lane] = x[w];
-    }
-    __syncthreads();
-    if (warp == 0) {
-#pragma unroll
-      for (int w = 0; w < kChunks * 4; ++w) x[w] = 0;
-      for (int h = 0; h < p.group; ++h)
-#pragma unroll
-        for (int w = 0; w < kChunks * 4; ++w) x[w] += rows[(h * kChunks * 4 + w) * 32 + lane];
-      encode_dot<kChunks, kMode>(p, x, 0, s);
-    }
-  } else if (warp < p.group) {
-    if constexpr (kMode == Mode::dot) encode_dot<kChunks, kMode>(p, x, warp, s);
-    else encode_manhattan<kChunks>(p, x, warp, s);
-  }
-  __syncthreads();
-  if constexpr (kMode == Mode::manhattan_sum) {  // score_quad() unpacks it
-    if (threadIdx.x == 0) {
-      int total = 0;
-      for (int h = 0; h < p.group; ++h) total += s.bias[h];
-      for (int c = 0; c < 4; ++c) s.bias[c] = total * 32 + p.group;
-    }
-    __syncthreads();
-  }
-}
 
 // A score (and, where scores tie, a position in the sample) that about `rank` of the sample reach, by
 // one warp. Excluded tokens are -inf. Tokens above the score count, and those equal to it from
@@ -167,17 +69,15 @@ __global__ void __launch_bounds__(kMostThreads, 1) encode_kernel(const __grid_co
   if (!plan.sparse) return;
 
   const int plane_words = p.head_quads * kPlanes * kChunks * 32;
-  Shared s;
+  QueryMemory s;
   s.planes = reinterpret_cast<uint32_t*>(memory);
   s.bias = reinterpret_cast<int32_t*>(s.planes + plane_words);
-  s.bins = reinterpret_cast<uint32_t*>(s.bias + 4 * kMaxHeadQuads);
-  uint32_t* range = s.bins + p.score_heads_per_kv * kPivotWords;
-  s.scores = reinterpret_cast<float*>(range + 4 * kMaxHeadQuads * 2);
-  for (int i = threadIdx.x; i < p.score_heads_per_kv * kPivotWords; i += threads) s.bins[i] = 0;
+  uint32_t* bins = reinterpret_cast<uint32_t*>(s.bias + 4 * kMaxHeadQuads);  // [score head][kPivotWords]
+  uint32_t* range = bins + p.score_heads_per_kv * kPivotWords;
+  float* scores = s.scratch = reinterpret_cast<float*>(range + 4 * kMaxHeadQuads * 2);  // [score head][sample]
+  for (int i = threadIdx.x; i < p.score_heads_per_kv * kPivotWords; i += threads) bins[i] = 0;
   if (threadIdx.x < 4 * kMaxHeadQuads * 2) range[threadIdx.x] = 0;
-  for (int i = threadIdx.x; i < plane_words; i += threads)
-    s.planes[i] = kMode != Mode::dot && i / 4 % 2 && i / 32 % kChunks * 4 + i % 4 < p.page.words ? kFull : 0;
-  if (threadIdx.x < 4 * kMaxHeadQuads) s.bias[threadIdx.x] = 0;
+  clear_queries<kChunks, kMode>(p, s);
   __syncthreads();
 
   // The pivots come from a sample of tiles, evenly spaced.
@@ -209,7 +109,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) encode_kernel(const __grid_co
         high[q] = fmaxf(fmaxf(high[q], fmaxf(kept.x, kept.y)), fmaxf(kept.z, kept.w));
         auto finite = [](float x) { return x > -INFINITY ? x : INFINITY; };
         low[q] = fminf(fminf(low[q], fminf(finite(kept.x), finite(kept.y))), fminf(finite(kept.z), finite(kept.w)));
-        *reinterpret_cast<float4*>(s.scores + head * sample + ((warp * steps + step) * 8 + lane / 4) * 4) = kept;
+        *reinterpret_cast<float4*>(scores + head * sample + ((warp * steps + step) * 8 + lane / 4) * 4) = kept;
       });
   for (int i = threadIdx.x; i < plane_words; i += threads)
     p.work.planes[int64_t(blockIdx.x) * plane_words + i] = s.planes[i];
@@ -245,10 +145,10 @@ __global__ void __launch_bounds__(kMostThreads, 1) encode_kernel(const __grid_co
     const float base = -from_order_key(range[2 * head]), top = from_order_key(range[2 * head + 1]);
     const float scale = top > base ? __fdividef(kPivotBins - 1, top - base) : 0.0f;
     auto count = [&](float x) {
-      if (x > -INFINITY) atomicAdd(s.bins + head * kPivotWords + spread(min(int((x - base) * scale), kPivotBins - 1)), 1u);
+      if (x > -INFINITY) atomicAdd(bins + head * kPivotWords + spread(min(int((x - base) * scale), kPivotBins - 1)), 1u);
     };
     for (int step = 0; step < steps; ++step) {
-      const float4 x = *reinterpret_cast<float4*>(s.scores + head * sample + ((warp * steps + step) * 8 + lane / 4) * 4);
+      const float4 x = *reinterpret_cast<float4*>(scores + head * sample + ((warp * steps + step) * 8 + lane / 4) * 4);
       count(x.x), count(x.y), count(x.z), count(x.w);
     }
   }
@@ -256,8 +156,8 @@ __global__ void __launch_bounds__(kMostThreads, 1) encode_kernel(const __grid_co
   for (int head = warp; head < p.score_heads_per_kv; head += warps) {
     const float base = -from_order_key(range[2 * head]), top = from_order_key(range[2 * head + 1]);
     int token = INT_MAX;
-    const float score = find_pivot(s.scores + head * sample, sample_bits, rank, base, top,
-                                   s.bins + head * kPivotWords, token);
+    const float score = find_pivot(scores + head * sample, sample_bits, rank, base, top,
+                                   bins + head * kPivotWords, token);
     if (lane == 0) {
       p.work.pivot_score[set + head] = score;
       p.work.pivot_token[set + head] = token == INT_MAX ? token : quad_at(token / kQuad) * kQuad;

@@ -2,6 +2,12 @@
 #pragma once
 #include <cstdint>
 
+#ifdef __CUDACC__
+#define ADAMAS_BOTH __host__ __device__
+#else
+#define ADAMAS_BOTH
+#endif
+
 namespace adamas {
 
 // A tile is 16 tokens: uint32 [D/32 words][16 tokens] per signature plane (vllm_adamas/layout.py).
@@ -33,7 +39,9 @@ struct Page {
   int head_size, words, num_kv_heads;
   int64_t v_offset, hi_offset, lo_offset, scale_offset;
   Element element;
-  float k_scale, v_scale;  // fp8 to real
+  float k_scale, v_scale;  // real values per stored value; 1 but for fp8
+
+  ADAMAS_BOTH bool fp8() const { return element == Element::e4m3 || element == Element::e5m2; }
 };
 
 struct Coding {
@@ -54,7 +62,8 @@ struct AppendParams {
   Rows key, value;
   const int64_t* slots;
   int64_t num_tokens;
-  float norm;  // of the Hadamard transform
+  float norm;             // of the Hadamard transform
+  const float* key_mean;  // [num_kv_heads, head_size], transformed; null is zero
 };
 
 struct GatherParams {
@@ -120,6 +129,9 @@ void encode(const DecodeParams& p, void* stream);
 void scan(const DecodeParams& p, void* stream);
 void select(const SelectParams& p, void* stream);
 void attend(const DecodeParams& p, void* stream);
+// The whole step in one kernel, a cluster of blocks per (row, KV head).
+void fused(const DecodeParams& p, int cluster, void* stream);
+int fused_clusters(const DecodeParams& p, int cluster);  // that run at once; 0 if the shape does not fit
 int64_t workspace(DecodeParams& p, uint8_t* base);  // lays the workspace out; returns its bytes
 void decode(const DecodeParams& p, void* stream);
 

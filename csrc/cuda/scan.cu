@@ -7,24 +7,11 @@ namespace adamas {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kStep = 32;  // tokens that a warp scores at a time
 constexpr int kQueue = 8;  // candidates that a lane holds back per head quad
 
 // Registers and shared memory of these fit an SM.
 constexpr int ring_stages(int chunks) { return chunks == 1 ? 3 : 2; }
 constexpr int blocks_per_processor(int chunks, int quads) { return chunks * quads == 1 ? 3 : 2; }
-
-__device__ __forceinline__ uint4 shared16(uint32_t at) {
-  uint4 x;
-  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(at));
-  return x;
-}
-
-__device__ __forceinline__ uint2 shared8(uint32_t at) {
-  uint2 x;
-  asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(at));
-  return x;
-}
 
 // Moves what the lanes hold back for one head quad to the heads' candidates. queue: [kQueue][32]
 __device__ __noinline__ void flush(const DecodeParams& p, const uint2* queue, int count, int set) {
@@ -47,7 +34,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(kChunks, kQuads
     scan_kernel(const __grid_constant__ DecodeParams p, int bytes) {
   extern __shared__ __align__(16) uint8_t memory[];
   constexpr int kStages = ring_stages(kChunks);
-  constexpr int kSteps = kStageTokens / kStep;
+  constexpr int kSteps = StageReader<kChunks, kMode>::kSteps;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   uint8_t* at_memory = memory + kWarps * kStages * bytes;
   uint2* queue = reinterpret_cast<uint2*>(at_memory) + warp * (kQuads * kQueue * 32);
@@ -63,22 +50,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(kChunks, kQuads
     return plan.sparse ? int64_t((plan.length + shape.tokens - 1) / shape.tokens) * kv_heads : 0;
   });
 
-  // Where this lane's token quads lie in a stage.
-  uint32_t quad_at[kSteps];
-  int quad_token[kSteps];
-  const uint32_t plane_bytes = shape.part_tokens * shape.words * 4;
-  uint32_t scale_at[kSteps], word_at[kChunks];
-#pragma unroll
-  for (int i = 0; i < kSteps; ++i) {
-    int quad = i * (kStep / kQuad) + lane / 4;
-    quad_token[i] = quad * kQuad < shape.tokens ? quad * kQuad : INT_MAX / 2;
-    if (quad * kQuad >= shape.tokens) quad = 0;
-    const int part = quad * kQuad / shape.part_tokens, inside = quad - part * shape.part_tokens / kQuad;
-    quad_at[i] = part * shape.part_bytes + inside / 4 * shape.words * kTile * 4 + inside % 4 * 16;
-    scale_at[i] = part * shape.part_bytes + 2 * plane_bytes + inside * 8;
-  }
-#pragma unroll
-  for (int k = 0; k < kChunks; ++k) word_at[k] = (lane % 4 + 4 * k < shape.words ? lane % 4 + 4 * k : 0) * kTile * 4;
+  const StageReader<kChunks, kMode> reader(shape);
 
   // The work of all rows is cut into equal runs, one per warp.
   const int64_t total = cum[p.num_rows], warps = int64_t(gridDim.x) * kWarps;
@@ -153,14 +125,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(kChunks, kQuads
                         shape.tokens != kStageTokens;
       Signatures<kChunks, kMode> signatures[kSteps];
 #pragma unroll
-      for (int i = 0; i < kSteps; ++i) {
-#pragma unroll
-        for (int k = 0; k < kChunks; ++k) {
-          signatures[i].hi[k] = shared16(data + quad_at[i] + word_at[k]);
-          signatures[i].lo[k] = shared16(data + quad_at[i] + word_at[k] + plane_bytes);
-        }
-        if (kMode == Mode::dot) signatures[i].scale = shared8(data + scale_at[i]);
-      }
+      for (int i = 0; i < kSteps; ++i) reader.load(signatures[i], data, i);
 #pragma unroll
       for (int q = 0; q < kQuads; ++q) {
         const int head = q * 4 + lane % 4;
@@ -169,7 +134,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(kChunks, kQuads
         for (int i = 0; i < kSteps; ++i) score_quad(query, signatures[i], q, scores[i]);
 #pragma unroll
         for (int i = 0; i < kSteps; ++i) {
-          const int token = stage_token + quad_token[i];
+          const int token = stage_token + reader.token[i];
           float(&score)[4] = scores[i];
           if (p.scores) {
             float* to = p.scores + row * p.scores_row_stride +

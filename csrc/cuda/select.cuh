@@ -56,6 +56,7 @@ __device__ Threshold warp_threshold(uint32_t* bins, int bits, uint32_t need, uin
   for (int shift = bits;;) {
     const int width = min(kBits, shift), above = shift;
     shift -= width;
+    __syncwarp();  // the bins were read
     for (int i = lane; i < spread(1 << kBits); i += 32) bins[i] = 0;
     __syncwarp();
     each([&](uint64_t v) {
@@ -67,7 +68,6 @@ __device__ Threshold warp_threshold(uint32_t* bins, int bits, uint32_t need, uin
     need -= found.before;
     prefix = prefix << width | found.index;
     if (size - need <= slack || shift == 0) return {prefix << shift, size - need};
-    __syncwarp();
   }
 }
 

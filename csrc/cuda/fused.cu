@@ -1,0 +1,66 @@
+// The fused kernel's shape: what a block keeps in shared memory, and where.
+#include <algorithm>
+
+#include "fused.cuh"
+
+namespace adamas {
+namespace {
+
+FusedShape shape_of(const DecodeParams& p, int cluster) {
+  const int sets = p.score_heads_per_kv, head_size = p.page.head_size, chunks = p.page.words <= 4 ? 1 : 2;
+  FusedShape s{cluster, kFusedWarps / sets};
+  s.set_magic = (255 + s.warps_per_set) / s.warps_per_set;
+  s.stage = StageShape(p.page);
+  s.stage_bytes = stage_bytes(p.page);
+  const int64_t round = s.stage.tokens / kQuad * cluster;
+  s.round_magic = uint32_t(((1ll << 32) + round - 1) / round);
+  const int stages = (p.max_context_len + s.stage.tokens - 1) / s.stage.tokens;
+  // Heads begin in different banks.
+  s.score_stride = (stages + cluster - 1) / cluster * kStageTokens + 8;
+
+  int64_t at = 0;
+  auto take = [&](int64_t bytes) {
+    const int64_t start = at;
+    at += (bytes + 15) / 16 * 16;
+    return int(start);
+  };
+  s.states = kTokens * 4;
+  const int candidates = kFusedWarps * kCandidates * 8, states = kFusedWarps * p.group * (head_size + 4) * 4;
+  take(std::max(kFusedWarps * kFusedStages * s.stage_bytes, s.states + std::max(candidates, states)));
+  s.scores = take(std::max(int64_t(sets) * s.score_stride * 4, int64_t(p.group) * chunks * 4 * 32 * 4));
+  s.counts = take(sets * kEdgeWords * 4);
+  s.copies = take(int64_t(cluster) * sets * kEdgeWords * 4);
+  s.ranges = take(cluster * sets * 16);
+  s.members = take(sets * kMembers * 8);
+  s.planes = take(p.head_quads * kMaxQueryPlanes * chunks * 32 * 4);
+  s.bias = take(4 * kMaxHeadQuads * 4);
+  s.partial = take((p.group * head_size + cluster * cluster) * 4);
+  s.softmax = take(cluster * p.group * 8);
+  s.barriers = take(kFusedWarps * kFusedStages * 8);
+  s.heads = take(sets * sizeof(FusedHead));
+  s.warps = take((kFusedWarps + 1) * 4);
+  s.bytes = int(std::min(at, int64_t(INT32_MAX)));
+  return s;
+}
+
+int run(const DecodeParams& p, const FusedShape& s, void* stream, bool count) {
+  return p.page.head_size == 64 ? fused_head_size<64>(p, s, stream, count) : fused_head_size<128>(p, s, stream, count);
+}
+
+}  // namespace
+
+int fused_clusters(const DecodeParams& p, int cluster) {
+  static const int limit = [] {
+    int device = 0, bytes = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory");
+    return bytes;
+  }();
+  if ((p.page.head_size != 64 && p.page.head_size != 128) || p.group > kFusedGroup || cluster > kMaxCluster) return 0;
+  const FusedShape s = shape_of(p, cluster);
+  return s.bytes <= limit ? run(p, s, nullptr, true) : 0;
+}
+
+void fused(const DecodeParams& p, int cluster, void* stream) { run(p, shape_of(p, cluster), stream, false); }
+
+}  // namespace adamas

@@ -1,0 +1,7 @@
+#include "fused.cuh"
+
+namespace adamas {
+
+template int fused_head_size<128>(const DecodeParams&, const FusedShape&, void*, bool);
+
+}  // namespace adamas
