@@ -277,11 +277,17 @@ def test_decode_dense_and_sparse(backend, cluster: int) -> None:
 
 
 @over_clusters
-def test_decode_many_rows(backend, cluster: int) -> None:
+@pytest.mark.parametrize(
+    "rows, head_size, fp8", [(300, 64, None), (300, 128, None), (100, 128, "e4m3"), (100, 96, None)]
+)
+def test_decode_many_rows(backend, rows: int, head_size: int, fp8: str | None, cluster) -> None:
+    """Enough token sets for small blocks, whose rows go through shared memory."""
     g = torch.Generator().manual_seed(3)
-    lengths = tuple(torch.randint(0, 400, (300,), generator=g).tolist())
-    budgets = tuple(torch.randint(1, 300, (300,), generator=g).tolist())
-    check_decode(backend, Case(lengths, budgets, (4, 2), 64).build(backend, "cuda"), cluster)
+    lengths = tuple(torch.randint(0, 400, (rows,), generator=g).tolist())
+    budgets = tuple(torch.randint(1, 300, (rows,), generator=g).tolist())
+    batch = Case(lengths, budgets, (4, 2), head_size, fp8=fp8).build(backend, "cuda")
+    skip_unless_fits(backend, batch, cluster)
+    check_decode(backend, batch, cluster)
 
 
 # gather
