@@ -13,7 +13,7 @@ from common import RESULTS
 
 from vllm_adamas.evaluate import texts
 from vllm_adamas.evaluate.command import BUDGETS, write_report
-from vllm_adamas.evaluate.study import FAMILIES, TASKS, Arm, Settings, Study
+from vllm_adamas.evaluate.study import FAMILIES, PERPLEXITY, TASKS, Arm, Settings, Study
 
 #: Retrieval is measured for these; text quality for every budget.
 RETRIEVAL_BUDGETS = (64, 128, 256)
@@ -45,7 +45,7 @@ def main() -> None:
         windows=args.windows,
         steps=args.steps,
         prompts=args.prompts,
-        stride=32,
+        stride=64,
         tasks=tuple(args.tasks),
         answer_tokens=48,
     )
@@ -56,7 +56,7 @@ def main() -> None:
         engine["kv_cache_memory_bytes"] = int(args.kv_cache_gib * 2**30)
     name = args.name or Path(args.model).name
     path = args.output / f"quality_{name}.json"
-    study = Study(settings, texts.read(args.text), path, args.retrieval_budgets)
+    study = Study(settings, texts.read(args.text), path, args.retrieval_budgets, (PERPLEXITY,))
     arms = [Arm.of(family, budget) for family in args.families for budget in args.budgets]
     if args.profile:
         arms += [Arm.of(f, b, args.profile) for f in PROFILE_FAMILIES for b in args.budgets]

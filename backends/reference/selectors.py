@@ -67,14 +67,19 @@ class SelectorBackend(Through):
         return scores.masked_fill(beyond, -torch.inf)
 
     def select(self, params, scores, context_lens, budgets):
-        rows, _, longest = scores.shape
-        most = int(torch.minimum(budgets, context_lens).max()) if rows else 0
-        ties = scores.flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., :most]
-        chosen = longest - 1 - ties  # [R, heads, most], most recent first among equals
-        kept = torch.arange(most, device=scores.device) < budgets.view(-1, 1, 1)
-        kept = kept & (chosen < context_lens.view(-1, 1, 1))
-        sentinel = chosen.masked_fill(~kept, longest).sort(-1).values
-        return sentinel.masked_fill(sentinel == longest, -1).to(torch.int32)
+        longest = scores.shape[-1]
+        wanted = torch.minimum(budgets, context_lens).view(-1, 1, 1)  # [R, 1, 1]
+        most = int(wanted.max()) if len(scores) else 0
+        best = scores.topk(most).values  # [R, heads, most]
+        last = best.gather(-1, (wanted - 1).clamp_min(0).expand(*best.shape[:2], 1).long())
+        position = torch.arange(longest, device=scores.device)
+        above = scores > last
+        equal = (scores == last) & (position < context_lens.view(-1, 1, 1))
+        rank = equal.flip(-1).cumsum(-1).flip(-1)  # 1 is the most recent of the equal ones
+        chosen = above | (equal & (rank <= wanted - above.sum(-1, keepdim=True)))
+        slot = torch.where(chosen, chosen.cumsum(-1) - 1, most)
+        out = torch.full((*scores.shape[:2], most + 1), -1, device=scores.device)
+        return out.scatter_(-1, slot, position.expand_as(slot))[..., :most].to(torch.int32)
 
     def decode(
         self,

@@ -134,6 +134,7 @@ class Study:
     Args:
         path: the results file; cells that it holds are not run again.
         retrieval_budgets: budgets for which retrieval runs too; empty is all.
+        selector_tasks: what reference selectors run.
 
     Raises:
         AdamasError: the file belongs to another study.
@@ -145,9 +146,10 @@ class Study:
         sources: Sequence[texts.Text],
         path: Path,
         retrieval_budgets: Sequence[int] = (),
+        selector_tasks: Sequence[str] = TASKS,
     ):
         self.sources, self.path = sources, path
-        self.retrieval_budgets = tuple(retrieval_budgets)
+        self.retrieval_budgets, self.selector_tasks = tuple(retrieval_budgets), selector_tasks
         self.settings = settings = Settings(
             **{**asdict(settings), "texts": {text.name: text.sha256 for text in sources}}
         )
@@ -185,6 +187,8 @@ class Study:
             arm.budget and self.retrieval_budgets and arm.budget not in self.retrieval_budgets
         )
         wanted = (PERPLEXITY, AGREEMENT) if text_only else TASKS
+        if arm.selector:
+            wanted = [task for task in wanted if task in self.selector_tasks]
         return [task for task in self.settings.tasks if task in wanted and task not in done]
 
     def run(self, arms: Sequence[Arm], **engine_options) -> dict:
@@ -212,9 +216,8 @@ class Study:
         groups: dict[tuple, list[Arm]] = {}
         for arm in todo:
             groups.setdefault(arm.group(), []).append(arm)
-        runs = [
-            (part, group) for part in (self._text, self._retrieval) for group in groups.values()
-        ]
+        runs = [(part, some) for part in (self._text, self._retrieval) for some in groups.values()]
+        runs.sort(key=lambda run: run[1][0].selector is not None)  # slow, and of least interest
         for number, (part, group) in enumerate(runs, 1):
             started = time.monotonic()
             names = ", ".join(arm.name for arm in group)

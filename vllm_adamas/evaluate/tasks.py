@@ -154,7 +154,8 @@ def prompts(tokenizer, task: str, hay: str, context: int, count: int, seed: int)
         AdamasError: the context cannot hold the needles and the question.
     """
     sentences = [s.strip() + "." for s in hay.replace("\n", " ").split(".") if s.strip()]
-    lengths = [len(tokenizer(" " + s, add_special_tokens=False).input_ids) for s in sentences]
+    counted = tokenizer([f" {s}" for s in sentences], add_special_tokens=False).input_ids
+    lengths = [len(ids) for ids in counted]
     made = []
     strings = len(TASKS[task](Random(0)).expected)
     for index in range(math.ceil(count / strings)):
