@@ -139,8 +139,9 @@ void decode_op(TensorView query, TensorView output, TensorView block_table, Tens
                TensorView budgets, TensorView stats, TensorView work, int64_t max_context_len, int64_t capacity,
                double softmax_scale, bool dot, bool per_query_head, int64_t num_sink_tokens,
                int64_t recent_window, int64_t sliding_window, double threshold, bool relative, int64_t stages,
-               int64_t cluster, TensorView runs, int64_t block_size, int64_t head_size, int64_t v_offset, int64_t hi_offset,
-               int64_t lo_offset, int64_t scale_offset, int64_t element, double k_scale, double v_scale) {
+               int64_t cluster, TensorView runs, int64_t block_size, int64_t head_size, int64_t v_offset,
+               int64_t hi_offset, int64_t lo_offset, int64_t scale_offset, int64_t element, double k_scale,
+               double v_scale) {
   DecodeParams p = decode_params(
       query, block_table, context_lens, work, max_context_len, capacity, dot, per_query_head, threshold, relative,
       page_of(runs, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element, k_scale, v_scale));

@@ -10,6 +10,7 @@
 #include <cfloat>
 
 #include "attend.cuh"
+#include "cluster.cuh"
 #include "encode.cuh"
 #include "pipeline.cuh"
 #include "select.cuh"
@@ -24,52 +25,6 @@ constexpr int kEdgeBins = 128, kEdgeWords = kEdgeBins / 2;  // two 16-bit counts
 constexpr int kMembers = 128;                               // of the edge bin of one head
 constexpr int kCandidates = 512;                            // that a warp lists
 constexpr int kTokens = 2048;                               // selected ones, over the sets
-
-// -- clusters --
-
-__device__ __forceinline__ int cluster_rank() {
-  uint32_t rank;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
-  return int(rank);
-}
-__device__ __forceinline__ void cluster_arrive() {
-  asm volatile("barrier.cluster.arrive.release;" ::: "memory");
-}
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
-__device__ __forceinline__ void cluster_sync() {
-  cluster_arrive();
-  cluster_wait();
-}
-
-// The address of this block's shared memory at `p` in another block of the cluster.
-__device__ __forceinline__ uint32_t remote(const void* p, int rank) {
-  uint32_t at;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(uint32_t(__cvta_generic_to_shared(p))), "r"(rank));
-  return at;
-}
-__device__ __forceinline__ uint4 remote_load16(uint32_t at) {
-  uint4 x;
-  asm volatile("ld.shared::cluster.v4.b32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "r"(at)
-               : "memory");
-  return x;
-}
-__device__ __forceinline__ uint32_t remote_load(uint32_t at) {
-  uint32_t x;
-  asm volatile("ld.shared::cluster.b32 %0, [%1];" : "=r"(x) : "r"(at) : "memory");
-  return x;
-}
-__device__ __forceinline__ void remote_store16(uint32_t at, uint4 x) {
-  asm volatile("st.shared::cluster.v4.b32 [%0], {%1,%2,%3,%4};" ::"r"(at), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w)
-               : "memory");
-}
-__device__ __forceinline__ void remote_store8(uint32_t at, uint2 x) {
-  asm volatile("st.shared::cluster.v2.b32 [%0], {%1,%2};" ::"r"(at), "r"(x.x), "r"(x.y) : "memory");
-}
-__device__ __forceinline__ void remote_store(uint32_t at, float x) {
-  asm volatile("st.shared::cluster.f32 [%0], %1;" ::"r"(at), "f"(x) : "memory");
-}
 
 // -- shared memory --
 
@@ -118,7 +73,8 @@ struct FusedMemory {
 
   __device__ FusedMemory(const FusedShape& s, uint8_t* m)
       : ring(m), tokens(reinterpret_cast<int*>(m)), candidates(reinterpret_cast<uint2*>(m + kTokens * 4)),
-        wide(reinterpret_cast<uint32_t*>(m)), states(reinterpret_cast<float*>(m + s.states)), scores(reinterpret_cast<float*>(m + s.scores)),
+        wide(reinterpret_cast<uint32_t*>(m)), states(reinterpret_cast<float*>(m + s.states)),
+        scores(reinterpret_cast<float*>(m + s.scores)),
         counts(reinterpret_cast<uint32_t*>(m + s.counts)), copies(reinterpret_cast<uint32_t*>(m + s.copies)),
         ranges(reinterpret_cast<uint4*>(m + s.ranges)), members(reinterpret_cast<uint2*>(m + s.members)),
         planes(reinterpret_cast<uint32_t*>(m + s.planes)), bias(reinterpret_cast<int32_t*>(m + s.bias)),
@@ -648,7 +604,8 @@ struct Fused {
       const int to = i / own;
       remote_store(remote(m.partial + rank * own + i - to * own, to), value);
       if (d < s.cluster)
-        remote_store8(remote(m.softmax + rank * p.group + head, d), make_uint2(__float_as_uint(best), __float_as_uint(total)));
+        remote_store8(remote(m.softmax + rank * p.group + head, d),
+                      make_uint2(__float_as_uint(best), __float_as_uint(total)));
     }
     cluster_sync();
     // Eight lanes add up one output.

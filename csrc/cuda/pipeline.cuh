@@ -119,7 +119,8 @@ struct StageReader {
       int quad = i * (kStep / kQuad) + lane / 4;
       token[i] = quad * kQuad < shape.tokens ? quad * kQuad : INT_MAX / 2;
       if (quad * kQuad >= shape.tokens) quad = 0;
-      const int part = shape.parts == 1 ? 0 : quad * kQuad / shape.part_tokens, inside = quad - part * shape.part_tokens / kQuad;
+      const int part = shape.parts == 1 ? 0 : quad * kQuad / shape.part_tokens;
+      const int inside = quad - part * shape.part_tokens / kQuad;
       quad_at_[i] = part * shape.part_bytes + inside / 4 * shape.words * kTile * 4 + inside % 4 * 16;
       scale_at_[i] = part * shape.part_bytes + 2 * plane_bytes_ + inside * 8;
     }
