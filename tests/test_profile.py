@@ -167,10 +167,14 @@ def test_the_suggestion_is_the_smallest_budget_that_keeps_enough() -> None:
         return layer(0, mass={"dot": kept, "oracle": dict.fromkeys(budgets, 0.5)})
 
     first, good = with_mass(0.3, 0.4, 0.5), with_mass(0.8, 0.92, 0.99)
-    assert suggest([first, good, good], 0.9) == profile.Suggestion(
+    assert suggest([first, *[good] * 7], 0.9) == profile.Suggestion(
         wanted_recall=0.9, token_budget=128, num_dense_layers=1, reached=True
     )
-    assert suggest([good, layer(1), good], 0.99).token_budget == 256  # one sliding-window layer
+    assert suggest([good, first, *[good] * 9], 0.85).num_dense_layers == 0
+    window = layer(1)  # a sliding window: dense, and no number of first layers
+    assert suggest([window, first, window, *[good] * 7], 0.9).num_dense_layers == 2
+    assert suggest([first, good, good], 0.9).num_dense_layers == 0  # too few to leave one dense
+    assert suggest([good, window, good], 0.99).token_budget == 256
     assert not suggest([good, good], 0.995).reached
 
 
@@ -290,3 +294,15 @@ def test_balanced_attention_is_the_same_attention() -> None:
     other = dataclasses.replace(batch, kv=kv, query=query)
     backend.append(other.params, other.key, other.value, other.page, other.slots)
     assert torch.equal(other.decode(backend)[0], plain)
+
+
+def test_the_shipped_profile_is_of_the_embedded_model() -> None:
+    config = engine_config(profile=MODEL.name)
+    assert config.additional_config["adamas"]["profile"].startswith(f"{MODEL.name}#sha256=")
+    shipped = profile.load(MODEL.name)
+    assert set(shipped.texts) == {"alice.txt"}, "made by the default command"
+    assert shipped.suggestion.reached
+    for number, layer_ in enumerate(shipped.layers):
+        mass = layer_.mass
+        assert mass["dot"]["256"] > mass["dot, no profile"]["256"] - 0.01, number
+        assert mass["oracle"]["256"] >= mass["dot, per query head"]["256"]

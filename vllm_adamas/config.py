@@ -71,7 +71,8 @@ class AdamasConfig(BaseModel):
         "or a fixed value in orthonormal units.",
     )
     profile: str | None = Field(
-        None, description="A file that `vllm-adamas calibrate` made for this model."
+        None,
+        description="A file that `vllm-adamas calibrate` made for this model, or a shipped name.",
     )
     kernels: Literal["auto", "cpu", "cuda", "triton", "reference"] = Field(
         "auto", description="Compute backend; auto takes the fastest one for the device."

@@ -181,13 +181,25 @@ def _check_sizes(profile: Profile) -> None:
             raise ValueError(f"key_mean of layer {number} is not finite")
 
 
+#: Profiles of this package; the option may be the name of one instead of a path.
+SHIPPED = Path(__file__).with_name("profiles")
+
+
+def shipped_names() -> str:
+    """Names of the shipped profiles, comma-separated."""
+    return ", ".join(sorted(path.stem for path in SHIPPED.glob("*.json")))
+
+
 def _read(path: str) -> bytes:
+    shipped = SHIPPED / f"{path}.json"
+    if shipped.is_file() and shipped.parent == SHIPPED and not Path(path).exists():
+        return shipped.read_bytes()
     try:
         return Path(path).read_bytes()
     except OSError as error:
         raise AdamasError(
             f"the profile {path} cannot be read ({error.strerror}): give the path of a file that "
-            "`vllm-adamas calibrate` made, or remove the option."
+            f"`vllm-adamas calibrate` made, or the name of a shipped one ({shipped_names()})."
         ) from None
 
 

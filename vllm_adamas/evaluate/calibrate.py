@@ -31,7 +31,6 @@ SETTINGS = {
 }
 ORACLE = "oracle"
 STEPS = 32  #: decode steps per window
-MAX_DENSE_LAYERS = 4
 REGULAR = 1e-3  #: of the mean energy is added to each channel's, so that none is taken for silent
 
 
@@ -148,25 +147,25 @@ def _masses(tables: dict[str, MassRecord], layer: int) -> dict[str, dict[str, fl
 def suggest(layers: list[profiles.LayerProfile], wanted: float, name: str = "dot"):
     """Smallest budget that keeps ``wanted`` of the oracle's mass, averaged over the sparse layers.
 
-    First layers stay dense as long as they keep less than that with the largest budget measured.
+    First layers, an eighth of all at most, stay dense while they keep less than that.
     """
-    sparse = [(n, layer.mass) for n, layer in enumerate(layers) if layer.mass]
     recall = {
-        n: {int(b): mass[name][b] / mass[ORACLE][b] for b in mass[name]} for n, mass in sparse
+        n: {int(b): layer.mass[name][b] / layer.mass[ORACLE][b] for b in layer.mass[name]}
+        for n, layer in enumerate(layers)
+        if layer.mass
     }
-    budgets = sorted(next(iter(recall.values())))
-    dense = 0
-    for n in list(recall)[: min(MAX_DENSE_LAYERS, len(recall) - 1)]:
-        if recall[n][budgets[-1]] >= wanted:
+    sparse = list(recall)
+    for dense in range(1 + len(sparse) // 8):
+        kept = [recall[n] for n in sparse[dense:]]
+        means = {b: sum(by_budget[b] for by_budget in kept) / len(kept) for b in kept[0]}
+        reached = [b for b in sorted(means) if means[b] >= wanted]
+        budget = reached[0] if reached else max(means)
+        if kept[0][budget] >= wanted:
             break
-        dense = n + 1
-    kept = [by_budget for n, by_budget in recall.items() if n >= dense]
-    means = {b: sum(r[b] for r in kept) / len(kept) for b in budgets}
-    reached = [b for b in budgets if means[b] >= wanted]
     return profiles.Suggestion(
         wanted_recall=wanted,
-        token_budget=reached[0] if reached else budgets[-1],
-        num_dense_layers=dense,
+        token_budget=budget,
+        num_dense_layers=sparse[dense - 1] + 1 if dense else 0,
         reached=bool(reached),
     )
 

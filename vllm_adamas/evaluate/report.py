@@ -154,9 +154,10 @@ def plot(result: dict, path: Path) -> bool:
         )
         if any(_y(row, key) is not None for row in rows)
     ]
+    families = list(dict.fromkeys(row["family"] for row in rows))
     figure, axes = pyplot.subplots(1, max(1, len(panels)), figsize=(5 * max(1, len(panels)), 4))
     for axis, (title, key) in zip([axes] if len(panels) < 2 else axes, panels, strict=False):
-        for family in dict.fromkeys(row["family"] for row in rows):
+        for family in families:
             points = sorted(
                 (row["budget"], _y(row, key), row.get(key))
                 for row in rows
@@ -165,10 +166,11 @@ def plot(result: dict, path: Path) -> bool:
             if not points:
                 continue
             x, y, values = zip(*points, strict=True)
-            (line,) = axis.plot(x, y, marker="o", markersize=3, label=family)
+            color = f"C{families.index(family) % 10}"
+            axis.plot(x, y, marker="o", markersize=3, label=family, color=color)
             if key == "dnll":
                 low, high = ([v[i] for v in values] for i in (1, 2))
-                axis.fill_between(x, low, high, color=line.get_color(), alpha=0.12)
+                axis.fill_between(x, low, high, color=color, alpha=0.08)
         if key == "dnll":
             axis.set_yscale("symlog", linthresh=0.03)
             axis.axhline(0, color="grey", linewidth=0.6)
@@ -178,9 +180,13 @@ def plot(result: dict, path: Path) -> bool:
         axis.set_xlabel("token budget")
         axis.set_title(title)
         axis.grid(alpha=0.3)
-        axis.legend(fontsize=7)
+    lines = {}
+    for axis in figure.axes:
+        for line, label in zip(*axis.get_legend_handles_labels(), strict=True):
+            lines.setdefault(label, line)
     figure.suptitle(f"{result['model']['name']}, context {result['settings']['context']}")
-    figure.tight_layout()
+    figure.legend(lines.values(), lines, loc="lower center", ncols=5, fontsize=8, frameon=False)
+    figure.tight_layout(rect=(0, 0.06 * -(-len(lines) // 5), 1, 1))
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
     return True
