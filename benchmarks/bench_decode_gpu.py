@@ -77,6 +77,7 @@ def _read_planes(
 
 def graph_of(calls) -> torch.cuda.CUDAGraph:
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())  # tables and queries are ready
     with torch.cuda.stream(side):
         for call in calls:
             call()

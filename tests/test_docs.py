@@ -11,9 +11,10 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-def test_readme_figures_are_those_of_the_result_files():
-    command = [sys.executable, "benchmarks/update_readme.py", "--check"]
-    assert subprocess.run(command, cwd=ROOT).returncode == 0, "run benchmarks/update_readme.py"
+@pytest.mark.parametrize("script", ["update_readme", "update_kernels"])
+def test_figures_are_those_of_the_result_files(script):
+    command = [sys.executable, f"benchmarks/{script}.py", "--check"]
+    assert subprocess.run(command, cwd=ROOT).returncode == 0, f"run benchmarks/{script}.py"
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

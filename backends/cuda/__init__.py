@@ -21,7 +21,7 @@ MAX_CANDIDATES = 32768  #: per token set
 ALL_STAGES = 7
 MAX_CLUSTER = 16  #: blocks that share memory on Hopper
 #: Policy: with fewer blocks for a (row, KV head) the fused kernel loses to the three kernels.
-MIN_CLUSTER = 3
+MIN_CLUSTER = {"query_head": 12, "kv_head": 3}
 
 
 def candidate_capacity(max_context_len: int, max_budget: int) -> int:
@@ -281,7 +281,7 @@ class CudaBackend(Backend):
         found = self._clusters.get(key)
         if found is None:
             found = self.largest_cluster(params, rows, dtype, page, longest)
-            found = self._clusters[key] = found if found >= MIN_CLUSTER else 0
+            found = self._clusters[key] = found if found >= MIN_CLUSTER[params.selection] else 0
         return found
 
     def _workspace_bytes(self, params: Params, rows: int, capacity: int) -> int:

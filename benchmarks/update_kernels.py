@@ -1,0 +1,127 @@
+"""Writes the tables of docs/kernels.md from benchmarks/results/decode_gpu.json.
+
+    python benchmarks/update_kernels.py [--check]
+
+With --check nothing is written; the exit status is 1 when the document differs from the results.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+
+from common import RESULTS
+
+DOCUMENT = RESULTS.parent.parent / "docs" / "kernels.md"
+BEGIN = "<!-- results: begin (benchmarks/update_kernels.py writes this part) -->"
+END = "<!-- results: end -->"
+SELECTIONS = ("query_head", "kv_head")
+
+
+def tokens(n: int) -> str:
+    return f"{n // 1024}K" if n < 1 << 20 else f"{n >> 20}M"
+
+
+def used(cell: dict, name: str) -> dict:
+    return cell[name][cell[name]["runs"]]
+
+
+def timing(cell: dict, name: str) -> str:
+    """Microseconds, speed-up, and which kernels ran."""
+    one = used(cell, name)
+    how = f", clusters of {one['cluster']}" if "cluster" in one else ""
+    speedup = f" **{one['speedup']:.2f}x**" if "speedup" in one else ""
+    return f"{one['us']:.1f}{speedup}{how}"
+
+
+def table(header: str, rows: list[list]) -> list[str]:
+    columns = header.split(" | ")
+    lines = [columns, ["---"] * len(columns), *rows]
+    return ["| " + " | ".join(map(str, line)) + " |" for line in lines] + [""]
+
+
+def cells(result: dict) -> list[str]:
+    rows = []
+    for cell in result["cells"]:
+        three = cell["dot query_head"]["three"]
+        rows.append(
+            [
+                f"{tokens(cell['context'])} x {cell['rows']}",
+                cell["fa3"]["us"],
+                timing(cell, "dot query_head"),
+                timing(cell, "dot kv_head"),
+                timing(cell, "manhattan query_head"),
+                timing(cell, "manhattan kv_head"),
+                f"{cell['read']['us']:.1f} ({cell['read']['GBps']})",
+                f"{three['encode_us']} / {three['scan_us']} / {three['attend_us']}",
+            ]
+        )
+    return table(
+        "context x rows | FA3 µs | dot, set per query head | dot, per KV head | manhattan, per query head"
+        " | manhattan, per KV head | reading signatures µs (GB/s) | encode / scan / attend µs, dot per query head",
+        rows,
+    )
+
+
+def both_kernels(result: dict) -> list[str]:
+    rows = []
+    for cell in result["cells"]:
+        for selection in SELECTIONS:
+            one = cell[f"dot {selection}"]
+            if "fused" in one:
+                fused, three = one["fused"], one["three"]
+                name = f"{tokens(cell['context'])} x {cell['rows']}"
+                taken = "one" if one["runs"] == "fused" else "three"
+                rows.append([name, selection, fused["cluster"], fused["us"], three["us"], taken])
+    return table(
+        "context x rows | set per | cluster | one kernel µs | three kernels µs | taken", rows
+    )
+
+
+def part(result: dict, name: str, first: str) -> list[str]:
+    rows = []
+    for cell in result[name]:
+        shape = f"{tokens(cell['context'])} x {cell['rows']}"
+        start = [shape] + ([cell["budget"]] if first else [])
+        dense = cell.get("fa3", {}).get("us", "-")
+        rows.append([*start, dense, *(timing(cell, f"dot {s}") for s in SELECTIONS)])
+    return table(f"context x rows{first} | FA3 µs | set per query head | set per KV head", rows)
+
+
+def render(result: dict) -> str:
+    e = result["environment"]
+    lines = [
+        BEGIN,
+        f"One run: {e['gpu']}, driver {e['driver']}, CUDA {e['cuda']}, torch {e['torch']}, "
+        f"vLLM {e.get('vllm', '-')}. Microseconds of a decode step of one layer, speed-up over FlashAttention 3.",
+        "",
+        *cells(result),
+        "Where both forms of a step can run:",
+        "",
+        *both_kernels(result),
+    ]
+    titles = {
+        "budgets": ("Token budgets, dot:", " | budget"),
+        "contexts": ("Other contexts, one row, dot:", ""),
+        "mha": ("Multi-head attention (32 query and 32 KV heads), one row, dot:", ""),
+        "fp8": ("e4m3 pages, dot:", ""),
+    }
+    for name, (title, first) in titles.items():
+        if name in result:
+            lines += [title, "", *part(result, name, first)]
+    return "\n".join([*lines[:-1], END])
+
+
+def main() -> int:
+    text = DOCUMENT.read_text()
+    start, end = text.index(BEGIN), text.index(END) + len(END)
+    result = json.loads((RESULTS / "decode_gpu.json").read_text())
+    new = text[:start] + render(result) + text[end:]
+    if "--check" in sys.argv:
+        return int(new != text)
+    DOCUMENT.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
