@@ -237,7 +237,8 @@ class Bench:
 
     def __init__(self, args, model: Path):
         self.args, self.model = args, model
-        self.facts: dict = {}
+        self.facts: dict = {"hardware": gpu_hardware(), "devices": args.devices or ["0", "0"]}
+        self.loads: dict[int, Load] = {}
 
     def start(self, names: tuple[str, ...], kv_bytes: str, stack: ExitStack) -> dict[str, Server]:
         extra = ["--load-format", "dummy", "--block-size", "64", "--max-num-seqs", "32"]
@@ -268,7 +269,6 @@ class Bench:
         args = self.args
         together = [Load.parse(x) for x in args.loads]
         big = [Load.parse(x) for x in args.big_loads]
-        cold_workers = 2 if args.devices else 1
         with ExitStack() as stack:
             kv_bytes = args.big_kv_bytes if args.devices else args.kv_bytes
             servers = self.start(BACKENDS, kv_bytes, stack)
@@ -278,7 +278,7 @@ class Bench:
             )[2]
             self.facts["below_budget"] = check_equal(servers)
             for load in together + (big if args.devices else []):
-                load.measure(servers, args.output_len, args.rounds, cold_workers)
+                self.measure(load, servers)
             self.facts["mixed"] = mixed_load(servers, args.output_len // 2)
             self.facts["adamas_counters"] = {
                 k: v for k, v in servers["adamas"].metrics().items() if k.startswith("vllm_adamas")
@@ -287,10 +287,21 @@ class Bench:
             with ExitStack() as stack:
                 servers = self.start((name,), args.big_kv_bytes, stack)
                 for load in big:
-                    load.measure(servers, args.output_len, args.rounds, cold_workers)
-        rate, config = measured_read_rate(), json.loads(args.config)
-        rows = [load.row(config, rate) for load in together + big]
-        return {**self.facts, "output_len": args.output_len, "read_rate": rate, "rows": rows}
+                    self.measure(load, servers)
+        return self.result()
+
+    def measure(self, load: Load, servers: dict[str, Server]) -> None:
+        """Keeps the file up to date, because a run takes long and may be cut short."""
+        args = self.args
+        load.measure(servers, args.output_len, args.rounds, 2 if args.devices else 1)
+        self.loads.setdefault(id(load), load)
+        save(args.name, self.result())
+
+    def result(self) -> dict:
+        rate, config = measured_read_rate(), json.loads(self.args.config)
+        measured = [x for x in self.loads.values() if all(x.samples[b]["itl"] for b in BACKENDS)]
+        rows = [load.row(config, rate) for load in measured]
+        return {**self.facts, "output_len": self.args.output_len, "read_rate": rate, "rows": rows}
 
 
 def kv_tokens(log: str) -> int:
@@ -303,8 +314,7 @@ def main():
     args = parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(Path(folder), Path(args.tokenizer))
-        result = {"hardware": gpu_hardware(), "devices": args.devices or ["0", "0"]}
-        result |= Bench(args, model).run()
+        result = Bench(args, model).run()
     for row in result["rows"]:
         print(
             f"{row['context']:>7} x {row['concurrency']:<3} TPOT {row['dense_tpot_ms']['median']:.2f} -> "

@@ -52,7 +52,8 @@ def gpu_hardware() -> dict:
     import torch
 
     query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    name, _, driver = subprocess.run(query, capture_output=True, text=True).stdout.partition(",")
+    first = subprocess.run(query, capture_output=True, text=True).stdout.partition("\n")[0]
+    name, _, driver = first.partition(",")
     gpu = {"gpu": name.strip(), "driver": driver.strip(), "cuda": torch.version.cuda}
     return gpu | hardware()
 

@@ -103,7 +103,7 @@ class SelectionStats:
     def _open(config: AdamasConfig) -> torch.Tensor:
         folder = os.environ.get(FOLDER)
         if not (config.metrics and folder and os.path.isdir(folder)):
-            return torch.zeros(len(NAMES), dtype=torch.int64)
+            return torch.zeros(len(NAMES), dtype=torch.int64, device="cpu")  # vLLM sets a default
         file = Path(folder) / f"worker-{os.getpid()}.i64"
         return torch.from_numpy(np.memmap(file, dtype=np.int64, mode="w+", shape=(len(NAMES),)))
 

@@ -106,10 +106,11 @@ def base(host) -> list[list[str]]:
 
 def counters(server: Server) -> tuple[int, ...]:
     """The exported counters once they hold everything so far: copies are a second apart, and each
-    step brings the copy that the step before it began."""
+    step brings the copy that the step before it began. A prompt of several tokens with one token of
+    output is prefill alone, and counts nothing."""
     for _ in range(2):
         time.sleep(1.1 * SelectionStats.COPY_INTERVAL)
-        complete(server, "Hi", 1)
+        complete(server, "Good evening to all of you", 1)
     now = server.metrics()
     return tuple(int(now[f"vllm_adamas_{name}_total"]) for name, _ in NAMES)
 
