@@ -175,6 +175,11 @@ def study(path: Path, **settings) -> Study:
     return Study(Settings("some/model", **settings), [texts.Text("a.txt", "x")], path / "r.json")
 
 
+def test_a_context_as_long_as_the_model_can_is_possible() -> None:
+    assert Settings("m", context=8192).max_model_len == 8192
+    assert Settings("m", context=100, steps=10, free_tokens=64).max_model_len == 153
+
+
 def test_what_is_done_is_not_missing(tmp_path: Path) -> None:
     first, arm = study(tmp_path, tasks=("perplexity", "passkey")), Arm.of("dot", 64)
     assert first.missing(arm) == ["perplexity", "passkey"]

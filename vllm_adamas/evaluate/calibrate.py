@@ -55,7 +55,7 @@ def calibrate(
     budgets = tuple(b for b in BUDGETS if b <= context // 2)
     if not budgets:
         raise AdamasError(f"--context {context} is too short to calibrate on: give at least 64.")
-    engine = Engine(model, context + 64, **engine_options)
+    engine = Engine(model, context, **engine_options)
     windows = texts.windows(
         engine.tokenizer, sources, context, min(STEPS, context // 4), max(1, tokens // context)
     )

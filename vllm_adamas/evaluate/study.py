@@ -128,6 +128,11 @@ class Settings:
     texts: dict[str, str] = field(default_factory=dict)
     options: dict = field(default_factory=dict)
 
+    @property
+    def max_model_len(self) -> int:
+        """Tokens of the longest request: the context itself, which may be all that the model has."""
+        return self.context + max(0, self.free_tokens - self.steps - 1)
+
 
 class Study:
     """
@@ -205,9 +210,8 @@ class Study:
         if not todo:
             return self.result
         settings = self.settings
-        most = max(settings.free_tokens, settings.answer_tokens)
         engine = Engine(
-            settings.model, settings.context + most, options=settings.options, **engine_options
+            settings.model, settings.max_model_len, options=settings.options, **engine_options
         )
         self.result["model"] = profiles.identify(engine.model_config).model_dump()
         windows = texts.windows(
