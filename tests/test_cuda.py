@@ -336,6 +336,8 @@ def test_refusals(backend) -> None:
         backend.scan(batch.params, query, page, table, lens.long())
     with pytest.raises(ValueError, match="query"):
         backend.scan(batch.params, query.half(), page, table, lens)
+    with pytest.raises(ValueError, match="cluster"):
+        batch.decode(backend, cluster=17)
     for mean in (torch.zeros(2, 64), torch.zeros(2, 128).double(), torch.zeros(128, 2).T):
         params = dataclasses.replace(batch.params, key_mean=mean.cuda())
         with pytest.raises(ValueError, match="key_mean"):

@@ -163,6 +163,12 @@ class CudaBackend(Backend):
         longest = min(block_table.shape[1] * params.layout.block_size, MAX_CONTEXT)
         if max_context_len is not None:
             longest = min(longest, max_context_len)
+        if cluster is None:
+            cluster = self.cluster_size(params, rows, query.dtype, page, longest)
+        elif cluster and not self.fused_clusters(params, query.dtype, page, longest, cluster):
+            raise ValueError(
+                f"cluster: the fused kernel does not take this step in {cluster} blocks"
+            )
         capacity = candidate_capacity(longest, max_budget)
         work = self._workspace(query.device, self._workspace_bytes(params, rows, capacity))
         self._lib.decode(
@@ -184,9 +190,7 @@ class CudaBackend(Backend):
             params.coding.threshold,
             params.coding.relative,
             stages,
-            self.cluster_size(params, rows, query.dtype, page, longest)
-            if cluster is None
-            else cluster,
+            cluster,
             *self._page(params, page),
         )
 
