@@ -11,7 +11,7 @@ ROOT = Path(__file__).parent.parent
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
-@pytest.mark.parametrize("script", ["update_readme", "update_kernels"])
+@pytest.mark.parametrize("script", ["update_readme", "update_kernels", "update_quality"])
 def test_figures_are_those_of_the_result_files(script):
     command = [sys.executable, f"benchmarks/{script}.py", "--check"]
     assert subprocess.run(command, cwd=ROOT).returncode == 0, f"run benchmarks/{script}.py"

@@ -1,5 +1,6 @@
 """The pieces of the evaluation: prompts, texts, statistics, results files, mistakes."""
 
+import dataclasses
 import json
 import statistics
 from pathlib import Path
@@ -7,11 +8,13 @@ from random import Random
 from types import SimpleNamespace
 
 import pytest
+import torch
 from common import MODEL, is_one_sentence
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_adamas.cli import main
+from vllm_adamas.config import Coding
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.evaluate import report, tasks, texts
 from vllm_adamas.evaluate.study import DENSE, FAMILIES, TASKS, Arm, Settings, Study
@@ -214,6 +217,52 @@ def test_every_family_is_a_valid_configuration(family: str) -> None:
         assert arm.fits() == (family != "manhattan-window" or budget > 36)
         if arm.fits():
             assert AdamasConfig.parse(arm.options).budget(10_000) == budget
+
+
+# the engine
+
+
+@pytest.mark.parametrize(
+    ("tensors", "kind", "forgets"), [(2, "auto", False), (1, "auto", True), (2, "fp8", True)]
+)
+def test_pages_whose_keys_are_unknown_are_forgotten(tensors: int, kind: str, forgets: bool) -> None:
+    """Layers of several kinds share memory: coding all of it again would spoil another layer's keys."""
+    from cases import Case
+
+    from vllm_adamas.backends.cpu import CpuBackend
+    from vllm_adamas.evaluate.engine import Engine
+
+    batch = Case((70, 20), 8, heads=(2, 2), head_size=64).build(CpuBackend())
+    params = dataclasses.replace(batch.params, coding=Coding(0.3, relative=False))
+    shape = (2, *batch.page.shape)
+    pages = torch.zeros(shape, dtype=batch.page.dtype) + batch.page.nan_to_num()
+    impl = SimpleNamespace(
+        kv_cache_dtype=kind,
+        config=SimpleNamespace(kernels="cpu"),
+        key_factor=lambda: torch.full((2, 64), 4.0, dtype=pages.dtype),
+        _of=lambda layer, page: params,
+    )
+    forgotten = []
+    engine = object.__new__(Engine)
+    engine.llm = SimpleNamespace(reset_prefix_cache=lambda: forgotten.append(True))
+    engine._layers = {
+        str(i): SimpleNamespace(impl=impl, kv_cache=pages[i % tensors]) for i in range(2)
+    }
+    before = pages.clone()
+    engine._recode([1.0, 2.0])
+    assert bool(forgotten) == forgets
+    if forgets:
+        assert torch.equal(pages, before)
+        return
+    layout = params.layout
+    for page, old, factor in zip(pages, before, (4, 2), strict=True):
+        assert torch.equal(layout.k(page), layout.k(old) * factor)
+        assert torch.equal(layout.v(page), layout.v(old))
+        key = layout.k(page).transpose(1, 2).flatten(0, 1)
+        fresh = page.clone()
+        CpuBackend().append(params, key, key, fresh, torch.arange(len(key)))
+        assert torch.equal(layout.hi(page), layout.hi(fresh))
+        assert torch.equal(layout.scale(page), layout.scale(fresh))
 
 
 # mistakes at the command line

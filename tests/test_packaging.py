@@ -125,6 +125,14 @@ def test_wheel_holds_every_module(wheel: Path) -> None:
     assert modules == {name for name in names(wheel) if name.endswith(".py")}
 
 
+def test_wheel_holds_texts_and_profiles(wheel: Path) -> None:
+    data = {name for name in names(wheel) if "/data/" in name or "/profiles/" in name}
+    assert data == {
+        "vllm_adamas/evaluate/data/alice.txt",
+        "vllm_adamas/profiles/SmolLM2-135M-Instruct.json",
+    }
+
+
 def test_wheel_serves_every_python_version(wheel: Path) -> None:
     _, _, python, abi, platform = wheel.stem.split("-")
     assert (python, abi) == ("py3", "none")

@@ -147,13 +147,16 @@ class Engine:
     def _recode(self, before: list[torch.Tensor | float]) -> None:
         """Writes the keys of every page again, whose channels had the factors ``before``, with new codes.
 
-        An fp8 cache has lost bits, so it is forgotten.
+        An fp8 cache has lost bits, and pages that layers of several kinds share do not say whose keys
+        they hold: such caches are forgotten.
         """
-        for layer, old in zip(self._layers.values(), before, strict=True):
+        layers = list(self._layers.values())
+        shared = len({layer.kv_cache.data_ptr() for layer in layers}) < len(layers)
+        if shared or layers[0].impl.kv_cache_dtype.startswith("fp8"):
+            self.llm.reset_prefix_cache()
+            return
+        for layer, old in zip(layers, before, strict=True):
             impl, page = layer.impl, layer.kv_cache
-            if impl.kv_cache_dtype.startswith("fp8"):
-                self.llm.reset_prefix_cache()
-                return
             params = impl._of(layer, page)
             ratio = impl.key_factor() / old  # powers of two: exact
             backend = get_backend(impl.config.kernels, page.device.type)  # unseen by recorders
