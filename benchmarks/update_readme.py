@@ -8,6 +8,7 @@ With --check nothing is written; the exit status is 1 when README.md differs fro
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 
 from common import RESULTS
@@ -34,7 +35,7 @@ def where(result: dict) -> str:
 def decode_table(result: dict) -> list[str]:
     model = result["model"]
     lines = [
-        f"**Decode attention, all {model['layers']} layers** of SmolLM2-135M's shape, batch 1, "
+        f"Decode attention, all {model['layers']} layers of SmolLM2-135M's shape, batch 1, "
         f"{result['threads']} thread, bfloat16, budget {result['rows'][0]['budget']}, "
         f"{model['dense_layers']} dense layers: {result['sparse']} against {result['dense']} in one process. "
         "Median and quartiles.",
@@ -55,7 +56,7 @@ def decode_table(result: dict) -> list[str]:
 
 def serve_table(result: dict) -> list[str]:
     lines = [
-        f"**End to end**, `vllm bench serve`, {result['model']}, concurrency 1, 1 worker thread, torch.compile on, "
+        f"End to end, `vllm bench serve`, {result['model']}, concurrency 1, 1 worker thread, torch.compile on, "
         f"{result['output_len']} output tokens; {result['adamas'].rstrip('.')}. Median and quartiles over "
         f"{result['rows'][0]['requests']} requests per cell.",
         "",
@@ -70,9 +71,50 @@ def serve_table(result: dict) -> list[str]:
     return lines
 
 
+def arrow(row: dict, key: str) -> str:
+    """Medians of both backends and their ratio; of the rounds, where the file has those."""
+    both = (row[f"{who}_{key}_ms"] for who in ("dense", "adamas") if f"{who}_{key}_ms" in row)
+    medians = [one["median"] for one in both] or [
+        statistics.median(row[f"{who}_{key}_ms_by_round"]) for who in ("dense", "adamas")
+    ]
+    return f"{medians[0]:.1f} → {medians[1]:.1f} | {row[f'{key}_ratio']:.2f}x"
+
+
+def gpu_tables(serve: dict, decode: dict) -> list[str]:
+    h = serve["hardware"]
+    lines = [
+        f"**On GPUs**: {h['gpu']}, driver {h['driver']}, vLLM {h['vllm']}, PyTorch {h['torch']}, Llama-3.1-8B's shape, "
+        f"bfloat16, CUDA graphs, over HTTP, against FLASH_ATTN (FlashAttention 3), {serve['output_len']} output "
+        "tokens, cached prompts ([method](docs/benchmarks.md)).",
+        "",
+        "| load | TPOT ms | ratio | ITL ms | ratio | TTFT ratio |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in serve["rows"]:
+        load = f"{row['context']:,} tokens x {row['concurrency']}"
+        lines.append(
+            f"| {load} | {arrow(row, 'tpot')} | {arrow(row, 'itl')} | {row['ttft_ratio']:.3f}x |"
+        )
+    cells = []
+    for cell in decode["cells"]:
+        one = cell["dot kv_head"]
+        ratio = one[one["runs"]]["speedup"]
+        cells.append(f"{cell['context'] // 1024}K x {cell['rows']} {ratio:.2f}x")
+    lines += [
+        "",
+        "The decode kernels alone, one set per KV head, against FlashAttention 3: "
+        + ", ".join(cells)
+        + ". [docs/kernels.md](docs/kernels.md) says what bounds each.",
+        "",
+    ]
+    return lines
+
+
 def render() -> str:
     serve, decode = load("serve_cpu"), load("decode_cpu")
-    lines = [f"Measured on: {where(serve)}. Ratios are dense / adamas: above 1 is faster.", ""]
+    lines = ["Ratios are dense / adamas: above 1 is faster.", ""]
+    lines += gpu_tables(load("serve_gpu"), load("decode_gpu"))
+    lines += [f"**On a CPU**: {where(serve)}.", ""]
     lines += [
         *serve_table(serve),
         "",
