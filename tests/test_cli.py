@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 from common import MODEL, is_one_sentence
 
 from vllm_adamas import __version__
@@ -19,7 +20,15 @@ def test_info_tells_what_would_run(capsys) -> None:
     assert report["versions"]["vllm-adamas"] == __version__
     assert report["configuration"]["token_budget"] == 99
     assert report["configuration"]["thresholds"] == "±0.8839"  # 10 / sqrt(128)
-    assert report["kernels"]["used here"].startswith("cpu")
+    expected = ("cuda", "triton") if torch.cuda.is_available() else ("cpu", "reference")
+    assert list(report["kernels"]) == [*expected, "used here"]
+    assert report["kernels"]["used here"].startswith(expected)
+
+
+def test_info_refuses_kernels_of_another_device(capsys) -> None:
+    other = "cpu" if torch.cuda.is_available() else "cuda"
+    assert main(["info", "--config", json.dumps({"kernels": other})]) == 2
+    assert f"kernels='{other}'" in capsys.readouterr().err
 
 
 def test_info_reads_a_models_shape(capsys) -> None:

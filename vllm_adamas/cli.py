@@ -191,16 +191,23 @@ def _versions() -> dict[str, str]:
     return versions
 
 
+#: Kernels that ``info`` looks for, by device.
+KERNELS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton")}
+
+
 def _kernels(config: AdamasConfig) -> dict[str, str]:
+    import torch
+
     from vllm_adamas.backends import get_backend
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     found = {}
-    for name in ("cpu", "reference"):
+    for name in KERNELS[device]:
         try:
-            found[name] = get_backend(name).description
+            found[name] = get_backend(name, device).description
         except AdamasError as error:
             found[name] = f"not available: {error}"
-    found["used here"] = get_backend(config.kernels).description
+    found["used here"] = get_backend(config.kernels, device).description
     return found
 
 
