@@ -15,16 +15,50 @@ from common import RESULTS
 from vllm_adamas import profile
 from vllm_adamas.evaluate import report
 from vllm_adamas.evaluate.command import profile_table
+from vllm_adamas.evaluate.study import FAMILIES
 
 DOCUMENT = RESULTS.parent.parent / "docs" / "quality.md"
 BEGIN = "<!-- results: begin (benchmarks/update_quality.py writes this part) -->"
 END = "<!-- results: end -->"
 
 
+#: What the project wants: model, quantity, configuration, budget, limit, and its words.
+TARGETS = (
+    ("SmolLM2-135M-Instruct", "dnll", "dot", 256, 0.03, "perplexity within 3% of dense by default"),
+    ("SmolLM2-135M-Instruct", "dnll", "dot", 128, 0.0583, "within 6% with a budget of 128"),
+    ("gemma-3-270m", "mass", "dot+profile", 256, 0.78, "attention mass of 0.78 with its profile"),
+)
+SELECTORS = [name for name, options in FAMILIES.items() if "selector" in options]
+
+
+def targets(results: dict[str, dict]) -> list[str]:
+    """A table of wanted and measured, with the best configuration of the same budget."""
+    lines = ["| target | wanted | measured | | best with this budget |", "|---|---|---|---|---|"]
+    for model, key, family, budget, limit, words in TARGETS:
+        if model not in results:
+            continue
+        rows = {
+            row["family"]: row[key][0] if key == "dnll" else row[key]
+            for row in report.summary(results[model])
+            if row["budget"] == budget and key in row and row["family"] not in SELECTORS
+        }
+        if family not in rows:
+            continue
+        best = (min if key == "dnll" else max)(rows, key=rows.get)
+        met = rows[family] <= limit if key == "dnll" else rows[family] >= limit
+        name, sign = ("ΔNLL", "≤") if key == "dnll" else ("mass", "≥")
+        lines.append(
+            f"| {model}: {words} | {name} {sign} {limit:.3f} | `{family}` {rows[family]:.3f} | "
+            f"{'met' if met else 'missed'} | `{best}` {rows[best]:.3f} |"
+        )
+    return [*lines, ""] if len(lines) > 2 else []
+
+
 def render() -> str:
-    lines = [BEGIN]
-    for path in sorted(RESULTS.glob("quality_*.json"), reverse=True):
-        result = json.loads(path.read_text())
+    found = {path: json.loads(path.read_text()) for path in RESULTS.glob("quality_*.json")}
+    lines = [BEGIN, *targets({result["model"]["name"]: result for result in found.values()})]
+    for path in sorted(found, reverse=True):
+        result = found[path]
         context = result["settings"]["context"]
         lines += [f"### {result['model']['name']}, context {context}", ""]
         lines += report.markdown(result).split("\n")[2:]

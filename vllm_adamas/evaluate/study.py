@@ -360,13 +360,19 @@ def _rounded(values: torch.Tensor, digits: int = 4) -> list[float]:
 
 
 def _environment() -> dict:
-    import platform
-
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor()
     return {
         "vllm-adamas": __version__,
         "vllm": compat.vllm_version(),
         "torch": torch.__version__,
-        "device": device or platform.machine(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
         "date": time.strftime("%Y-%m-%d"),
     }
+
+
+def _processor() -> str:
+    import platform
+
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {len(names) or 1} cores"
