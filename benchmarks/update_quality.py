@@ -15,7 +15,7 @@ from common import RESULTS
 from vllm_adamas import profile
 from vllm_adamas.evaluate import report
 from vllm_adamas.evaluate.command import profile_table
-from vllm_adamas.evaluate.study import FAMILIES
+from vllm_adamas.evaluate.study import FAMILIES, PERPLEXITY
 
 DOCUMENT = RESULTS.parent.parent / "docs" / "quality.md"
 BEGIN = "<!-- results: begin (benchmarks/update_quality.py writes this part) -->"
@@ -56,7 +56,12 @@ def targets(results: dict[str, dict]) -> list[str]:
 
 def render() -> str:
     found = {path: json.loads(path.read_text()) for path in RESULTS.glob("quality_*.json")}
-    lines = [BEGIN, *targets({result["model"]["name"]: result for result in found.values()})]
+    by_model = {
+        result["model"]["name"]: result
+        for result in found.values()
+        if PERPLEXITY in result["settings"]["tasks"]
+    }
+    lines = [BEGIN, *targets(by_model)]
     for path in sorted(found, reverse=True):
         result = found[path]
         context = result["settings"]["context"]
