@@ -2,7 +2,7 @@
 //
 // decode runs in two waves per group of rows, so that one long context occupies every thread too:
 //   wave 1  dense rows: (row, KV head, chunk) -> softmax partials
-//           sparse rows: (row, a few KV heads, chunk) -> scores
+//           sparse rows: (row, kSideBySide KV heads, chunk) -> scores
 //   wave 2  dense rows: (row, query head) merges its partials
 //           sparse rows: (row, token set) selects and attends
 #include <omp.h>
@@ -18,7 +18,6 @@ namespace {
 
 constexpr int kAttendChunk = 2048;               // tokens per item of wave 1, dense
 constexpr int kScanChunk = 1024;                 // the same, sparse
-constexpr int kScanHeads = 4;                    // KV heads per item
 constexpr int64_t kGroupFloats = 16ll << 20;     // workspace of one group of rows: 64 MiB
 
 // Grows and is reused from call to call; the pages of a decode step need no allocation.
@@ -167,7 +166,7 @@ class Group {
       plan.scores = score_floats_;
       plan.partials = num_partials_;
       if (plan.sparse) {
-        items1_ += int64_t(parts(plan.length, kScanChunk)) * parts(p_.page.num_kv_heads, kScanHeads);
+        items1_ += int64_t(parts(plan.length, kScanChunk)) * parts(p_.page.num_kv_heads, kSideBySide);
         items2_ += p_.score_heads();
         score_floats_ += padded(plan.length) * p_.score_heads();
       } else {
@@ -193,10 +192,10 @@ class Group {
              Partial* partials, int64_t& attended) {
     const int group = p_.group(), all_heads = p_.page.num_kv_heads;
     if (plan.sparse) {
-      const int splits = parts(all_heads, kScanHeads), chunk = item / splits;
+      const int splits = parts(all_heads, kSideBySide), chunk = item / splits;
       const int first = chunk * kScanChunk, last = std::min(plan.length, first + kScanChunk);
-      const int head = item % splits * kScanHeads;
-      scan_heads(kernels_, p_, row, head, std::min(all_heads - head, kScanHeads), codes, first, last,
+      const int head = item % splits * kSideBySide;
+      scan_heads(kernels_, p_, row, head, std::min(all_heads - head, kSideBySide), codes, first, last,
                  scores + plan.scores, padded(plan.length));
     } else {
       const int kv_head = item % all_heads, chunk = item / all_heads;

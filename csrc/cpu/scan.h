@@ -93,11 +93,6 @@ static inline vf score_tile(const vu* hi, const vu* lo, const QueryCode& q) {
   return -__builtin_convertvector((vi)distance, vf);
 }
 
-// KV heads whose signatures are read side by side. The hardware follows a stream only within a block's
-// planes (2304 bytes at head size 64 and block size 128), and one core has few misses in flight: three
-// streams that take turns arrive at almost twice the rate of one after the other.
-constexpr int kSideBySide = 4;
-
 // Prefetches the signatures of a few KV heads, kAhead tokens or one block before the scan reaches them.
 // The planes of a block lie one after the other and are fetched in that order.
 template <int D, bool kDot>
@@ -106,18 +101,13 @@ class Prefetcher {
   Prefetcher(const Page& page, const int32_t* blocks, int first_head, int heads, int first, int end)
       : page_(page), blocks_(blocks), first_head_(first_head), heads_(heads), token_(first), end_(end) {
     const int size = page.block_size, ahead = size < kAhead ? (kAhead + size - 1) / size * size : size;
+    if (token_ < end_) locate();
     for (int i = 0; i < ahead; i += kTile) next();
   }
 
   inline void next() {
     if (token_ >= end_) return;
-    const int offset = token_ % page_.block_size;
-    if (offset == 0 || !started_) {
-      started_ = true;
-      for (int h = 0; h < heads_; ++h)
-        at_[h] = page_.run(blocks_[token_ / page_.block_size], first_head_ + h) + page_.hi_offset +
-                 offset * kBytes;
-    }
+    if (token_ % page_.block_size == 0) locate();
     for (int h = 0; h < heads_; ++h) {
       for (int i = 0; i < kTile * kBytes; i += kLine) __builtin_prefetch(at_[h] + i);
       at_[h] += kTile * kBytes;
@@ -126,12 +116,18 @@ class Prefetcher {
   }
 
  private:
+  inline void locate() {
+    const int offset = token_ % page_.block_size;
+    for (int h = 0; h < heads_; ++h)
+      at_[h] = page_.run(blocks_[token_ / page_.block_size], first_head_ + h) + page_.hi_offset +
+               offset * kBytes;
+  }
+
   static constexpr int kAhead = 128;                     // tokens
   static constexpr int kBytes = D / 4 + (kDot ? 2 : 0);  // per token
   const Page& page_;
   const int32_t* blocks_;
   int first_head_, heads_, token_, end_;
-  bool started_ = false;
   const uint8_t* at_[kSideBySide];
 };
 
