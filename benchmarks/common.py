@@ -8,6 +8,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results"
@@ -70,3 +71,19 @@ def save(name: str, result: dict) -> Path:
     path = RESULTS / f"{name}.json"
     path.write_text(json.dumps(result, indent=2) + "\n")
     return path
+
+
+def update_document(document: Path, script: str, lines: list[str]) -> int:
+    """Writes ``lines`` between the markers that name the script; the exit status of a command.
+
+    With ``--check`` on the command line nothing is written, and it is 1 when the document differs.
+    """
+    begin = f"<!-- results: begin (benchmarks/{script}.py writes this part) -->"
+    end = "<!-- results: end -->"
+    text = document.read_text()
+    start, stop = text.index(begin), text.index(end) + len(end)
+    new = text[:start] + "\n".join([begin, *lines, end]) + text[stop:]
+    if "--check" in sys.argv:
+        return int(new != text)
+    document.write_text(new)
+    return 0

@@ -10,11 +10,9 @@ from __future__ import annotations
 import json
 import sys
 
-from common import RESULTS
+from common import RESULTS, update_document
 
 DOCUMENT = RESULTS.parent.parent / "docs" / "kernels.md"
-BEGIN = "<!-- results: begin (benchmarks/update_kernels.py writes this part) -->"
-END = "<!-- results: end -->"
 SELECTIONS = ("query_head", "kv_head")
 
 
@@ -88,10 +86,9 @@ def part(result: dict, name: str, first: str) -> list[str]:
     return table(f"context x rows{first} | FA3 µs | set per query head | set per KV head", rows)
 
 
-def render(result: dict) -> str:
+def render(result: dict) -> list[str]:
     e = result["environment"]
     lines = [
-        BEGIN,
         f"One run: {e['gpu']}, driver {e['driver']}, CUDA {e['cuda']}, torch {e['torch']}, "
         f"vLLM {e.get('vllm', '-')}. Microseconds of a decode step of one layer, speed-up over FlashAttention 3.",
         "",
@@ -109,19 +106,9 @@ def render(result: dict) -> str:
     for name, (title, first) in titles.items():
         if name in result:
             lines += [title, "", *part(result, name, first)]
-    return "\n".join([*lines[:-1], END])
-
-
-def main() -> int:
-    text = DOCUMENT.read_text()
-    start, end = text.index(BEGIN), text.index(END) + len(END)
-    result = json.loads((RESULTS / "decode_gpu.json").read_text())
-    new = text[:start] + render(result) + text[end:]
-    if "--check" in sys.argv:
-        return int(new != text)
-    DOCUMENT.write_text(new)
-    return 0
+    return lines[:-1]
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    measured = json.loads((RESULTS / "decode_gpu.json").read_text())
+    sys.exit(update_document(DOCUMENT, "update_kernels", render(measured)))

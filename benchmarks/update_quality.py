@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 
-from common import RESULTS
+from common import RESULTS, update_document
 
 from vllm_adamas import profile
 from vllm_adamas.evaluate import report
@@ -18,9 +18,6 @@ from vllm_adamas.evaluate.command import profile_table
 from vllm_adamas.evaluate.study import FAMILIES, PERPLEXITY
 
 DOCUMENT = RESULTS.parent.parent / "docs" / "quality.md"
-BEGIN = "<!-- results: begin (benchmarks/update_quality.py writes this part) -->"
-END = "<!-- results: end -->"
-
 
 #: What the project wants: model, quantity, configuration, budget, limit, and its words.
 TARGETS = (
@@ -54,14 +51,14 @@ def targets(results: dict[str, dict]) -> list[str]:
     return [*lines, ""] if len(lines) > 2 else []
 
 
-def render() -> str:
+def render() -> list[str]:
     found = {path: json.loads(path.read_text()) for path in RESULTS.glob("quality_*.json")}
     by_model = {
         result["model"]["name"]: result
         for result in found.values()
         if PERPLEXITY in result["settings"]["tasks"]
     }
-    lines = [BEGIN, *targets(by_model)]
+    lines = targets(by_model)
     for path in sorted(found, reverse=True):
         result = found[path]
         context = result["settings"]["context"]
@@ -71,18 +68,8 @@ def render() -> str:
     for path in sorted(profile.SHIPPED.glob("*.json")):
         table = profile_table(profile.load(path.stem))
         lines += [f"### The shipped profile `{path.stem}`", "", "```text", table, "```", ""]
-    return "\n".join([*lines, END])
-
-
-def main() -> int:
-    text = DOCUMENT.read_text()
-    start, end = text.index(BEGIN), text.index(END) + len(END)
-    new = text[:start] + render() + text[end:]
-    if "--check" in sys.argv:
-        return int(new != text)
-    DOCUMENT.write_text(new)
-    return 0
+    return lines
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(update_document(DOCUMENT, "update_quality", render()))

@@ -11,11 +11,9 @@ import json
 import statistics
 import sys
 
-from common import RESULTS
+from common import RESULTS, update_document
 
 README = RESULTS.parent.parent / "README.md"
-BEGIN = "<!-- results: begin (benchmarks/update_readme.py writes this part) -->"
-END = "<!-- results: end -->"
 
 
 def load(name: str) -> dict:
@@ -110,7 +108,7 @@ def gpu_tables(serve: dict, decode: dict) -> list[str]:
     return lines
 
 
-def render() -> str:
+def render() -> list[str]:
     serve, decode = load("serve_cpu"), load("decode_cpu")
     lines = ["Ratios are dense / adamas: above 1 is faster.", ""]
     lines += gpu_tables(load("serve_gpu"), load("decode_gpu"))
@@ -121,19 +119,8 @@ def render() -> str:
         "![TPOT against context length](benchmarks/results/serve_cpu.png)",
         "",
     ]
-    lines += decode_table(decode)
-    return "\n".join([BEGIN, *lines, END])
-
-
-def main() -> int:
-    text = README.read_text()
-    start, end = text.index(BEGIN), text.index(END) + len(END)
-    new = text[:start] + render() + text[end:]
-    if "--check" in sys.argv:
-        return int(new != text)
-    README.write_text(new)
-    return 0
+    return lines + decode_table(decode)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(update_document(README, "update_readme", render()))

@@ -9,13 +9,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from common import MODEL, is_one_sentence
+from common import MODEL, is_one_sentence, refused
 from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_adamas.cli import main
 from vllm_adamas.config import Coding
-from vllm_adamas.errors import AdamasError
 from vllm_adamas.evaluate import report, tasks, texts
 from vllm_adamas.evaluate.study import DENSE, FAMILIES, TASKS, Arm, Settings, Study
 
@@ -266,14 +265,6 @@ def test_pages_whose_keys_are_unknown_are_forgotten(tensors: int, kind: str, for
 
 
 # mistakes at the command line
-
-
-def refused(call, *named: str) -> None:
-    with pytest.raises(AdamasError) as error:
-        call()
-    message = str(error.value)
-    assert is_one_sentence(message), message
-    assert all(part in message for part in named), message
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from common import MODEL, is_one_sentence
+from common import MODEL, refused
 
 from vllm_adamas import checks, profile
-from vllm_adamas.errors import AdamasError
 from vllm_adamas.evaluate.calibrate import suggest
 
 LAYERS, HEADS, SIZE = 3, 2, 64
@@ -53,14 +52,6 @@ def made(**changes) -> profile.Profile:
             **changes,
         }
     )
-
-
-def refused(call, *named: str) -> None:
-    with pytest.raises(AdamasError) as error:
-        call()
-    message = str(error.value)
-    assert is_one_sentence(message), message
-    assert all(part in message for part in named), message
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
