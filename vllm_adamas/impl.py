@@ -20,7 +20,7 @@ from vllm_adamas import profile as profiles
 from vllm_adamas.backends import get_backend
 from vllm_adamas.backends.base import Backend, Params
 from vllm_adamas.backends.reference.signature import hadamard
-from vllm_adamas.checks import adamas_options, warnings
+from vllm_adamas.checks import adamas_options
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.layout import TILE, PageLayout, overhead
@@ -92,8 +92,6 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
             self.max_model_len,
         )
         _log_once(self.config, self.backend, head_size, dtype, workspace)
-        for warning in warnings(vllm_config, self.config):
-            logger.warning_once(warning)
 
     def do_kv_cache_update(
         self,
@@ -135,8 +133,6 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         params = self._of(layer, kv_cache)
         if self._balance is not None:
             query = query * self._balance.query
-            if key is not None:
-                key = key * self._balance.key
         rows = attn_metadata.num_decodes
         lens = attn_metadata.context_lens
         if rows and self._dense and self.prefill.decodes:
@@ -163,6 +159,8 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
                 max_context_len=self.max_model_len,
             )
         if attn_metadata.prefill is not None:
+            if self._balance is not None and key is not None:
+                key = key * self._balance.key
             self.prefill.run(
                 self.backend,
                 params,

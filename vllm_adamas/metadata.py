@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from vllm.logger import init_logger
 from vllm.v1.attention.backend import (
     AttentionCGSupport,
     AttentionMetadata,
@@ -13,10 +14,12 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from vllm_adamas.checks import adamas_options
+from vllm_adamas.checks import adamas_options, warnings
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.prefill import PrefillPlan
 from vllm_adamas.serving.metrics import SelectionStats
+
+logger = init_logger("vllm.adamas")
 
 
 @dataclass
@@ -85,6 +88,9 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
         self._init_reorder_batch_threshold(1)
         self.config = AdamasConfig.parse(adamas_options(vllm_config))
         self.stats = SelectionStats.shared(self.config, device.type)
+        # Here and not in each layer, because it reads the model's files.
+        for warning in warnings(vllm_config, self.config):
+            logger.warning_once(warning)
         # Captured graphs read budgets and starts from here.
         rows = max_decode_rows(vllm_config)
         self._budgets = torch.zeros(rows, dtype=torch.int32, device=device)
