@@ -194,8 +194,17 @@ def test_types_without_gpu_kernels(vllm_config, monkeypatch) -> None:
     on_gpu(monkeypatch)
     model = Changed(vllm_config.model_config, dtype=torch.float32)
     check_refusal(Changed(vllm_config, model_config=model), ("float32", "--dtype bfloat16"))
-    cache = Changed(vllm_config.cache_config, cache_dtype="fp8")
-    check_refusal(Changed(vllm_config, cache_config=cache), ("--kv-cache-dtype fp8", "auto"))
+    cache = Changed(vllm_config.cache_config, cache_dtype="int8")
+    check_refusal(Changed(vllm_config, cache_config=cache), ("--kv-cache-dtype int8", "fp8_e5m2"))
+
+
+@pytest.mark.parametrize("kind", ["fp8", "fp8_e4m3", "fp8_e5m2"])
+def test_gpus_take_fp8_pages_whatever_the_processor(vllm_config, monkeypatch, kind: str) -> None:
+    on_gpu(monkeypatch)
+    for supported in ("_is_avx512_supported", "_is_amx_tile_supported"):
+        monkeypatch.setattr(torch.cpu, supported, lambda: False)
+    cache = Changed(vllm_config.cache_config, cache_dtype=kind)
+    checks.check_config(Changed(vllm_config, cache_config=cache))
 
 
 def test_sizes_of_blocks(vllm_config) -> None:

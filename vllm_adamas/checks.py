@@ -14,7 +14,6 @@ OTHER_BACKEND = "serve this model with another --attention-backend"
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2")
 CUDA_DTYPES = (torch.bfloat16, torch.float16)
-CUDA_KV_CACHE_DTYPES = ("auto", "bfloat16", "float16")
 
 
 def check_config(vllm_config) -> AdamasConfig:
@@ -187,9 +186,8 @@ def _check_cache(vllm_config) -> None:
             f"block_size {cache.block_size}",
             f"pass a --block-size that is a multiple of {multiple}",
         )
-    kinds = KV_CACHE_DTYPES if _on_cpu() else CUDA_KV_CACHE_DTYPES
-    if kind not in kinds:
-        _refuse(f"--kv-cache-dtype {kind} on this device", f"choose one of {', '.join(kinds)}")
+    if kind not in KV_CACHE_DTYPES:
+        _refuse(f"--kv-cache-dtype {kind}", f"choose one of {', '.join(KV_CACHE_DTYPES)}")
     if (
         kind in ("bfloat16", "float16")
         and vllm_config.model_config is not None
@@ -199,8 +197,10 @@ def _check_cache(vllm_config) -> None:
             f"--kv-cache-dtype {kind} with dtype {vllm_config.model_config.dtype}",
             "pass --kv-cache-dtype auto",
         )
-    if kind.startswith("fp8") and not (
-        torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()
+    if (
+        kind.startswith("fp8")
+        and _on_cpu()
+        and not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported())
     ):
         _refuse(
             "an fp8 KV cache on this processor (vLLM's prefill kernel needs AVX-512 or AMX)",

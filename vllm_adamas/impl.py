@@ -24,7 +24,7 @@ from vllm_adamas.checks import adamas_options
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.layout import TILE, PageLayout, overhead
-from vllm_adamas.metadata import AdamasMetadata, max_decode_rows
+from vllm_adamas.metadata import AdamasMetadata, max_decode_rows, max_prefill_tokens
 from vllm_adamas.prefill import get_prefill
 from vllm_adamas.serving.metrics import SelectionStats
 
@@ -86,11 +86,10 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         self._dense = False
         self._balance: Balance | None = None
         dtype = torch.uint8 if kv_cache_dtype in FP8 else torch.get_default_dtype()
-        workspace = self.backend.reserve(
-            self._make_params(PageLayout(head_size, TILE, dtype)),
-            max_decode_rows(vllm_config),
-            self.max_model_len,
-        )
+        params = self._make_params(PageLayout(head_size, TILE, dtype))
+        rows, tokens = max_decode_rows(vllm_config), max_prefill_tokens(vllm_config)
+        workspace = self.backend.reserve(params, rows, self.max_model_len)
+        workspace += self.prefill.reserve(params, self.dtype, tokens)
         _log_once(self.config, self.backend, head_size, dtype, workspace)
 
     def do_kv_cache_update(
@@ -135,7 +134,7 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
             query = query * self._balance.query
         rows = attn_metadata.num_decodes
         lens = attn_metadata.context_lens
-        if rows and self._dense and self.prefill.decodes:
+        if rows and self._dense and self.prefill.decodes(params):
             self.prefill.decode(
                 params,
                 query[:rows],

@@ -51,6 +51,12 @@ def max_decode_rows(vllm_config) -> int:
     return max(vllm_config.scheduler_config.max_num_seqs, captured)
 
 
+def max_prefill_tokens(vllm_config) -> int:
+    """Tokens of the longest context, or of the largest step if that is more."""
+    step = vllm_config.scheduler_config.max_num_batched_tokens
+    return max(vllm_config.model_config.max_model_len, step)
+
+
 def token_budgets(
     config: AdamasConfig,
     context_lens: torch.Tensor,
@@ -130,6 +136,8 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
                 query_start_loc=starts - starts[0],
                 seq_lens=seq_lens[num_decodes:],
                 block_table=common.block_table_tensor[num_decodes : common.num_reqs],
+                query_start_loc_cpu=common.query_start_loc_cpu[num_decodes : common.num_reqs + 1],
+                seq_lens_cpu=common.seq_lens_cpu_upper_bound[num_decodes : common.num_reqs],
                 max_query_len=common.max_query_len,
                 max_seq_len=common.max_seq_len,
             )

@@ -21,6 +21,8 @@ class PrefillPlan:
         query_start_loc: int32 ``[P + 1]``, from 0.
         seq_lens: int32 ``[P]``, context lengths.
         block_table: int32 ``[P, blocks]`` of the pages.
+        query_start_loc_cpu: int32 ``[P + 1]`` on the host, among all tokens of the step.
+        seq_lens_cpu: int32 ``[P]`` on the host, not below ``seq_lens``.
         max_query_len, max_seq_len: upper bounds known on the host.
         prepared: what the first layer of the step worked out for the others.
     """
@@ -30,6 +32,8 @@ class PrefillPlan:
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
+    query_start_loc_cpu: torch.Tensor
+    seq_lens_cpu: torch.Tensor
     max_query_len: int
     max_seq_len: int
     prepared: Any = None
@@ -43,7 +47,18 @@ class PrefillPlan:
 class Prefill(ABC):
     """Dense causal attention of a :class:`PrefillPlan`."""
 
-    decodes = False  #: whether :meth:`decode` is there, and faster than the backend's dense rows
+    def reserve(self, params: Params, dtype: torch.dtype, max_tokens: int) -> int:
+        """Allocates what a layer's prefill needs beside its arguments; returns its size in bytes.
+
+        Args:
+            dtype: of queries.
+            max_tokens: the longest context, and not below the tokens of a step.
+        """
+        return 0
+
+    def decodes(self, params: Params) -> bool:
+        """Whether :meth:`decode` takes such a layer, and is faster than the backend's dense rows."""
+        return False
 
     @abstractmethod
     def run(

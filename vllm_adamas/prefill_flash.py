@@ -1,10 +1,68 @@
-"""Dense attention on NVIDIA GPUs: vLLM's FlashAttention over strided views of the page."""
+"""Dense attention on NVIDIA GPUs: vLLM's FlashAttention over strided views of the page.
+
+FlashAttention takes fp8 K and V only beside fp8 queries, and rounds the softmax to fp8 as well. So
+contexts in fp8 pages are copied out as real values, layer by layer, and prefill computes in the
+queries' own type: what is stored is all that is rounded, and e5m2 and older GPUs are served too.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch.nn.functional import pad
 from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
 
-from vllm_adamas.prefill import Prefill
+from vllm_adamas.prefill import Prefill, PrefillPlan
+
+
+@dataclass
+class Part:
+    """Some requests of a plan whose contexts fit into the scratch together.
+
+    Args:
+        tokens: their slice of the step's tokens.
+        block_table, context_lens: of them; num_context_tokens: the sum.
+        batch: what FlashAttention wants to know of them.
+    """
+
+    tokens: slice
+    block_table: torch.Tensor
+    context_lens: torch.Tensor
+    num_context_tokens: int
+    batch: dict
+
+
+def parts(plan: PrefillPlan, max_tokens: int) -> list[Part]:
+    """Cuts a plan into runs of requests with at most ``max_tokens`` of context, without a sync."""
+    starts, lens = plan.query_start_loc_cpu.tolist(), plan.seq_lens_cpu.tolist()
+    cuts, held = [0], 0
+    for row, length in enumerate(lens):
+        if held + length > max_tokens and held:
+            cuts.append(row)
+            held = 0
+        held += length
+    found = []
+    for first, last in pairwise([*cuts, len(lens)]):
+        context_lens = plan.seq_lens[first:last]
+        query_starts = plan.query_start_loc[first : last + 1]
+        batch = {
+            "cu_seqlens_q": query_starts - query_starts[0],
+            "cu_seqlens_k": pad(context_lens.cumsum(0, dtype=torch.int32), (1, 0)),
+            "max_seqlen_q": max(b - a for a, b in pairwise(starts[first : last + 1])),
+            "max_seqlen_k": max(lens[first:last]),
+        }
+        found.append(
+            Part(
+                slice(starts[first], starts[last]),
+                plan.block_table[first:last],
+                context_lens,
+                sum(lens[first:last]),
+                batch,
+            )
+        )
+    return found
 
 
 class FlashPrefill(Prefill):
@@ -16,20 +74,45 @@ class FlashPrefill(Prefill):
     it costs for the few dense layers of a model.
     """
 
-    decodes = True
+    def __init__(self, device: str = "cuda"):
+        self._scratch = torch.zeros(0, dtype=torch.uint8, device=device)
+
+    def reserve(self, params, dtype, max_tokens):
+        """The K and V of one layer for the longest context, where pages are fp8."""
+        if not params.fp8:
+            return 0
+        size = max_tokens * _row_bytes(params, dtype)
+        if self._scratch.numel() < size:
+            # Zeros, because the kernel multiplies what it masks by zero weights.
+            self._scratch = self._scratch.new_zeros(size)
+        return size
 
     def run(self, backend, params, plan, kv_cache_dtype, query, key, value, page, output):
-        self._attend(
-            params,
-            page,
-            q=query[plan.tokens],
-            out=output[plan.tokens],
-            cu_seqlens_q=plan.query_start_loc,
-            max_seqlen_q=plan.max_query_len,
-            seqused_k=plan.seq_lens,
-            max_seqlen_k=plan.max_seq_len,
-            block_table=plan.block_table,
-        )
+        if not params.fp8:
+            _attend(
+                params,
+                *_views(params, page),
+                q=query[plan.tokens],
+                out=output[plan.tokens],
+                cu_seqlens_q=plan.query_start_loc,
+                max_seqlen_q=plan.max_query_len,
+                seqused_k=plan.seq_lens,
+                max_seqlen_k=plan.max_seq_len,
+                block_table=plan.block_table,
+            )
+            return
+        rows = self._scratch.view(query.dtype)
+        heads, size = params.num_kv_heads, params.layout.head_size
+        if plan.prepared is None:
+            plan.prepared = parts(plan, self._scratch.numel() // _row_bytes(params, query.dtype))
+        for part in plan.prepared:
+            shape = (2, part.num_context_tokens, heads, size)
+            k, v = rows[: torch.Size(shape).numel()].view(shape)
+            backend.gather(params, page, part.block_table, part.context_lens, k, v)
+            _attend(params, k, v, q=query[part.tokens], out=output[part.tokens], **part.batch)
+
+    def decodes(self, params):
+        return not params.fp8
 
     def decode(
         self,
@@ -42,9 +125,9 @@ class FlashPrefill(Prefill):
         output,
         max_context_len,
     ):
-        self._attend(
+        _attend(
             params,
-            page,
+            *_views(params, page),
             q=query,
             out=output,
             cu_seqlens_q=query_start_loc,
@@ -54,15 +137,24 @@ class FlashPrefill(Prefill):
             block_table=block_table,
         )
 
-    @staticmethod
-    def _attend(params, page, **batch):
-        layout = params.layout
-        flash_attn_varlen_func(
-            k=layout.k(page).transpose(1, 2),  # [num_blocks, N, Hkv, D]
-            v=layout.v(page).transpose(1, 2),
-            softmax_scale=params.softmax_scale,
-            causal=True,
-            window_size=[params.sliding_window - 1, 0] if params.sliding_window else [-1, -1],
-            fa_version=get_flash_attn_version(head_size=layout.head_size),
-            **batch,
-        )
+
+def _row_bytes(params, dtype) -> int:
+    """K and V of one token."""
+    return 2 * params.num_kv_heads * params.layout.head_size * dtype.itemsize
+
+
+def _views(params, page) -> tuple[torch.Tensor, torch.Tensor]:
+    """The K and V planes as ``[num_blocks, N, Hkv, D]``."""
+    return params.layout.k(page).transpose(1, 2), params.layout.v(page).transpose(1, 2)
+
+
+def _attend(params, k, v, **batch) -> None:
+    flash_attn_varlen_func(
+        k=k,
+        v=v,
+        softmax_scale=params.softmax_scale,
+        causal=True,
+        window_size=[params.sliding_window - 1, 0] if params.sliding_window else [-1, -1],
+        fa_version=get_flash_attn_version(head_size=params.layout.head_size),
+        **batch,
+    )

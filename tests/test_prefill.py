@@ -1,0 +1,118 @@
+"""Prefill through FlashAttention over fp8 pages: contexts are copied out, a few requests at a time.
+
+Where there is no GPU, plain PyTorch stands in for FlashAttention.
+"""
+
+import importlib.util
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+from cases import TOLERANCE, Case, relative_error
+
+from vllm_adamas.backends import get_backend
+from vllm_adamas.prefill import PrefillPlan
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+LENGTHS, NEW = (300, 65, 200, 1, 129), (300, 5, 64, 1, 128)  #: contexts, and what of them is new
+FIRST = 3  #: tokens of the step before the plan's
+CASES = {
+    "e4m3": Case(LENGTHS, fp8="e4m3"),
+    "e5m2": Case(LENGTHS, fp8="e5m2", heads=(9, 3), head_size=64),
+    "e4m3-fp16-window": Case(LENGTHS, fp8="e4m3", dtype=torch.float16, window=70),
+    "bf16": Case(LENGTHS),
+}
+
+
+def exact(q, k, v, scale: float, window: int) -> torch.Tensor:
+    """Causal attention of the last tokens of one context, float32 ``[q, Hq, D]``."""
+    new, length = len(q), len(k)
+    k, v = (x.float().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
+    at = torch.arange(length, device=q.device)
+    back = at[length - new :, None] - at  # [q, T]
+    hidden = (back < 0) | (back >= (window or length))
+    scores = torch.einsum("qhd,thd->hqt", q.float(), k) * scale
+    return torch.einsum("hqt,thd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
+
+
+def stand_in(*, q, k, v, out, cu_seqlens_q, softmax_scale, causal, window_size, **batch) -> None:
+    assert causal
+    if "block_table" in batch:  # k, v: [blocks, N, Hkv, D]
+        rows = zip(batch["block_table"], batch["seqused_k"], strict=True)
+        context = [[x[table.long()].flatten(0, 1)[:n] for x in (k, v)] for table, n in rows]
+    else:
+        context = [[x[a:b] for x in (k, v)] for a, b in pairwise(batch["cu_seqlens_k"])]
+    for (a, b), (one, two) in zip(pairwise(cu_seqlens_q), context, strict=True):
+        assert b - a <= batch["max_seqlen_q"]
+        assert len(one) <= batch["max_seqlen_k"]
+        out[a:b] = exact(q[a:b], one, two, softmax_scale, window_size[0] + 1)
+
+
+@pytest.fixture
+def flash(monkeypatch):
+    """The module under test."""
+    name = "vllm_adamas.prefill_flash"
+    if DEVICE == "cuda":
+        return importlib.import_module(name)
+    from vllm.v1.attention.backends import fa_utils
+
+    monkeypatch.setattr(fa_utils, "flash_attn_varlen_func", stand_in, raising=False)
+    spec = importlib.util.find_spec(name)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    return module
+
+
+def make_plan(batch) -> PrefillPlan:
+    starts = torch.tensor([0, *NEW]).cumsum(0).int()
+    return PrefillPlan(
+        first_token=FIRST,
+        num_tokens=sum(NEW),
+        query_start_loc=starts.to(DEVICE),
+        seq_lens=batch.context_lens,
+        block_table=batch.block_table,
+        query_start_loc_cpu=starts + FIRST,
+        seq_lens_cpu=batch.context_lens.cpu(),
+        max_query_len=max(NEW),
+        max_seq_len=max(LENGTHS),
+    )
+
+
+@pytest.mark.parametrize(
+    "held", [300, 301, 366, 10_000], ids=["one", "tight", "some", "all"]
+)  # tokens in the scratch
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_flash_prefill(flash, case: Case, held: int) -> None:
+    backend = get_backend("auto" if DEVICE == "cuda" else "reference", DEVICE)
+    batch, prefill = case.build(backend, DEVICE), flash.FlashPrefill(DEVICE)
+    params, plan = batch.params, make_plan(batch)
+    if not case.fp8:  # FlashAttention gives what it masks a weight of zero; pages in use are finite
+        params.layout.v(batch.page).nan_to_num_(0, 0, 0)
+    size = prefill.reserve(params, case.dtype, held)
+    per_token = 2 * params.num_kv_heads * params.layout.head_size * 2
+    assert size == (held * per_token if case.fp8 else 0)
+    tokens = FIRST + sum(NEW) + case.padding
+    query = torch.randn(tokens, *batch.query.shape[1:], device=DEVICE).to(case.dtype)
+    output = torch.full_like(query, torch.nan)
+    for _ in range(2):  # a second layer reuses what the first one prepared
+        prefill.run(backend, params, plan, "", query, None, None, batch.page, output)
+    assert output[:FIRST].isnan().all()
+    assert output[FIRST + sum(NEW) :].isnan().all()
+    if case.fp8:
+        assert sum(part.num_context_tokens for part in plan.prepared) == sum(LENGTHS)
+        assert all(part.num_context_tokens <= held for part in plan.prepared)
+        assert (len(plan.prepared) == 1) == (held >= sum(LENGTHS))
+    k, v = (x.split(LENGTHS) for x in batch.stored())
+    q = query[FIRST : FIRST + sum(NEW)].split(NEW)
+    scale, window = params.softmax_scale, params.sliding_window
+    expected = torch.cat([exact(*x, scale, window) for x in zip(q, k, v, strict=True)])
+    error = relative_error(output[FIRST : FIRST + sum(NEW)], expected)
+    assert error.max() < 2 * TOLERANCE[case.dtype]
+
+
+def test_decode_of_fp8_pages_is_left_to_the_kernels(flash) -> None:
+    prefill = flash.FlashPrefill(DEVICE)
+    assert prefill.decodes(CASES["bf16"].params)
+    assert not prefill.decodes(CASES["e4m3"].params)
