@@ -32,6 +32,20 @@ __device__ __forceinline__ float from_fp8(uint8_t x, Element element) {
   return __half2float(__half(__nv_cvt_fp8_to_halfraw(x, element == Element::e4m3 ? __NV_E4M3 : __NV_E5M2)));
 }
 
+// Four fp8 values as bf16 or fp16.
+__device__ __forceinline__ void store4(uint8_t* to, uint32_t x, float scale, Element from, Element element) {
+  uint16_t out[4];
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const float value = from_fp8(uint8_t(x >> 8 * i), from) * scale;
+    out[i] = element == Element::bf16 ? __bfloat16_as_ushort(__float2bfloat16_rn(value))
+                                      : __half_as_ushort(__float2half_rn(value));
+  }
+  auto words = reinterpret_cast<uint32_t*>(to);
+  words[0] = out[0] | uint32_t(out[1]) << 16;
+  words[1] = out[2] | uint32_t(out[3]) << 16;
+}
+
 template <int kWords>
 __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant__ AppendParams p) {
   const Page& page = p.page;
@@ -92,9 +106,9 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant_
 #pragma unroll
   for (int step = 16; step; step /= 2) start += __shfl_xor_sync(kFull, start, step);
   const int row_bytes = page.head_size * (page.fp8() ? 1 : 2);
-  const int64_t warps = int64_t(gridDim.x) * kThreads / 32, items = int64_t(length) * page.num_kv_heads;
-  for (int64_t i = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / 32; i < items; i += warps) {
-    const int token = int(i / page.num_kv_heads), head = int(i % page.num_kv_heads);
+  const int warps = gridDim.x * kThreads / 32, items = length * page.num_kv_heads;
+  for (int i = (blockIdx.x * kThreads + threadIdx.x) / 32; i < items; i += warps) {
+    const int token = i / page.num_kv_heads, head = i % page.num_kv_heads;
     const int block = token / page.block_size, offset = token % page.block_size;
     const uint8_t* run = page.base + p.block_table[row * p.blocks_per_row + block] * int64_t(page.block_stride) +
                          head * page.head_stride + offset * row_bytes;
@@ -102,15 +116,12 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant_
       return static_cast<uint8_t*>(rows.data) + ((start + token) * rows.token_stride + head * rows.head_stride) * 2;
     };
     if (page.fp8()) {
-      auto convert = [&](const Rows& rows, const uint8_t* from, float scale) {
-        for (int d = lane; d < page.head_size; d += 32) {
-          const float x = from_fp8(from[d], page.element) * scale;
-          if (rows.element == Element::bf16) reinterpret_cast<__nv_bfloat16*>(to(rows))[d] = __float2bfloat16_rn(x);
-          else reinterpret_cast<__half*>(to(rows))[d] = __float2half_rn(x);
-        }
-      };
-      convert(p.key, run, page.k_scale);
-      convert(p.value, run + page.v_offset, page.v_scale);
+      for (int d = lane * 4; d < page.head_size; d += 32 * 4) {
+        const uint32_t k = *reinterpret_cast<const uint32_t*>(run + d);
+        const uint32_t v = *reinterpret_cast<const uint32_t*>(run + page.v_offset + d);
+        store4(to(p.key) + 2 * d, k, page.k_scale, page.element, p.key.element);
+        store4(to(p.value) + 2 * d, v, page.v_scale, page.element, p.value.element);
+      }
       continue;
     }
     for (int b = lane * 4; b < row_bytes; b += 32 * 4) {
@@ -138,7 +149,9 @@ void append(const AppendParams& p, void* stream) {
 
 void gather(const GatherParams& p, void* stream) {
   if (p.num_rows == 0) return;
-  launch(gather_kernel, dim3(2 * num_multiprocessors(), p.num_rows), kThreads, 0, stream, false, "gather", p);
+  const int blocks = 16 * num_multiprocessors();  // what runs at once, shared by the rows
+  launch(gather_kernel, dim3((blocks + p.num_rows - 1) / p.num_rows, p.num_rows), kThreads, 0, stream, false, "gather",
+         p);
 }
 
 }  // namespace adamas
