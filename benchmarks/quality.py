@@ -1,51 +1,61 @@
 """The quality study of docs/quality.md: every configuration, selector and budget on one model.
 
 Results go to benchmarks/results/quality_<model>.json, where an interrupted run is continued; the report
-and the plot beside it.
+and the plot beside it. A study can be split into runs of some families or tasks, each with an --output of
+its own; --merge puts their results together.
+
+    python benchmarks/quality.py MODEL --text FILE ... --families dot manhattan --output one
+    python benchmarks/quality.py MODEL --text FILE ... --families oracle quest --output two
+    python benchmarks/quality.py MODEL --merge one/quality_MODEL.json two/quality_MODEL.json
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import sys
 from pathlib import Path
 
 from common import RESULTS
 
+from vllm_adamas.errors import AdamasError
 from vllm_adamas.evaluate import texts
 from vllm_adamas.evaluate.command import BUDGETS, write_report
-from vllm_adamas.evaluate.study import FAMILIES, PERPLEXITY, TASKS, Arm, Settings, Study
+from vllm_adamas.evaluate.study import FAMILIES, TASKS, Arm, Settings, Study, load, merge
 
 #: Retrieval is measured for these; text quality for every budget.
-RETRIEVAL_BUDGETS = (64, 128, 256)
+RETRIEVAL_BUDGETS = (64, 128, 256, 512)
+#: What the reference selectors run.
+SELECTOR_TASKS = ("perplexity", "passkey", "single", "multikey")
+PROFILE = "+profile"
 PROFILE_FAMILIES = ("dot", "dot-query-head")
+#: With fewer dense first layers than by default.
+VARIANTS = {
+    f"{family}-dense{layers}": {**FAMILIES[family], "num_dense_layers": layers}
+    for family in PROFILE_FAMILIES
+    for layers in (0, 1)
+}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model")
-    parser.add_argument("--name", help="default: the model's folder")
-    parser.add_argument("--text", nargs="+", required=True)
-    parser.add_argument("--context", type=int, default=8192)
-    parser.add_argument("--windows", type=int, default=48)
-    parser.add_argument("--steps", type=int, default=160)
-    parser.add_argument("--prompts", type=int, default=100)
-    parser.add_argument("--tasks", nargs="+", default=TASKS)
-    parser.add_argument("--families", nargs="+", default=list(FAMILIES))
-    parser.add_argument("--budgets", nargs="+", type=int, default=BUDGETS)
-    parser.add_argument("--profile", help="its families run with it too, as <family>+profile")
-    parser.add_argument("--retrieval-budgets", nargs="+", type=int, default=RETRIEVAL_BUDGETS)
-    parser.add_argument("--max-num-seqs", type=int, default=64)
-    parser.add_argument("--max-num-batched-tokens", type=int)
-    parser.add_argument("--kv-cache-gib", type=float)
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    args = parser.parse_args()
+def arm(family: str, budget: int, profile: str | None) -> Arm:
+    """A family or variant with a budget; ``<family>+profile`` takes the profile."""
+    if family in VARIANTS:
+        options = {**VARIANTS[family], "token_budget": budget}
+        return Arm(f"{family}-{budget}", family, budget, options)
+    if not family.endswith(PROFILE):
+        return Arm.of(family, budget)
+    if profile is None:
+        raise AdamasError(f"{family} needs a profile: give --profile.")
+    return Arm.of(family.removesuffix(PROFILE), budget, profile)
+
+
+def study(args, path: Path) -> dict:
     settings = Settings(
         args.model,
         context=args.context,
         windows=args.windows,
         steps=args.steps,
         prompts=args.prompts,
-        stride=64,
         tasks=tuple(args.tasks),
         answer_tokens=48,
     )
@@ -54,13 +64,52 @@ def main() -> None:
         engine["max_num_batched_tokens"] = args.max_num_batched_tokens
     if args.kv_cache_gib:
         engine["kv_cache_memory_bytes"] = int(args.kv_cache_gib * 2**30)
-    name = args.name or Path(args.model).name
-    path = args.output / f"quality_{name}.json"
-    study = Study(settings, texts.read(args.text), path, args.retrieval_budgets, (PERPLEXITY,))
-    arms = [Arm.of(family, budget) for family in args.families for budget in args.budgets]
-    if args.profile:
-        arms += [Arm.of(f, b, args.profile) for f in PROFILE_FAMILIES for b in args.budgets]
-    write_report(study.run(arms, **engine), args.output, f"quality_{name}")
+    families = args.families or [
+        *FAMILIES,
+        *VARIANTS,
+        *(family + PROFILE for family in PROFILE_FAMILIES if args.profile),
+    ]
+    arms = [arm(family, budget, args.profile) for family in families for budget in args.budgets]
+    sources = texts.read(args.text)
+    return Study(settings, sources, path, args.retrieval_budgets, SELECTOR_TASKS).run(
+        arms, **engine
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model")
+    parser.add_argument("--name", help="default: the model's folder")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--text", nargs="+", metavar="FILE")
+    what.add_argument("--merge", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("--context", type=int, default=8192)
+    parser.add_argument("--windows", type=int, default=48)
+    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--tasks", nargs="+", default=TASKS)
+    parser.add_argument("--families", nargs="+")
+    parser.add_argument("--budgets", nargs="+", type=int, default=BUDGETS)
+    parser.add_argument("--retrieval-budgets", nargs="+", type=int, default=RETRIEVAL_BUDGETS)
+    parser.add_argument("--profile", help="of <family>+profile")
+    parser.add_argument("--max-num-seqs", type=int, default=64)
+    parser.add_argument("--max-num-batched-tokens", type=int)
+    parser.add_argument("--kv-cache-gib", type=float)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    stem = f"quality_{args.name or Path(args.model).name}"
+    path = args.output / f"{stem}.json"
+    try:
+        if args.merge:
+            result = merge([load(part) for part in args.merge])
+            path.write_text(json.dumps(result) + "\n")
+        else:
+            result = study(args, path)
+    except AdamasError as error:
+        sys.exit(f"quality.py: {error}")
+    write_report(result, args.output, stem)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from vllm_adamas.cli import main
 from vllm_adamas.config import Coding
 from vllm_adamas.evaluate import report, tasks, texts
-from vllm_adamas.evaluate.study import DENSE, FAMILIES, TASKS, Arm, Settings, Study
+from vllm_adamas.evaluate.study import DENSE, FAMILIES, TASKS, Arm, Settings, Study, load, merge
 
 
 @pytest.fixture(scope="module")
@@ -200,6 +200,34 @@ def test_results_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
     refused(lambda: study(tmp_path, context=64), "r.json", "context")
     (tmp_path / "r.json").write_text("{}")
     refused(lambda: study(tmp_path), "r.json", "not a results file")
+
+
+def test_parts_of_a_study_are_put_together(tmp_path: Path) -> None:
+    def part(tasks: tuple[str, ...], **cells) -> dict:
+        made = study(tmp_path, tasks=tasks).result
+        made["cells"] = {
+            name: {"family": name, "budget": 0, "options": {}, "tasks": done}
+            for name, done in cells.items()
+        }
+        return made
+
+    text = part(("perplexity",), dense={"perplexity": 1}, dot={"perplexity": 2})
+    found = part(("passkey",), dense={"passkey": 3}, dot={"passkey": 4}, quest={"passkey": 5})
+    again = part(("perplexity",), dense={"perplexity": 9})
+    merged = merge([text, found, again])
+    assert merged["settings"]["tasks"] == ["perplexity", "passkey"]
+    assert {name: cell["tasks"] for name, cell in merged["cells"].items()} == {
+        "dense": {"perplexity": 1, "passkey": 3},
+        "dot": {"perplexity": 2, "passkey": 4},
+        "quest": {"passkey": 5},
+    }
+    assert text["cells"]["dot"]["tasks"] == {"perplexity": 2}
+    (tmp_path / "merged.json").write_text(json.dumps(merged))
+    assert load(tmp_path / "merged.json") == merged
+    found["settings"]["prompts"] += 1
+    refused(lambda: merge([text, found]), "settings", "prompts")
+    again["environment"]["device"] = "another"
+    refused(lambda: merge([text, again]), "environment", "device")
 
 
 def test_a_results_file_names_no_folders(tmp_path: Path) -> None:

@@ -98,6 +98,9 @@ class Engine:
 
         if current_platform.is_cpu():
             engine_options.setdefault("distributed_executor_backend", "uni")
+        elif "kv_cache_memory_bytes" in engine_options:
+            # Not used then, and yet so much has to be free: a GPU may be shared.
+            engine_options.setdefault("gpu_memory_utilization", 0.05)
         self.options = dict(options or {})
         self.forcing = ForcedContinuation
         with _adamas_errors():

@@ -25,6 +25,7 @@ class MassRecord:
     def __init__(self, budgets: tuple[int, ...] = (), pooled: bool = False):
         self.budgets, self.pooled = budgets, pooled
         self.rows: dict[tuple[int, int], int] = defaultdict(int)
+        # Sums stay on the device of the pages: one row is compared without waiting for another.
         self.mass: dict[tuple[int, int], torch.Tensor | float] = defaultdict(float)
         self.oracle: dict[tuple[int, int], torch.Tensor | float] = defaultdict(float)
         self.error: dict[tuple[int, int], torch.Tensor | float] = defaultdict(float)
@@ -36,7 +37,7 @@ class MassRecord:
     def mean(self, what: str, budget: int) -> torch.Tensor:
         """``mass``, ``oracle`` or ``error`` averaged over rows: ``[sparse layers, Hq]``."""
         table = getattr(self, what)
-        return torch.stack([table[n, budget] / self.rows[n, budget] for n in self.layers()])
+        return torch.stack([table[n, budget] / self.rows[n, budget] for n in self.layers()]).cpu()
 
 
 class Shadow(Through):
@@ -60,20 +61,19 @@ class Shadow(Through):
         if params.sliding_window or self._steps % self.stride:
             return
         by_budget = defaultdict(list)
-        for row, (budget, length) in enumerate(
-            zip(budgets.tolist(), context_lens.tolist(), strict=True)
-        ):
+        lengths = context_lens.tolist()
+        for row, (budget, length) in enumerate(zip(budgets.tolist(), lengths, strict=True)):
             if budget < length or (self.record.budgets and max(self.record.budgets) < length):
                 by_budget[budget].append(row)
-        for rows in by_budget.values():
+        for budget, rows in by_budget.items():
             turn = self._steps // self.stride * ROWS % len(rows)
             for row in (rows[turn:] + rows[:turn])[:ROWS]:
                 one = slice(row, row + 1)
-                seen = (query[one], page, block_table[one], context_lens[one], budgets[one])
-                self._look(params, *seen, output[row])
+                seen = (query[one], page, block_table[one], context_lens[one])
+                self._look(params, *seen, output[row], budget, lengths[row])
 
-    def _look(self, params: Params, query, page, table, lens, budget, output) -> None:
-        record, layer, length = self.record, self.layer, int(lens)
+    def _look(self, params: Params, query, page, table, lens, output, budget, length) -> None:
+        record, layer = self.record, self.layer
         shape = (2, length, params.num_kv_heads, params.layout.head_size)
         both = torch.empty(shape, dtype=output.dtype, device=page.device)
         self.inner.gather(params, page, table, lens, *both)
@@ -83,20 +83,20 @@ class Shadow(Through):
         dense = (weights @ value).flatten(0, 1)  # [Hq, D]
         weights = weights.flatten(0, 1)  # [Hq, L]
         error = (output.float() - dense).norm(dim=-1) / dense.norm(dim=-1).clamp_min(1e-30)
-        name = 0 if record.pooled else int(budget)
-        record.error[layer, name] += error.double().cpu()
-        sizes = record.budgets or (int(budget),)
+        name = 0 if record.pooled else budget
+        record.error[layer, name] += error.double()
+        sizes = record.budgets or (budget,)
         scores = self.inner.scan(params, query, page, table, lens)
         best = weights.topk(min(max(sizes), length), -1).values.cumsum(-1)  # [Hq, K]
         for size in sizes:
-            wanted = torch.full_like(budget, size)
+            wanted = torch.full_like(lens, size)
             tokens = self.inner.select(params, scores, lens, wanted)[0].long()  # [sets, K]
             tokens = tokens.repeat_interleave(params.num_query_heads // len(tokens), 0)  # [Hq, K]
             mass = weights.gather(1, tokens.clamp_min(0)).masked_fill(tokens < 0, 0.0).sum(-1)
             name = 0 if record.pooled else size
             record.rows[layer, name] += 1
-            record.mass[layer, name] += mass.double().cpu()
-            record.oracle[layer, name] += best[:, min(size, length) - 1].double().cpu()
+            record.mass[layer, name] += mass.double()
+            record.oracle[layer, name] += best[:, min(size, length) - 1].double()
 
 
 class ChannelRecord:

@@ -173,11 +173,8 @@ class Study:
             "cells": {},
         }
         if path.exists():
-            self.result = _load(path)
-            mine = {k: v for k, v in wanted.items() if k != "tasks"}
-            theirs = {k: v for k, v in self.result["settings"].items() if k != "tasks"}
-            different = [key for key in mine if mine[key] != theirs.get(key)]
-            if different:
+            self.result = load(path)
+            if different := _different(wanted, self.result["settings"], "tasks"):
                 raise AdamasError(
                     f"{path} holds results with other settings ({', '.join(different)}): give another "
                     "--output or remove the file."
@@ -340,7 +337,12 @@ def _use(engine: Engine, arm: Arm, shadow=None) -> None:
     engine.use(arm.options, wrap)
 
 
-def _load(path: Path) -> dict:
+def load(path: Path) -> dict:
+    """Results as a study saved them.
+
+    Raises:
+        AdamasError: not a results file of this release.
+    """
     try:
         data = json.loads(path.read_text())
         if data["format"] == FORMAT and data["version"] == VERSION:
@@ -348,6 +350,34 @@ def _load(path: Path) -> dict:
     except (ValueError, KeyError, TypeError, OSError):
         pass
     raise AdamasError(f"{path} is not a results file of this release: give another --output.")
+
+
+def merge(results: Sequence[dict]) -> dict:
+    """One study of several that were run apart; what several have measured is taken from the first.
+
+    Raises:
+        AdamasError: their settings, other than the tasks, or the machines differ.
+    """
+    first, *others = results
+    merged = json.loads(json.dumps(first))
+    for other in others:
+        for part, free in (("settings", "tasks"), ("environment", "date")):
+            if different := _different(first[part], other[part], free):
+                raise AdamasError(
+                    f"studies with different {part} ({', '.join(different)}) do not belong into one "
+                    "table: give those of one study."
+                )
+        for name, cell in other["cells"].items():
+            mine = merged["cells"].setdefault(name, {**cell, "tasks": {}})
+            mine["tasks"] = {**cell["tasks"], **mine["tasks"]}
+    done = {task for result in results for task in result["settings"]["tasks"]}
+    merged["settings"]["tasks"] = [task for task in TASKS if task in done]
+    return merged
+
+
+def _different(mine: dict, theirs: dict, but: str) -> list[str]:
+    """Keys under which two tables differ, ``but`` one."""
+    return [key for key in mine if key != but and mine[key] != theirs.get(key)]
 
 
 def _means(values: torch.Tensor) -> list[float]:
