@@ -64,11 +64,16 @@ def _export(folder: Path) -> None:
 
 
 def read_counters(folder: Path) -> np.ndarray:
-    """The four counters summed over the workers of one server."""
+    """The four counters summed over the workers of one server.
+
+    Workers of a tensor parallel group have the same rows and different heads: rows count once.
+    """
     total = np.zeros(len(NAMES), dtype=np.int64)
     for file in sorted(folder.glob("worker-*.i64")):
         data = np.fromfile(file, dtype=np.int64)
         if data.size == len(NAMES):
+            if not file.name.startswith("worker-0-"):
+                data[:2] = 0
             total += data
     return total
 
@@ -81,12 +86,13 @@ class SelectionStats:
     Args:
         device_type: where the kernels run. On a CPU they add to the mapped file itself; counters of
             another device are copied into it, without a synchronisation, at most once a second.
+        rank: of the worker among those that share the heads.
     """
 
     COPY_INTERVAL = 1.0
 
-    def __init__(self, config: AdamasConfig, device_type: str):
-        self._exported = self._open(config)
+    def __init__(self, config: AdamasConfig, device_type: str, rank: int = 0):
+        self._exported = self._open(config, rank)
         on_host = device_type == "cpu"
         self._sparse = (
             self._exported if on_host else torch.zeros_like(self._exported, device=device_type)
@@ -100,18 +106,20 @@ class SelectionStats:
         self.warming_up = False
 
     @staticmethod
-    def _open(config: AdamasConfig) -> torch.Tensor:
+    def _open(config: AdamasConfig, rank: int) -> torch.Tensor:
         folder = os.environ.get(FOLDER)
         if not (config.metrics and folder and os.path.isdir(folder)):
             return torch.zeros(len(NAMES), dtype=torch.int64, device="cpu")  # vLLM sets a default
-        file = Path(folder) / f"worker-{os.getpid()}.i64"
+        file = Path(folder) / f"worker-{rank}-{os.getpid()}.i64"
         return torch.from_numpy(np.memmap(file, dtype=np.int64, mode="w+", shape=(len(NAMES),)))
 
     @staticmethod
     @cache
     def shared(config: AdamasConfig, device_type: str) -> SelectionStats:
         """One instance per process."""
-        return SelectionStats(config, device_type)
+        from vllm.distributed import get_tensor_model_parallel_rank
+
+        return SelectionStats(config, device_type, get_tensor_model_parallel_rank())
 
     def counters(self, dense_layer: bool) -> torch.Tensor:
         """The int64[4] that a kernel adds to."""

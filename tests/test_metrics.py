@@ -28,10 +28,20 @@ def test_a_command_names_a_folder_of_its_own_and_removes_it(tmp_path) -> None:
 
 
 def test_counters_are_summed_over_workers(tmp_path) -> None:
-    np.array([1, 2, 3, 4]).tofile(tmp_path / "worker-1.i64")
-    np.array([10, 20, 30, 40]).tofile(tmp_path / "worker-2.i64")
-    (tmp_path / "worker-3.i64").write_bytes(b"torn")  # just being made
+    np.array([1, 2, 3, 4]).tofile(tmp_path / "worker-0-11.i64")
+    np.array([10, 20, 30, 40]).tofile(tmp_path / "worker-0-12.i64")
+    (tmp_path / "worker-0-13.i64").write_bytes(b"torn")  # just being made
     assert metrics.read_counters(tmp_path).tolist() == [11, 22, 33, 44]
+
+
+def test_rows_whose_heads_are_shared_count_once(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv(metrics.FOLDER, str(tmp_path))
+    pid = os.getpid()
+    for rank in range(2):
+        monkeypatch.setattr(os, "getpid", lambda rank=rank: pid + rank)
+        stats = metrics.SelectionStats(AdamasConfig(), "cpu", rank)
+        stats.counters(dense_layer=False).add_(torch.tensor([3, 2, 80, 8]))
+    assert metrics.read_counters(tmp_path).tolist() == [3, 2, 160, 16]
 
 
 def test_what_kernels_add_is_in_the_file(tmp_path, monkeypatch) -> None:

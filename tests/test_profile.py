@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from common import MODEL, refused
 
 from vllm_adamas import checks, profile
 from vllm_adamas.evaluate.calibrate import suggest
+from vllm_adamas.impl import AdamasImpl
 
 LAYERS, HEADS, SIZE = 3, 2, 64
 
@@ -285,6 +287,15 @@ def test_balanced_attention_is_the_same_attention() -> None:
     other = dataclasses.replace(batch, kv=kv, query=query)
     backend.append(other.params, other.key, other.value, other.page, other.slots)
     assert torch.equal(other.decode(backend)[0], plain)
+
+
+def test_nothing_is_loaded_while_a_graph_is_captured(monkeypatch) -> None:
+    """Replays would fill the tables, and nothing else."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    config = SimpleNamespace(profile=MODEL.name)
+    impl = SimpleNamespace(config=config, sliding_window=None)
+    with pytest.raises(RuntimeError, match=r"layers\.3 has to run once before"):
+        AdamasImpl._load_profile(impl, SimpleNamespace(layer_name="layers.3"), torch.device("cpu"))
 
 
 def test_the_shipped_profile_is_of_the_embedded_model() -> None:

@@ -17,6 +17,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
 from vllm_adamas import profile as profiles
+from vllm_adamas.backend import AdamasBackend
 from vllm_adamas.backends import get_backend
 from vllm_adamas.backends.base import Backend, Params
 from vllm_adamas.backends.reference.signature import hadamard
@@ -82,6 +83,9 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         self.stats = SelectionStats.shared(self.config, device)
         self.max_model_len = vllm_config.model_config.max_model_len
         self.dtype = vllm_config.model_config.dtype
+        self._appends = (
+            AdamasBackend.forward_includes_kv_cache_update and not kv_sharing_target_layer_name
+        )
         self._params: Params | None = None
         self._dense = False
         self._balance: Balance | None = None
@@ -100,7 +104,7 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """Writes K, V and signatures of the step's tokens; vLLM calls it before :meth:`forward`."""
+        """Writes K, V and signatures of the step's tokens; :meth:`forward` or, before it, vLLM calls it."""
         params = self._of(layer, kv_cache)
         if self._balance is not None:
             key = key * self._balance.key
@@ -129,6 +133,8 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
             raise NotImplementedError("fused output quantization is not supported by ADAMAS")
         if attn_metadata is None:  # vLLM's warm-up run
             return output
+        if self._appends:
+            self.do_kv_cache_update(layer, key, value, kv_cache, attn_metadata.slot_mapping)
         params = self._of(layer, kv_cache)
         if self._balance is not None:
             query = query * self._balance.query
@@ -209,14 +215,18 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         self._balance = None
         if self.config.profile is None or self.sliding_window is not None:
             return None
+        if torch.cuda.is_current_stream_capturing():  # the graph alone would fill these tensors
+            raise RuntimeError(
+                f"{layer.layer_name} has to run once before a CUDA graph is captured"
+            )
         profile = profiles.load(self.config.profile)
         owner = self.kv_sharing_target_layer_name or layer.layer_name  # of the pages
         index = extract_layer_index(owner)
         first = get_tensor_model_parallel_rank() * profile.model.num_kv_heads
         first //= get_tensor_model_parallel_world_size()  # ranks beyond the heads share them
         heads = range(first, first + self.num_kv_heads)
-        exponents = profile.balance(index, heads).to(device=device, dtype=torch.float32)
-        factor = torch.exp2(exponents)  # [Hkv, D]
+        exponents = profile.balance(index, heads).float()
+        factor = torch.exp2(exponents).to(device)  # [Hkv, D]
         if exponents.any():
             group = self.num_heads // self.num_kv_heads
             self._balance = Balance(
