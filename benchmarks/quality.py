@@ -5,7 +5,7 @@ and the plot beside it. A study can be split into runs of some families or tasks
 its own; --merge puts their results together.
 
     python benchmarks/quality.py MODEL --text FILE ... --families dot manhattan --output one
-    python benchmarks/quality.py MODEL --text FILE ... --families oracle quest --output two
+    python benchmarks/quality.py MODEL --text FILE ... --families oracle quest=64,256 --output two
     python benchmarks/quality.py MODEL --merge one/quality_MODEL.json two/quality_MODEL.json
 """
 
@@ -35,6 +35,15 @@ VARIANTS = {
     for family in PROFILE_FAMILIES
     for layers in (0, 1)
 }
+
+
+def arms(families: list[str], budgets: list[int], profile: str | None) -> list[Arm]:
+    """Every family with the budgets; ``<family>=64,256`` names budgets of its own."""
+    made = []
+    for entry in families:
+        family, _, own = entry.partition("=")
+        made += [arm(family, int(b), profile) for b in (own.split(",") if own else budgets)]
+    return made
 
 
 def arm(family: str, budget: int, profile: str | None) -> Arm:
@@ -69,10 +78,9 @@ def study(args, path: Path) -> dict:
         *VARIANTS,
         *(family + PROFILE for family in PROFILE_FAMILIES if args.profile),
     ]
-    arms = [arm(family, budget, args.profile) for family in families for budget in args.budgets]
     sources = texts.read(args.text)
     return Study(settings, sources, path, args.retrieval_budgets, SELECTOR_TASKS).run(
-        arms, **engine
+        arms(families, args.budgets, args.profile), **engine
     )
 
 
