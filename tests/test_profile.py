@@ -295,7 +295,7 @@ def test_nothing_is_loaded_while_a_graph_is_captured(monkeypatch) -> None:
     config = SimpleNamespace(profile=MODEL.name)
     impl = SimpleNamespace(config=config, sliding_window=None)
     with pytest.raises(RuntimeError, match=r"layers\.3 has to run once before"):
-        AdamasImpl._load_profile(impl, SimpleNamespace(layer_name="layers.3"), torch.device("cpu"))
+        AdamasImpl._load_profile(impl, SimpleNamespace(layer_name="layers.3"), torch.device("cuda"))
 
 
 def test_the_shipped_profile_is_of_the_embedded_model() -> None:

@@ -215,7 +215,8 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         self._balance = None
         if self.config.profile is None or self.sliding_window is not None:
             return None
-        if torch.cuda.is_current_stream_capturing():  # the graph alone would fill these tensors
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            # The graph alone would fill these tensors.
             raise RuntimeError(
                 f"{layer.layer_name} has to run once before a CUDA graph is captured"
             )
