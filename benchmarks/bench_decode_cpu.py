@@ -13,13 +13,11 @@ import argparse
 import os
 import sys
 import time
+from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-# Shapes of SmolLM2-135M
-LAYERS, QUERY_HEADS, KV_HEADS, HEAD_SIZE = 30, 9, 3, 64
-DENSE_LAYERS = 2
 BLOCK_SIZE = 128
 STEPS = 3
 
@@ -28,7 +26,16 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
     parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--budget", type=int, default=256)
+    parser.add_argument("--budgets", type=int, nargs="+", default=[256])
+    shape = parser.add_argument_group("the model's shape", "default: SmolLM2-135M")
+    for name, value in (
+        ("layers", 30),
+        ("dense-layers", 2),
+        ("query-heads", 9),
+        ("kv-heads", 3),
+        ("head-size", 64),
+    ):
+        shape.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--scores", nargs="+", default=["dot", "manhattan"])
@@ -39,6 +46,8 @@ def parse_args():
 
 
 args = parse_args()
+LAYERS, DENSE_LAYERS, HEAD_SIZE = args.layers, args.dense_layers, args.head_size
+QUERY_HEADS, KV_HEADS = args.query_heads, args.kv_heads
 os.environ["OMP_NUM_THREADS"] = str(args.threads)
 
 import torch  # noqa: E402
@@ -118,15 +127,15 @@ class Sparse:
         cache = torch.zeros(LAYERS, batch.num_blocks, KV_HEADS, BLOCK_SIZE, content, dtype=DTYPE)
         self.backend.prepare(cache)
         self.pages = list(cache)
-        self.configure("dot", "query_head")
+        self.configure("dot", "query_head", args.budgets[0])
         for page in self.pages:
             self.backend.append(self.params, *batch.key_value(), page, batch.slots)
         self.stats = torch.zeros(4, dtype=torch.int64)
 
-    def configure(self, score: str, selection: str):
+    def configure(self, score: str, selection: str, budget: int):
         # One coding for both scores, so that the pages need not be written again.
         config = AdamasConfig(
-            score=score, selection=selection, token_budget=args.budget, thresholds="rms"
+            score=score, selection=selection, token_budget=budget, thresholds="rms"
         )
         self.params = Params.of(
             config,
@@ -168,34 +177,35 @@ def timed(step) -> float:
 def main():
     rows = []
     print(
-        f"{'context':>8} {'score':>10} {'selection':>11} {'dense ms':>9} {'sparse ms':>10} {'speed-up':>20} {'GB/s':>6}"
+        f"{'context':>8} {'budget':>7} {'score':>10} {'selection':>11} {'dense ms':>9} {'sparse ms':>10} "
+        f"{'speed-up':>20} {'GB/s':>6}"
     )
     for context in args.contexts:
         torch.manual_seed(0)
         batch = Batch(context)
         dense, sparse = Dense(batch), Sparse(batch)
         dense_bytes = args.batch * LAYERS * context * KV_HEADS * 2 * HEAD_SIZE * DTYPE.itemsize
-        for score in args.scores:
-            for selection in args.selections:
-                sparse.configure(score, selection)
-                for _ in range(2):
-                    dense.step(), sparse.step()
-                pairs = [(timed(dense.step), timed(sparse.step)) for _ in range(args.repeats)]
-                ratio = spread([d / s for d, s in pairs])
-                row = {
-                    "context": context, "batch": args.batch, "budget": args.budget, "score": score,
-                    "selection": selection, "dense_ms": spread([d for d, _ in pairs]),
-                    "sparse_ms": spread([s for _, s in pairs]), "speedup": ratio,
-                    "dense_bytes": dense_bytes, "sparse_bytes": sparse.bytes_per_step(),
-                }  # fmt: skip
-                row["sparse_gb_per_s"] = row["sparse_bytes"] / row["sparse_ms"]["median"] / 1e6
-                row["dense_gb_per_s"] = dense_bytes / row["dense_ms"]["median"] / 1e6
-                rows.append(row)
-                print(
-                    f"{context:>8} {score:>10} {selection:>11} {row['dense_ms']['median']:>9.2f} "
-                    f"{row['sparse_ms']['median']:>10.2f} {ratio['median']:>7.2f} "
-                    f"({ratio['q1']:.2f}-{ratio['q3']:.2f}) {row['sparse_gb_per_s']:>6.1f}"
-                )
+        cells = product(args.budgets, args.scores, args.selections)
+        for budget, score, selection in cells:
+            sparse.configure(score, selection, budget)
+            for _ in range(2):
+                dense.step(), sparse.step()
+            pairs = [(timed(dense.step), timed(sparse.step)) for _ in range(args.repeats)]
+            ratio = spread([d / s for d, s in pairs])
+            row = {
+                "context": context, "batch": args.batch, "budget": budget, "score": score,
+                "selection": selection, "dense_ms": spread([d for d, _ in pairs]),
+                "sparse_ms": spread([s for _, s in pairs]), "speedup": ratio,
+                "dense_bytes": dense_bytes, "sparse_bytes": sparse.bytes_per_step(),
+            }  # fmt: skip
+            row["sparse_gb_per_s"] = row["sparse_bytes"] / row["sparse_ms"]["median"] / 1e6
+            row["dense_gb_per_s"] = dense_bytes / row["dense_ms"]["median"] / 1e6
+            rows.append(row)
+            print(
+                f"{context:>8} {budget:>7} {score:>10} {selection:>11} {row['dense_ms']['median']:>9.2f} "
+                f"{row['sparse_ms']['median']:>10.2f} {ratio['median']:>7.2f} "
+                f"({ratio['q1']:.2f}-{ratio['q3']:.2f}) {row['sparse_gb_per_s']:>6.1f}"
+            )
     if args.name:
         model = {"layers": LAYERS, "dense_layers": DENSE_LAYERS, "query_heads": QUERY_HEADS, "kv_heads": KV_HEADS,
                  "head_size": HEAD_SIZE, "dtype": "bfloat16", "block_size": BLOCK_SIZE}  # fmt: skip
