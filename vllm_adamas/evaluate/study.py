@@ -370,6 +370,11 @@ def merge(results: Sequence[dict]) -> dict:
         for name, cell in other["cells"].items():
             mine = merged["cells"].setdefault(name, {**cell, "tasks": {}})
             mine["tasks"] = {**cell["tasks"], **mine["tasks"]}
+    families = list(dict.fromkeys(cell["family"] for cell in merged["cells"].values()))
+    ordered = sorted(
+        merged["cells"].items(), key=lambda x: (families.index(x[1]["family"]), x[1]["budget"])
+    )
+    merged["cells"] = dict(ordered)
     done = {task for result in results for task in result["settings"]["tasks"]}
     merged["settings"]["tasks"] = [task for task in TASKS if task in done]
     return merged
