@@ -5,6 +5,7 @@ then moves logits by 1e-6, not by more than what separates the two best tokens.
 """
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -17,8 +18,9 @@ from dataclasses import dataclass
 from random import Random
 
 import pytest
-from common import MODEL, is_one_sentence
+from common import MODEL, is_one_sentence, random_llama
 
+from vllm_adamas import profile as profiles
 from vllm_adamas.serving.launch import Server
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(600)]
@@ -56,6 +58,11 @@ CHUNKED = Spec(
 )
 COMPILED = Spec("adamas", SPARSE, "--dtype float32 --block-size 64 --max-num-seqs 4")
 MANHATTAN = Spec("adamas", f'{{"token_budget": {BUDGET}, "score": "manhattan"}}', EAGER)
+PROFILE = Spec(
+    "adamas",
+    json.dumps({"token_budget": BUDGET, "profile": MODEL.name}),
+    EAGER + "--block-size 128",
+)
 FP8 = Spec("adamas", SPARSE, EAGER + "--kv-cache-dtype fp8")
 
 
@@ -454,3 +461,42 @@ def test_an_fp8_cache_serves_sensible_text(serve) -> None:
     with Moved(server) as moved:
         assert PASS_KEY in ask_pass_key(server)
     assert moved.ours()[0] > 0
+
+
+def test_a_profile_is_served(serve) -> None:
+    server, tokens = serve(PROFILE), 20
+    line = next(x for x in server.log().splitlines() if "Using ADAMAS" in x)
+    assert f"profile {profiles.pin(MODEL.name)}," in line
+    prompt = token_ids(server, harbour_log(60, seed=5), 1000)
+    with Moved(server) as moved:
+        complete(server, prompt, tokens)
+    steps, heads = range(1001, 1000 + tokens), SPARSE_LAYERS * QUERY_HEADS
+    expected = (SPARSE_LAYERS * len(steps), 0, heads * sum(steps), heads * BUDGET * len(steps))
+    assert moved.ours() == expected
+    assert "Paris" in complete(server, "The capital of France is", 8)["text"]
+
+
+@pytest.mark.slow
+def test_heads_may_be_split_over_two_processes(tmp_path) -> None:
+    """Tensor parallelism: the tokens of the stock backend, and every row counted once."""
+    cores = sorted(os.sched_getaffinity(0))[:2]
+    if len(cores) < 2:
+        pytest.skip("needs two cores")
+    env = {"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, cores))}
+    model = random_llama(tmp_path)
+    args = (EAGER + "--dtype float32 --block-size 64 --max-model-len 4096 -tp 2").split()
+    with Server(model, "cpu_attn", None, args, env=env) as stock:
+        expected = answers(stock, SHORT_PROMPTS)
+    options = {"token_budget": BUDGET, "num_dense_layers": 1}
+    with Server(model, "adamas", options, args, env=env) as server:
+        assert answers(server, SHORT_PROMPTS) == expected
+        prompt = token_ids(server, harbour_log(60, seed=5), 1000)
+        with Moved(server) as moved:
+            complete(server, prompt, 20)
+    layers, heads, steps = 3, 8, range(1001, 1020)
+    assert moved.ours() == (
+        layers * len(steps),
+        0,
+        layers * heads * sum(steps),
+        layers * heads * BUDGET * len(steps),
+    )
