@@ -2,8 +2,8 @@
 
 Dummy weights in the shape of Llama-3.1-8B: the speed of decode does not depend on their values. Prompts
 of random tokens are sent once, cold, for TTFT, and then again: their prefixes are cached by then, so
-TPOT and the inter-token latency (ITL) are those of decode steps with every request running. A load of
-mixed requests follows: cached documents with fresh questions that arrive at a rate.
+TPOT and the inter-token latency (ITL) are those of decode steps with every request running. A mixed load
+comes after `--loads`: fresh questions about cached documents, which arrive at a rate.
 
 Both servers are alive and take turns where both fit; loads whose KV cache needs a whole GPU run on one
 server after the other, unless `--devices` gives each server a GPU of its own.
@@ -63,6 +63,7 @@ def parse_args():
     )
     parser.add_argument("--output-len", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3, help="warm rounds of every load")
+    parser.add_argument("--mixed-rounds", type=int, default=1, help="rounds of the mixed load")
     parser.add_argument("--config", default="{}", help="options of the adamas backend, JSON")
     parser.add_argument("--kv-bytes", default="42G", help="KV cache of servers that share a GPU")
     parser.add_argument("--big-kv-bytes", default="96G", help="KV cache of a server that does not")
@@ -79,7 +80,7 @@ def make_model(folder: Path, tokenizer: Path) -> Path:
     return folder
 
 
-def random_prompt(seed: int, tokens: int) -> list[int]:
+def random_prompt(seed: str, tokens: int) -> list[int]:
     rng = random.Random(seed)
     return [rng.randrange(100, LLAMA_8B["vocab_size"]) for _ in range(tokens)]
 
@@ -121,7 +122,8 @@ class Load:
 
     @property
     def prompts(self) -> list[list[int]]:
-        return [random_prompt(1000 * self.context + i, self.context) for i in range(self.requests)]
+        name = f"{self.context}x{self.requests}"  # no load finds another's prompts cached
+        return [random_prompt(f"{name}/{i}", self.context) for i in range(self.requests)]
 
     def measure(
         self, servers: dict[str, Server], output_len: int, rounds: int, cold_workers: int
@@ -181,32 +183,42 @@ def measured_read_rate() -> float:
     return 1e9 * max(cell["fa3"]["GBps"] for cell in cells)
 
 
-def mixed_load(servers: dict[str, Server], output_len: int) -> dict:
-    """Questions about cached documents; arrivals are Poisson, the same for both servers."""
-    rng = random.Random(0)
-    prompts = [
-        random_prompt(1000 * MIXED["context"] + i % MIXED["documents"], MIXED["context"])
-        + random_prompt(i, MIXED["question"])
-        for i in range(MIXED["requests"])
-    ]
-    waits = [0.0]
-    while len(waits) < len(prompts):
+def mixed_load(servers: dict[str, Server], output_len: int, rounds: int) -> dict:
+    """Questions about cached documents, new ones in every round; arrivals are Poisson, the same for
+    both servers, which take turns."""
+    documents = Load(MIXED["context"], MIXED["documents"]).prompts
+    rng, waits = random.Random(0), [0.0]
+    while len(waits) < MIXED["requests"]:
         waits.append(waits[-1] + rng.expovariate(MIXED["rate"]))
-    result = dict(MIXED, output_len=output_len)
-    for name in BACKENDS:
-        server = servers[name]
-        at_once(server, [p[: MIXED["context"]] for p in prompts[: MIXED["documents"]]], 1)  # cached
-        before, start = server.metrics(), time.perf_counter()
-        results = at_once(server, prompts, output_len, waits)
-        seconds, after = time.perf_counter() - start, server.metrics()
-        hits, queries = (
-            after[f"vllm:prefix_cache_{x}_total"] - before[f"vllm:prefix_cache_{x}_total"]
-            for x in ("hits", "queries")
-        )
-        result[name] = {f"{key}_ms": spread([one[key] for one in results]) for key in KEYS}
-        result[name] |= {"seconds": seconds, "prefix_hit_rate": hits / queries}
-        shown = "  ".join(f"{key} {result[name][f'{key}_ms']['median']:.1f} ms" for key in KEYS)
-        print(f"mixed {name:<11} {shown}  {seconds:.1f} s", flush=True)
+    for server in servers.values():
+        at_once(server, documents, 1)  # cached from here on
+    samples: dict = {name: {key: [] for key in (*KEYS, "seconds", "hit_rate")} for name in BACKENDS}
+    for turn in range(rounds):
+        prompts = [
+            documents[i % len(documents)] + random_prompt(f"{turn}/{i}", MIXED["question"])
+            for i in range(MIXED["requests"])
+        ]
+        for name in BACKENDS[:: 1 if turn % 2 == 0 else -1]:
+            server, kept = servers[name], samples[name]
+            before, start = server.metrics(), time.perf_counter()
+            results = at_once(server, prompts, output_len, waits)
+            kept["seconds"].append(time.perf_counter() - start)
+            after = server.metrics()
+            hits, queries = (
+                after[f"vllm:prefix_cache_{x}_total"] - before[f"vllm:prefix_cache_{x}_total"]
+                for x in ("hits", "queries")
+            )
+            kept["hit_rate"].append(hits / queries)
+            for key in KEYS:
+                kept[key] += [one[key] for one in results]
+            shown = "  ".join(
+                f"{key} {statistics.median(one[key] for one in results):.1f} ms" for key in KEYS
+            )
+            print(f"mixed {name:<11} {shown}  {kept['seconds'][-1]:.1f} s", flush=True)
+    result = dict(MIXED, output_len=output_len, rounds=rounds)
+    for name, kept in samples.items():
+        result[name] = {f"{key}_ms": spread(kept[key]) for key in KEYS}
+        result[name] |= {"seconds": kept["seconds"], "prefix_hit_rate": kept["hit_rate"]}
     dense, sparse = (result[name] for name in BACKENDS)
     for key in KEYS:
         result[f"{key}_ratio"] = dense[f"{key}_ms"]["median"] / sparse[f"{key}_ms"]["median"]
@@ -262,7 +274,7 @@ class Bench:
         for name, server in servers.items():
             tokens = kv_tokens(server.log())
             self.facts.setdefault("kv_cache_tokens", {}).setdefault(kv_bytes, {})[name] = tokens
-            at_once(server, [random_prompt(7, 2000)] * 2, 8)  # warm up
+            at_once(server, [random_prompt("warm up", 2000)] * 2, 8)  # warm up
         return servers
 
     def run(self) -> dict:
@@ -277,9 +289,13 @@ class Bench:
                 "backend: "
             )[2]
             self.facts["below_budget"] = check_equal(servers)
-            for load in together + (big if args.devices else []):
+            for load in together:
                 self.measure(load, servers)
-            self.facts["mixed"] = mixed_load(servers, args.output_len // 2)
+            if args.mixed_rounds:
+                self.facts["mixed"] = mixed_load(servers, args.output_len // 2, args.mixed_rounds)
+                save(args.name, self.result())
+            for load in big if args.devices else ():
+                self.measure(load, servers)
             self.facts["adamas_counters"] = {
                 k: v for k, v in servers["adamas"].metrics().items() if k.startswith("vllm_adamas")
             }
