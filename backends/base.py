@@ -169,6 +169,7 @@ class Backend(ABC):
         Rows whose budget reaches the context attend to every token. A row with context 0 gives 0.
 
         Args:
+            query: ``[R, Hq, D]``; more rows than contexts may follow, here and in ``output``.
             output: ``[R, Hq, D]``, written.
             max_context_len: an upper bound of ``context_lens`` that holds for every replay of a
                 captured graph; devices that launch from the lengths themselves ignore it.

@@ -154,12 +154,12 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         elif rows:
             self.backend.decode(
                 params,
-                query[:rows],
+                query,  # and output: prompts and padding behind the rows are left alone
                 kv_cache,
                 attn_metadata.block_table,
                 lens,
                 lens if self._dense else attn_metadata.budgets,
-                output[:rows],
+                output,
                 self.stats.counters(dense_layer=self._dense),
                 max_context_len=self.max_model_len,
             )

@@ -34,6 +34,7 @@ class AdamasMetadata(AttentionMetadata):
         block_table: int32 ``[R, blocks]``.
         query_start_loc: int32 ``[R + 1]``, 0 to R.
         prefill: plan of the other requests, None without any.
+        slot_mapping: int64 ``[tokens]``, where the step's keys and values go.
     """
 
     num_actual_tokens: int
@@ -43,6 +44,7 @@ class AdamasMetadata(AttentionMetadata):
     block_table: torch.Tensor
     query_start_loc: torch.Tensor
     prefill: PrefillPlan | None
+    slot_mapping: torch.Tensor
 
 
 def max_decode_rows(vllm_config) -> int:
@@ -150,4 +152,5 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
             block_table=common.block_table_tensor[:num_decodes],
             query_start_loc=self._starts[: num_decodes + 1],
             prefill=plan,
+            slot_mapping=common.slot_mapping,
         )
