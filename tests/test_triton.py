@@ -127,6 +127,21 @@ def test_decode(backend, name: str) -> None:
     check_decode(backend, *built(name))
 
 
+def test_workspaces_are_float32_whatever_the_default(backend) -> None:
+    """A server builds its layers under the dtype of the model."""
+    case, batch, reference = built("sinks")
+    expected, fresh = batch.scan(backend), TritonBackend()
+    torch.set_default_dtype(torch.float16)
+    try:
+        fresh.reserve(batch.params, len(case.lengths), 128)
+        got = batch.scan(fresh)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert got.dtype == torch.float32
+    assert torch.equal(got, expected)
+    check_decode(fresh, case, batch, reference)
+
+
 @over_cases
 def test_gather(backend, name: str) -> None:
     case, batch, reference = built(name)

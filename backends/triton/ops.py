@@ -105,7 +105,7 @@ class TritonBackend(Backend):
         rows = self._rows(params, query, block_table, context_lens)
         longest = int(context_lens.max()) if rows else 0
         shape = (rows, params.num_score_heads, longest)
-        scores = torch.full(shape, float("-inf"), device=query.device)
+        scores = torch.full(shape, float("-inf"), dtype=torch.float32, device=query.device)
         if longest:
             plan = self._plan(params, rows, longest, query.device)
             for first in range(0, rows, plan.rows):
@@ -257,7 +257,7 @@ class TritonBackend(Backend):
                     "is captured: call reserve() with the largest batch first."
                 )
             self._plans.clear()  # they hold on to the memory
-            self._memory[device] = found = torch.empty(size, device=device)
+            self._memory[device] = found = torch.empty(size, dtype=torch.float32, device=device)
         return found
 
     def _planes(self, params: Params, page: torch.Tensor) -> Planes:
