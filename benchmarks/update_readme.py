@@ -8,7 +8,6 @@ With --check nothing is written; the exit status is 1 when README.md differs fro
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 
 from common import RESULTS, update_document
@@ -70,12 +69,13 @@ def serve_table(result: dict) -> list[str]:
 
 
 def arrow(row: dict, key: str) -> str:
-    """Medians of both backends and their ratio; of the rounds, where the file has those."""
-    both = (row[f"{who}_{key}_ms"] for who in ("dense", "adamas") if f"{who}_{key}_ms" in row)
-    medians = [one["median"] for one in both] or [
-        statistics.median(row[f"{who}_{key}_ms_by_round"]) for who in ("dense", "adamas")
-    ]
-    return f"{medians[0]:.1f} → {medians[1]:.1f} | {row[f'{key}_ratio']:.2f}x"
+    """Medians of both backends and their ratio."""
+    dense, sparse = (row[f"{who}_{key}_ms"]["median"] for who in ("dense", "adamas"))
+    return f"{dense:.1f} → {sparse:.1f} | {row[f'{key}_ratio']:.2f}x"
+
+
+def serve_row(load: str, row: dict) -> str:
+    return f"| {load} | {arrow(row, 'tpot')} | {arrow(row, 'itl')} | {row['ttft_ratio']:.3f}x |"
 
 
 def gpu_tables(serve: dict, decode: dict) -> list[str]:
@@ -83,16 +83,26 @@ def gpu_tables(serve: dict, decode: dict) -> list[str]:
     lines = [
         f"**On GPUs**: {h['gpu']}, driver {h['driver']}, vLLM {h['vllm']}, PyTorch {h['torch']}, Llama-3.1-8B's shape, "
         f"bfloat16, CUDA graphs, over HTTP, against FLASH_ATTN (FlashAttention 3), {serve['output_len']} output "
-        "tokens, cached prompts ([method](docs/benchmarks.md)).",
+        "tokens, cached prompts ([method](docs/benchmarks.md)); "
+        f"{serve['adamas'].partition(', profile')[0]}.",
         "",
         "| load | TPOT ms | ratio | ITL ms | ratio | TTFT ratio |",
         "|---|---|---|---|---|---|",
     ]
     for row in serve["rows"]:
-        load = f"{row['context']:,} tokens x {row['concurrency']}"
-        lines.append(
-            f"| {load} | {arrow(row, 'tpot')} | {arrow(row, 'itl')} | {row['ttft_ratio']:.3f}x |"
-        )
+        lines.append(serve_row(f"{row['context']:,} tokens x {row['concurrency']}", row))
+    mixed = serve["mixed"]
+    row = {f"{key}_ratio": mixed[f"{key}_ratio"] for key in ("tpot", "itl", "ttft")}
+    for who, backend in (("dense", "flash_attn"), ("adamas", "adamas")):
+        row |= {f"{who}_{key}": value for key, value in mixed[backend].items()}
+    load = (
+        f"mixed: {mixed['question']}-token questions about {mixed['documents']} documents of "
+        f"{mixed['context']:,}, {mixed['rate']:g} a second"
+    )
+    lines.append(serve_row(load, row))
+    (tokens,) = serve["kv_cache_tokens"].values()
+    kept = tokens["adamas"] / tokens["flash_attn"]
+    lines += ["", f"With the same memory the KV cache holds {kept:.1%} of FLASH_ATTN's tokens."]
     cells = []
     for cell in decode["cells"]:
         one = cell["dot kv_head"]
