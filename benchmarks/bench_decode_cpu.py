@@ -30,7 +30,7 @@ def parse_args():
     shape = parser.add_argument_group("the model's shape", "default: SmolLM2-135M")
     for name, value in (
         ("layers", 30),
-        ("dense-layers", 2),
+        ("dense-layers", 1),
         ("query-heads", 9),
         ("kv-heads", 3),
         ("head-size", 64),

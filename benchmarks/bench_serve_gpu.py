@@ -28,6 +28,7 @@ from pathlib import Path
 from bench_serve import MODEL
 from common import RESULTS, gpu_hardware, save, spread
 
+from vllm_adamas.config import AdamasConfig
 from vllm_adamas.serving.launch import Server
 
 BACKENDS = ("flash_attn", "adamas")
@@ -165,13 +166,14 @@ def floors(context: int, rows: int, config: dict, read_rate: float) -> tuple[flo
     kv_width = m["num_key_value_heads"] * m["head_dim"]
     layer = 2 * m["hidden_size"] ** 2 + 2 * m["hidden_size"] * kv_width
     layer += 3 * m["hidden_size"] * m["intermediate_size"]
-    layers, budget = m["num_hidden_layers"], config.get("token_budget", 256)
+    layers = m["num_hidden_layers"]
     weights = 2 * (layers * layer + m["vocab_size"] * m["hidden_size"])
-    dense_layers = config.get("num_dense_layers", 2)
-    sets = 4 if config.get("selection") == "query_head" else 1
+    options = AdamasConfig.parse(config)
+    dense_layers = options.dense_layers
+    sets = 4 if options.selection == "query_head" else 1
     token = KV_BYTES // layers
     signature = m["num_key_value_heads"] * (m["head_dim"] // 4 + 2)
-    sparse = signature * context + sets * token * budget
+    sparse = signature * context + sets * token * options.budget(context)
     dense = weights + rows * layers * token * context
     ours = weights + rows * (dense_layers * token * context + (layers - dense_layers) * sparse)
     return 1e3 * dense / read_rate, 1e3 * ours / read_rate

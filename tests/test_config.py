@@ -18,7 +18,7 @@ DEFAULTS = {
     "token_budget": 256,
     "min_token_budget": 64,
     "selection": "kv_head",
-    "num_dense_layers": 2,
+    "num_dense_layers": None,
     "num_sink_tokens": 0,
     "recent_window": 0,
     "min_context": 0,
@@ -174,3 +174,9 @@ def test_kernels_of_another_device_are_refused(name: str, device: str) -> None:
     with pytest.raises(AdamasError, match=f"{name!r}.*{device}") as error:
         get_backend(name, device)
     assert is_one_sentence(str(error.value))
+
+
+def test_dense_layers_follow_the_score() -> None:
+    assert AdamasConfig().dense_layers == 1
+    assert AdamasConfig(score="manhattan").dense_layers == 2
+    assert AdamasConfig(num_dense_layers=0).dense_layers == 0

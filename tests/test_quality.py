@@ -59,8 +59,8 @@ def mass(cell: dict) -> float:
 
 #: Attention mass kept, KL to dense, and the difference of NLL to dense, in nats per token.
 MEASURED = {
-    "dot-64": (0.804, 0.0591, 0.078),
-    "dot-128": (0.876, 0.0274, 0.037),
+    "dot-64": (0.800, 0.0622, 0.096),
+    "dot-128": (0.874, 0.0280, 0.042),
     "manhattan-64": (0.714, 0.1277, 0.120),
     "manhattan-128": (0.817, 0.0533, 0.048),
 }
@@ -81,7 +81,7 @@ def test_scores_are_ordered(cells: dict) -> None:
     for budget in (64, 128):
         kept = [mass(cells[f"{name}-{budget}"]) for name in ("oracle", "dot", "manhattan")]
         assert kept == sorted(kept, reverse=True)
-        assert all(cells[f"{name}-{budget}"]["layers"] == list(range(2, 30)) for name in ("dot",))
+        assert all(cells[f"{name}-{budget}"]["layers"] == list(range(1, 30)) for name in ("dot",))
 
 
 def test_a_profile_is_made_and_used(tmp_path: Path, profile: Path) -> None:

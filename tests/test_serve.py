@@ -25,7 +25,7 @@ from vllm_adamas.serving.launch import Server
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(600)]
 
-LAYERS, DENSE_LAYERS, QUERY_HEADS = 30, 2, 9  # of the model; of the default options; of the model
+LAYERS, DENSE_LAYERS, QUERY_HEADS = 30, 1, 9  # of the model; of the default options; of the model
 SPARSE_LAYERS = LAYERS - DENSE_LAYERS
 BUDGET = 128
 

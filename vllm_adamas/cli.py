@@ -66,6 +66,7 @@ def _info(args) -> int:
         "configuration": {
             **config.model_dump(mode="json"),
             "thresholds": str(config.coding(shape["head_size"])),
+            "num_dense_layers": config.dense_layers,
         },
         "page": _page(shape),
     }

@@ -57,7 +57,11 @@ class AdamasConfig(BaseModel):
     selection: Literal["query_head", "kv_head"] = Field(
         "kv_head", description="One set of tokens per KV head, or one per query head (the paper)."
     )
-    num_dense_layers: int = Field(2, ge=0, description="First layers that attend to every token.")
+    num_dense_layers: int | None = Field(
+        None,
+        ge=0,
+        description="First layers that attend to every token (default 1 for dot, 2 for manhattan).",
+    )
     num_sink_tokens: int = Field(
         0, ge=0, description="First tokens always kept, inside the budget."
     )
@@ -142,6 +146,13 @@ class AdamasConfig(BaseModel):
             return cls(**options)
         except ValidationError as err:
             raise AdamasError(_sentence(err)) from None
+
+    @property
+    def dense_layers(self) -> int:
+        """``num_dense_layers``, or its default: by measurement for dot, the paper's for manhattan."""
+        if self.num_dense_layers is not None:
+            return self.num_dense_layers
+        return 1 if self.score == "dot" else 2
 
     def coding(self, head_size: int) -> Coding:
         """The coding of keys (and, for manhattan, of queries) of one head size."""

@@ -200,7 +200,7 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
             self.backend.prepare(kv_cache)
             layout = PageLayout(self.head_size, kv_cache.shape[2], kv_cache.dtype)
             index = extract_layer_index(layer.layer_name)
-            self._dense = index < self.config.num_dense_layers or self.sliding_window is not None
+            self._dense = index < self.config.dense_layers or self.sliding_window is not None
             key_mean = self._load_profile(layer, kv_cache.device)
             self._params = self._make_params(
                 layout,
@@ -259,7 +259,7 @@ def _log_once(
         config.coding(head_size),
         config.budget_text(),
         config.selection.replace("_", " "),
-        config.num_dense_layers,
+        config.dense_layers,
         config.profile or "none",
         100 * overhead(head_size, dtype),
         backend.description,
