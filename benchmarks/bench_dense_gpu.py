@@ -1,8 +1,12 @@
-"""Decode of a dense layer on a Hopper GPU: the kernels' dense rows beside FlashAttention over the page.
+"""Dense attention on a Hopper GPU: decode of a dense layer, and prefill over bf16 and fp8 pages.
 
-Both read the same pages through the same block tables inside a CUDA graph that is valid for contexts
-up to `MAX_CONTEXT`, as a server captures it. The third column is FlashAttention over a cache of its own
-layout with the exact bound: what a dense layer can cost at best.
+Decode: the kernels' dense rows beside FlashAttention over the page. Both read the same pages through
+the same block tables inside a CUDA graph that is valid for contexts up to `MAX_CONTEXT`, as a server
+captures it. The third column is FlashAttention over a cache of its own layout with the exact bound:
+what a dense layer can cost at best.
+
+Prefill: the last `NEW` tokens of a context, over bf16 pages in place, over fp8 pages that are copied out
+as real values first, that copy alone, and FlashAttention in fp8 over a cache of its own layout.
 """
 
 from __future__ import annotations
@@ -12,12 +16,15 @@ import argparse
 import torch
 from bench_decode_gpu import HEAD_SIZE, KV_HEADS, QUERY_HEADS, Pool, bench_fa3, params_of, timed
 from common import gpu_hardware, save
+from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
 from vllm_adamas.backends.cuda import CudaBackend
+from vllm_adamas.prefill import PrefillPlan
 from vllm_adamas.prefill_flash import FlashPrefill
 
 CELLS = ("1024x1", "1024x32", "8192x1", "8192x8", "32768x1", "32768x8", "32768x22", "131072x5")
 MAX_CONTEXT = 131072
+NEW, CONTEXTS = 8192, (8192, 32768, 131072)  # of prefill
 WORKING_SET = 200 << 20  # bytes that one graph touches, several times the L2 cache
 
 
@@ -59,6 +66,48 @@ def measure(backend, flash, pool, length: int, rows: int) -> dict:
     return cell
 
 
+def fp8_cache(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V in FlashAttention's own layout, ``[blocks, 64, Hkv, D]``."""
+    shape = (2, tokens // 64, 64, KV_HEADS, HEAD_SIZE)
+    return torch.randn(shape, device="cuda").to(torch.float8_e4m3fn).unbind()
+
+
+def prefill(backend, flash, pools: dict, length: int) -> dict:
+    """Microseconds of a layer's attention for one request whose last NEW tokens are being computed."""
+    starts = torch.tensor([0, NEW], dtype=torch.int32)
+    lens = torch.tensor([length], dtype=torch.int32)
+    query = torch.randn(NEW, QUERY_HEADS, HEAD_SIZE, device="cuda").bfloat16()
+    output, row = torch.empty_like(query), {"context": length, "new": NEW}
+    for name, pool in pools.items():
+        params = pool.params("dot", "kv_head")
+        flash.reserve(params, query.dtype, length)
+        table = pool.tables(length, 1, 1, pool.layout.block_size)[0]
+        plan = PrefillPlan(0, NEW, starts.cuda(), lens.cuda(), table, starts, lens, NEW, length)
+        args = (backend, params, plan, "", query, None, None, pool.pages, output)
+        row[name] = timed([lambda args=args: flash.run(*args)], replays=9)
+    rows = torch.empty(2, length, KV_HEADS, HEAD_SIZE, dtype=query.dtype, device="cuda")
+    args = (params, pool.pages, table, plan.seq_lens, *rows)  # of the fp8 pool, the last one
+    row["copy"] = timed([lambda: backend.gather(*args)], replays=9)
+    k, v = fp8_cache(length)
+    one, q = torch.ones(1, KV_HEADS, device="cuda"), query.to(torch.float8_e4m3fn)
+    batch = {
+        "cu_seqlens_q": plan.query_start_loc,
+        "max_seqlen_q": NEW,
+        "seqused_k": plan.seq_lens,
+        "max_seqlen_k": length,
+        "block_table": torch.arange(len(k), dtype=torch.int32, device="cuda")[None],
+        "causal": True,
+        "fa_version": 3,
+    }
+    scales = {f"{x}_descale": one for x in "qkv"}
+    row["flash_fp8"] = timed(
+        [lambda: flash_attn_varlen_func(q, k, v, out=output, **batch, **scales)], replays=9
+    )
+    shown = "  ".join(f"{n} {x['us']:.0f} us" for n, x in row.items() if isinstance(x, dict))
+    print(f"prefill {NEW} of {length:>7} {shown}", flush=True)
+    return row
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cells", nargs="+", default=CELLS, help="CONTEXTxROWS")
@@ -68,7 +117,9 @@ def main():
     backend, flash = CudaBackend(), FlashPrefill()
     pool = Pool(backend)
     cells = [measure(backend, flash, pool, *map(int, cell.split("x"))) for cell in args.cells]
+    pools = {"bf16": pool, "fp8": Pool(backend, tokens=MAX_CONTEXT, dense=False, fp8="e4m3")}
     result = {"hardware": gpu_hardware(), "max_context": MAX_CONTEXT, "cells": cells}
+    result["prefill"] = [prefill(backend, flash, pools, length) for length in CONTEXTS]
     print("wrote", save(args.name, result))
 
 
