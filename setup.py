@@ -37,7 +37,7 @@ ISA_FLAGS = {
 }
 NVCC_FLAGS = (
     "-std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a --expt-relaxed-constexpr"
-    " -Xcompiler -fPIC,-fvisibility=hidden"
+    " -Xcompiler -fPIC,-fvisibility=hidden -Xfatbin -compress-all"
 )
 
 

@@ -6,6 +6,7 @@ D = head_size, N = block_size, L = the longest context of the batch. A score is 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Literal
@@ -31,6 +32,8 @@ class Params:
         sliding_window: tokens visible to a query (its own included), 0 = all. Such rows are dense.
         fp8: ``e4m3`` or ``e5m2`` when the K and V planes hold fp8 bytes.
         k_scale, v_scale: factors from fp8 to real values.
+        token_budget: as configured, tokens or a share of the context: what launches are sized for,
+            while decode obeys the budgets that it is given.
         key_mean: float32 ``[Hkv, D]`` on the device of the pages, the layer's mean key after the
             Hadamard transform; keys are coded less this mean. It moves all scores of a query alike,
             so it never changes the true ranking. None is zero.
@@ -49,6 +52,7 @@ class Params:
     fp8: Literal["e4m3", "e5m2"] | None = None
     k_scale: float = 1.0
     v_scale: float = 1.0
+    token_budget: int | float = 256
     key_mean: torch.Tensor | None = field(default=None, compare=False)
 
     @classmethod
@@ -61,6 +65,7 @@ class Params:
             selection=config.selection,
             num_sink_tokens=config.num_sink_tokens,
             recent_window=config.recent_window,
+            token_budget=config.token_budget,
             **kwargs,
         )
 
@@ -68,6 +73,11 @@ class Params:
     def group(self) -> int:
         """Query heads per KV head."""
         return self.num_query_heads // self.num_kv_heads
+
+    def budget(self, context_len: int) -> int:
+        """The configured budget in tokens, for a context of this length."""
+        share = isinstance(self.token_budget, float)
+        return math.ceil(self.token_budget * context_len) if share else self.token_budget
 
     @property
     def num_score_heads(self) -> int:

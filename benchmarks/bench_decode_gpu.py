@@ -132,8 +132,8 @@ class Pool:
                 self.k.view(-1, kv_heads, HEAD_SIZE)[start : start + step] = key
                 self.v.view(-1, kv_heads, HEAD_SIZE)[start : start + step] = value
 
-    def params(self, score: str, selection: str) -> Params:
-        return params_of(self.layout, score, selection, self.kv_heads, self.fp8)
+    def params(self, score: str, selection: str, budget: int = BUDGET) -> Params:
+        return params_of(self.layout, score, selection, self.kv_heads, self.fp8, budget)
 
     def signature_bytes(self, length: int, rows: int) -> int:
         return signature_bytes(length, rows, self.kv_heads)
@@ -154,9 +154,9 @@ class Pool:
         return tables
 
 
-def params_of(layout: PageLayout, score: str, selection: str, kv_heads=KV_HEADS, fp8=None):
+def params_of(layout, score: str, selection: str, kv_heads=KV_HEADS, fp8=None, budget=BUDGET):
     return Params.of(
-        AdamasConfig(score=score, selection=selection),
+        AdamasConfig(score=score, selection=selection, token_budget=budget),
         layout,
         num_query_heads=QUERY_HEADS,
         num_kv_heads=kv_heads,
@@ -192,7 +192,7 @@ def bench_read(pool, length, rows, copies):
 
 def bench_adamas(backend, pool, length, rows, copies, score, selection, budget, stages) -> dict:
     """The three kernels and the fused one; ``runs`` is what the policy takes."""
-    params = pool.params(score, selection)
+    params = pool.params(score, selection, budget)
     lens = torch.full((rows,), length, dtype=torch.int32, device="cuda")
     budgets = torch.full((rows,), budget, dtype=torch.int32, device="cuda")
     stats = torch.zeros(4, dtype=torch.int64, device="cuda")
@@ -263,6 +263,40 @@ def bench_fa3(pool, length, rows, copies):
     return best
 
 
+def bench_triton(pool, length, rows, copies):
+    """vLLM's Triton attention, called as its TRITON_ATTN backend calls it for decode."""
+    from vllm.v1.attention.backends.triton_attn import (
+        MIN_LAUNCH_GRID_SIZE_2D,
+        NUM_PAR_SOFTMAX_SEGMENTS,
+    )
+    from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+
+    lens = torch.full((rows,), length, dtype=torch.int32, device="cuda")
+    starts = torch.arange(rows + 1, dtype=torch.int32, device="cuda")
+    threshold, segments = MIN_LAUNCH_GRID_SIZE_2D // pool.kv_heads, NUM_PAR_SOFTMAX_SEGMENTS
+    output, most, total = (
+        torch.empty(threshold, QUERY_HEADS, segments, *tail, device="cuda")
+        for tail in ((HEAD_SIZE,), (), ())
+    )
+    one = torch.ones(1, device="cuda").expand(rows, pool.kv_heads)
+    tables = pool.tables(length, rows, copies, pool.fa_block)
+    queries = [torch.randn(rows, QUERY_HEADS, HEAD_SIZE, device="cuda").to(DTYPE) for _ in tables]
+    outputs = [torch.empty_like(q) for q in queries]
+    calls = [
+        lambda q=q, t=t, o=o: unified_attention(
+            q=q, k=pool.k, v=pool.v, out=o, cu_seqlens_q=starts, max_seqlen_q=1, seqused_k=lens,
+            max_seqlen_k=length, softmax_scale=HEAD_SIZE**-0.5, causal=True, window_size=(-1, -1),
+            block_table=t, softcap=0.0, q_descale=None, k_descale=one, v_descale=one,
+            seq_threshold_3D=threshold, num_par_softmax_segments=segments,
+            softmax_segm_output=output, softmax_segm_max=most, softmax_segm_expsum=total,
+        )
+        for q, t, o in zip(queries, tables, outputs, strict=True)
+    ]  # fmt: skip
+    result = timed(calls)
+    dense = rows * length * pool.kv_heads * HEAD_SIZE * 2 * DTYPE.itemsize
+    return result | {"GBps": round(dense / result["us"] / 1e3)}
+
+
 def environment() -> dict:
     smi = subprocess.run(
         ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
@@ -285,8 +319,8 @@ def environment() -> dict:
 class Bench:
     """One run: FlashAttention is measured once per shape, beside what is compared with it."""
 
-    def __init__(self, fa3: bool, scores: list[str]):
-        self.backend, self.fa3, self.scores = CudaBackend(), fa3, scores
+    def __init__(self, fa3: bool, triton: bool, scores: list[str]):
+        self.backend, self.fa3, self.triton, self.scores = CudaBackend(), fa3, triton, scores
         self.dense: dict[tuple[int, int, int], dict] = {}
 
     def cell(self, pool, length, rows, scores, budget=BUDGET, read=False) -> dict:
@@ -301,6 +335,9 @@ class Bench:
             show(length, rows, "FlashAttention 3", self.dense[key])
         if key in self.dense:
             cell["fa3"] = self.dense[key]
+        if self.triton and read:
+            cell["triton"] = bench_triton(pool, length, rows, copies)
+            show(length, rows, "vLLM's Triton attention", cell["triton"], cell)
         for score in scores:
             for selection in SELECTIONS:
                 name = f"{score} {selection}"
@@ -327,7 +364,10 @@ class Bench:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--no-fa3", action="store_true", help="measure adamas alone")
+    parser.add_argument("--no-fa3", action="store_true", help="measure adamas alone, without vLLM")
+    parser.add_argument(
+        "--no-triton", action="store_true", help="leave vLLM's Triton attention out"
+    )
     parser.add_argument("--score", nargs="+", default=["dot", "manhattan"])
     parser.add_argument("--parts", nargs="+", default=list(CELLS), choices=CELLS)
     parser.add_argument("--cells", nargs="+", help="LENGTHxROWS of the part 'cells', default: all")
@@ -337,7 +377,7 @@ def main():
         CELLS["cells"] = [tuple(map(int, cell.split("x"))) for cell in args.cells]
 
     torch.manual_seed(0)
-    bench = Bench(not args.no_fa3, args.score)
+    bench = Bench(not args.no_fa3, not (args.no_fa3 or args.no_triton), args.score)
     record = {
         "environment": environment(),
         "setting": {

@@ -46,17 +46,20 @@ def cells(result: dict) -> list[str]:
             [
                 f"{tokens(cell['context'])} x {cell['rows']}",
                 cell["fa3"]["us"],
+                cell.get("triton", {}).get("us", "-"),
                 timing(cell, "dot query_head"),
                 timing(cell, "dot kv_head"),
                 timing(cell, "manhattan query_head"),
                 timing(cell, "manhattan kv_head"),
                 f"{cell['read']['us']:.1f} ({cell['read']['GBps']})",
-                f"{three['encode_us']} / {three['scan_us']} / {three['attend_us']}",
+                f"{three['encode_us']} / {three['scan_us']} ({cell['read']['us'] / three['scan_us']:.0%}) / "
+                f"{three['attend_us']}",
             ]
         )
     return table(
-        "context x rows | FA3 µs | dot, set per query head | dot, per KV head | manhattan, per query head"
-        " | manhattan, per KV head | reading signatures µs (GB/s) | encode / scan / attend µs, dot per query head",
+        "context x rows | FA3 µs | vLLM's Triton µs | dot, set per query head | dot, per KV head"
+        " | manhattan, per query head | manhattan, per KV head | reading signatures µs (GB/s)"
+        " | encode / scan (reading / scan) / attend µs, dot per query head",
         rows,
     )
 

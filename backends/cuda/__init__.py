@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
 from pathlib import Path
 
@@ -18,18 +19,30 @@ FP8_ELEMENTS = {"e4m3": 3, "e5m2": 4}
 MAX_GROUP = 16  #: query heads per KV head that fit the kernels' fragments
 MAX_CONTEXT = 1 << 20  #: tokens; a bitmap of one context has to fit into shared memory
 MAX_CANDIDATES = 32768  #: per token set
+#: Tokens that encode samples, by the longest context (sample_bits of encode.cu)
+SAMPLES = ((1 << 16, 1 << 10), (1 << 18, 1 << 11), (MAX_CONTEXT, 1 << 12))
 ALL_STAGES = 7
 MAX_CLUSTER = 16  #: blocks that share memory on Hopper
-#: Policy: with fewer blocks for a (row, KV head) the fused kernel loses to the three kernels.
-MIN_CLUSTER = {"query_head": 12, "kv_head": 3}
+#: Policy of the fused kernel. A block looks through its scores several times, so it has at most
+SCORES_PER_BLOCK = 12288
+#: The least of the best scores of groups of tokens bounds the k-th best if there are k groups; over the
+#: token sets of a KV head a block has
+GROUPS_PER_BLOCK = 128
 
 
-def candidate_capacity(max_context_len: int, max_budget: int) -> int:
+def candidate_capacity(max_context_len: int, budget: int) -> int:
     """Candidates that a token set may keep before its scores are computed again.
 
-    Policy: encode aims at a few times the budget; a long context has a coarser sample.
+    Twice what encode aims at: the k-th best of a sample, and six standard deviations. Never less than
+    for a shorter context.
     """
-    wanted = max(4096, 2 * max_budget, 8192 if max_context_len > 1 << 18 else 0)
+    wanted = 4096
+    for limit, sample in SAMPLES:
+        stride = min(max_context_len, limit) / sample
+        spread = 6 * math.sqrt(1.5 * budget * stride)
+        wanted = max(wanted, 2 * int(budget + spread + 3 * stride))
+        if max_context_len <= limit:
+            break
     return min(MAX_CANDIDATES, -(-wanted // 1024) * 1024)
 
 
@@ -82,29 +95,20 @@ class CudaBackend(Backend):
     def description(self) -> str:
         return f"cuda (sm_90a, {torch.cuda.get_device_name()})"
 
-    def workspace_bytes(
-        self, params: Params, max_rows: int, max_context_len: int, max_budget: int = 2048
-    ) -> int:
-        """Bytes of device memory that decode needs beside its arguments."""
-        capacity = candidate_capacity(max_context_len, max_budget)
-        return self._workspace_bytes(params, max_rows, capacity)
-
-    def reserve(
-        self,
-        params: Params,
-        max_rows: int,
-        max_context_len: int,
-        max_budget: int = 2048,
-        device: torch.device | str = "cuda",
-    ) -> int:
+    def reserve(self, params: Params, max_rows: int, max_context_len: int) -> int:
         """Allocates the workspace for the largest decode step; returns its size in bytes.
 
         Call it before CUDA graphs are captured. Decode steps on one device share the workspace, so
         they must run on one stream.
         """
-        device = torch.empty(0, device=device).device
-        size = self.workspace_bytes(params, max_rows, max_context_len, max_budget)
+        device = torch.empty(0, device="cuda").device
+        size = self.workspace_bytes(params, max_rows, max_context_len)
         return self._workspace(device, size).numel()
+
+    def workspace_bytes(self, params: Params, max_rows: int, max_context_len: int) -> int:
+        """Bytes of device memory that decode needs beside its arguments."""
+        capacity = candidate_capacity(max_context_len, params.budget(max_context_len))
+        return self._workspace_bytes(params, max_rows, capacity)
 
     def append(self, params, key, value, page, slot_mapping):
         heads, size = params.num_kv_heads, params.layout.head_size
@@ -139,16 +143,14 @@ class CudaBackend(Backend):
         stats,
         *,
         max_context_len: int | None = None,
-        max_budget: int = 2048,
         stages: int = ALL_STAGES,
         cluster: int | None = None,
     ):
-        """As :meth:`Backend.decode`.
+        """As :meth:`Backend.decode`; budgets far above the configured one cost a second look at the
+        signatures.
 
         Args:
             max_context_len: an upper bound of ``context_lens``; default: what the block table holds.
-            max_budget: the largest budget below its context that is expected. Larger ones work, and
-                cost a second look at the signatures.
             stages: which of the three kernels run (bits: encode, scan, attend), for measurements.
             cluster: blocks per (row, KV head) of the fused kernel, 0 for the three kernels; default:
                 what :meth:`cluster_size` says.
@@ -169,7 +171,7 @@ class CudaBackend(Backend):
             raise ValueError(
                 f"cluster: the fused kernel does not take this step in {cluster} blocks"
             )
-        capacity = candidate_capacity(longest, max_budget)
+        capacity = candidate_capacity(longest, params.budget(longest))
         work = self._workspace(query.device, self._workspace_bytes(params, rows, capacity))
         self._lib.decode(
             query,
@@ -285,7 +287,11 @@ class CudaBackend(Backend):
         found = self._clusters.get(key)
         if found is None:
             found = self.largest_cluster(params, rows, dtype, page, longest)
-            found = self._clusters[key] = found if found >= MIN_CLUSTER[params.selection] else 0
+            sets = params.num_score_heads // params.num_kv_heads
+            crowded = longest * sets > SCORES_PER_BLOCK * found
+            if crowded or params.budget(longest) * sets > GROUPS_PER_BLOCK * found:
+                found = 0
+            self._clusters[key] = found
         return found
 
     def _workspace_bytes(self, params: Params, rows: int, capacity: int) -> int:

@@ -50,9 +50,10 @@ void launch(void (*kernel)(Args...), dim3 grid, int threads, int smem, void* str
   check(cudaLaunchKernelEx(&config, kernel, args...), what);
 }
 
-// A launch in clusters of `cluster` neighbours in x, each block with an SM's large share of memory.
+// A launch in clusters of `cluster` neighbours in x, each block with an SM's large share of memory. The
+// kernel may start before the one in front of it has finished.
 struct ClusterLaunch {
-  cudaLaunchAttribute attribute{};
+  cudaLaunchAttribute attributes[2]{};
   cudaLaunchConfig_t config{};
 
   template <class Kernel>
@@ -64,10 +65,12 @@ struct ClusterLaunch {
     config.blockDim = dim3(threads);
     config.dynamicSmemBytes = smem;
     config.stream = static_cast<cudaStream_t>(stream);
-    attribute.id = cudaLaunchAttributeClusterDimension;
-    attribute.val.clusterDim = {unsigned(cluster), 1, 1};
-    config.attrs = &attribute;
-    config.numAttrs = 1;
+    attributes[0].id = cudaLaunchAttributeClusterDimension;
+    attributes[0].val.clusterDim = {unsigned(cluster), 1, 1};
+    attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attributes[1].val.programmaticStreamSerializationAllowed = 1;
+    config.attrs = attributes;
+    config.numAttrs = 2;
   }
 };
 
@@ -133,13 +136,11 @@ __device__ __forceinline__ uint32_t shared4(const void* p) {
   return x;
 }
 
-__device__ __forceinline__ float load_scalar(const void* data, int64_t i, Element element) {
-  switch (element) {
-    case Element::f32: return static_cast<const float*>(data)[i];
-    case Element::bf16: return __bfloat162float(static_cast<const __nv_bfloat16*>(data)[i]);
-    default: return __half2float(static_cast<const __half*>(data)[i]);
-  }
+// 16 bytes from global to shared memory, not waited for.
+__device__ __forceinline__ void copy16(uint32_t to, const void* from) {
+  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
+__device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Index of an element in shared memory when threads own runs of elements: one word of padding after
 // every 32 keeps the runs' starts in different banks.

@@ -30,6 +30,7 @@ int64_t workspace(DecodeParams& p, uint8_t* base) {
   take(p.work.pivot_scale, sets);
   take(p.work.count, sets);
   take(p.work.arrived, groups);
+  take(p.work.pieces, 1);
   take(p.work.candidates, sets * p.capacity);
   take(p.work.partials, (p.dense_workers + groups) * state_floats);
   return at;

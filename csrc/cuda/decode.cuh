@@ -56,11 +56,13 @@ struct Attend {
   static constexpr int kWordChunks = D <= 128 ? 1 : 2;
   static constexpr int kStateFloats = Softmax::kFloats * 32;
   static constexpr int kList = 8 * kAttendThreads;  // selected tokens that are looked up at a time
-  // Many token sets: the copy engine fetches whole rows, which the memory serves faster than pieces of
-  // them. The padding keeps the rows that a load touches in different banks.
+  // Many token sets: whole rows go through shared memory, since the memory serves them faster than pieces
+  // of them. The padding keeps the rows that a load touches in different banks.
   static constexpr bool kStaged = kAttendThreads <= 128;
   static constexpr int kStagedRow = kRowBytes + 16, kStagedBytes = 2 * kChunk * kStagedRow;  // K and V of a step
-  static constexpr int kSums = 32 * 4;                                                     // and barriers
+  static constexpr int kPieces = kRowBytes / 16;  // of a row
+  static constexpr int kFirst = kAttendThreads <= 128 ? 8 : 4;  // candidates that a thread loads at once
+  static constexpr int kSums = 16 * 4;
   static constexpr int kFrontBytes =
       kStaged && kAttendWarps * kStagedBytes > kSelectWords * 4 ? kAttendWarps * kStagedBytes : kSelectWords * 4;
 
@@ -112,10 +114,16 @@ struct Attend {
 
     wait_for_previous();
     if (plan.need > 0) {
+      uint2 first[kFirst];  // on their way while their number is
+#pragma unroll
+      for (int i = 0; i < kFirst; ++i) {
+        const int at = threadIdx.x + i * kAttendThreads;
+        first[i] = p.work.candidates[int64_t(set) * p.capacity + min(at, p.capacity - 1)];
+      }
       const uint32_t count = p.work.count[set];
       const float pivot = p.work.pivot_score[set], scale = p.work.pivot_scale[set];
       if (count >= uint32_t(plan.need) && count <= uint32_t(p.capacity))
-        from_candidates(p, set, plan, int(count), pivot, scale, bins, bitmap);
+        from_candidates(p, set, plan, int(count), pivot, scale, first, bins, bitmap);
       else
         from_scan(p, row, kv_head, score_head, plan, bins, bitmap);
     }
@@ -128,35 +136,45 @@ struct Attend {
     int64_t* offsets = reinterpret_cast<int64_t*>(list);
     const int32_t* blocks = p.block_table + row * p.blocks_per_row;
     const uint8_t* base = p.page.base + kv_head * p.page.head_stride;
-    uint32_t barrier = 0, phase = 0;
     staged += warp * kStagedBytes;
-    if constexpr (kStaged) {
-      barrier = uint32_t(__cvta_generic_to_shared(sums + 16 + 2 * warp));
-      if (threadIdx.x % 32 == 0) barrier_init(barrier);
-      barrier_init_done();
-      __syncwarp();
-    }
     for (int round = 0;; round += kList) {
+      auto address = [&](int token) {
+        const int block = block_of_quad(p.page, token / kQuad);
+        return __ldg(blocks + block) * int64_t(p.page.block_stride) + (token - block * p.page.block_size) * kRowBytes;
+      };
       const int total = each_set_bit<kAttendThreads>(bitmap, words, sums, [&](int rank, int token) {
-        if (uint32_t(rank - round) < uint32_t(kList)) {
-          const int block = block_of_quad(p.page, token / kQuad);
-          offsets[rank - round] =
-              __ldg(blocks + block) * int64_t(p.page.block_stride) + (token - block * p.page.block_size) * kRowBytes;
-        }
+        if (uint32_t(rank - round) < uint32_t(kList)) offsets[rank - round] = kStaged ? token : address(token);
       });
       __syncthreads();
       const int here = min(total - round, kList);
+      if constexpr (kStaged) {  // a thread of a small block has several tokens, whose blocks it awaits together
+        constexpr int kAhead = 4;
+        for (int first = threadIdx.x; first < here; first += kAhead * kAttendThreads) {
+          int64_t at[kAhead];
+#pragma unroll
+          for (int i = 0; i < kAhead; ++i)
+            at[i] = address(int(offsets[first + (first + i * kAttendThreads < here ? i * kAttendThreads : 0)]));
+#pragma unroll
+          for (int i = 0; i < kAhead; ++i)
+            if (first + i * kAttendThreads < here) offsets[first + i * kAttendThreads] = at[i];
+        }
+        __syncthreads();
+      }
       for (int chunk = warp * kChunk; chunk < here; chunk += kAttendWarps * kChunk) {
         if constexpr (kStaged) {
-          const int lane = threadIdx.x % 32, slot = lane % kChunk, slots = min(here - chunk, kChunk);
+          const int slots = min(here - chunk, kChunk);
           __syncwarp();
-          if (lane == 0) barrier_expect(barrier, 2 * slots * kRowBytes);
+#pragma unroll
+          for (int i = 0; i < kChunk * kPieces / 32; ++i) {
+            const int at = i * 32 + threadIdx.x % 32, slot = at / kPieces, piece = at % kPieces * 16;
+            if (slot >= slots) continue;
+            const uint8_t* from = base + offsets[chunk + slot] + piece;
+            const uint32_t to = uint32_t(__cvta_generic_to_shared(staged)) + slot * kStagedRow + piece;
+            copy16(to, from);
+            copy16(to + kChunk * kStagedRow, from + p.page.v_offset);
+          }
+          wait_for_copies();
           __syncwarp();
-          if (slot < slots)
-            bulk_copy(uint32_t(__cvta_generic_to_shared(staged)) + lane * kStagedRow,
-                      base + offsets[chunk + slot] + (lane < kChunk ? 0 : p.page.v_offset), kRowBytes, barrier);
-          barrier_wait(barrier, phase);
-          phase ^= 1;
           softmax.template step<true>([&](int slot) { return staged + min(slot, slots - 1) * kStagedRow; },
                                       kChunk * kStagedRow, 0, slots, p.softmax_scale);
         } else {
@@ -174,12 +192,19 @@ struct Attend {
 
   // Selects among the candidates. One pass over equal steps of the score above the pivot finds the
   // bin of the k-th best; its few members are ranked one by one. bins: zero, and synchronised.
+  // first: this thread's first candidates, whether they exist or not.
   static __device__ void from_candidates(const DecodeParams& p, int set, const RowPlan& plan, int count,
-                                         float pivot, float scale, uint32_t* bins, uint32_t* bitmap) {
+                                         float pivot, float scale, const uint2 (&first)[kFirst], uint32_t* bins,
+                                         uint32_t* bitmap) {
     const uint2* from = p.work.candidates + int64_t(set) * p.capacity;
-    auto each = [&](auto visit) {  // four loads at a time
-      constexpr int kAhead = 4;
-      for (int base = threadIdx.x; base < count; base += kAhead * kAttendThreads) {
+    auto each = [&](auto visit) {
+#pragma unroll
+      for (int i = 0; i < kFirst; ++i) {
+        const int at = threadIdx.x + i * kAttendThreads;
+        if (at < count) visit(__uint_as_float(first[i].x), first[i].y, at);
+      }
+      constexpr int kAhead = 4;  // loads that are waited for together
+      for (int base = threadIdx.x + kFirst * kAttendThreads; base < count; base += kAhead * kAttendThreads) {
         uint2 entry[kAhead];
 #pragma unroll
         for (int i = 0; i < kAhead; ++i)
@@ -332,8 +357,15 @@ __global__ void __launch_bounds__(kThreads, D <= 128 && kTiles == 1 ? 512 / kThr
     attend_kernel(const __grid_constant__ DecodeParams p, int sets) {
   extern __shared__ __align__(16) uint8_t attend_memory[];
   using Body = Attend<D, T, kTiles, kThreads, kFp8>;
+  let_next_start();
   if (int(blockIdx.x) < sets) Body::sparse(p, blockIdx.x, attend_memory);
-  else Body::dense(p, blockIdx.x - sets, attend_memory);
+  if (int(blockIdx.x) >= p.dense_workers) return;
+  bool dense = false;
+  for (int row = threadIdx.x; row < p.num_rows; row += kThreads) {
+    const RowPlan plan(p, row);
+    dense |= plan.length > 0 && !plan.sparse;
+  }
+  if (__syncthreads_or(dense)) Body::dense(p, blockIdx.x, attend_memory);
 }
 
 // Few token sets get large blocks, many sets small ones that overlap selecting with attending.
@@ -344,7 +376,7 @@ void attend_head_size(const DecodeParams& p, void* stream) {
     using T = decltype(element);
     constexpr int kTiles = decltype(tiles)::value, kThreads = decltype(threads)::value;
     constexpr bool kFp8 = decltype(fp8)::value;
-    launch(attend_kernel<D, T, kTiles, kThreads, kFp8>, dim3(sets + p.dense_workers), kThreads,
+    launch(attend_kernel<D, T, kTiles, kThreads, kFp8>, dim3(std::max(sets, p.dense_workers)), kThreads,
            Attend<D, T, kTiles, kThreads, kFp8>::shared_bytes(p), stream, true, "attend", p, sets);
   };
   auto run = [&](auto element, auto tiles, auto threads) {

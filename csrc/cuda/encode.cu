@@ -49,6 +49,8 @@ __global__ void __launch_bounds__(kMostThreads, 1) encode_kernel(const __grid_co
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int row = blockIdx.x / p.page.num_kv_heads, kv_head = blockIdx.x % p.page.num_kv_heads;
   const int set = blockIdx.x * p.score_heads_per_kv, sample = 1 << sample_bits;
+  // Scan fetches signatures ahead as soon as it may start, so what is in front of the step comes first.
+  wait_for_previous();
   let_next_start();
 
   // One warp per query head of the group.
@@ -57,6 +59,7 @@ __global__ void __launch_bounds__(kMostThreads, 1) encode_kernel(const __grid_co
   const RowPlan plan(p, row);
   if (threadIdx.x == 0) {
     p.work.arrived[blockIdx.x] = 0;
+    if (blockIdx.x == 0) *p.work.pieces = 0;
     if (kv_head == 0 && p.stats && plan.length > 0) {
       auto* stats = reinterpret_cast<unsigned long long*>(p.stats);
       const int attended = plan.sparse ? max(plan.budget, 0) : plan.length - plan.first;
@@ -180,7 +183,7 @@ void encode(const DecodeParams& p, void* stream) {
     // Large blocks are quicker, small ones share a processor.
     const int groups = p.num_rows * p.page.num_kv_heads;
     const int threads = groups <= num_multiprocessors() || p.group > 8 ? kMostThreads : kMostThreads / 2;
-    launch(encode_kernel<kChunks, kMode, decltype(quads)::value>, dim3(groups), threads, words * 4, stream, false, "encode", p, bits);
+    launch(encode_kernel<kChunks, kMode, decltype(quads)::value>, dim3(groups), threads, words * 4, stream, true, "encode", p, bits);
   });
 }
 

@@ -636,6 +636,8 @@ template <int D, class T, bool kFp8, Mode kMode, int kQuads>
 __global__ void __launch_bounds__(kFusedThreads, 2)
     fused_kernel(const __grid_constant__ DecodeParams p, const __grid_constant__ FusedShape s) {
   extern __shared__ __align__(16) uint8_t fused_memory[];
+  wait_for_previous();
+  let_next_start();
   Fused<D, T, kFp8, kMode, kQuads>(p, s, fused_memory).run();
 }
 

@@ -86,6 +86,7 @@ struct Workspace {
   uint32_t* count;        // [set] candidates found, may exceed the capacity
   uint2* candidates;      // [set][capacity] score (float), token
   uint32_t* arrived;      // [group] dense workers that have finished
+  uint32_t* pieces;       // [1] pieces of work that scan has dealt
   float* partials;        // [dense worker + group] softmax partials of dense rows
 };
 

@@ -78,7 +78,7 @@ class StageRing {
   __device__ __forceinline__ void fill(int slot, const Page& page, const StageShape& shape, const uint8_t* run,
                                        int token, int length, uint32_t block) {
     const int lane = threadIdx.x % 32;
-    const int parts = min(shape.parts, (length - token + shape.part_tokens - 1) / shape.part_tokens);
+    const int parts = shape.parts == 1 ? 1 : min(shape.parts, (length - token + shape.part_tokens - 1) / shape.part_tokens);
     const uint32_t barrier = barriers_ + slot * 8;
     if (lane == 0) barrier_expect(barrier, parts * shape.part_bytes);
     if (lane < parts) {
@@ -94,6 +94,13 @@ class StageRing {
         bulk_copy(to + 2 * plane, from + page.scale_offset + inside * 2, shape.part_tokens * 2, barrier);
       }
     }
+  }
+
+  // The same where a stage is one copy of `bytes`.
+  __device__ __forceinline__ void fill(int slot, const uint8_t* from, int bytes) {
+    if (threadIdx.x % 32) return;
+    barrier_expect(barriers_ + slot * 8, bytes);
+    bulk_copy(data(slot), from, bytes, barriers_ + slot * 8);
   }
 
   __device__ __forceinline__ void wait(int slot, uint32_t phase) const { barrier_wait(barriers_ + slot * 8, phase); }

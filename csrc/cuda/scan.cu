@@ -1,5 +1,8 @@
 // scan: every signature of every sparse row, once, for all query heads of its KV head. Scores at or
 // above the pivot become candidates.
+//
+// Most of the work is dealt to the warps in equal shares ahead, the rest in small pieces to whoever is
+// free: multiprocessors get unequal shares of the bandwidth, and warps unequal ones of theirs.
 #include "pipeline.cuh"
 #include "scan.cuh"
 
@@ -7,7 +10,9 @@ namespace adamas {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kQueue = 8;  // candidates that a lane holds back per head quad
+constexpr int kQueue = 8;       // candidates that a lane holds back per head quad
+constexpr int kDealFrom = 8;    // stages of a warp, from which on some are dealt when they are reached:
+constexpr int kDealtShare = 4;  // one in so many
 
 // Registers and shared memory of these fit an SM.
 constexpr int ring_stages(int chunks) { return chunks == 1 ? 3 : 2; }
@@ -29,7 +34,8 @@ __device__ __noinline__ void flush(const DecodeParams& p, const uint2* queue, in
     if (at + i < uint32_t(p.capacity)) p.work.candidates[int64_t(set) * p.capacity + at + i] = queue[i * 32 + lane];
 }
 
-template <int kChunks, Mode kMode, int kQuads>
+// kAll: every score is written to p.scores, and there are no candidates.
+template <int kChunks, Mode kMode, int kQuads, bool kAll>
 __global__ void __launch_bounds__(kThreads, blocks_per_processor(kChunks, kQuads))
     scan_kernel(const __grid_constant__ DecodeParams p, int bytes) {
   extern __shared__ __align__(16) uint8_t memory[];
@@ -43,6 +49,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(kChunks, kQuads
   int64_t* cum = reinterpret_cast<int64_t*>(at_memory) + kWarps * kStages;
   let_next_start();
   const StageShape shape(p.page);
+  const bool simple = shape.whole_blocks && shape.parts == 1;  // a stage is a block
   const int kv_heads = p.page.num_kv_heads;
   StageRing<kStages> ring(memory + warp * kStages * bytes, barriers, bytes);
   prefix_rows(cum, p.num_rows, [&](int row) {
@@ -52,50 +59,65 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(kChunks, kQuads
 
   const StageReader<kChunks, kMode> reader(shape);
 
-  // The work of all rows is cut into equal runs, one per warp.
-  const int64_t total = cum[p.num_rows], warps = int64_t(gridDim.x) * kWarps;
-  const int64_t self = int64_t(blockIdx.x) * kWarps + warp;
-  int64_t at = total * self / warps;
-  const int64_t end = total * (self + 1) / warps;
+  const uint32_t total = uint32_t(cum[p.num_rows]), warps = gridDim.x * kWarps, share = total / warps;
+  const uint32_t self = blockIdx.x * kWarps + warp;
+  const bool deal = share >= kDealFrom;
+  const uint32_t fixed = share - share / kDealtShare, dealt = fixed * warps;
+  uint32_t at = deal ? fixed * self : total * self / warps;
+  uint32_t end = deal ? at + fixed : total * (self + 1) / warps;
   bool waited = false;
-  uint32_t filled = 0;  // stages consumed so far; slot and phase follow from it
-  while (at < end) {
+  uint32_t piece = 0;  // lane 0: the next one of this warp
+  int slot = 0;        // of the next stage to score
+  uint32_t phase = 0;
+  for (;;) {
+    if (at >= end) {
+      if (!deal) break;
+      at = dealt + __shfl_sync(kFull, piece, 0) * kStages;
+      if (at >= total) break;
+      end = min(at + kStages, total);
+      if (lane == 0) piece = atomicAdd(p.work.pieces, 1u);
+    }
     const int row = find_row(cum, p.num_rows, at);
     const RowPlan plan(p, row);
-    const int row_stages = (plan.length + shape.tokens - 1) / shape.tokens;
-    const int kv_head = int((at - cum[row]) / row_stages), first = int((at - cum[row]) % row_stages);
-    const int stages = int(min(end - at, int64_t(row_stages - first)));
+    const uint32_t row_stages = (plan.length + shape.tokens - 1) / shape.tokens, in_row = uint32_t(at - cum[row]);
+    const int kv_head = int(in_row / row_stages), first = int(in_row % row_stages);
+    const int stages = int(min(end - at, row_stages - first));
     const int64_t group = int64_t(row) * kv_heads + kv_head;
     const int first_set = int(group) * p.score_heads_per_kv;
     const int middle_end = p.num_sink_tokens + plan.middle;
 
-    const int32_t* blocks = p.block_table + row * p.blocks_per_row;
-    const uint8_t* run = p.page.base + kv_head * p.page.head_stride;
+    const int32_t* blocks = p.block_table + row * p.blocks_per_row + (simple ? first : 0);
+    const uint8_t* run = p.page.base + kv_head * p.page.head_stride + (simple ? p.page.hi_offset : 0);
     auto block_of = [&](int stage) -> uint32_t {  // of this lane's part
+      if (simple) return stage < stages ? __ldg(blocks + stage) : 0;
       const int token = (first + stage) * shape.tokens + lane * shape.part_tokens;
       return lane < shape.parts && stage < stages && token < plan.length
                  ? __ldg(blocks + block_of_quad(p.page, token / kQuad))
                  : 0;
     };
-    auto fill = [&](int stage, uint32_t block) {
-      if (stage < stages)
-        ring.fill((filled + stage) % kStages, p.page, shape, run, (first + stage) * shape.tokens, plan.length, block);
+    auto fill = [&](int slot, int stage, uint32_t block) {
+      if (stage >= stages) return;
+      if (simple) ring.fill(slot, run + uint64_t(block) * p.page.block_stride, shape.part_bytes);
+      else ring.fill(slot, p.page, shape, run, (first + stage) * shape.tokens, plan.length, block);
     };
     uint32_t block[kStages];
 #pragma unroll
     for (int i = 0; i < kStages; ++i) block[i] = block_of(i);
 #pragma unroll
-    for (int i = 0; i < kStages; ++i) fill(i, block[i]);
+    for (int i = 0; i < kStages; ++i) fill(slot + i < kStages ? slot + i : slot + i - kStages, i, block[i]);
     uint32_t next_block = block_of(kStages);
 
     // Nothing above needs encode to have finished.
-    if (!waited) wait_for_previous();
+    if (!waited) {
+      wait_for_previous();
+      if (deal && lane == 0) piece = atomicAdd(p.work.pieces, 1u);
+    }
     waited = true;
     QueryFragments<kChunks, kMode, kQuads> query;
     query.load(p.work.planes + group * p.head_quads * query_planes(kMode) * kChunks * 32,
                p.work.bias + group * 4 * p.head_quads, p.head_quads);
     float above[kQuads], above_late[kQuads];  // tokens with a larger score are kept
-    int late[kQuads];                         // from this token on the second limit holds
+    int late[kQuads];                         // from the stage with this token on the second limit holds
 #pragma unroll
     for (int q = 0; q < kQuads; ++q) {
       const int head = q * 4 + lane % 4;
@@ -117,8 +139,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(kChunks, kQuads
     };
 
     for (int stage = 0; stage < stages; ++stage) {
-      const int slot = (filled + stage) % kStages;
-      ring.wait(slot, (filled + stage) / kStages & 1);
+      ring.wait(slot, phase);
       const uint32_t data = ring.data(slot);
       const int stage_token = (first + stage) * shape.tokens;
       const bool edge = stage_token < p.num_sink_tokens || stage_token + kStageTokens > middle_end ||
@@ -129,6 +150,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(kChunks, kQuads
 #pragma unroll
       for (int q = 0; q < kQuads; ++q) {
         const int head = q * 4 + lane % 4;
+        const float limit = stage_token + kStageTokens > late[q] ? above_late[q] : above[q];
         float scores[kSteps][4];
 #pragma unroll
         for (int i = 0; i < kSteps; ++i) score_quad(query, signatures[i], q, scores[i]);
@@ -136,7 +158,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(kChunks, kQuads
         for (int i = 0; i < kSteps; ++i) {
           const int token = stage_token + reader.token[i];
           float(&score)[4] = scores[i];
-          if (p.scores) {
+          if constexpr (kAll) {
             float* to = p.scores + row * p.scores_row_stride +
                         (kv_head * p.score_heads_per_kv + head) * p.scores_head_stride + token;
 #pragma unroll
@@ -144,7 +166,6 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(kChunks, kQuads
               if (head < p.score_heads_per_kv && token + j < plan.length) to[j] = score[j];
             continue;
           }
-          const float limit = token >= late[q] ? above_late[q] : above[q];
           if (edge) {
 #pragma unroll
             for (int j = 0; j < 4; ++j)
@@ -161,13 +182,13 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(kChunks, kQuads
         }
       }
       __syncwarp();
-      fill(stage + kStages, next_block);
+      fill(slot, stage + kStages, next_block);
       next_block = block_of(stage + kStages + 1);
+      if (++slot == kStages) slot = 0, phase ^= 1;
     }
 #pragma unroll
     for (int q = 0; q < kQuads; ++q)
       if (__any_sync(kFull, tail[q] > queue_start(q))) empty(q);
-    filled += stages;
     at += stages;
   }
   if (!waited) wait_for_previous();  // attend relies on encode having finished
@@ -182,8 +203,10 @@ void scan(const DecodeParams& p, void* stream) {
     const int bytes = stage_bytes(p.page);
     const int smem = kWarps * (kStages * (bytes + 8) + kQuads * kQueue * 32 * int(sizeof(uint2))) +
                      (p.num_rows + 1) * int(sizeof(int64_t));
-    launch(scan_kernel<kChunks, decltype(mode)::value, kQuads>, dim3(blocks_per_processor(kChunks, kQuads) * num_multiprocessors()),
-           kThreads, smem, stream, true, "scan", p, bytes);
+    constexpr Mode kMode = decltype(mode)::value;
+    launch(p.scores ? scan_kernel<kChunks, kMode, kQuads, true> : scan_kernel<kChunks, kMode, kQuads, false>,
+           dim3(blocks_per_processor(kChunks, kQuads) * num_multiprocessors()), kThreads, smem, stream, true, "scan", p,
+           bytes);
   });
 }
 

@@ -203,13 +203,14 @@ __device__ __forceinline__ void scan_quads(const Page& page, int kv_head, const 
   uint32_t block[kDepth];
   Signatures<kChunks, kMode> data[kDepth];
   auto fetch_block = [&](int step) { return uint32_t(__ldg(blocks + reader.block_of(quad_at(step)))); };
+  if (steps > 0) {  // beyond the last step the last quad is loaded, for nothing
 #pragma unroll
-  for (int i = 0; i < kDepth; ++i)
-    if (i < steps) block[i] = fetch_block(i);
+    for (int i = 0; i < kDepth; ++i) block[i] = fetch_block(i);
 #pragma unroll
-  for (int i = 0; i < kDepth; ++i) {
-    if (i < steps) reader.load(data[i], quad_at(i), block[i]);
-    if (kDepth + i < steps) block[i] = fetch_block(kDepth + i);
+    for (int i = 0; i < kDepth; ++i) reader.load(data[i], quad_at(i), block[i]);
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i)
+      if (kDepth + i < steps) block[i] = fetch_block(kDepth + i);
   }
   ready();
   for (int step = 0; step < steps; step += kDepth) {
