@@ -29,11 +29,11 @@ RETRIEVAL_BUDGETS = (64, 128, 256, 512)
 SELECTOR_TASKS = ("perplexity", "passkey", "single", "multikey")
 PROFILE = "+profile"
 PROFILE_FAMILIES = ("dot", "dot-query-head")
-#: With fewer dense first layers than by default.
+#: With fewer or more dense first layers than by default.
 VARIANTS = {
     f"{family}-dense{layers}": {**FAMILIES[family], "num_dense_layers": layers}
     for family in PROFILE_FAMILIES
-    for layers in (0, 1)
+    for layers in (0, 2)
 }
 
 

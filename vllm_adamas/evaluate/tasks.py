@@ -1,8 +1,9 @@
 """Retrieval tasks over long contexts, made from a seed: passkey, and needles in the manner of RULER.
 
 After RULER (arXiv 2404.06654): facts ("needles") hidden in a long text ("hay"), and a question at the
-end. Hay is prose of the packaged book, so that nothing has to be downloaded. An answer is scored by the
-share of the expected strings that it contains, as RULER does.
+end. Hay is the prose that is evaluated on. The passkey is that of arXiv 2305.16300: in a few sentences
+that repeat, and a text to be continued rather than a message of a chat. An answer is scored by the share
+of the expected strings that it contains, as RULER does.
 """
 
 from __future__ import annotations
@@ -26,14 +27,25 @@ NOUNS = (  # noqa: SIM905
 WORDS = tuple(f"{adjective} {noun}" for adjective in ADJECTIVES for noun in NOUNS)
 
 
+NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+
+
 @dataclass(frozen=True)
 class Needles:
-    """What a task hides and asks: needles, the question, the start of the answer, what it must contain."""
+    """What a task hides and asks.
+
+    Args:
+        needles: the facts.
+        answer: its start.
+        expected: what it must contain.
+        noise: repeated sentences instead of prose, and no chat template.
+    """
 
     needles: list[str]
     question: str
     answer: str
     expected: list[str]
+    noise: bool = False
 
 
 def _number(rng: Random, digits: int = 7) -> str:
@@ -48,7 +60,7 @@ def passkey(rng: Random) -> Needles:
     """One five-digit number, said twice in a row."""
     key = _number(rng, 5)
     fact = f"The pass key is {key}. Remember it. {key} is the pass key."
-    return Needles([fact], "What is the pass key?", "The pass key is", [key])
+    return Needles([fact], "What is the pass key?", "The pass key is", [key], noise=True)
 
 
 def _ask(keys: Sequence[str]) -> tuple[str, str]:
@@ -153,12 +165,13 @@ def prompts(tokenizer, task: str, hay: str, context: int, count: int, seed: int)
     Raises:
         AdamasError: the context cannot hold the needles and the question.
     """
+    first = TASKS[task](Random(0))
+    hay = NOISE if first.noise else hay
     sentences = [s.strip() + "." for s in hay.replace("\n", " ").split(".") if s.strip()]
     counted = tokenizer([f" {s}" for s in sentences], add_special_tokens=False).input_ids
     lengths = [len(ids) for ids in counted]
     made = []
-    strings = len(TASKS[task](Random(0)).expected)
-    for index in range(math.ceil(count / strings)):
+    for index in range(math.ceil(count / len(first.expected))):
         rng = Random(f"{task} {seed} {index}")
         needles = TASKS[task](rng)
         frame = len(_ids(tokenizer, needles, []))
@@ -170,11 +183,11 @@ def prompts(tokenizer, task: str, hay: str, context: int, count: int, seed: int)
             raise AdamasError(
                 f"the task {task} needs {frame} tokens and the context is {context}: raise --context."
             )
-        first = at = rng.randrange(len(sentences))
+        start = at = rng.randrange(len(sentences))
         while lengths[at % len(sentences)] <= room:
             room -= lengths[at % len(sentences)]
             at += 1
-        chosen = [sentences[i % len(sentences)] for i in range(first, at)]
+        chosen = [sentences[i % len(sentences)] for i in range(start, at)]
         # Later needles stand later, as a chain of assignments must.
         places = sorted(rng.randrange(len(chosen) + 1) for _ in needles.needles)
         for place, needle in reversed(list(zip(places, needles.needles, strict=True))):
@@ -183,9 +196,9 @@ def prompts(tokenizer, task: str, hay: str, context: int, count: int, seed: int)
         while len(ids) > context:  # joints may cost a token
             over = len(ids) - context
             while over > 0:
-                chosen.remove(sentences[first % len(sentences)])
-                over -= lengths[first % len(sentences)]
-                first += 1
+                chosen.remove(sentences[start % len(sentences)])
+                over -= lengths[start % len(sentences)]
+                start += 1
             ids = _ids(tokenizer, needles, chosen)
         made.append(Prompt(ids, needles.expected))
     return made
@@ -194,7 +207,7 @@ def prompts(tokenizer, task: str, hay: str, context: int, count: int, seed: int)
 def _ids(tokenizer, needles: Needles, sentences: list[str]) -> list[int]:
     head = "Some special facts are hidden within the following text. Remember them; you will be asked about them later."
     text = f"{head}\n\n{' '.join(sentences)}\n\n{needles.question}"
-    if tokenizer.chat_template:
+    if tokenizer.chat_template and not needles.noise:
         message = [{"role": "user", "content": text}]
         text = tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         return list(tokenizer(text + needles.answer, add_special_tokens=False).input_ids)
