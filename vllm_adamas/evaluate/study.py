@@ -257,7 +257,7 @@ class Study:
         ]
         record = MassRecord(pooled=not group[0].batched)
         shadow = partial(Shadow, record=record, stride=self.settings.stride)
-        _use(engine, group[0], shadow if forced and not is_dense else None)
+        _use(engine, _largest(group), shadow if forced and not is_dense else None)
         run = engine.run(requests, reference=self._reference, keep=is_dense, progress=title)
         if is_dense:
             self._reference = run.log_probs
@@ -302,7 +302,7 @@ class Study:
         ]
         if not asked:
             return {}
-        _use(engine, group[0])
+        _use(engine, _largest(group))
         run = engine.run(
             [Request(p.ids, tokens=s.answer_tokens, budget=a.own_budget()) for a, _, p in asked],
             progress=title,
@@ -326,6 +326,11 @@ class Study:
         partial_file = self.path.with_name(f"{self.path.name}.partial")
         partial_file.write_text(json.dumps(self.result) + "\n")
         partial_file.replace(self.path)
+
+
+def _largest(group: list[Arm]) -> Arm:
+    """The arm whose budget launches are sized for; each row has its own."""
+    return max(group, key=lambda arm: arm.budget)
 
 
 def _use(engine: Engine, arm: Arm, shadow=None) -> None:
