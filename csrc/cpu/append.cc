@@ -5,6 +5,10 @@
 
 #include "kernels.h"
 
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+
 namespace adamas {
 
 void append(const Kernels& kernels, const AppendParams& p) {
@@ -34,8 +38,12 @@ bool advise_huge(void* start, int64_t bytes) {
   const uintptr_t from = (uintptr_t(start) + kHuge - 1) / kHuge * kHuge;
   const uintptr_t to = (uintptr_t(start) + bytes) / kHuge * kHuge;
   if (to <= from || madvise((void*)from, to - from, MADV_HUGEPAGE) != 0) return false;
-  // The 4 KiB pages of the zero fill go; each 2 MiB page comes, zeroed, when it is first touched.
-  return madvise((void*)from, to - from, MADV_DONTNEED) == 0;
+  // The 4 KiB pages of the zero fill go, and 2 MiB pages come, zeroed: all of them now, or each prompt would
+  // wait for those that it touches first (milliseconds each where memory is scarce; before Linux 5.14 it does).
+  if (madvise((void*)from, to - from, MADV_DONTNEED) != 0) return false;
+#pragma omp parallel for schedule(dynamic)
+  for (uintptr_t page = from; page < to; page += kHuge) madvise((void*)page, kHuge, MADV_POPULATE_WRITE);
+  return true;
 #else
   return false;
 #endif
