@@ -23,11 +23,13 @@ MAX_CANDIDATES = 32768  #: per token set
 SAMPLES = ((1 << 16, 1 << 10), (1 << 18, 1 << 11), (MAX_CONTEXT, 1 << 12))
 ALL_STAGES = 7
 MAX_CLUSTER = 16  #: blocks that share memory on Hopper
-#: Policy of the fused kernel. A block looks through its scores several times, so it has at most
+#: Policy of the fused kernel. One block for a (row, KV head) loses to the three kernels.
+MIN_CLUSTER = 2
+#: A block looks through its scores several times, so it has at most
 SCORES_PER_BLOCK = 12288
-#: The least of the best scores of groups of tokens bounds the k-th best if there are k groups; over the
-#: token sets of a KV head a block has
-GROUPS_PER_BLOCK = 128
+#: The least of the best scores of groups of tokens bounds the k-th best if there are k groups; for every
+#: token set a block has
+GROUPS_PER_BLOCK = 512
 
 
 def candidate_capacity(max_context_len: int, budget: int) -> int:
@@ -288,8 +290,11 @@ class CudaBackend(Backend):
         if found is None:
             found = self.largest_cluster(params, rows, dtype, page, longest)
             sets = params.num_score_heads // params.num_kv_heads
-            crowded = longest * sets > SCORES_PER_BLOCK * found
-            if crowded or params.budget(longest) * sets > GROUPS_PER_BLOCK * found:
+            if (
+                found < MIN_CLUSTER
+                or longest * sets > SCORES_PER_BLOCK * found
+                or params.budget(longest) > GROUPS_PER_BLOCK * found
+            ):
                 found = 0
             self._clusters[key] = found
         return found

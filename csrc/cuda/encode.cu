@@ -41,8 +41,11 @@ __device__ __forceinline__ float find_pivot(const float* scores, int sample_bits
   return from_order_key(uint32_t(t.value >> sample_bits) + base);
 }
 
+// So few registers that a block of scan fits beside two blocks: it fetches its first stages meanwhile.
+constexpr int most_registers(int quads) { return quads == 4 ? 128 : 80; }
+
 template <int kChunks, Mode kMode, int kQuads>
-__global__ void __launch_bounds__(kMostThreads, 1) encode_kernel(const __grid_constant__ DecodeParams p, int sample_bits) {
+__global__ void __maxnreg__(most_registers(kQuads)) encode_kernel(const __grid_constant__ DecodeParams p, int sample_bits) {
   extern __shared__ __align__(16) uint8_t memory[];
   constexpr int kPlanes = query_planes(kMode);
   const int threads = blockDim.x, warps = threads / 32;
