@@ -29,7 +29,7 @@ MIN_CLUSTER = 2
 SCORES_PER_BLOCK = 12288
 #: The least of the best scores of groups of tokens bounds the k-th best if there are k groups; for every
 #: token set a block has
-GROUPS_PER_BLOCK = 512
+GROUPS_PER_BLOCK = 128
 
 
 def candidate_capacity(max_context_len: int, budget: int) -> int:

@@ -198,13 +198,9 @@ struct Fused {
     query.load(m.planes, m.bias, p.head_quads);
 
     const Reader reader(shape);
-    float best[kQuads][2 * kQuad], worst[kQuads];  // of this lane: the best by position in a step
+    float best[kQuads][Reader::kSteps], worst[kQuads];
 #pragma unroll
-    for (int q = 0; q < kQuads; ++q) {
-      worst[q] = INFINITY;
-#pragma unroll
-      for (int i = 0; i < 2 * kQuad; ++i) best[q][i] = -INFINITY;
-    }
+    for (int q = 0; q < kQuads; ++q) best[q][0] = best[q][1] = -INFINITY, worst[q] = INFINITY;
     int v = warp, slot = 0;
     uint32_t phase = 0;
     for (int token = first_token(v); token < plan.length; v += kFusedWarps, token = first_token(v)) {
@@ -224,7 +220,7 @@ struct Fused {
             const bool here = uint32_t(token + reader.token[i] + j - p.num_sink_tokens) < uint32_t(plan.middle);
             worst[q] = fminf(worst[q], here ? score[j] : INFINITY);
             score[j] = here ? score[j] : -INFINITY;
-            best[q][i * kQuad + j] = fmaxf(best[q][i * kQuad + j], score[j]);
+            best[q][i] = fmaxf(best[q][i], score[j]);
           }
           if (head < sets)
             *reinterpret_cast<float4*>(m.scores + head * s.score_stride + v * kStageTokens + i * Reader::kStep +
@@ -240,14 +236,11 @@ struct Fused {
     // The best and the worst score, and a floor: each group of scores has one at or above it. The
     // groups have to be as many as tokens are needed; the fewer of them, the better is their least.
     const int warps = min(s.cluster * kFusedWarps, plan.length / kStageTokens);
-    int per_warp = 2;  // groups of a head: of four lanes, two, one, half a lane's scores, an eighth of them
-    while (per_warp < 64 && per_warp * warps < plan.need) per_warp *= per_warp == 16 ? 4 : 2;
+    int per_warp = 2;  // groups of a head: the scores of four lanes, two, one, or half of a lane's
+    while (per_warp < 16 && per_warp * warps < plan.need) per_warp *= 2;
 #pragma unroll
     for (int q = 0; q < kQuads; ++q) {
-      const float(&own)[2 * kQuad] = best[q];
-      const float half[2] = {fmaxf(fmaxf(own[0], own[1]), fmaxf(own[2], own[3])),
-                             fmaxf(fmaxf(own[4], own[5]), fmaxf(own[6], own[7]))};
-      float top = fmaxf(half[0], half[1]), bottom = worst[q];
+      float top = fmaxf(best[q][0], best[q][1]), bottom = worst[q];
       float floor = INFINITY;
       int groups = 0;
       auto add_group = [&](float x, int size) {
@@ -258,12 +251,9 @@ struct Fused {
         if (per_warp <= 4) x = fmaxf(x, __shfl_xor_sync(kFull, x, 4));
         if (per_warp <= 2) x = fmaxf(x, __shfl_xor_sync(kFull, x, 8));
         add_group(x, (lane & (8 / per_warp - 1) * 4) == 0);
-      } else if (per_warp == 16) {
-        add_group(half[0], 1);
-        add_group(half[1], 1);
       } else {
-#pragma unroll
-        for (int i = 0; i < 2 * kQuad; ++i) add_group(own[i], 1);
+        add_group(best[q][0], 1);
+        add_group(best[q][1], 1);
       }
 #pragma unroll
       for (int step = 4; step < 32; step *= 2) {
