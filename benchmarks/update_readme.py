@@ -34,7 +34,7 @@ def decode_table(result: dict) -> list[str]:
     lines = [
         f"Decode attention, all {model['layers']} layers of SmolLM2-135M's shape, batch 1, "
         f"{result['threads']} thread, bfloat16, budget {result['rows'][0]['budget']}, "
-        f"{model['dense_layers']} dense layers: {result['sparse']} against {result['dense']} in one process. "
+        f"dense layers {model['dense_layers']}: {result['sparse']} against {result['dense']} in one process. "
         "Median and quartiles.",
         "",
         "| context | score | selection | dense ms | sparse ms | speed-up | MB read at least | GB/s |",
