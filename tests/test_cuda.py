@@ -329,23 +329,6 @@ def test_graph_replay_with_other_lengths(backend, cluster: int) -> None:
         assert relative_error(output.cpu(), expected).max() <= 2 * TOLERANCE[output.dtype]
 
 
-def test_policy_follows_the_budget(backend) -> None:
-    """The fused kernel lists every score when there are more tokens to select than groups of them."""
-    batch = Case((64,), 1, heads=(32, 8), selection="kv_head").build(backend, "cuda")
-    for budget, fused in ((256, True), (512, False), (0.01, True), (0.5, False)):
-        params = dataclasses.replace(batch.params, token_budget=budget)
-        cluster = backend.cluster_size(params, 8, batch.query.dtype, batch.page, 8192)
-        assert bool(cluster) == fused, budget
-
-
-@pytest.mark.parametrize("budget", [64, 2048, 0.1])
-def test_workspace_serves_shorter_contexts(backend, budget) -> None:
-    params = dataclasses.replace(Case().params, token_budget=budget)
-    lengths = (1, 1000, 1 << 16, (1 << 16) + 1, 100000, 1 << 18, (1 << 18) + 1, 1 << 20)
-    sizes = [backend.workspace_bytes(params, 3, length) for length in lengths]
-    assert sizes == sorted(sizes)
-
-
 def test_refusals(backend) -> None:
     batch = Case((64,), 1).build(backend, "cuda")
     query, page, table, lens = batch.rows

@@ -27,9 +27,24 @@ MAX_CLUSTER = 16  #: blocks that share memory on Hopper
 MIN_CLUSTER = 2
 #: A block looks through its scores several times, so it has at most
 SCORES_PER_BLOCK = 12288
-#: The least of the best scores of groups of tokens bounds the k-th best if there are k groups; for every
-#: token set a block has
+#: The least of the best scores of groups of tokens bounds the k-th best if there are k groups; over the
+#: token sets of a KV head a block has
 GROUPS_PER_BLOCK = 128
+
+
+def prefers_fused(cluster: int, context_len: int, sets: int, budget: int) -> bool:
+    """Whether the fused kernel in ``cluster`` blocks per (row, KV head) beats the three kernels.
+
+    Args:
+        context_len: the longest of the batch.
+        sets: token sets of a KV head.
+        budget: tokens of a set.
+    """
+    return (
+        cluster >= MIN_CLUSTER
+        and context_len * sets <= SCORES_PER_BLOCK * cluster
+        and budget * sets <= GROUPS_PER_BLOCK * cluster
+    )
 
 
 def candidate_capacity(max_context_len: int, budget: int) -> int:
@@ -290,11 +305,7 @@ class CudaBackend(Backend):
         if found is None:
             found = self.largest_cluster(params, rows, dtype, page, longest)
             sets = params.num_score_heads // params.num_kv_heads
-            if (
-                found < MIN_CLUSTER
-                or longest * sets > SCORES_PER_BLOCK * found
-                or params.budget(longest) > GROUPS_PER_BLOCK * found
-            ):
+            if not prefers_fused(found, longest, sets, params.budget(longest)):
                 found = 0
             self._clusters[key] = found
         return found

@@ -1,0 +1,52 @@
+"""What the CUDA backend decides on the host; no GPU is needed."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+
+from vllm_adamas.backends.cuda import MAX_CANDIDATES, SAMPLES, candidate_capacity, prefers_fused
+
+RECORD = Path(__file__).parents[1] / "benchmarks" / "results" / "decode_gpu.json"
+
+
+def recorded() -> list[tuple[str, dict, dict]]:
+    record = json.loads(RECORD.read_text())
+    cells = [cell for part in record.values() if isinstance(part, list) for cell in part]
+    return [
+        (name, cell, result)
+        for cell in cells
+        for name, result in cell.items()
+        if isinstance(result, dict) and "fused" in result
+    ]
+
+
+def test_choice_of_the_fused_kernel_is_the_measured_one() -> None:
+    """Of every cell where both forms ran, the policy takes the faster one, or loses little."""
+    assert len(recorded()) > 20
+    for name, cell, result in recorded():
+        sets = 4 if name.endswith("query_head") else 1
+        cluster = result["fused"]["cluster"]
+        fused = prefers_fused(cluster, cell["context"], sets, cell["budget"])
+        assert result["runs"] == ("fused" if fused else "three"), (name, cell["context"])
+        best = min(result["fused"]["us"], result["three"]["us"])
+        assert result[result["runs"]]["us"] <= 1.08 * best, (name, cell["context"], cell["rows"])
+
+
+@pytest.mark.parametrize("budget", [1, 64, 2048, 100000])
+def test_candidates_of_longer_contexts_are_no_fewer(budget: int) -> None:
+    """A workspace that is reserved for the longest context serves every step."""
+    lengths = [1, 1000, *(n + i for n, _ in SAMPLES for i in (0, 1)), 100000]
+    sizes = [candidate_capacity(n, budget) for n in sorted(lengths)]
+    assert sizes == sorted(sizes) and sizes[-1] <= MAX_CANDIDATES
+
+
+@pytest.mark.parametrize("length, sample", SAMPLES)
+@pytest.mark.parametrize("budget", [64, 256, 1024])
+def test_candidates_hold_what_encode_aims_at(length: int, sample: int, budget: int) -> None:
+    expected = budget * sample / length
+    rank = int(expected + 6 * math.sqrt(1.5 * expected) + 3)
+    assert rank * length / sample <= candidate_capacity(length, budget)
