@@ -211,17 +211,22 @@ def test_parts_of_a_study_are_put_together(tmp_path: Path) -> None:
         }
         return made
 
-    text = part(("perplexity",), dense={"perplexity": 1}, dot={"perplexity": 2})
+    def nll(*values) -> dict:
+        return {"perplexity": {"nll": list(values)}}
+
+    text = part(("perplexity",), dense=nll(1), dot=nll(2))
     found = part(("passkey",), dense={"passkey": 3}, dot={"passkey": 4}, quest={"passkey": 5})
-    again = part(("perplexity",), dense={"perplexity": 9})
+    again = part(("perplexity",), dense=nll(9), dot=nll(7), oracle=nll(8))
     merged = merge([text, found, again])
     assert merged["settings"]["tasks"] == ["perplexity", "passkey"]
     assert {name: cell["tasks"] for name, cell in merged["cells"].items()} == {
-        "dense": {"perplexity": 1, "passkey": 3},
-        "dot": {"perplexity": 2, "passkey": 4},
+        "dense": {**nll(1), "passkey": 3},
+        "dot": {**nll(2), "passkey": 4},
         "quest": {"passkey": 5},
+        "oracle": {"perplexity": {"nll": [8], "dense": [9]}},
     }
-    assert text["cells"]["dot"]["tasks"] == {"perplexity": 2}
+    assert report.summary(merge([text, again]))[-1]["dnll"] == (-1, -1, -1)
+    assert text["cells"]["dot"]["tasks"] == nll(2)
     (tmp_path / "merged.json").write_text(json.dumps(merged))
     assert load(tmp_path / "merged.json") == merged
     found["settings"]["prompts"] += 1

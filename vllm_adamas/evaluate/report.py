@@ -35,7 +35,7 @@ def summary(result: dict) -> list[dict]:
             ours, theirs = found[PERPLEXITY], dense[PERPLEXITY]
             row["nll"] = statistics.fmean(ours["nll"])
             if name != DENSE:
-                pairs = zip(ours["nll"], theirs["nll"], strict=True)
+                pairs = zip(ours["nll"], ours.get("dense", theirs["nll"]), strict=True)
                 row["dnll"] = bootstrap([a - b for a, b in pairs])
             if "kl" in ours:
                 row["kl"] = bootstrap(ours["kl"])

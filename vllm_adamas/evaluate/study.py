@@ -360,6 +360,8 @@ def load(path: Path) -> dict:
 def merge(results: Sequence[dict]) -> dict:
     """One study of several that were run apart; what several have measured is taken from the first.
 
+    Batches of another shape round otherwise, so each text cell keeps the dense run that it is paired with.
+
     Raises:
         AdamasError: their settings, other than the tasks, or the machines differ.
     """
@@ -374,7 +376,11 @@ def merge(results: Sequence[dict]) -> dict:
                 )
         for name, cell in other["cells"].items():
             mine = merged["cells"].setdefault(name, {**cell, "tasks": {}})
-            mine["tasks"] = {**cell["tasks"], **mine["tasks"]}
+            found = dict(cell["tasks"])
+            if name != DENSE and PERPLEXITY in found:
+                dense = other["cells"][DENSE]["tasks"][PERPLEXITY]["nll"]
+                found[PERPLEXITY] = {"dense": dense, **found[PERPLEXITY]}
+            mine["tasks"] = {**found, **mine["tasks"]}
     families = list(dict.fromkeys(cell["family"] for cell in merged["cells"].values()))
     ordered = sorted(
         merged["cells"].items(), key=lambda x: (families.index(x[1]["family"]), x[1]["budget"])
