@@ -150,7 +150,7 @@ def plot(result: dict, path: Path) -> bool:
         for title, key in (
             ("ΔNLL to dense, nats per token", "dnll"),
             ("attention mass kept", "mass"),
-            ("retrieval, mean of tasks", "retrieval"),
+            ("retrieval, difference to dense, mean of tasks", "retrieval"),
         )
         if any(_y(row, key) is not None for row in rows)
     ]
@@ -166,16 +166,15 @@ def plot(result: dict, path: Path) -> bool:
             if not points:
                 continue
             x, y, values = zip(*points, strict=True)
-            color = f"C{families.index(family) % 10}"
+            color = pyplot.get_cmap("tab20")(families.index(family) % 20)
             axis.plot(x, y, marker="o", markersize=3, label=family, color=color)
             if key == "dnll":
                 low, high = ([v[i] for v in values] for i in (1, 2))
                 axis.fill_between(x, low, high, color=color, alpha=0.08)
         if key == "dnll":
             axis.set_yscale("symlog", linthresh=0.03)
+        if key != "mass":
             axis.axhline(0, color="grey", linewidth=0.6)
-        if key == "retrieval":
-            axis.axhline(_retrieval(summary(result)[0]), color="grey", linestyle="--", label=DENSE)
         axis.set_xscale("log", base=2)
         axis.set_xlabel("token budget")
         axis.set_title(title)
@@ -193,7 +192,7 @@ def plot(result: dict, path: Path) -> bool:
 
 
 def _retrieval(row: dict) -> float | None:
-    values = [row[task] for task in tasks.TASKS if task in row]
+    values = [row[f"d{task}"][0] for task in tasks.TASKS if f"d{task}" in row]
     return statistics.fmean(values) if values else None
 
 
