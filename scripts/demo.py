@@ -83,8 +83,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, type=Path, help="folder of the model to serve")
     model = str(parser.parse_args().model)
-    # Also on `kill`, the servers are stopped on the way out.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGINT, signal.SIGTERM):  # the servers are stopped on the way out
+        signal.signal(number, lambda received, _: sys.exit(128 + received))
 
     print(f"question: {QUESTION}")
     sparse = ask(model, "adamas", CONFIG)
