@@ -130,7 +130,6 @@ def test_wheel_holds_texts_and_profiles(wheel: Path) -> None:
     assert data == {
         "vllm_adamas/evaluate/data/alice.txt",
         "vllm_adamas/profiles/SmolLM2-135M-Instruct.json",
-        "vllm_adamas/profiles/gemma-3-270m.json",
     }
 
 
