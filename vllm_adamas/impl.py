@@ -104,7 +104,7 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """Writes K, V and signatures of the step's tokens; :meth:`forward` or, before it, vLLM calls it."""
+        """Writes K, V and signatures of the step's tokens; vLLM calls it unless :meth:`forward` appends."""
         params = self._of(layer, kv_cache)
         if self._balance is not None:
             key = key * self._balance.key
@@ -133,11 +133,13 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
             raise NotImplementedError("fused output quantization is not supported by ADAMAS")
         if attn_metadata is None:  # vLLM's warm-up run
             return output
-        if self._appends:
-            self.do_kv_cache_update(layer, key, value, kv_cache, attn_metadata.slot_mapping)
         params = self._of(layer, kv_cache)
         if self._balance is not None:
             query = query * self._balance.query
+            if key is not None and (self._appends or attn_metadata.prefill is not None):
+                key = key * self._balance.key
+        if self._appends:
+            self.backend.append(params, key, value, kv_cache, attn_metadata.slot_mapping)
         rows = attn_metadata.num_decodes
         lens = attn_metadata.context_lens
         if rows and self._dense and self.prefill.decodes(params):
@@ -164,8 +166,6 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
                 max_context_len=self.max_model_len,
             )
         if attn_metadata.prefill is not None:
-            if self._balance is not None and key is not None:
-                key = key * self._balance.key
             self.prefill.run(
                 self.backend,
                 params,
