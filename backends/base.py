@@ -173,6 +173,7 @@ class Backend(ABC):
         stats: torch.Tensor,
         *,
         max_context_len: int | None = None,
+        overlap: bool = False,
     ) -> None:
         """Attention of R query tokens over their selected tokens: scan, select, exact softmax.
 
@@ -183,6 +184,8 @@ class Backend(ABC):
             output: ``[R, Hq, D]``, written.
             max_context_len: an upper bound of ``context_lens`` that holds for every replay of a
                 captured graph; devices that launch from the lengths themselves ignore it.
+            overlap: ``block_table``, ``context_lens`` and ``budgets`` were complete before the device
+                began what is queued right in front of this call, so they may be read while it ends.
         """
 
     @abstractmethod

@@ -204,7 +204,17 @@ def bench_adamas(backend, pool, length, rows, copies, score, selection, budget, 
     def calls(**how):
         return [
             lambda q=q, t=t, o=o: backend.decode(
-                params, q, pool.pages, t, lens, budgets, o, stats, max_context_len=length, **how
+                params,
+                q,
+                pool.pages,
+                t,
+                lens,
+                budgets,
+                o,
+                stats,
+                max_context_len=length,
+                overlap=True,
+                **how,
             )
             for q, t, o in zip(queries, tables, outputs, strict=True)
         ]

@@ -164,6 +164,7 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
                 output,
                 self.stats.counters(dense_layer=self._dense),
                 max_context_len=self.max_model_len,
+                overlap=True,  # the projections of the step lie between
             )
         if attn_metadata.prefill is not None:
             self.prefill.run(

@@ -78,6 +78,7 @@ class CpuBackend(Backend):
         stats,
         *,
         max_context_len=None,
+        overlap=False,
     ):
         self._lib.decode(
             query,

@@ -19,7 +19,7 @@ FP8_ELEMENTS = {"e4m3": 3, "e5m2": 4}
 MAX_GROUP = 16  #: query heads per KV head that fit the kernels' fragments
 MAX_CONTEXT = 1 << 20  #: tokens; a bitmap of one context has to fit into shared memory
 MAX_CANDIDATES = 32768  #: per token set
-#: Tokens that encode samples, by the longest context (sample_bits of encode.cu)
+#: Tokens that encode samples, by the longest context (sample_bits of select.cuh)
 SAMPLES = ((1 << 16, 1 << 10), (1 << 18, 1 << 11), (MAX_CONTEXT, 1 << 12))
 ALL_STAGES = 7
 MAX_CLUSTER = 16  #: blocks that share memory on Hopper
@@ -50,14 +50,16 @@ def prefers_fused(cluster: int, context_len: int, sets: int, budget: int) -> boo
 def candidate_capacity(max_context_len: int, budget: int) -> int:
     """Candidates that a token set may keep before its scores are computed again.
 
-    Twice what encode aims at: the k-th best of a sample, and six standard deviations. Never less than
-    for a shorter context.
+    A pivot ranks `rank` to half as many more in a sample (sample_rank and find_pivot of csrc/cuda), so
+    that many times the stride are expected to reach it; six standard deviations more fit. Never less
+    than for a shorter context.
     """
     wanted = 4096
     for limit, sample in SAMPLES:
         stride = min(max_context_len, limit) / sample
-        spread = 6 * math.sqrt(1.5 * budget * stride)
-        wanted = max(wanted, 2 * int(budget + spread + 3 * stride))
+        expected = budget / stride
+        most = 1.5 * (expected + 6 * math.sqrt(1.5 * expected) + 3)
+        wanted = max(wanted, int(stride * (most + 6 * math.sqrt(1.5 * most))))
         if max_context_len <= limit:
             break
     return min(MAX_CANDIDATES, -(-wanted // 1024) * 1024)
@@ -160,6 +162,7 @@ class CudaBackend(Backend):
         stats,
         *,
         max_context_len: int | None = None,
+        overlap: bool = False,
         stages: int = ALL_STAGES,
         cluster: int | None = None,
     ):
@@ -168,6 +171,7 @@ class CudaBackend(Backend):
 
         Args:
             max_context_len: an upper bound of ``context_lens``; default: what the block table holds.
+            overlap: as in :meth:`Backend.decode`.
             stages: which of the three kernels run (bits: encode, scan, attend), for measurements.
             cluster: blocks per (row, KV head) of the fused kernel, 0 for the three kernels; default:
                 what :meth:`cluster_size` says.
@@ -210,6 +214,7 @@ class CudaBackend(Backend):
             params.coding.relative,
             stages,
             cluster,
+            overlap,
             *self._page(params, page),
         )
 

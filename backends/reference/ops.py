@@ -107,6 +107,7 @@ class ReferenceBackend(Backend):
         stats,
         *,
         max_context_len=None,
+        overlap=False,
     ):
         for row, (length, budget) in enumerate(
             zip(context_lens.tolist(), budgets.tolist(), strict=True)

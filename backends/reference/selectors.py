@@ -93,6 +93,7 @@ class SelectorBackend(Through):
         stats,
         *,
         max_context_len=None,
+        overlap=False,
     ):
         sparse = (budgets < context_lens) & (params.sliding_window == 0)
         dense = context_lens.masked_fill(sparse, 0)

@@ -139,6 +139,7 @@ class TritonBackend(Backend):
         stats,
         *,
         max_context_len=None,
+        overlap=False,
     ):
         """As :meth:`Backend.decode`; ``budgets`` being ``context_lens`` says that every row is dense."""
         rows = context_lens.shape[0]

@@ -48,6 +48,7 @@ __device__ __forceinline__ void store4(uint8_t* to, uint32_t x, float scale, Ele
 
 template <int kWords>
 __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant__ AppendParams p) {
+  let_next_start();  // decode waits before it reads pages
   const Page& page = p.page;
   const int lane = threadIdx.x % 32;
   const int64_t item = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / 32;

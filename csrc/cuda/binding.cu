@@ -139,7 +139,7 @@ void decode_op(TensorView query, TensorView output, TensorView block_table, Tens
                TensorView budgets, TensorView stats, TensorView work, int64_t max_context_len, int64_t capacity,
                double softmax_scale, bool dot, bool per_query_head, int64_t num_sink_tokens,
                int64_t recent_window, int64_t sliding_window, double threshold, bool relative, int64_t stages,
-               int64_t cluster, TensorView runs, int64_t block_size, int64_t head_size, int64_t v_offset,
+               int64_t cluster, bool overlap, TensorView runs, int64_t block_size, int64_t head_size, int64_t v_offset,
                int64_t hi_offset, int64_t lo_offset, int64_t scale_offset, int64_t element, double k_scale,
                double v_scale) {
   DecodeParams p = decode_params(
@@ -151,6 +151,7 @@ void decode_op(TensorView query, TensorView output, TensorView block_table, Tens
   p.num_sink_tokens = int(num_sink_tokens);
   p.recent_window = int(recent_window);
   p.sliding_window = int(sliding_window);
+  p.overlap = overlap;
   p.stats = pointer_of<int64_t>(stats);
   if (p.num_rows == 0) return;
   void* stream = stream_of(query);

@@ -51,13 +51,14 @@ void launch(void (*kernel)(Args...), dim3 grid, int threads, int smem, void* str
 }
 
 // A launch in clusters of `cluster` neighbours in x, each block with an SM's large share of memory. The
-// kernel may start before the one in front of it has finished.
+// kernel may start before the one in front of it has finished if it may `overlap`.
 struct ClusterLaunch {
   cudaLaunchAttribute attributes[2]{};
   cudaLaunchConfig_t config{};
 
   template <class Kernel>
-  ClusterLaunch(Kernel kernel, dim3 grid, int cluster, int threads, int smem, void* stream, const char* what) {
+  ClusterLaunch(Kernel kernel, dim3 grid, int cluster, int threads, int smem, void* stream, bool overlap,
+                const char* what) {
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100), what);
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem), what);
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1), what);
@@ -70,21 +71,21 @@ struct ClusterLaunch {
     attributes[1].id = cudaLaunchAttributeProgrammaticStreamSerialization;
     attributes[1].val.programmaticStreamSerializationAllowed = 1;
     config.attrs = attributes;
-    config.numAttrs = 2;
+    config.numAttrs = overlap ? 2 : 1;
   }
 };
 
 template <class... Args>
 void launch_clusters(void (*kernel)(Args...), dim3 grid, int cluster, int threads, int smem, void* stream,
-                     const char* what, const Args&... args) {
-  ClusterLaunch launch(kernel, grid, cluster, threads, smem, stream, what);
+                     bool overlap, const char* what, const Args&... args) {
+  ClusterLaunch launch(kernel, grid, cluster, threads, smem, stream, overlap, what);
   check(cudaLaunchKernelEx(&launch.config, kernel, args...), what);
 }
 
 // Clusters that the device runs at once.
 template <class... Args>
 int count_clusters(void (*kernel)(Args...), int cluster, int threads, int smem, const char* what) {
-  ClusterLaunch launch(kernel, dim3(cluster), cluster, threads, smem, nullptr, what);
+  ClusterLaunch launch(kernel, dim3(cluster), cluster, threads, smem, nullptr, true, what);
   int count = 0;
   check(cudaOccupancyMaxActiveClusters(&count, kernel, &launch.config), what);
   return count;
@@ -92,6 +93,14 @@ int count_clusters(void (*kernel)(Args...), int cluster, int threads, int smem, 
 
 __device__ __forceinline__ void wait_for_previous() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 __device__ __forceinline__ void let_next_start() { asm volatile("griddepcontrol.launch_dependents;" :::); }
+
+// Brings a kernel's parameters into the constant cache; call it while there is nothing else to do.
+template <class P>
+__device__ __forceinline__ void touch(const P& p) {
+  const auto* words = reinterpret_cast<const uint32_t*>(&p);
+#pragma unroll
+  for (int i = 0; i < int(sizeof(P) / 4); i += 16) asm volatile("" ::"r"(words[i]));
+}
 
 // Unsigned integers in the order of the floats; -0 and 0 are equal.
 __device__ __forceinline__ uint32_t order_key(float x) {
@@ -140,6 +149,10 @@ __device__ __forceinline__ uint32_t shared4(const void* p) {
 __device__ __forceinline__ void copy16(uint32_t to, const void* from) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
 }
+// 8 bytes, likewise.
+__device__ __forceinline__ void copy8(uint32_t to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
+}
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Index of an element in shared memory when threads own runs of elements: one word of padding after
@@ -179,6 +192,16 @@ struct RowPlan {
     need = max(0, budget - p.num_sink_tokens - p.recent_window);
   }
 };
+
+// Adds a row to the counters; one thread per row.
+__device__ __forceinline__ void count_row(const DecodeParams& p, const RowPlan& plan) {
+  if (!p.stats || plan.length <= 0) return;
+  auto* stats = reinterpret_cast<unsigned long long*>(p.stats);
+  const int attended = plan.sparse ? max(plan.budget, 0) : plan.length - plan.first;
+  atomicAdd(stats + (plan.sparse ? 0 : 1), 1ull);
+  atomicAdd(stats + 2, (unsigned long long)(plan.length) * p.num_query_heads);
+  atomicAdd(stats + 3, (unsigned long long)(attended) * p.num_query_heads);
+}
 
 // Exclusive prefix sums of the rows' work, in shared memory: cum[0..rows]. Every warp calls it with
 // the same arguments; the first warp works.

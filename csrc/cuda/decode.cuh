@@ -31,7 +31,7 @@ __device__ __noinline__ void select_from_scan(const DecodeParams& p, int row, in
   auto each = [&](auto visit) {
     scan_quads<kChunks, kMode, 1>(
         p.page, kv_head, p.block_table + row * p.blocks_per_row, plan.length, query, max(steps, 0),
-        [&](int step) { return (warp + step * kAttendWarps) * 8 + lane / 4; }, [] {},
+        [&](int step) { return (warp + step * kAttendWarps) * 8 + lane / 4; }, [] {}, [] {},
         [&](int, int token, int, const float(&score)[4]) {
           if (lane % 4 != head % 4) return;
 #pragma unroll
@@ -61,10 +61,12 @@ struct Attend {
   static constexpr bool kStaged = kAttendThreads <= 128;
   static constexpr int kStagedRow = kRowBytes + 16, kStagedBytes = 2 * kChunk * kStagedRow;  // K and V of a step
   static constexpr int kPieces = kRowBytes / 16;  // of a row
-  static constexpr int kFirst = kAttendThreads <= 128 ? 8 : 4;  // candidates that a thread loads at once
+  static constexpr int kKept = kStaged ? 1792 : 4096;  // candidates in shared memory, mostly all of a set
+  static constexpr int kMembers = 128;  // of the edge bin, that are ranked one by one
   static constexpr int kSums = 16 * 4;
+  static constexpr int kSelectBytes = kSelectWords * 4 + kKept * 8;
   static constexpr int kFrontBytes =
-      kStaged && kAttendWarps * kStagedBytes > kSelectWords * 4 ? kAttendWarps * kStagedBytes : kSelectWords * 4;
+      kStaged && kAttendWarps * kStagedBytes > kSelectBytes ? kAttendWarps * kStagedBytes : kSelectBytes;
 
   static __host__ __device__ int merge_bytes(const DecodeParams& p) {
     return kAttendWarps * (p.group < 8 ? p.group : 8) * Softmax::kHeadFloats * 4;
@@ -72,7 +74,7 @@ struct Attend {
 
   static int shared_bytes(const DecodeParams& p) {
     const int list = kList * 8, merge = merge_bytes(p);
-    const int bitmap = bitmap_words(p.max_context_len) * 4, rows = (p.num_rows + 1) * 8;
+    const int bitmap = (bitmap_words(p.max_context_len) + 3) / 4 * 16, rows = (p.num_rows + 1) * 8;
     const int front = kSums + kFrontBytes + (list > merge ? list : merge) + bitmap, back = rows + 16 + merge;
     return front > back ? front : back;
   }
@@ -92,6 +94,7 @@ struct Attend {
     const int heads = p.per_query_head ? 1 : p.group;
     const int first_head = kv_head * p.group + (p.per_query_head ? score_head : 0);
     const int warp = threadIdx.x / 32;
+    touch(p);
     const RowPlan plan(p, row);
     if (plan.length <= 0) {
       for (int h = 0; h < heads; ++h)
@@ -101,31 +104,37 @@ struct Attend {
     if (!plan.sparse) return;
 
     uint32_t* sums = reinterpret_cast<uint32_t*>(memory);
-    uint8_t* staged = memory + kSums;  // where the bins are
+    uint8_t* staged = memory + kSums;  // where bins and candidates are
     uint32_t* bins = reinterpret_cast<uint32_t*>(staged);
     uint8_t* list = staged + kFrontBytes;
     const int list_bytes = max(kList * 8, merge_bytes(p));
     uint32_t* bitmap = reinterpret_cast<uint32_t*>(list + list_bytes);
     const int words = (plan.length + 31) / 32;
-    for (int w = threadIdx.x; w < words; w += kAttendThreads)
-      bitmap[spread(w)] = range_bits(w, 0, p.num_sink_tokens) | range_bits(w, plan.length - p.recent_window, plan.length);
+    for (int i = threadIdx.x; i < (bitmap_words(plan.length) + 3) / 4; i += kAttendThreads)
+      reinterpret_cast<uint4*>(bitmap)[i] = uint4{};
     for (int i = threadIdx.x; i < kBinWords; i += kAttendThreads) bins[i] = 0;
     __syncthreads();
+    for (int i = threadIdx.x; i < p.num_sink_tokens + p.recent_window; i += kAttendThreads) {
+      const int token = i < p.num_sink_tokens ? i : plan.length - 1 - (i - p.num_sink_tokens);
+      if (uint32_t(token) < uint32_t(plan.length)) set_bit(bitmap, token);
+    }
+
+    const Candidates candidates(p, set, bins);
+    const int expected = plan.need > 0 ? Candidates::expected(p, plan) : 0;
 
     wait_for_previous();
+    candidates.fetch(0, expected);  // while their number is on its way
+    const uint32_t count = p.work.count[set];
+    const Bins bins_of{p.work.pivot_score[set], p.work.pivot_scale[set]};
     if (plan.need > 0) {
-      uint2 first[kFirst];  // on their way while their number is
-#pragma unroll
-      for (int i = 0; i < kFirst; ++i) {
-        const int at = threadIdx.x + i * kAttendThreads;
-        first[i] = p.work.candidates[int64_t(set) * p.capacity + min(at, p.capacity - 1)];
-      }
-      const uint32_t count = p.work.count[set];
-      const float pivot = p.work.pivot_score[set], scale = p.work.pivot_scale[set];
-      if (count >= uint32_t(plan.need) && count <= uint32_t(p.capacity))
-        from_candidates(p, set, plan, int(count), pivot, scale, first, bins, bitmap);
-      else
+      if (count >= uint32_t(plan.need) && count <= uint32_t(p.capacity)) {
+        candidates.fetch(expected, min(int(count), kKept));
+        wait_for_copies();  // a thread fetches what it looks at
+        from_candidates(candidates, plan, int(count), bins_of, bins, bitmap);
+      } else {
+        wait_for_copies();
         from_scan(p, row, kv_head, score_head, plan, bins, bitmap);
+      }
     }
     __syncthreads();
     Softmax softmax;
@@ -143,23 +152,21 @@ struct Attend {
         return __ldg(blocks + block) * int64_t(p.page.block_stride) + (token - block * p.page.block_size) * kRowBytes;
       };
       const int total = each_set_bit<kAttendThreads>(bitmap, words, sums, [&](int rank, int token) {
-        if (uint32_t(rank - round) < uint32_t(kList)) offsets[rank - round] = kStaged ? token : address(token);
+        if (uint32_t(rank - round) < uint32_t(kList)) offsets[rank - round] = token;
       });
       __syncthreads();
       const int here = min(total - round, kList);
-      if constexpr (kStaged) {  // a thread of a small block has several tokens, whose blocks it awaits together
-        constexpr int kAhead = 4;
-        for (int first = threadIdx.x; first < here; first += kAhead * kAttendThreads) {
-          int64_t at[kAhead];
+      constexpr int kAhead = kStaged ? 4 : 1;  // tokens of a thread whose blocks it awaits together
+      for (int first = threadIdx.x; first < here; first += kAhead * kAttendThreads) {
+        int64_t at[kAhead];
 #pragma unroll
-          for (int i = 0; i < kAhead; ++i)
-            at[i] = address(int(offsets[first + (first + i * kAttendThreads < here ? i * kAttendThreads : 0)]));
+        for (int i = 0; i < kAhead; ++i)
+          at[i] = address(int(offsets[first + (first + i * kAttendThreads < here ? i * kAttendThreads : 0)]));
 #pragma unroll
-          for (int i = 0; i < kAhead; ++i)
-            if (first + i * kAttendThreads < here) offsets[first + i * kAttendThreads] = at[i];
-        }
-        __syncthreads();
+        for (int i = 0; i < kAhead; ++i)
+          if (first + i * kAttendThreads < here) offsets[first + i * kAttendThreads] = at[i];
       }
+      __syncthreads();
       for (int chunk = warp * kChunk; chunk < here; chunk += kAttendWarps * kChunk) {
         if constexpr (kStaged) {
           const int slots = min(here - chunk, kChunk);
@@ -190,83 +197,99 @@ struct Attend {
                                                 p.output.head_stride, heads, p.page.v_scale);
   }
 
-  // Selects among the candidates. One pass over equal steps of the score above the pivot finds the
-  // bin of the k-th best; its few members are ranked one by one. bins: zero, and synchronised.
-  // first: this thread's first candidates, whether they exist or not.
-  static __device__ void from_candidates(const DecodeParams& p, int set, const RowPlan& plan, int count,
-                                         float pivot, float scale, const uint2 (&first)[kFirst], uint32_t* bins,
-                                         uint32_t* bitmap) {
-    const uint2* from = p.work.candidates + int64_t(set) * p.capacity;
-    auto each = [&](auto visit) {
-#pragma unroll
-      for (int i = 0; i < kFirst; ++i) {
-        const int at = threadIdx.x + i * kAttendThreads;
-        if (at < count) visit(__uint_as_float(first[i].x), first[i].y, at);
+  // The candidates of a set, the first kKept of them in shared memory.
+  struct Candidates {
+    const uint2* from;
+    uint2* kept;
+
+    __device__ Candidates(const DecodeParams& p, int set, uint32_t* bins)
+        : from(p.work.candidates + int64_t(set) * p.capacity), kept(reinterpret_cast<uint2*>(bins + kSelectWords)) {}
+
+    // How many of them to fetch before their number is known: a little more than encode aims at.
+    static __device__ __forceinline__ int expected(const DecodeParams& p, const RowPlan& plan) {
+      const int bits = sample_bits(p.max_context_len);
+      const int64_t aim = int64_t(sample_rank(plan.need, 1 << bits, plan.length)) * plan.length * 5 / 4 >> bits;
+      return (min(int(aim), kKept) + kAttendThreads - 1) / kAttendThreads * kAttendThreads;
+    }
+
+    __device__ __forceinline__ void fetch(int begin, int end) const {
+#pragma unroll 4
+      for (int i = begin + int(threadIdx.x); i < end; i += kAttendThreads)
+        copy8(uint32_t(__cvta_generic_to_shared(kept + i)), from + i);
+    }
+
+    template <class Visit>
+    __device__ __forceinline__ void each(int count, Visit visit) const {
+#pragma unroll 4
+      for (int i = threadIdx.x; i < min(count, kKept); i += kAttendThreads) visit(__uint_as_float(kept[i].x), kept[i].y);
+#pragma unroll 1
+      for (int i = kKept + int(threadIdx.x); i < count; i += kAttendThreads) {
+        const uint2 x = from[i];
+        visit(__uint_as_float(x.x), x.y);
       }
-      constexpr int kAhead = 4;  // loads that are waited for together
-      for (int base = threadIdx.x + kFirst * kAttendThreads; base < count; base += kAhead * kAttendThreads) {
-        uint2 entry[kAhead];
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i)
-          if (base + i * kAttendThreads < count) entry[i] = from[base + i * kAttendThreads];
-#pragma unroll
-        for (int i = 0; i < kAhead; ++i)
-          if (base + i * kAttendThreads < count) visit(__uint_as_float(entry[i].x), entry[i].y, base + i * kAttendThreads);
-      }
-    };
-    auto bin_of = [&](float x) { return scale > 0 ? min(int(fmaxf(x - pivot, 0.0f) * scale), kBins - 1) : 0; };
-    each([&](float score, uint32_t, int) { atomicAdd(bins + spread(bin_of(score)), 1u); });
+    }
+  };
+
+  // Equal steps of the score above the pivot.
+  struct Bins {
+    float pivot, scale;
+    __device__ __forceinline__ int operator()(float x) const {
+      return scale > 0 ? min(int(fmaxf(x - pivot, 0.0f) * scale), kBins - 1) : 0;
+    }
+  };
+
+  // Selects among the candidates. One pass over the bins finds the one of the k-th best; its few members
+  // are ranked one by one. bins: zero, and synchronised.
+  static __device__ __forceinline__ void from_candidates(const Candidates& candidates, const RowPlan& plan, int count,
+                                                         const Bins& bin_of, uint32_t* bins, uint32_t* bitmap) {
+    candidates.each(count, [&](float score, uint32_t) { atomicAdd(bins + spread(bin_of(score)), 1u); });
     __syncthreads();
     const Bin edge = find_block_bin<kAttendThreads>(bins, plan.need);
-    const uint32_t wanted = plan.need - edge.before;  // of the members of the edge bin
-    auto choose = [&](uint32_t token) { set_bit(bitmap, token); };
+    const int index = int(edge.index), wanted = int(plan.need - edge.before), size = int(edge.size);
     const int bits = token_bits(plan.length);
-    auto value = [&](float score, uint32_t token) { return ranked(order_key(score), token, bits); };
-    if (edge.size > 32 && edge.size != wanted) {
-      // Radix selection in the edge bin. When its scores are all equal, only the tokens are left.
-      uint32_t* range = bins + kBinWords + 20;
-      if (threadIdx.x == 0) range[0] = kFull, range[1] = 0;
-      __syncthreads();
-      each([&](float score, uint32_t token, int) {
-        const int bin = bin_of(score);
-        if (bin > int(edge.index)) choose(token);
-        if (bin != int(edge.index)) return;
-        atomicMin(range, order_key(score));
-        atomicMax(range + 1, order_key(score));
-      });
-      __syncthreads();
-      const uint32_t low = range[0], high = range[1];
-      auto members = [&](auto visit) {
-        each([&](float score, uint32_t token, int) {
-          if (bin_of(score) == int(edge.index)) visit(ranked(order_key(score) - low, token, bits), token);
-        });
-      };
-      const uint64_t threshold = block_threshold<kAttendThreads>(
-          bins, 32 - __clz(high - low) + bits, wanted,
-          [&](auto visit) { members([&](uint64_t v, uint32_t) { visit(v); }); });
-      members([&](uint64_t v, uint32_t token) {
-        if (v >= threshold) choose(token);
-      });
-      return;
-    }
-    uint32_t* members = bins + kBinWords + 20;  // their number; the indices go to the first bins
-    if (threadIdx.x == 0) *members = 0;
+    uint64_t* members = reinterpret_cast<uint64_t*>(bins);
+    uint32_t* num_members = bins + kBinWords + 20;
+    if (threadIdx.x == 0) *num_members = 0;
     __syncthreads();
-    each([&](float score, uint32_t token, int i) {
+    candidates.each(count, [&](float score, uint32_t token) {
       const int bin = bin_of(score);
-      if (bin > int(edge.index) || (bin == int(edge.index) && edge.size == wanted)) choose(token);
-      else if (bin == int(edge.index)) bins[atomicAdd(members, 1u)] = i;
+      if (bin > index || (bin == index && size == wanted)) set_bit(bitmap, token);
+      else if (bin == index && size <= kMembers)
+        members[atomicAdd(num_members, 1u)] = ranked(order_key(score), token, bits);
     });
-    if (edge.size == wanted) return;
+    if (size == wanted) return;
     __syncthreads();
-    if (threadIdx.x < 32) {
-      const bool here = threadIdx.x < edge.size;
-      const uint2 own = here ? from[bins[threadIdx.x]] : uint2{};
-      const uint64_t mine = here ? value(__uint_as_float(own.x), own.y) : 0;
-      uint32_t better = 0;
-      for (int i = 0; i < int(edge.size); ++i) better += __shfl_sync(kFull, mine, i) > mine;
-      if (here && better < wanted) choose(own.y);
+    if (size > kMembers) return among_many(candidates, count, bin_of, index, wanted, bits, bins, bitmap);
+    for (int m = threadIdx.x; m < size; m += kAttendThreads) {
+      const uint64_t mine = members[m];
+      int better = 0;
+      for (int i = 0; i < size; ++i) better += members[i] > mine;
+      if (better < wanted) set_bit(bitmap, uint32_t(mine & ((1ull << bits) - 1)));
     }
+  }
+
+  // Radix selection in the edge bin. When its scores are all equal, only the tokens are left.
+  static __device__ __noinline__ void among_many(Candidates candidates, int count, Bins bin_of, int index, int wanted,
+                                                 int bits, uint32_t* bins, uint32_t* bitmap) {
+    uint32_t* range = bins + kBinWords + 20;
+    if (threadIdx.x == 0) range[0] = kFull, range[1] = 0;
+    __syncthreads();
+    candidates.each(count, [&](float score, uint32_t) {
+      if (bin_of(score) == index) atomicMin(range, order_key(score)), atomicMax(range + 1, order_key(score));
+    });
+    __syncthreads();
+    const uint32_t low = range[0], high = range[1];
+    auto members = [&](auto visit) {
+      candidates.each(count, [&](float score, uint32_t token) {
+        if (bin_of(score) == index) visit(ranked(order_key(score) - low, token, bits), token);
+      });
+    };
+    const uint64_t threshold =
+        block_threshold<kAttendThreads>(bins, 32 - __clz(high - low) + bits, wanted,
+                                        [&](auto visit) { members([&](uint64_t v, uint32_t) { visit(v); }); });
+    members([&](uint64_t v, uint32_t token) {
+      if (v >= threshold) set_bit(bitmap, token);
+    });
   }
 
   static __device__ void from_scan(const DecodeParams& p, int row, int kv_head, int score_head,

@@ -123,14 +123,8 @@ struct Fused {
 
   __device__ void run() {
     cluster_arrive();  // a block may be written to once it runs
-    if (threadIdx.x == 0 && rank == 0 && kv_head == 0 && p.stats && plan.length > 0) {
-      auto* stats = reinterpret_cast<unsigned long long*>(p.stats);
-      const int attended = plan.sparse ? max(plan.budget, 0) : plan.length - plan.first;
-      atomicAdd(stats + (plan.sparse ? 0 : 1), 1ull);
-      atomicAdd(stats + 2, (unsigned long long)(plan.length) * p.num_query_heads);
-      atomicAdd(stats + 3, (unsigned long long)(attended) * p.num_query_heads);
-    }
     if (plan.length <= 0) {
+      begin();
       for (int i = threadIdx.x; rank == 0 && i < p.group * D; i += kFusedThreads) output_of(i / D)[i % D] = T(0.0f);
       cluster_wait();
       return;
@@ -144,10 +138,21 @@ struct Fused {
       else find_threshold();
       attend_selected(softmax);
     } else {
+      begin();
       cluster_wait();
       attend_all(softmax);
     }
     merge(softmax);
+  }
+
+  // Up to here the kernel in front may still run: it writes none of the step's lengths, budgets and block
+  // tables. What follows this one fetches pages as soon as it may start.
+  __device__ void begin() const {
+    touch(p);
+    touch(s);
+    wait_for_previous();
+    let_next_start();
+    if (threadIdx.x == 0 && rank == 0 && kv_head == 0) count_row(p, plan);
   }
 
   __device__ __forceinline__ int first_token(int own_stage) const {
@@ -174,16 +179,6 @@ struct Fused {
     uint32_t block[kFusedStages];
 #pragma unroll
     for (int i = 0; i < kFusedStages; ++i) block[i] = block_of(warp + i * kFusedWarps, p.max_context_len);
-    float x[kChunks * 4];
-    if (warp < p.group) load_vector(x, p.query, row, kv_head * p.group + warp, p.page.words);
-    auto fill = [&](int v, uint32_t block) {
-      if (first_token(v) < plan.length)
-        ring.fill(v / kFusedWarps % kFusedStages, p.page, shape, run, first_token(v), plan.length, block);
-    };
-#pragma unroll
-    for (int i = 0; i < kFusedStages; ++i) fill(warp + i * kFusedWarps, block[i]);
-    uint32_t next_block = block_of(warp + kFusedStages * kFusedWarps, plan.length);
-
     QueryMemory queries{m.planes, m.bias, m.scores};
     clear_queries<kChunks, kMode>(p, queries);
     for (int i = threadIdx.x; i < sets * kEdgeWords; i += kFusedThreads) m.counts[i] = 0;
@@ -192,6 +187,17 @@ struct Fused {
       head.floor = head.worst = kFull, head.best = 0, head.groups = 0, head.placed = 0;
     }
     if (threadIdx.x == 0) m.warps[kFusedWarps] = 0;
+    begin();
+
+    float x[kChunks * 4];
+    if (warp < p.group) load_vector(x, p.query, row, kv_head * p.group + warp, p.page.words);
+    auto fill = [&](int slot, int v, uint32_t block) {
+      if (first_token(v) < plan.length) ring.fill(slot, p.page, shape, run, first_token(v), plan.length, block);
+    };
+#pragma unroll
+    for (int i = 0; i < kFusedStages; ++i) fill(i, warp + i * kFusedWarps, block[i]);
+    uint32_t next_block = block_of(warp + kFusedStages * kFusedWarps, plan.length);
+
     __syncthreads();
     encode_queries<kChunks, kMode>(p, x, queries);
     QueryFragments<kChunks, kMode, kQuads> query;
@@ -228,7 +234,7 @@ struct Fused {
         }
       }
       __syncwarp();
-      fill(v + kFusedStages * kFusedWarps, next_block);
+      fill(slot, v + kFusedStages * kFusedWarps, next_block);
       next_block = block_of(v + (kFusedStages + 1) * kFusedWarps, plan.length);
       if (++slot == kFusedStages) slot = 0, phase ^= 1;
     }
@@ -545,6 +551,11 @@ struct Fused {
     int* tokens = m.tokens + own * room;
     const int32_t* blocks = p.block_table + row * p.blocks_per_row;
     const uint8_t* base = p.page.base + kv_head * p.page.head_stride;
+    auto row_of = [&](int token) {
+      const int block = block_of_quad(p.page, token / kQuad);
+      return base + __ldg(blocks + block) * int64_t(p.page.block_stride) +
+             (token - block * p.page.block_size) * kRowBytes;
+    };
     for (int round = 0;; round += room) {
       int at = before - round;
       each_candidate([&](float x, int index, bool here) {
@@ -556,12 +567,9 @@ struct Fused {
       });
       __syncthreads();
       const int here = min(total - round, room);
-      auto row_of = [&](int slot) {
-        const int t = tokens[min(slot, here - 1)], block = block_of_quad(p.page, t / kQuad);
-        return base + __ldg(blocks + block) * int64_t(p.page.block_stride) + (t - block * p.page.block_size) * kRowBytes;
-      };
       for (int chunk = sub * 16; chunk < here; chunk += warps_per_set * 16)
-        softmax.step([&](int slot) { return row_of(chunk + slot); }, p.page.v_offset, 0, here - chunk, p.softmax_scale);
+        softmax.step([&](int slot) { return row_of(tokens[min(chunk + slot, here - 1)]); }, p.page.v_offset, 0,
+                     here - chunk, p.softmax_scale);
       if (!__syncthreads_or(total > round + room)) break;
     }
   }
@@ -611,25 +619,24 @@ struct Fused {
                       make_uint2(__float_as_uint(best), __float_as_uint(total)));
     }
     cluster_sync();
-    // Eight lanes add up one output.
-    for (int i = threadIdx.x / 8; i < (own + 3) / 4 * 4; i += kFusedThreads / 8) {
+    // Eight lanes add up the parts of a large cluster, one those of a small one.
+    const int lanes = s.cluster > 4 ? 8 : 1;
+    for (int i = threadIdx.x / lanes; i < (own + 31) / 32 * 32; i += kFusedThreads / lanes) {
       const int at = min(rank * own + i, outputs - 1), head = at / D;
       float best = -INFINITY, value = 0, total = 0;
-      for (int r = lane % 8; r < s.cluster; r += 8) best = fmaxf(best, m.softmax[r * p.group + head].x);
-#pragma unroll
-      for (int step = 1; step < 8; step *= 2) best = fmaxf(best, __shfl_xor_sync(kFull, best, step));
-      for (int r = lane % 8; r < s.cluster; r += 8) {
+      for (int r = lane % lanes; r < s.cluster; r += lanes) best = fmaxf(best, m.softmax[r * p.group + head].x);
+      for (int step = 1; step < lanes; step *= 2) best = fmaxf(best, __shfl_xor_sync(kFull, best, step));
+      for (int r = lane % lanes; r < s.cluster; r += lanes) {
         const float2 state = m.softmax[r * p.group + head];
         const float weight = exp2f(state.x - (best == -INFINITY ? 0.0f : best));
         value += weight * m.partial[r * own + min(i, own - 1)];
         total += weight * state.y;
       }
-#pragma unroll
-      for (int step = 1; step < 8; step *= 2) {
+      for (int step = 1; step < lanes; step *= 2) {
         value += __shfl_xor_sync(kFull, value, step);
         total += __shfl_xor_sync(kFull, total, step);
       }
-      if (lane % 8 == 0 && i < own && rank * own + i < outputs)
+      if (lane % lanes == 0 && i < own && rank * own + i < outputs)
         output_of(head)[at % D] = T(total > 0 ? value / total * p.page.v_scale : 0.0f);
     }
   }
@@ -639,8 +646,6 @@ template <int D, class T, bool kFp8, Mode kMode, int kQuads>
 __global__ void __launch_bounds__(kFusedThreads, 2)
     fused_kernel(const __grid_constant__ DecodeParams p, const __grid_constant__ FusedShape s) {
   extern __shared__ __align__(16) uint8_t fused_memory[];
-  wait_for_previous();
-  let_next_start();
   Fused<D, T, kFp8, kMode, kQuads>(p, s, fused_memory).run();
 }
 
@@ -653,7 +658,7 @@ int fused_head_size(const DecodeParams& p, const FusedShape& s, void* stream, bo
         fused_kernel<D, decltype(element), decltype(fp8)::value, decltype(mode)::value, decltype(quads)::value>;
     const dim3 grid(s.cluster, p.page.num_kv_heads, p.num_rows);
     if (count) clusters = count_clusters(kernel, s.cluster, kFusedThreads, s.bytes, "fused");
-    else launch_clusters(kernel, grid, s.cluster, kFusedThreads, s.bytes, stream, "fused", p, s);
+    else launch_clusters(kernel, grid, s.cluster, kFusedThreads, s.bytes, stream, p.overlap, "fused", p, s);
   };
   auto run = [&](auto element, auto mode, auto quads) {
     if (p.page.fp8()) launch_it(element, mode, quads, std::true_type());

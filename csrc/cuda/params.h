@@ -104,6 +104,7 @@ struct DecodeParams {
   Mode mode;
   bool per_query_head;
   int num_sink_tokens, recent_window, sliding_window;
+  bool overlap;  // lengths, budgets and block table were complete before the kernel in front started
   int capacity;  // candidates per set
   int dense_workers;
   int64_t* stats;  // sparse rows, dense rows, context tokens, attended tokens (over query heads)

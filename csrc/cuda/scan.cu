@@ -109,6 +109,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(kChunks, kQuads
 
     // Nothing above needs encode to have finished.
     if (!waited) {
+      touch(p);
       wait_for_previous();
       if (deal && lane == 0) piece = atomicAdd(p.work.pieces, 1u);
     }

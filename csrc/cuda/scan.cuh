@@ -85,17 +85,22 @@ struct SignatureReader {
 
   __device__ __forceinline__ uint32_t block_of(uint32_t quad) const { return __umulhi(quad, quad_magic); }
 
-  __device__ __forceinline__ void load(Signatures<kChunks, kMode>& to, uint32_t quad, uint32_t block) const {
+  struct Place {  // of a quad, from the start of the head's first block
+    uint64_t words, scale;
+  };
+  __device__ __forceinline__ Place place(uint32_t quad, uint32_t block) const {
     const uint32_t inside = quad - block_of(quad) * quads_per_block;
-    const uint32_t offset = inside / 4 * tile_bytes + inside % 4 * 16;
     const uint64_t at = uint64_t(block) * block_stride;
+    return {at + (inside / 4 * tile_bytes + inside % 4 * 16), at + (scale + inside * 8)};
+  }
+
+  __device__ __forceinline__ void load(Signatures<kChunks, kMode>& to, const Place& from) const {
 #pragma unroll
     for (int k = 0; k < kChunks; ++k) {
-      const uint8_t* from = hi[k] + at + offset;
-      to.hi[k] = load16(from);
-      to.lo[k] = load16(from + lo);
+      to.hi[k] = load16(hi[k] + from.words);
+      to.lo[k] = load16(hi[k] + from.words + lo);
     }
-    if (kMode == Mode::dot) to.scale = load8(run + at + (scale + inside * 8));
+    if (kMode == Mode::dot) to.scale = load8(run + from.scale);
   }
 };
 
@@ -190,12 +195,13 @@ __device__ __forceinline__ void score_quad(const QueryFragments<kChunks, kMode, 
 
 // What one warp scans: `steps` steps of 8 token quads (32 tokens) of one (row, KV head).
 //   quad_of(step)  this lane's token quad
+//   begin()        called before the first signature is fetched, once the first blocks are looked up
 //   ready()        called once the first loads are on their way, before the first score
 //   sink(step, first token, head quad, scores of four tokens for head lane % 4)
-template <int kChunks, Mode kMode, int kQuads, class QuadOf, class Ready, class Sink>
+template <int kChunks, Mode kMode, int kQuads, class QuadOf, class Begin, class Ready, class Sink>
 __device__ __forceinline__ void scan_quads(const Page& page, int kv_head, const int32_t* blocks, int length,
                                            const QueryFragments<kChunks, kMode, kQuads>& query, int steps,
-                                           QuadOf quad_of, Ready ready, Sink sink) {
+                                           QuadOf quad_of, Begin begin, Ready ready, Sink sink) {
   constexpr int kDepth = kChunks == 1 ? 4 : 2;
   const SignatureReader<kChunks, kMode> reader(page, kv_head);
   const uint32_t last = uint32_t(length - 1) / kQuad;
@@ -203,11 +209,17 @@ __device__ __forceinline__ void scan_quads(const Page& page, int kv_head, const 
   uint32_t block[kDepth];
   Signatures<kChunks, kMode> data[kDepth];
   auto fetch_block = [&](int step) { return uint32_t(__ldg(blocks + reader.block_of(quad_at(step)))); };
+  typename SignatureReader<kChunks, kMode>::Place place[kDepth];
   if (steps > 0) {  // beyond the last step the last quad is loaded, for nothing
 #pragma unroll
     for (int i = 0; i < kDepth; ++i) block[i] = fetch_block(i);
 #pragma unroll
-    for (int i = 0; i < kDepth; ++i) reader.load(data[i], quad_at(i), block[i]);
+    for (int i = 0; i < kDepth; ++i) place[i] = reader.place(quad_at(i), block[i]);
+  }
+  begin();
+  if (steps > 0) {
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i) reader.load(data[i], place[i]);
 #pragma unroll
     for (int i = 0; i < kDepth; ++i)
       if (kDepth + i < steps) block[i] = fetch_block(kDepth + i);
@@ -224,7 +236,7 @@ __device__ __forceinline__ void scan_quads(const Page& page, int kv_head, const 
         score_quad(query, data[i], q, score);
         sink(step + i, token, q, score);
       }
-      if (step + i + kDepth < steps) reader.load(data[i], quad_at(step + i + kDepth), block[i]);
+      if (step + i + kDepth < steps) reader.load(data[i], reader.place(quad_at(step + i + kDepth), block[i]));
       if (step + i + 2 * kDepth < steps) block[i] = fetch_block(step + i + 2 * kDepth);
     }
   }

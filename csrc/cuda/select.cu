@@ -6,6 +6,13 @@ namespace {
 
 constexpr int kThreads = 256;
 
+// Bits [first, last) of a word of a bitmap.
+__device__ __forceinline__ uint32_t range_bits(int word, int first, int last) {
+  const int low = max(first - word * 32, 0), high = min(last - word * 32, 32);
+  if (low >= high) return 0;
+  return (high == 32 ? kFull : (1u << high) - 1) & ~((1u << low) - 1);
+}
+
 __global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant__ SelectParams p) {
   extern __shared__ __align__(16) uint32_t memory[];
   uint32_t* bins = memory;

@@ -5,7 +5,7 @@
 
 namespace adamas {
 
-constexpr int kBinBits = 11;
+constexpr int kBinBits = 9;
 constexpr int kBins = 1 << kBinBits;
 constexpr int kBinWords = spread(kBins);  // bins lie spread in shared memory
 constexpr int kSelectWords = kBinWords + 32;
@@ -71,7 +71,7 @@ __device__ Threshold warp_threshold(uint32_t* bins, int bits, uint32_t need, uin
   }
 }
 
-// The bin of kBins that holds the `need`-th best value, by a block; there have to be so many values.
+// The bin of kCount that holds the `need`-th best value, by a block; there have to be so many values.
 // `bins` holds kSelectWords. Starts and ends synchronised.
 template <int kThreads>
 __device__ __forceinline__ Bin find_block_bin(uint32_t* bins, uint32_t need) {
@@ -131,18 +131,21 @@ __device__ uint64_t block_threshold(uint32_t* bins, int bits, uint32_t need, Eac
   }
 }
 
+// log2 of the tokens of a context that encode samples.
+__host__ __device__ inline int sample_bits(int max_context_len) {
+  return max_context_len <= 65536 ? 10 : max_context_len <= 1 << 18 ? 11 : 12;
+}
+// What a pivot ranks in the sample, at least: six standard deviations below the k-th best. It ranks half as
+// much again at most; candidate_capacity() of backends/cuda/__init__.py relies on both.
+__device__ __forceinline__ int sample_rank(int need, int sample, int length) {
+  const float expected = __fdividef(float(need) * sample, length);
+  return int(expected + 6.0f * sqrtf(1.5f * expected) + 3.0f);
+}
+
 __device__ __forceinline__ int token_bits(int length) { return 32 - __clz(length); }
 
 __device__ __forceinline__ uint64_t ranked(uint32_t key, uint32_t token, int bits) {
   return uint64_t(key) << bits | token;
-}
-
-// Bits [first, last) of a bitmap in shared memory; whole words are stored, so no other bits may be
-// set before. Call with every thread.
-__device__ __forceinline__ uint32_t range_bits(int word, int first, int last) {
-  const int low = max(first - word * 32, 0), high = min(last - word * 32, 32);
-  if (low >= high) return 0;
-  return (high == 32 ? kFull : (1u << high) - 1) & ~((1u << low) - 1);
 }
 
 // A bitmap in shared memory lies spread.
