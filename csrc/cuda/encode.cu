@@ -13,7 +13,7 @@ namespace {
 constexpr int kMostThreads = 512;
 
 constexpr int kPivotBits = 8, kPivotWords = spread(1 << kPivotBits);
-constexpr int kTries = 12;  // to find a pivot by its value
+constexpr int kTries = 8;  // to find a pivot by its value
 
 // Standard deviations above the mean of a normal distribution beyond which the share `p` < 0.5 lies, within
 // 0.005 (Abramowitz and Stegun, 26.2.22).
@@ -47,8 +47,9 @@ __device__ __noinline__ uint64_t find_tied_pivot(const float* scores, int sample
          }).value;
 }
 
-// A score that `rank` of the sample reach, and at most half as many again, by one warp. Excluded tokens
-// are -inf. Scores are nearly normal, so the first guess mostly serves; otherwise it is bisected.
+// A score that `rank` of the sample reach, and at most half as many again (or twice as many where scores
+// tie), by one warp. Excluded tokens are -inf. Scores are nearly normal, so the first guess mostly serves;
+// otherwise it is corrected, then bisected.
 __device__ __forceinline__ Pivot find_pivot(const float* scores, int sample_bits, int rank, uint32_t* bins) {
   const int slack = rank / 2;  // more candidates are no harm, as long as they fit
   float sum = 0, squares = 0, low = INFINITY, high = -INFINITY;
@@ -70,6 +71,7 @@ __device__ __forceinline__ Pivot find_pivot(const float* scores, int sample_bits
     high = fmaxf(high, __shfl_xor_sync(kFull, high, step));
   }
   if (seen < rank) return {-INFINITY, high, 0};
+  int most = seen;  // reach low
   const float top = high, inverse = __fdividef(1.0f, seen), mean = sum * inverse;
   const float share = (rank + 0.4f * slack) * inverse;
   float guess = mean + sqrtf(fmaxf(squares * inverse - mean * mean, 0.0f)) * (share < 0.5f ? normal_tail(share) : 0.0f);
@@ -81,11 +83,13 @@ __device__ __forceinline__ Pivot find_pivot(const float* scores, int sample_bits
     reached = __reduce_add_sync(kFull, reached);
     if (reached >= rank && reached <= rank + slack) return {guess, top, 0};
     (reached < rank ? high : low) = guess;
+    if (reached >= rank) most = reached;
     const float found = reached * inverse;
     guess = i < 4 && share < 0.5f && reached && found < 0.5f
                 ? mean + (guess - mean) * __fdividef(normal_tail(share), normal_tail(found))
                 : NAN;  // bisect
   }
+  if (most <= 2 * rank) return {low, top, 0};
   const uint64_t tied = find_tied_pivot(scores, sample_bits, rank, slack, bins);
   return {from_order_key(uint32_t(tied >> sample_bits)), top, int(tied & ((1 << sample_bits) - 1))};
 }
