@@ -90,7 +90,8 @@ def gpu_tables(serve: dict, decode: dict) -> list[str]:
         "|---|---|---|---|---|---|",
     ]
     for row in serve["rows"]:
-        lines.append(serve_row(f"{row['context']:,} tokens x {row['concurrency']}", row))
+        note = f" ({row['note']})" if "note" in row else ""
+        lines.append(serve_row(f"{row['context']:,} tokens x {row['concurrency']}{note}", row))
     mixed = serve["mixed"]
     row = {f"{key}_ratio": mixed[f"{key}_ratio"] for key in ("tpot", "itl", "ttft")}
     for who, backend in (("dense", "flash_attn"), ("adamas", "adamas")):

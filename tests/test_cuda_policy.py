@@ -13,22 +13,27 @@ from vllm_adamas.backends.cuda import MAX_CANDIDATES, SAMPLES, candidate_capacit
 RECORD = Path(__file__).parents[1] / "benchmarks" / "results" / "decode_gpu.json"
 
 
-def recorded() -> list[tuple[str, dict, dict]]:
+def recorded() -> list[tuple[str, int, dict, dict]]:
+    """Where both forms ran: its name, token sets of a KV head, the cell and its result."""
     record = json.loads(RECORD.read_text())
-    cells = [cell for part in record.values() if isinstance(part, list) for cell in part]
-    return [
-        (name, cell, result)
-        for cell in cells
-        for name, result in cell.items()
-        if isinstance(result, dict) and "fused" in result
-    ]
+    heads = record["setting"]
+    found = []
+    for part, cells in record.items():
+        if not isinstance(cells, list):
+            continue
+        group = 1 if part == "mha" else heads["query_heads"] // heads["kv_heads"]
+        for cell in cells:
+            for name, result in cell.items():
+                if isinstance(result, dict) and "fused" in result:
+                    sets = group if name.endswith("query_head") else 1
+                    found.append((f"{part}, {name}", sets, cell, result))
+    return found
 
 
 def test_choice_of_the_fused_kernel_is_the_measured_one() -> None:
     """Of every cell where both forms ran, the policy takes the faster one, or loses little."""
     assert len(recorded()) > 20
-    for name, cell, result in recorded():
-        sets = 4 if name.endswith("query_head") else 1
+    for name, sets, cell, result in recorded():
         cluster = result["fused"]["cluster"]
         fused = prefers_fused(cluster, cell["context"], sets, cell["budget"])
         assert result["runs"] == ("fused" if fused else "three"), (name, cell["context"])
