@@ -52,7 +52,7 @@ class Params:
     fp8: Literal["e4m3", "e5m2"] | None = None
     k_scale: float = 1.0
     v_scale: float = 1.0
-    token_budget: int | float = 256
+    token_budget: int | float = AdamasConfig.model_fields["token_budget"].default
     key_mean: torch.Tensor | None = field(default=None, compare=False)
 
     @classmethod

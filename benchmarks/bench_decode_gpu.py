@@ -7,7 +7,8 @@ graphs with one, two and three of the kernels. The fused kernel is measured besi
 what the policy takes.
 
 FlashAttention 3 comes from an installed vLLM and is called as vLLM calls it for decode, on a cache of
-its own layout, with and without a prepared schedule; the faster one counts.
+its own layout, with and without a prepared schedule; the faster one counts. vLLM's Triton attention and,
+if it is installed, xformers' split-K operator stand beside it.
 """
 
 from __future__ import annotations
@@ -16,15 +17,18 @@ import argparse
 import json
 import statistics
 import subprocess
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
 
+from vllm_adamas.backends import xformers
 from vllm_adamas.backends.base import Params
 from vllm_adamas.backends.cuda import CudaBackend
 from vllm_adamas.config import AdamasConfig
+from vllm_adamas.errors import AdamasError
 from vllm_adamas.layout import PageLayout
 
 RESULTS = Path(__file__).parent / "results" / "decode_gpu.json"
@@ -307,6 +311,21 @@ def bench_triton(pool, length, rows, copies):
     return result | {"GBps": round(dense / result["us"] / 1e3)}
 
 
+def bench_xformers(pool, length, rows, copies):
+    """xformers' split-K operator over the dense cache, in pages of BLOCK_SIZE tokens."""
+    key, value = (x.view(-1, BLOCK_SIZE, pool.kv_heads, HEAD_SIZE) for x in (pool.k, pool.v))
+    tables = pool.tables(length, rows, copies, BLOCK_SIZE)
+    queries = [torch.randn(rows, QUERY_HEADS, HEAD_SIZE, device="cuda").to(DTYPE) for _ in tables]
+    biases = [xformers.attention_bias([length] * rows, t, BLOCK_SIZE) for t in tables]
+    calls = [
+        lambda q=q, b=b: xformers.dense_decode(q, key, value, b, HEAD_SIZE**-0.5)
+        for q, b in zip(queries, biases, strict=True)
+    ]
+    result = timed(calls)
+    dense = rows * length * pool.kv_heads * HEAD_SIZE * 2 * DTYPE.itemsize
+    return result | {"GBps": round(dense / result["us"] / 1e3)}
+
+
 def environment() -> dict:
     smi = subprocess.run(
         ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
@@ -331,6 +350,7 @@ class Bench:
 
     def __init__(self, fa3: bool, triton: bool, scores: list[str]):
         self.backend, self.fa3, self.triton, self.scores = CudaBackend(), fa3, triton, scores
+        self.xformers = fa3 and find_spec("xformers") is not None  # it reads the same dense cache
         self.dense: dict[tuple[int, int, int], dict] = {}
 
     def cell(self, pool, length, rows, scores, budget=BUDGET, read=False) -> dict:
@@ -348,6 +368,13 @@ class Bench:
         if self.triton and read:
             cell["triton"] = bench_triton(pool, length, rows, copies)
             show(length, rows, "vLLM's Triton attention", cell["triton"], cell)
+        if self.xformers and read and not pool.fp8:
+            try:
+                cell["xformers"] = bench_xformers(pool, length, rows, copies)
+                show(length, rows, "xformers split-K", cell["xformers"], cell)
+            except AdamasError as error:
+                print(error)
+                self.xformers = False
         for score in scores:
             for selection in SELECTIONS:
                 name = f"{score} {selection}"

@@ -1,4 +1,4 @@
-"""Writes the tables of docs/kernels.md from benchmarks/results/decode_gpu.json.
+"""Writes the tables and the plot of docs/kernels.md from benchmarks/results/decode_gpu.json.
 
     python benchmarks/update_kernels.py [--check]
 
@@ -13,6 +13,7 @@ import sys
 from common import RESULTS, update_document
 
 DOCUMENT = RESULTS.parent.parent / "docs" / "kernels.md"
+PLOT = RESULTS / "decode_gpu.png"
 SELECTIONS = ("query_head", "kv_head")
 
 
@@ -109,9 +110,46 @@ def render(result: dict) -> list[str]:
     for name, (title, first) in titles.items():
         if name in result:
             lines += [title, "", *part(result, name, first)]
-    return lines[:-1]
+    return [
+        *lines,
+        f"![time and speed-up against context length](../benchmarks/results/{PLOT.name})",
+    ]
+
+
+def plot(result: dict) -> None:
+    """Microseconds of one row, and the speed-up of 1, 8 and 32 rows, against the context's length."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    measured = sorted(result["cells"] + result.get("contexts", []), key=lambda c: c["context"])
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    one = [cell for cell in measured if cell["rows"] == 1]
+    lengths = [cell["context"] for cell in one]
+    left.loglog(lengths, [cell["fa3"]["us"] for cell in one], "k.-", label="FlashAttention 3")
+    for selection in SELECTIONS:
+        times = [used(cell, f"dot {selection}")["us"] for cell in one]
+        left.loglog(lengths, times, ".-", label=f"one set per {selection}")
+    left.set(title="one row", ylabel="µs of a decode step of one layer")
+    left.legend()
+    for rows in sorted({cell["rows"] for cell in measured}):
+        these = [cell for cell in measured if cell["rows"] == rows]
+        ratios = [used(cell, "dot kv_head")["speedup"] for cell in these]
+        right.semilogx([cell["context"] for cell in these], ratios, ".-", label=f"{rows} rows")
+    right.set(title="speed-up, one set per kv_head", ylim=(0, None))
+    right.legend()
+    ticks = [1 << n for n in range(12, 21, 2)]
+    for axes in (left, right):
+        axes.set_xticks(ticks, [tokens(n) for n in ticks], minor=False)
+        axes.set_xlabel("context length (tokens)")
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    figure.savefig(PLOT, dpi=140)
 
 
 if __name__ == "__main__":
-    measured = json.loads((RESULTS / "decode_gpu.json").read_text())
-    sys.exit(update_document(DOCUMENT, "update_kernels", render(measured)))
+    record = json.loads((RESULTS / "decode_gpu.json").read_text())
+    if "--check" not in sys.argv:
+        plot(record)
+    sys.exit(update_document(DOCUMENT, "update_kernels", render(record)))

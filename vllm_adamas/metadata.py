@@ -37,7 +37,6 @@ class AdamasMetadata(AttentionMetadata):
         slot_mapping: int64 ``[tokens]``, where the step's keys and values go.
     """
 
-    num_actual_tokens: int
     num_decodes: int
     context_lens: torch.Tensor
     budgets: torch.Tensor
@@ -145,7 +144,6 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
             )
         self.stats.tick()
         return AdamasMetadata(
-            num_actual_tokens=common.num_actual_tokens,
             num_decodes=num_decodes,
             context_lens=context_lens,
             budgets=budgets,
