@@ -146,6 +146,11 @@ class Pool:
         sets = QUERY_HEADS if selection == "query_head" else self.kv_heads
         return rows * sets * budget * 2 * HEAD_SIZE * self.layout.dtype.itemsize
 
+    def dense_rate(self, result: dict, length: int, rows: int) -> dict:
+        """A result of :func:`timed` with the rate at which K and V of whole contexts were read."""
+        moved = rows * length * self.kv_heads * HEAD_SIZE * 2 * DTYPE.itemsize
+        return result | {"GBps": round(moved / result["us"] / 1e3)}
+
     def tables(self, length: int, rows: int, copies: int, block_size: int) -> list[torch.Tensor]:
         """One shuffled block table per copy; copies are disjoint as long as the pool lasts."""
         per_row = length // block_size
@@ -208,20 +213,11 @@ def bench_adamas(backend, pool, length, rows, copies, score, selection, budget, 
     def calls(**how):
         return [
             lambda q=q, t=t, o=o: backend.decode(
-                params,
-                q,
-                pool.pages,
-                t,
-                lens,
-                budgets,
-                o,
-                stats,
-                max_context_len=length,
-                overlap=True,
-                **how,
+                params, q, pool.pages, t, lens, budgets, o, stats, max_context_len=length,
+                overlap=True, **how,
             )
             for q, t, o in zip(queries, tables, outputs, strict=True)
-        ]
+        ]  # fmt: skip
 
     moved = pool.signature_bytes(length, rows) + pool.attended_bytes(rows, selection, budget)
     result = {"three": timed(calls(cluster=0))}
@@ -272,9 +268,7 @@ def bench_fa3(pool, length, rows, copies):
     best = variants[name]
     best["variant"] = name
     best["all_us"] = {n: v["us"] for n, v in variants.items()}
-    dense = rows * length * pool.kv_heads * HEAD_SIZE * 2 * DTYPE.itemsize
-    best["GBps"] = round(dense / best["us"] / 1e3)
-    return best
+    return pool.dense_rate(best, length, rows)
 
 
 def bench_triton(pool, length, rows, copies):
@@ -306,9 +300,7 @@ def bench_triton(pool, length, rows, copies):
         )
         for q, t, o in zip(queries, tables, outputs, strict=True)
     ]  # fmt: skip
-    result = timed(calls)
-    dense = rows * length * pool.kv_heads * HEAD_SIZE * 2 * DTYPE.itemsize
-    return result | {"GBps": round(dense / result["us"] / 1e3)}
+    return pool.dense_rate(timed(calls), length, rows)
 
 
 def bench_xformers(pool, length, rows, copies):
@@ -321,9 +313,7 @@ def bench_xformers(pool, length, rows, copies):
         lambda q=q, b=b: xformers.dense_decode(q, key, value, b, HEAD_SIZE**-0.5)
         for q, b in zip(queries, biases, strict=True)
     ]
-    result = timed(calls)
-    dense = rows * length * pool.kv_heads * HEAD_SIZE * 2 * DTYPE.itemsize
-    return result | {"GBps": round(dense / result["us"] / 1e3)}
+    return pool.dense_rate(timed(calls), length, rows)
 
 
 def environment() -> dict:

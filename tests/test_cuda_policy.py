@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
 
 import pytest
+from cases import Case
 
 from vllm_adamas.backends.cuda import MAX_CANDIDATES, SAMPLES, candidate_capacity, prefers_fused
 
@@ -39,6 +41,13 @@ def test_choice_of_the_fused_kernel_is_the_measured_one() -> None:
         assert result["runs"] == ("fused" if fused else "three"), (name, cell["context"])
         best = min(result["fused"]["us"], result["three"]["us"])
         assert result[result["runs"]]["us"] <= 1.08 * best, (name, cell["context"], cell["rows"])
+
+
+@pytest.mark.parametrize("budget, fused", [(256, True), (512, False), (0.01, True), (0.5, False)])
+def test_choice_follows_the_budget(budget: int | float, fused: bool) -> None:
+    """The fused kernel lists every score when there are more tokens to select than groups of them."""
+    params = dataclasses.replace(Case().params, token_budget=budget)
+    assert prefers_fused(3, 8192, 1, params.budget(8192)) == fused
 
 
 @pytest.mark.parametrize("budget", [1, 64, 2048, 100000])

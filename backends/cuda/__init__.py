@@ -51,8 +51,8 @@ def candidate_capacity(max_context_len: int, budget: int) -> int:
     """Candidates that a token set may keep before its scores are computed again.
 
     A pivot ranks `rank` to half as many more in a sample (sample_rank and find_pivot of csrc/cuda), so
-    that many times the stride are expected to reach it; six standard deviations more fit. Never less
-    than for a shorter context.
+    that many times the stride are expected to reach it; six standard deviations more fit, and mostly
+    the twice as many that tied scores may bring. Never less than for a shorter context.
     """
     wanted = 4096
     for limit, sample in SAMPLES:

@@ -71,7 +71,7 @@ __device__ Threshold warp_threshold(uint32_t* bins, int bits, uint32_t need, uin
   }
 }
 
-// The bin of kCount that holds the `need`-th best value, by a block; there have to be so many values.
+// The bin of kBins that holds the `need`-th best value, by a block; there have to be so many values.
 // `bins` holds kSelectWords. Starts and ends synchronised.
 template <int kThreads>
 __device__ __forceinline__ Bin find_block_bin(uint32_t* bins, uint32_t need) {
@@ -136,7 +136,8 @@ __host__ __device__ inline int sample_bits(int max_context_len) {
   return max_context_len <= 65536 ? 10 : max_context_len <= 1 << 18 ? 11 : 12;
 }
 // What a pivot ranks in the sample, at least: six standard deviations below the k-th best. It ranks half as
-// much again at most; candidate_capacity() of backends/cuda/__init__.py relies on both.
+// much again at most, or twice where scores tie (find_pivot); candidate_capacity() of
+// backends/cuda/__init__.py sizes lists for the half.
 __device__ __forceinline__ int sample_rank(int need, int sample, int length) {
   const float expected = __fdividef(float(need) * sample, length);
   return int(expected + 6.0f * sqrtf(1.5f * expected) + 3.0f);
