@@ -1,14 +1,14 @@
 """TPOT of FLASH_ATTN and ADAMAS as a client sees it under load on a GPU.
 
 Dummy weights in the shape of Llama-3.1-8B: the speed of decode does not depend on their values. Prompts
-of random tokens are sent once, cold, for TTFT, and then again: their prefixes are cached by then, so
-TPOT and the inter-token latency (ITL) are those of decode steps with every request running. A mixed load
-comes after `--loads`: fresh questions about cached documents, which arrive at a rate.
+of random tokens are sent cold, for TTFT, and then again: their prefixes are cached by then, so TPOT and
+the inter-token latency (ITL) are those of decode steps with every request running. A mixed load comes
+after `--loads`: fresh questions about cached documents, which arrive at a rate.
 
-Both servers are alive and take turns where both fit; loads whose KV cache needs a whole GPU run on one
-server after the other, unless `--devices` gives each server a GPU of its own.
+For these both servers share one GPU and take turns. The `--big-loads`, whose KV cache needs a whole GPU,
+run on one server after the other, or side by side with a GPU for each (`--devices`).
 
-    python benchmarks/bench_serve_gpu.py --tokenizer DIR --loads 32000x8 32000x22 128000x5
+    python benchmarks/bench_serve_gpu.py --tokenizer DIR --devices 0 1
 """
 
 from __future__ import annotations
@@ -58,17 +58,22 @@ KEYS = ("ttft", "tpot", "itl")
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokenizer", default=str(MODEL), help="folder with a small tokenizer")
-    parser.add_argument("--loads", nargs="*", default=["32000x8"], help="CONTEXTxREQUESTS")
     parser.add_argument(
-        "--big-loads", nargs="*", default=["32000x22", "128000x5"], help="one server at a time"
+        "--loads", nargs="*", default=["32000x1", "32000x8"], help="CONTEXTxREQUESTS"
+    )
+    parser.add_argument(
+        "--big-loads", nargs="*", default=["32000x22", "128000x5"], help="a GPU for each server"
     )
     parser.add_argument("--output-len", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3, help="warm rounds of every load")
+    parser.add_argument(
+        "--cold", type=int, default=12, help="cold prompts of each of --loads at least"
+    )
     parser.add_argument("--mixed-rounds", type=int, default=1, help="rounds of the mixed load")
     parser.add_argument("--config", default="{}", help="options of the adamas backend, JSON")
     parser.add_argument("--kv-bytes", default="42G", help="KV cache of servers that share a GPU")
     parser.add_argument("--big-kv-bytes", default="96G", help="KV cache of a server that does not")
-    parser.add_argument("--devices", nargs=2, help="a GPU for each server; then all loads are big")
+    parser.add_argument("--devices", nargs=2, help="GPUs of the servers of --big-loads, at once")
     parser.add_argument("--name", default="serve_gpu", help="result file")
     return parser.parse_args()
 
@@ -109,6 +114,11 @@ def at_once(server: Server, prompts: list[list[int]], tokens: int, waits=None) -
         return list(pool.map(lambda p, w: one_request(server, p, tokens, w), prompts, waits))
 
 
+def in_turn(names, turn: int) -> list[str]:
+    """The other way round in every second turn."""
+    return list(names)[:: 1 if turn % 2 == 0 else -1]
+
+
 @dataclass
 class Load:
     """`requests` prompts of `context` tokens at once; samples per backend and key."""
@@ -121,24 +131,28 @@ class Load:
     def parse(cls, text: str) -> Load:
         return cls(*map(int, text.split("x")))
 
-    @property
-    def prompts(self) -> list[list[int]]:
-        name = f"{self.context}x{self.requests}"  # no load finds another's prompts cached
+    def prompts(self, turn: int = 0) -> list[list[int]]:
+        name = f"{self.context}x{self.requests}/{turn}"  # no load finds another's prompts cached
         return [random_prompt(f"{name}/{i}", self.context) for i in range(self.requests)]
 
     def measure(
-        self, servers: dict[str, Server], output_len: int, rounds: int, cold_workers: int
+        self,
+        servers: dict[str, Server],
+        output_len: int,
+        cold: int,
+        rounds: int,
+        apart: bool = False,
     ) -> None:
-        """Servers take turns; with several `cold_workers`, not for the cold prompts, which take long
-        and keep a GPU of their own busy."""
-        prompts = self.prompts
-        with ThreadPoolExecutor(cold_workers) as pool:
-            cold = pool.map(lambda server: at_once(server, prompts, 1), servers.values())
-            for name, results in zip(servers, cold, strict=True):
-                self.add(name, results, ("ttft",))
+        """`cold` rounds of new prompts, then the last ones again, `rounds` times. Servers take turns;
+        those `apart`, with a GPU of their own, not for cold prompts, which take long."""
+        for turn in range(cold):
+            prompts, names = self.prompts(turn), in_turn(servers, turn)
+            with ThreadPoolExecutor(len(names) if apart else 1) as pool:
+                answers = pool.map(lambda n, p=prompts: at_once(servers[n], p, 1), names)
+                for name, results in zip(names, answers, strict=True):
+                    self.add(name, results, ("ttft",))
         for turn in range(rounds):
-            order = list(servers) if turn % 2 == 0 else list(servers)[::-1]
-            for name in order:
+            for name in in_turn(servers, turn):
                 self.add(name, at_once(servers[name], prompts, output_len), ("tpot", "itl"))
 
     def add(self, name: str, results: list[dict], keys: tuple[str, ...]) -> None:
@@ -188,7 +202,7 @@ def measured_read_rate() -> float:
 def mixed_load(servers: dict[str, Server], output_len: int, rounds: int) -> dict:
     """Questions about cached documents, new ones in every round; arrivals are Poisson, the same for
     both servers, which take turns."""
-    documents = Load(MIXED["context"], MIXED["documents"]).prompts
+    documents = Load(MIXED["context"], MIXED["documents"]).prompts()
     rng, waits = random.Random(0), [0.0]
     while len(waits) < MIXED["requests"]:
         waits.append(waits[-1] + rng.expovariate(MIXED["rate"]))
@@ -200,7 +214,7 @@ def mixed_load(servers: dict[str, Server], output_len: int, rounds: int) -> dict
             documents[i % len(documents)] + random_prompt(f"{turn}/{i}", MIXED["question"])
             for i in range(MIXED["requests"])
         ]
-        for name in BACKENDS[:: 1 if turn % 2 == 0 else -1]:
+        for name in in_turn(BACKENDS, turn):
             server, kept = servers[name], samples[name]
             before, start = server.metrics(), time.perf_counter()
             results = at_once(server, prompts, output_len, waits)
@@ -252,9 +266,11 @@ class Bench:
     def __init__(self, args, model: Path):
         self.args, self.model = args, model
         self.facts: dict = {"hardware": gpu_hardware(), "devices": args.devices or ["0", "0"]}
-        self.loads: dict[int, Load] = {}
+        self.loads: list[Load] = []
 
-    def start(self, names: tuple[str, ...], kv_bytes: str, stack: ExitStack) -> dict[str, Server]:
+    def start(
+        self, names: tuple[str, ...], kv_bytes: str, devices: list[str] | None, stack: ExitStack
+    ) -> dict[str, Server]:
         extra = ["--load-format", "dummy", "--block-size", "64", "--max-num-seqs", "32"]
         extra += ["--gpu-memory-utilization", "0.45", "--kv-cache-memory-bytes", kv_bytes]
         extra += ["--max-model-len", "131072"]
@@ -262,8 +278,8 @@ class Bench:
         def one(name: str) -> Server:
             config = json.loads(self.args.config) if name == "adamas" else None
             env = {}
-            if self.args.devices:
-                env["CUDA_VISIBLE_DEVICES"] = self.args.devices[BACKENDS.index(name)]
+            if devices:
+                env["CUDA_VISIBLE_DEVICES"] = devices[BACKENDS.index(name)]
             return Server(self.model, name, config, extra_args=extra, env=env)
 
         begin = time.perf_counter()
@@ -280,44 +296,49 @@ class Bench:
         return servers
 
     def run(self) -> dict:
+        """Every load; the file is kept up to date, because a run takes long and may be cut short."""
         args = self.args
-        together = [Load.parse(x) for x in args.loads]
+        if args.loads or args.mixed_rounds:
+            self.run_together([Load.parse(x) for x in args.loads])
         big = [Load.parse(x) for x in args.big_loads]
+        turns = [BACKENDS] if args.devices else [(name,) for name in BACKENDS]
+        for names in turns if big else ():
+            with ExitStack() as stack:
+                servers = self.start(names, args.big_kv_bytes, args.devices, stack)
+                for load in big:
+                    load.measure(servers, args.output_len, 1, args.rounds, apart=True)
+                    self.keep(load)
+        return self.result()
+
+    def run_together(self, loads: list[Load]) -> None:
+        """What both servers measure in turn on one GPU."""
+        args = self.args
         with ExitStack() as stack:
-            kv_bytes = args.big_kv_bytes if args.devices else args.kv_bytes
-            servers = self.start(BACKENDS, kv_bytes, stack)
-            lines = servers["adamas"].log().splitlines()
-            self.facts["adamas"] = next(x for x in lines if "Using ADAMAS" in x).partition(
-                "backend: "
-            )[2]
+            one_gpu = args.devices and args.devices[:1] * 2
+            servers = self.start(BACKENDS, args.kv_bytes, one_gpu, stack)
+            log = servers["adamas"].log().splitlines()
+            line = next(x for x in log if "Using ADAMAS" in x)
+            self.facts["adamas"] = line.partition("backend: ")[2]
             self.facts["below_budget"] = check_equal(servers)
-            for load in together:
-                self.measure(load, servers)
+            for load in loads:
+                load.measure(servers, args.output_len, -(-args.cold // load.requests), args.rounds)
+                self.keep(load)
             if args.mixed_rounds:
                 self.facts["mixed"] = mixed_load(servers, args.output_len // 2, args.mixed_rounds)
                 save(args.name, self.result())
-            for load in big if args.devices else ():
-                self.measure(load, servers)
+            metrics = servers["adamas"].metrics()
             self.facts["adamas_counters"] = {
-                k: v for k, v in servers["adamas"].metrics().items() if k.startswith("vllm_adamas")
+                k: v for k, v in metrics.items() if k.startswith("vllm_adamas")
             }
-        for name in BACKENDS if big and not args.devices else ():
-            with ExitStack() as stack:
-                servers = self.start((name,), args.big_kv_bytes, stack)
-                for load in big:
-                    self.measure(load, servers)
-        return self.result()
 
-    def measure(self, load: Load, servers: dict[str, Server]) -> None:
-        """Keeps the file up to date, because a run takes long and may be cut short."""
-        args = self.args
-        load.measure(servers, args.output_len, args.rounds, 2 if args.devices else 1)
-        self.loads.setdefault(id(load), load)
-        save(args.name, self.result())
+    def keep(self, load: Load) -> None:
+        if load not in self.loads:
+            self.loads.append(load)
+        save(self.args.name, self.result())
 
     def result(self) -> dict:
         rate, config = measured_read_rate(), json.loads(self.args.config)
-        measured = [x for x in self.loads.values() if all(x.samples[b]["itl"] for b in BACKENDS)]
+        measured = [x for x in self.loads if all(x.samples[b]["itl"] for b in BACKENDS)]
         rows = [load.row(config, rate) for load in measured]
         return {**self.facts, "output_len": self.args.output_len, "read_rate": rate, "rows": rows}
 

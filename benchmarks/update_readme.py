@@ -101,7 +101,7 @@ def gpu_tables(serve: dict, decode: dict) -> list[str]:
         f"{mixed['context']:,}, {mixed['rate']:g} a second"
     )
     lines.append(serve_row(load, row))
-    (tokens,) = serve["kv_cache_tokens"].values()
+    tokens = list(serve["kv_cache_tokens"].values())[-1]
     kept = tokens["adamas"] / tokens["flash_attn"]
     lines += ["", f"With the same memory the KV cache holds {kept:.1%} of FLASH_ATTN's tokens."]
     cells = []

@@ -17,6 +17,7 @@ from cases import (
     relative_error,
 )
 
+from vllm_adamas.backends.cuda import MAX_CONTEXT
 from vllm_adamas.backends.reference import ReferenceBackend
 from vllm_adamas.backends.reference.ops import select_tokens
 
@@ -240,6 +241,15 @@ def test_decode_of_long_contexts(backend, selection: str, cluster: int) -> None:
     check_decode(backend, batch, cluster)
 
 
+@SELECTIONS
+@pytest.mark.parametrize("score", ["dot", "manhattan"])
+def test_decode_of_a_million_tokens(backend, selection: str, score: str) -> None:
+    """The longest context that is served, and an odd one beside it."""
+    lengths, budgets = (MAX_CONTEXT, 999_999), (256, 4096)
+    case = Case(lengths, budgets, heads=(4, 1), score=score, selection=selection)
+    check_decode(backend, case.build(backend, "cuda"), cluster=0)
+
+
 @over_clusters
 @pytest.mark.parametrize("data", ["equal", "late"])
 def test_decode_of_misleading_long_contexts(backend, data: str, cluster: int) -> None:
@@ -278,14 +288,21 @@ def test_decode_dense_and_sparse(backend, cluster: int) -> None:
 
 @over_clusters
 @pytest.mark.parametrize(
-    "rows, head_size, fp8", [(300, 64, None), (300, 128, None), (100, 128, "e4m3"), (100, 96, None)]
+    "rows, heads, head_size, fp8",
+    [
+        (300, (4, 2), 64, None),
+        (300, (4, 2), 128, None),
+        (100, (4, 2), 128, "e4m3"),
+        (100, (4, 2), 96, None),
+        (512, (16, 4), 128, None),  # the largest batch
+    ],
 )
-def test_decode_many_rows(backend, rows: int, head_size: int, fp8: str | None, cluster) -> None:
+def test_decode_many_rows(backend, rows: int, heads, head_size: int, fp8, cluster: int) -> None:
     """Enough token sets for small blocks, whose rows go through shared memory."""
     g = torch.Generator().manual_seed(3)
     lengths = tuple(torch.randint(0, 400, (rows,), generator=g).tolist())
     budgets = tuple(torch.randint(1, 300, (rows,), generator=g).tolist())
-    batch = Case(lengths, budgets, (4, 2), head_size, fp8=fp8).build(backend, "cuda")
+    batch = Case(lengths, budgets, heads, head_size, fp8=fp8).build(backend, "cuda")
     skip_unless_fits(backend, batch, cluster)
     check_decode(backend, batch, cluster)
 
