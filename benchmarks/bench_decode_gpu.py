@@ -7,8 +7,8 @@ graphs with one, two and three of the kernels. The fused kernel is measured besi
 what the policy takes.
 
 FlashAttention 3 comes from an installed vLLM and is called as vLLM calls it for decode, on a cache of
-its own layout, with and without a prepared schedule; the faster one counts. vLLM's Triton attention and,
-if it is installed, xformers' split-K operator stand beside it.
+its own layout, with and without a prepared schedule; the faster one counts. vLLM's Triton attention and, where
+they are installed, FlashInfer's decode and xformers' split-K operator read the same cache.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ import argparse
 import json
 import statistics
 import subprocess
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -28,7 +30,6 @@ from vllm_adamas.backends import xformers
 from vllm_adamas.backends.base import Params
 from vllm_adamas.backends.cuda import CudaBackend
 from vllm_adamas.config import AdamasConfig
-from vllm_adamas.errors import AdamasError
 from vllm_adamas.layout import PageLayout
 
 RESULTS = Path(__file__).parent / "results" / "decode_gpu.json"
@@ -264,11 +265,13 @@ def bench_fa3(pool, length, rows, copies):
         "own schedule": timed(calls()),
         "prepared schedule": timed(calls(scheduler_metadata=plan, num_splits=32)),
     }
-    name = min(variants, key=lambda n: variants[n]["us"])
-    best = variants[name]
-    best["variant"] = name
-    best["all_us"] = {n: v["us"] for n, v in variants.items()}
-    return pool.dense_rate(best, length, rows)
+    return pool.dense_rate(fastest(variants), length, rows)
+
+
+def fastest(variants: dict[str, dict]) -> dict:
+    """The fastest way to call a peer, with its name and the times of all."""
+    name, best = min(variants.items(), key=lambda item: item[1]["us"])
+    return best | {"variant": name, "all_us": {n: v["us"] for n, v in variants.items()}}
 
 
 def bench_triton(pool, length, rows, copies):
@@ -316,6 +319,61 @@ def bench_xformers(pool, length, rows, copies):
     return pool.dense_rate(timed(calls), length, rows)
 
 
+def bench_flashinfer(pool, length, rows, copies):
+    """FlashInfer's paged decode over the dense cache, in pages of BLOCK_SIZE tokens: on tensor cores or CUDA
+    cores, planned outside of the graph for any lengths, as engines do, or for exactly these."""
+    from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+
+    key, value = (x.view(-1, BLOCK_SIZE, pool.kv_heads, HEAD_SIZE) for x in (pool.k, pool.v))
+    tables = pool.tables(length, rows, copies, BLOCK_SIZE)
+    queries = [torch.randn(rows, QUERY_HEADS, HEAD_SIZE, device="cuda").to(DTYPE) for _ in tables]
+    outputs = [torch.empty_like(q) for q in queries]
+    # What a plan reads lies on the host.
+    starts = torch.arange(rows + 1, dtype=torch.int32) * (length // BLOCK_SIZE)
+    last = torch.full((rows,), BLOCK_SIZE, dtype=torch.int32)
+    # Partial results of one call at a time: the calls follow each other on one stream.
+    workspace = torch.zeros(128 << 20, dtype=torch.uint8, device="cuda")
+
+    def planned(table, tensor_cores, any_lengths):
+        indices = table.view(-1)
+        wrapper = BatchDecodeWithPagedKVCacheWrapper(
+            workspace, "NHD", use_cuda_graph=any_lengths, use_tensor_cores=tensor_cores,
+            paged_kv_indptr_buffer=starts.to(device="cuda"),
+            paged_kv_indices_buffer=torch.empty_like(indices),
+            paged_kv_last_page_len_buffer=last.to(device="cuda"),
+        )  # fmt: skip
+        # A plan takes less than 1 KiB of its own 8 MiB, on the GPU and again in pinned memory.
+        plan_memory = torch.empty(1 << 20, dtype=torch.uint8, device="cuda")
+        wrapper.reset_workspace_buffer(workspace, plan_memory)
+        wrapper.plan(
+            starts, indices, last, QUERY_HEADS, pool.kv_heads, HEAD_SIZE, BLOCK_SIZE,
+            q_data_type=DTYPE, kv_data_type=DTYPE, sm_scale=HEAD_SIZE**-0.5,
+        )  # fmt: skip
+        return wrapper
+
+    def calls(*how):
+        wrappers = [planned(table, *how) for table in tables]
+        return [
+            lambda w=w, q=q, o=o: w.run(q, (key, value), out=o)
+            for w, q, o in zip(wrappers, queries, outputs, strict=True)
+        ]
+
+    variants = {
+        f"{cores} cores, {plan} plan": timed(calls(cores == "tensor", plan == "general"))
+        for cores in ("tensor", "CUDA")
+        for plan in ("general", "exact")
+    }
+    return pool.dense_rate(fastest(variants), length, rows)
+
+
+#: Other dense decode kernels, by the package that they come from.
+PEERS = {
+    "triton": ("vLLM's Triton attention", "vllm", bench_triton),
+    "flashinfer": ("FlashInfer", "flashinfer", bench_flashinfer),
+    "xformers": ("xformers split-K", "xformers", bench_xformers),
+}
+
+
 def environment() -> dict:
     smi = subprocess.run(
         ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
@@ -326,21 +384,18 @@ def environment() -> dict:
         "cuda": torch.version.cuda,
         "triton": triton.__version__,
     }
-    try:
-        import vllm
-
-        versions["vllm"] = vllm.__version__
-    except ImportError:
-        pass
+    for package in ("vllm", "flashinfer-python", "xformers"):
+        with suppress(PackageNotFoundError):
+            versions[package] = version(package)
     return {"gpu": smi.split(",")[0], "driver": smi.split(",")[-1].strip(), **versions}
 
 
 class Bench:
     """One run: FlashAttention is measured once per shape, beside what is compared with it."""
 
-    def __init__(self, fa3: bool, triton: bool, scores: list[str]):
-        self.backend, self.fa3, self.triton, self.scores = CudaBackend(), fa3, triton, scores
-        self.xformers = fa3 and find_spec("xformers") is not None  # it reads the same dense cache
+    def __init__(self, fa3: bool, peers: list[str], scores: list[str]):
+        self.backend, self.fa3, self.scores = CudaBackend(), fa3, scores
+        self.peers = [name for name in peers if fa3 and find_spec(PEERS[name][1])]
         self.dense: dict[tuple[int, int, int], dict] = {}
 
     def cell(self, pool, length, rows, scores, budget=BUDGET, read=False) -> dict:
@@ -355,16 +410,14 @@ class Bench:
             show(length, rows, "FlashAttention 3", self.dense[key])
         if key in self.dense:
             cell["fa3"] = self.dense[key]
-        if self.triton and read:
-            cell["triton"] = bench_triton(pool, length, rows, copies)
-            show(length, rows, "vLLM's Triton attention", cell["triton"], cell)
-        if self.xformers and read and not pool.fp8:
+        for name in list(self.peers) if read else ():
+            label, _, bench_peer = PEERS[name]
             try:
-                cell["xformers"] = bench_xformers(pool, length, rows, copies)
-                show(length, rows, "xformers split-K", cell["xformers"], cell)
-            except AdamasError as error:
-                print(error)
-                self.xformers = False
+                cell[name] = bench_peer(pool, length, rows, copies)
+                show(length, rows, label, cell[name], cell)
+            except Exception as error:  # code of others, which may not run here
+                print(f"{label} is left out: {error}")
+                self.peers.remove(name)
         for score in scores:
             for selection in SELECTIONS:
                 name = f"{score} {selection}"
@@ -393,7 +446,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--no-fa3", action="store_true", help="measure adamas alone, without vLLM")
     parser.add_argument(
-        "--no-triton", action="store_true", help="leave vLLM's Triton attention out"
+        "--peers", nargs="*", default=list(PEERS), choices=PEERS, help="beside it, if installed"
     )
     parser.add_argument("--score", nargs="+", default=["dot", "manhattan"])
     parser.add_argument("--parts", nargs="+", default=list(CELLS), choices=CELLS)
@@ -404,7 +457,7 @@ def main():
         CELLS["cells"] = [tuple(map(int, cell.split("x"))) for cell in args.cells]
 
     torch.manual_seed(0)
-    bench = Bench(not args.no_fa3, not (args.no_fa3 or args.no_triton), args.score)
+    bench = Bench(not args.no_fa3, args.peers, args.score)
     record = {
         "environment": environment(),
         "setting": {

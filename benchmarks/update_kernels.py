@@ -15,6 +15,7 @@ from common import RESULTS, update_document
 DOCUMENT = RESULTS.parent.parent / "docs" / "kernels.md"
 PLOT = RESULTS / "decode_gpu.png"
 SELECTIONS = ("query_head", "kv_head")
+PEERS = {"triton": "vLLM's Triton", "flashinfer": "FlashInfer", "xformers": "xformers split-K"}
 
 
 def tokens(n: int) -> str:
@@ -47,7 +48,6 @@ def cells(result: dict) -> list[str]:
             [
                 f"{tokens(cell['context'])} x {cell['rows']}",
                 cell["fa3"]["us"],
-                cell.get("triton", {}).get("us", "-"),
                 timing(cell, "dot query_head"),
                 timing(cell, "dot kv_head"),
                 timing(cell, "manhattan query_head"),
@@ -58,11 +58,24 @@ def cells(result: dict) -> list[str]:
             ]
         )
     return table(
-        "context x rows | FA3 µs | vLLM's Triton µs | dot, set per query head | dot, per KV head"
+        "context x rows | FA3 µs | dot, set per query head | dot, per KV head"
         " | manhattan, per query head | manhattan, per KV head | reading signatures µs (GB/s)"
         " | encode / scan (reading / scan) / attend µs, dot per query head",
         rows,
     )
+
+
+def peers(result: dict) -> list[str]:
+    """Every dense kernel that was measured, with its time as a multiple of FlashAttention 3's."""
+    found = [name for name in PEERS if any(name in cell for cell in result["cells"])]
+    rows = []
+    for cell in result["cells"]:
+        row = [f"{tokens(cell['context'])} x {cell['rows']}", cell["fa3"]["us"]]
+        for name in found:
+            us = cell.get(name, {}).get("us")
+            row.append(f"{us} ({us / cell['fa3']['us']:.2f})" if us else "-")
+        rows.append(row)
+    return table(" | ".join(["context x rows", "FA3 µs", *(f"{PEERS[n]} µs" for n in found)]), rows)
 
 
 def both_kernels(result: dict) -> list[str]:
@@ -97,6 +110,9 @@ def render(result: dict) -> list[str]:
         f"vLLM {e.get('vllm', '-')}. Microseconds of a decode step of one layer, speed-up over FlashAttention 3.",
         "",
         *cells(result),
+        "Dense decode kernels over one cache, µs (as a multiple of FlashAttention 3):",
+        "",
+        *peers(result),
         "Where both forms of a step can run:",
         "",
         *both_kernels(result),
