@@ -48,6 +48,21 @@ def test_no_options_are_the_defaults(vllm_config, additional) -> None:
     assert checks.check_config(Changed(vllm_config, additional_config=additional)) == AdamasConfig()
 
 
+@pytest.mark.parametrize(
+    ("additional", "way_out"),
+    [
+        ({"token_budget": 64}, """'{"adamas": {"token_budget": ...}}'"""),
+        ({"adamas": {}, "score": "dot"}, """'{"adamas": {"score": ...}}'"""),
+        ({"adams": {"token_budget": 64}}, """'{"adamas": OPTIONS}'"""),
+        ({"Adamas": {}}, """'{"adamas": OPTIONS}'"""),
+    ],
+)
+def test_options_in_another_place(vllm_config, additional: dict, way_out: str) -> None:
+    check_refusal(
+        Changed(vllm_config, additional_config=additional), ("additional_config", way_out)
+    )
+
+
 @pytest.mark.parametrize("kernels", ["cuda", "triton"])
 def test_kernels_of_another_device_end_before_the_server(vllm_config, kernels: str) -> None:
     gpu = Changed(vllm_config, additional_config={"adamas": {"kernels": kernels}})
@@ -72,6 +87,10 @@ TEXTS = {  # change of the model's own config.json
     "alibi by position type": ({"position_embedding_type": "alibi"}, ("ALiBi", OTHER)),
     "bloom": ({"model_type": "bloom"}, ("ALiBi", OTHER)),
     "soft cap": ({"attn_logit_softcapping": 50.0}, ("soft-capped", OTHER)),
+    "gpt-oss": ({"model_type": "gpt_oss"}, ("sinks", OTHER)),
+    "sinks": ({"attention_sinks": True}, ("sinks", OTHER)),
+    "sinks of sliding windows": ({"add_swa_attention_sink_bias": True}, ("sinks", OTHER)),
+    "value heads": ({"v_head_dim": 128}, ("value heads", "128 and 64", OTHER)),
 }
 PARTS = {  # (part of the VllmConfig, its change) -> what the sentence names
     "dcp": (
@@ -159,6 +178,16 @@ def test_a_hopper_gpu_passes(vllm_config, monkeypatch) -> None:
     for size in (16, 48, 64):  # no kernel there needs 32
         cache = Changed(vllm_config.cache_config, block_size=size)
         checks.check_config(Changed(vllm_config, cache_config=cache))
+
+
+def test_what_the_cuda_kernels_cannot_hold(vllm_config, monkeypatch) -> None:
+    on_gpu(monkeypatch)
+    model = vllm_config.model_config
+    for changes, named in (
+        ({"max_model_len": (1 << 20) + 1}, ("1048577", "--max-model-len 1048576", "triton")),
+        ({"get_num_attention_heads": lambda parallel: 51}, ("17 query heads", "16", OTHER)),
+    ):
+        check_refusal(Changed(vllm_config, model_config=Changed(model, **changes)), named)
 
 
 def test_other_devices(vllm_config, monkeypatch) -> None:

@@ -113,18 +113,30 @@ def test_only_the_adamas_backend_is_checked(platform) -> None:
 
 
 @pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0.0", "0.8.5+cpu"])
-def test_unsupported_versions(monkeypatch, version: str) -> None:
+def test_unsupported_versions(platform, monkeypatch, version: str) -> None:
+    """Choosing the backend is refused; a command that uses another one never notices."""
     monkeypatch.setattr("vllm.__version__", version)
+    plugin.register()
+    engine_config("CPU_ATTN", {})
     with pytest.raises(AdamasError, match=r">= 0\.32, < 0\.34") as error:
-        plugin.register()
+        engine_config("ADAMAS", {})
     assert version in str(error.value)
     assert is_one_sentence(str(error.value))
+
+
+def test_a_vllm_with_other_hooks_is_left_alone(monkeypatch) -> None:
+    monkeypatch.setattr(compat, "register_backend", lambda: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        plugin.register()
+    monkeypatch.setattr("vllm.__version__", "0.34.0")
+    with pytest.warns(UserWarning, match=r"vllm-adamas: vLLM 0\.34\.0 is not supported"):
+        plugin.register()
 
 
 @pytest.mark.parametrize("version", ["0.32.0", "0.33.9", "0.32.0+cpu", "0.33.0rc1", "dev"])
 def test_supported_versions(monkeypatch, version: str) -> None:
     monkeypatch.setattr("vllm.__version__", version)
-    compat.require_supported_vllm()
+    assert compat.unsupported_vllm() is None
 
 
 def test_without_vllm(monkeypatch) -> None:

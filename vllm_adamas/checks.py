@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from difflib import get_close_matches
+
 import torch
 
 from vllm_adamas import profile as profiles
@@ -24,10 +26,11 @@ def check_config(vllm_config) -> AdamasConfig:
     Raises:
         AdamasError: the first constraint that is not met.
     """
+    _check_place_of_options(vllm_config.additional_config)
     config = AdamasConfig.parse(adamas_options(vllm_config))
     for check in (_check_device, _check_parallel, _check_features, _check_model, _check_cache):
         check(vllm_config)
-    _check_kernels(config)
+    _check_kernels(vllm_config, config)
     return _pin_profile(vllm_config, config)
 
 
@@ -55,6 +58,18 @@ def warnings(vllm_config, config: AdamasConfig) -> list[str]:
     return found
 
 
+def _check_place_of_options(additional) -> None:
+    """Other entries may be meant for another plugin, but not one that looks like ours."""
+    for key in additional if isinstance(additional, dict) else ():
+        misspelt = key != "adamas" and get_close_matches(key.lower(), ["adamas"], cutoff=0.8)
+        if misspelt or key in AdamasConfig.model_fields:
+            entry = "OPTIONS" if misspelt else f'{{"{key}": ...}}'
+            raise AdamasError(
+                f"additional_config[{key!r}] is not read: options of the adamas backend are written as "
+                f"--additional-config '{{\"adamas\": {entry}}}'."
+            )
+
+
 def adamas_options(vllm_config):
     """The ``adamas`` entry of ``--additional-config``."""
     additional = vllm_config.additional_config
@@ -76,24 +91,34 @@ def block_size_multiple() -> int:
     return 32 if _on_cpu() else TILE
 
 
-def _check_kernels(config: AdamasConfig) -> None:
+def _check_kernels(vllm_config, config: AdamasConfig) -> None:
     names = ("auto", "cpu", "reference") if _on_cpu() else ("auto", "cuda", "triton")
     if config.kernels not in names:
         _refuse(f"kernels={config.kernels!r} on this device", f"choose one of {', '.join(names)}")
     if _on_cpu():
         get_backend(config.kernels)
     elif gpu_kernels(config.kernels, _capability()) == "cuda":
-        _check_cuda_kernels()
+        _check_cuda_kernels(vllm_config)
 
 
-def _check_cuda_kernels() -> None:
+def _check_cuda_kernels(vllm_config) -> None:
     if _capability() != HOPPER:
         _refuse(
             "kernels='cuda' on GPUs other than Hopper (compute capability 9.0)",
             "choose auto or triton",
         )
-    from vllm_adamas.backends.cuda import LIBRARY
+    from vllm_adamas.backends.cuda import LIBRARY, MAX_CONTEXT, MAX_GROUP
 
+    model, parallel = vllm_config.model_config, vllm_config.parallel_config
+    if model is not None and model.max_model_len > MAX_CONTEXT:
+        _refuse(
+            f"contexts of {model.max_model_len} tokens with the CUDA kernels",
+            f"pass --max-model-len {MAX_CONTEXT} or choose kernels=triton",
+        )
+    if model is not None:
+        group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
+        if group > MAX_GROUP:
+            _refuse(f"{group} query heads per KV head (at most {MAX_GROUP})", OTHER_BACKEND)
     if not LIBRARY.exists():
         raise AdamasError(
             f"the CUDA kernels are not built ({LIBRARY.name} is missing): reinstall the package with "
@@ -155,6 +180,8 @@ def _check_model(vllm_config) -> None:
         _refuse("ALiBi position biases", OTHER_BACKEND)
     if getattr(text, "attn_logit_softcapping", None):
         _refuse("soft-capped attention logits", OTHER_BACKEND)
+    if _uses_sinks(text):
+        _refuse("learned attention sinks", OTHER_BACKEND)
     dtypes = DTYPES if _on_cpu() else CUDA_DTYPES
     if model.dtype not in dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -164,6 +191,27 @@ def _check_model(vllm_config) -> None:
             f"head_size {model.get_head_size()} (kernels exist for {', '.join(map(str, HEAD_SIZES))})",
             OTHER_BACKEND,
         )
+    value_size = getattr(text, "v_head_dim", None) or getattr(text, "v_channels", None)
+    if value_size not in (None, model.get_head_size()):
+        _refuse(
+            f"value heads of another size than key heads ({value_size} and {model.get_head_size()})",
+            OTHER_BACKEND,
+        )
+
+
+#: What says in a model's configuration that some layers have learned sinks.
+SINK_FLAGS = (
+    "attention_sinks",
+    "swa_attention_sink_enabled",
+    "add_swa_attention_sink_bias",
+    "add_full_attention_sink_bias",
+    "param_sink_number",
+)
+
+
+def _uses_sinks(text) -> bool:
+    flags = (getattr(text, flag, False) for flag in SINK_FLAGS)
+    return getattr(text, "model_type", "") == "gpt_oss" or any(flags)
 
 
 def _uses_alibi(text) -> bool:

@@ -32,7 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     info.add_argument("--head-size", type=int, default=128)
     info.add_argument("--num-kv-heads", type=int, default=8)
     info.add_argument("--num-layers", type=int, default=32)
-    info.add_argument("--kv-cache-dtype", choices=DTYPES, default="bfloat16")
+    info.add_argument(
+        "--kv-cache-dtype", choices=DTYPES, help="default: the model's dtype, or bfloat16"
+    )
     info.add_argument("--json", action="store_true", help="print one JSON object")
     info.set_defaults(run=_info)
     _add_eval(commands)
@@ -58,7 +60,11 @@ def _options(text: str) -> dict:
 
 
 def _info(args) -> int:
+    from vllm_adamas import profile
+
     config = AdamasConfig.parse(_options(args.config))
+    if config.profile is not None:
+        profile.load(config.profile)
     shape = _model_shape(args)
     report = {
         "versions": _versions(),
@@ -203,13 +209,14 @@ def _kernels(config: AdamasConfig) -> dict[str, str]:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = {}
-    for name in KERNELS[device]:
+    for name in (*KERNELS[device], config.kernels):
         try:
             found[name] = get_backend(name, device).description
         except AdamasError as error:
+            if name == config.kernels != "auto":
+                raise
             found[name] = f"not available: {error}"
-    found["used here"] = get_backend(config.kernels, device).description
-    return found
+    return {**{name: found[name] for name in KERNELS[device]}, "used here": found[config.kernels]}
 
 
 def _model_shape(args) -> dict:
@@ -217,7 +224,7 @@ def _model_shape(args) -> dict:
         "head_size": args.head_size,
         "num_kv_heads": args.num_kv_heads,
         "num_layers": args.num_layers,
-        "dtype": args.kv_cache_dtype,
+        "dtype": args.kv_cache_dtype or "bfloat16",
     }
     if args.model is None:
         return shape
@@ -227,7 +234,10 @@ def _model_shape(args) -> dict:
             f"{path} does not exist: give --model the folder of a Hugging Face model."
         )
     model = json.loads(path.read_text())
-    model = model.get("text_config", model)
+    model = {**model, **model.get("text_config", {})}
+    dtype = model.get("dtype") or model.get("torch_dtype")
+    if args.kv_cache_dtype is None and dtype in DTYPES:
+        shape["dtype"] = dtype
     try:
         heads = model["num_attention_heads"]
         shape["head_size"] = model.get("head_dim") or model["hidden_size"] // heads

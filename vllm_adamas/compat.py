@@ -38,18 +38,27 @@ def vllm_version() -> str:
     return vllm.__version__
 
 
-def require_supported_vllm() -> None:
-    """
+def unsupported_vllm() -> str | None:
+    """The sentence to refuse the installed vLLM with, if it is outside the supported range.
+
     Raises:
-        AdamasError: vLLM is missing or outside the supported range.
+        AdamasError: vLLM is not installed.
     """
     version = vllm_version()
     numbers = re.match(r"(\d+)\.(\d+)", version)
     if numbers and not VLLM_MIN <= tuple(map(int, numbers.groups())) < VLLM_MAX:
         low, high = (".".join(map(str, v)) for v in (VLLM_MIN, VLLM_MAX))
-        raise AdamasError(
-            f"vLLM {version} is not supported: this release of vllm-adamas needs vLLM >= {low}, < {high}."
-        )
+        return f"vLLM {version} is not supported: this release of vllm-adamas needs vLLM >= {low}, < {high}."
+    return None
+
+
+def require_supported_vllm() -> None:
+    """
+    Raises:
+        AdamasError: vLLM is missing or outside the supported range.
+    """
+    if problem := unsupported_vllm():
+        raise AdamasError(problem)
 
 
 def _member():
@@ -76,8 +85,11 @@ def register_backend() -> None:
 
 def is_selected(vllm_config) -> bool:
     """Whether a configuration names the adamas backend, for all layers or for some kinds."""
-    attention = vllm_config.attention_config
-    chosen = [attention.backend, *(getattr(attention, "backend_per_kind", None) or {}).values()]
+    attention = getattr(vllm_config, "attention_config", None)
+    chosen = [
+        getattr(attention, "backend", None),
+        *(getattr(attention, "backend_per_kind", None) or {}).values(),
+    ]
     return any(getattr(backend, "name", None) == NAME for backend in chosen)
 
 

@@ -6,20 +6,33 @@ must be cheap, idempotent and free of side effects for servers that use another 
 
 from __future__ import annotations
 
+import warnings
+
 
 def register() -> None:
-    """Makes ``--attention-backend adamas`` a valid choice in this process."""
+    """Makes ``--attention-backend adamas`` a valid choice in this process.
+
+    Under a vLLM outside the supported range, choosing it ends the command; other backends are served.
+    """
     from vllm_adamas import compat
 
-    compat.require_supported_vllm()
-    compat.register_backend()
-    compat.check_config_with(_check)
-    compat.select_on_cpu()
+    problem = compat.unsupported_vllm()
+    try:
+        compat.register_backend()
+        compat.check_config_with(_check)
+        compat.select_on_cpu()
+    except Exception:
+        if problem is None:
+            raise
+        warnings.warn(f"vllm-adamas: {problem}", stacklevel=2)
 
 
 def _check(vllm_config) -> None:
+    from vllm_adamas import compat
+
+    compat.require_supported_vllm()
     from vllm_adamas.checks import check_config
     from vllm_adamas.serving import metrics
 
-    check_config(vllm_config)
-    metrics.announce()
+    if check_config(vllm_config).metrics:
+        metrics.announce()
