@@ -49,7 +49,7 @@ serve: model ## run the server (MODEL, PORT, BACKEND, ARGS)
 test: model ## run the tests that need no GPU
 	@$(PYTHON) -m pytest -m "not gpu" $(ARGS)
 
-test-gpu: $(READY) ## run the tests that need a GPU
+test-gpu: model ## run the tests that need a GPU
 	@$(PYTHON) -m pytest -m gpu $(ARGS)
 
 # Small cases of every kernel: the tools slow it down a hundredfold.

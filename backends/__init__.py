@@ -9,6 +9,7 @@ from vllm_adamas.errors import AdamasError
 
 HOPPER = (9, 0)  #: the compute capability that the CUDA library has code for
 MIN_CAPABILITY = (8, 0)  #: of the Triton kernels, and of vLLM's FlashAttention
+MAX_GROUP = 16  #: query heads per KV head that fit the fragments of GPU kernels
 
 
 def gpu_kernels(name: str, capability: tuple[int, int]) -> str:

@@ -5,6 +5,18 @@ from __future__ import annotations
 import torch
 
 
+def together(**tensors: torch.Tensor) -> None:
+    """Checks that tensors are on one device, that of the first one.
+
+    Raises:
+        ValueError: names the argument that is elsewhere.
+    """
+    device = next(iter(tensors.values())).device
+    for name, x in tensors.items():
+        if x.device != device:
+            raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}")
+
+
 def typed(name: str, x: torch.Tensor, dtype: torch.dtype, *shape: int | None) -> None:
     """Checks the dtype, the shape (None fits any size) and a contiguous last dimension.
 

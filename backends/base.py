@@ -181,6 +181,7 @@ class Backend(ABC):
 
         Args:
             query: ``[R, Hq, D]``; more rows than contexts may follow, here and in ``output``.
+            budgets: int32 ``[R]``, positive; below the context, more than sinks and recent window.
             output: ``[R, Hq, D]``, written.
             max_context_len: an upper bound of ``context_lens`` that holds for every replay of a
                 captured graph; devices that launch from the lengths themselves ignore it.

@@ -433,7 +433,7 @@ class Bench:
 
     def part(self, name: str, cells: list[tuple[int, int]]) -> list[dict]:
         dense = self.fa3 and name != "fp8"
-        tokens = max(1 << 18, *(length * rows for length, rows in cells))
+        tokens = max(POOL_TOKENS, *(length * rows for length, rows in cells))
         heads = QUERY_HEADS if name == "mha" else KV_HEADS
         pool = Pool(self.backend, heads, tokens, dense=dense, fp8="e4m3" if name == "fp8" else None)
         if name == "cells":

@@ -38,6 +38,15 @@ def test_info_reads_a_models_shape(capsys) -> None:
     assert page["per token, all layers"] == f"{274 * 3 * 30 / 1024:.1f} KiB"
 
 
+def test_info_takes_the_models_dtype(capsys, tmp_path) -> None:
+    model = json.loads((MODEL / "config.json").read_text())
+    for dtype, total in (("float32", "532 bytes"), ("float16", "274 bytes"), ("int4", "274 bytes")):
+        (tmp_path / "config.json").write_text(json.dumps({**model, "dtype": dtype}))
+        assert info(capsys, "--model", str(tmp_path))["page"]["total"].startswith(total)
+    page = info(capsys, "--model", str(tmp_path), "--kv-cache-dtype", "fp8")["page"]
+    assert page["total"].startswith("146 bytes")
+
+
 def test_info_for_people_has_the_same_sections(capsys) -> None:
     sections = list(info(capsys))
     assert main(["info"]) == 0
@@ -50,6 +59,7 @@ def test_info_for_people_has_the_same_sections(capsys) -> None:
     [
         (["--config", '{"token_budget": 0}'], "token_budget=0"),
         (["--config", "token_budget=3"], "not JSON"),
+        (["--config", '{"profile": "nope"}'], "profile"),
         (["--model", "/no/such/folder"], "config.json does not exist"),
         (["--head-size", "80"], "head_size 80"),
     ],

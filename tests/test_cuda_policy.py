@@ -1,4 +1,4 @@
-"""What the CUDA backend decides on the host; no GPU is needed."""
+"""What the CUDA backend decides and refuses on the host; no GPU is needed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,19 @@ import math
 from pathlib import Path
 
 import pytest
-from cases import Case
+import torch
+from cases import Batch, Case
 
-from vllm_adamas.backends.cuda import MAX_CANDIDATES, SAMPLES, candidate_capacity, prefers_fused
+from vllm_adamas.backends import cuda
+from vllm_adamas.backends.cuda import (
+    MAX_CANDIDATES,
+    MAX_CONTEXT,
+    SAMPLES,
+    candidate_capacity,
+    prefers_fused,
+)
+from vllm_adamas.backends.reference import ReferenceBackend
+from vllm_adamas.errors import AdamasError
 
 RECORD = Path(__file__).parents[1] / "benchmarks" / "results" / "decode_gpu.json"
 
@@ -65,3 +75,97 @@ def test_candidates_hold_what_encode_aims_at(length: int, sample: int, budget: i
     rank = int(expected + 6 * math.sqrt(1.5 * expected) + 3)
     most = rank + rank // 2  # that find_pivot accepts
     assert (most + 5 * math.sqrt(most)) * length / sample <= candidate_capacity(length, budget)
+
+
+class Recorder:
+    """Stands for the library: says what was called and computes nothing."""
+
+    def __init__(self):
+        self.called: list[str] = []
+
+    def __getattr__(self, name: str):
+        return lambda *args: self.called.append(name) or 0
+
+
+@pytest.fixture
+def backend(monkeypatch) -> cuda.CudaBackend:
+    monkeypatch.setattr(cuda, "_library", Recorder)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    return cuda.CudaBackend()
+
+
+@pytest.fixture
+def batch() -> Batch:
+    return Case((200, 64), 16, padding=0).build(ReferenceBackend())
+
+
+def call(backend, batch: Batch, operation: str, **changes) -> None:
+    """An operation with some of its tensors changed."""
+    names = {
+        "append": ("key", "value", "page", "slots"),
+        "scan": ("query", "page", "block_table", "context_lens"),
+        "decode": ("query", "page", "block_table", "context_lens", "budgets", "output", "stats"),
+        "gather": ("page", "block_table", "context_lens", "key", "value"),
+    }[operation]
+    tensors = {name: getattr(batch, name, None) for name in names}
+    tensors |= {"output": torch.empty_like(batch.query), "stats": torch.zeros(4, dtype=torch.int64)}
+    tensors |= {name: change(tensors[name]) for name, change in changes.items()}
+    getattr(backend, operation)(batch.params, *(tensors[name] for name in names))
+
+
+OPERATIONS = ("append", "scan", "decode", "gather")
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_fitting_arguments_reach_the_kernel(backend, batch, operation: str) -> None:
+    call(backend, batch, operation)
+    assert operation in backend._lib.called
+
+
+@pytest.mark.parametrize(
+    ("operations", "name", "change"),
+    [
+        (("append",), "slots", torch.Tensor.int),
+        (("append",), "key", torch.Tensor.half),
+        (("scan", "decode"), "query", torch.Tensor.half),
+        (("decode",), "output", torch.Tensor.float),
+        (("decode",), "budgets", torch.Tensor.long),
+        (("decode",), "stats", torch.Tensor.int),
+        (("scan", "decode", "gather"), "context_lens", torch.Tensor.long),
+        (("scan", "decode", "gather"), "block_table", torch.Tensor.long),
+        (("scan", "decode", "gather"), "block_table", lambda table: table[:1]),
+        (("append",), "value", lambda value: value.to("meta")),
+        (("scan", "decode", "gather"), "block_table", lambda table: table.to("meta")),
+        (("decode",), "budgets", lambda budgets: budgets.to("meta")),
+        (("gather",), "key", lambda key: torch.empty(key.numel() + 1).bfloat16()[1:].view_as(key)),
+    ],
+)
+def test_arguments_that_do_not_fit(backend, batch, operations, name: str, change) -> None:
+    for operation in operations:
+        with pytest.raises(ValueError, match="slot_mapping" if name == "slots" else name):
+            call(backend, batch, operation, **{name: change})
+        assert operation not in backend._lib.called
+
+
+def test_scores_of_select_hold_the_contexts(backend, batch) -> None:
+    lens, budgets = batch.context_lens, batch.budgets
+    scores = torch.zeros(2, 8, 200)
+    backend.select(batch.params, scores, lens, budgets)
+    for wrong in ((scores[..., :199], lens, budgets), (scores, lens.long(), budgets)):
+        with pytest.raises(ValueError, match="context_lens"):
+            backend.select(batch.params, *wrong)
+    with pytest.raises(ValueError, match="budgets"):
+        backend.select(batch.params, scores, lens, budgets.long())
+
+
+def test_contexts_are_not_longer_than_the_kernels_bitmap(backend, batch) -> None:
+    backend.workspace_bytes(batch.params, 1, MAX_CONTEXT)
+    for longest in (MAX_CONTEXT + 1, 2 * MAX_CONTEXT):
+        with pytest.raises(AdamasError, match=f"{longest} tokens"):
+            backend.workspace_bytes(batch.params, 1, longest)
+    large = Case(heads=(8, 1), head_size=256).params
+    backend.workspace_bytes(large, 1, 1_000_000)
+    with pytest.raises(AdamasError, match="--max-model-len 1000000, or choose kernels=triton"):
+        backend.workspace_bytes(large, 1, 1_000_001)

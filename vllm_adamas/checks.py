@@ -7,7 +7,7 @@ from difflib import get_close_matches
 import torch
 
 from vllm_adamas import profile as profiles
-from vllm_adamas.backends import HOPPER, MIN_CAPABILITY, get_backend, gpu_kernels
+from vllm_adamas.backends import HOPPER, MAX_GROUP, MIN_CAPABILITY, get_backend, gpu_kernels
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.layout import HEAD_SIZES, TILE
@@ -97,28 +97,27 @@ def _check_kernels(vllm_config, config: AdamasConfig) -> None:
         _refuse(f"kernels={config.kernels!r} on this device", f"choose one of {', '.join(names)}")
     if _on_cpu():
         get_backend(config.kernels)
-    elif gpu_kernels(config.kernels, _capability()) == "cuda":
-        _check_cuda_kernels(vllm_config)
+        return
+    model, group = vllm_config.model_config, 1
+    if model is not None:
+        parallel = vllm_config.parallel_config
+        group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
+    if group > MAX_GROUP:
+        _refuse(f"{group} query heads per KV head on GPUs (at most {MAX_GROUP})", OTHER_BACKEND)
+    if gpu_kernels(config.kernels, _capability()) == "cuda":
+        _check_cuda_kernels(model, group)
 
 
-def _check_cuda_kernels(vllm_config) -> None:
+def _check_cuda_kernels(model, group: int) -> None:
     if _capability() != HOPPER:
         _refuse(
             "kernels='cuda' on GPUs other than Hopper (compute capability 9.0)",
             "choose auto or triton",
         )
-    from vllm_adamas.backends.cuda import LIBRARY, MAX_CONTEXT, MAX_GROUP
+    from vllm_adamas.backends.cuda import LIBRARY, check_context
 
-    model, parallel = vllm_config.model_config, vllm_config.parallel_config
-    if model is not None and model.max_model_len > MAX_CONTEXT:
-        _refuse(
-            f"contexts of {model.max_model_len} tokens with the CUDA kernels",
-            f"pass --max-model-len {MAX_CONTEXT} or choose kernels=triton",
-        )
     if model is not None:
-        group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
-        if group > MAX_GROUP:
-            _refuse(f"{group} query heads per KV head (at most {MAX_GROUP})", OTHER_BACKEND)
+        check_context(model.max_model_len, model.get_head_size(), group)
     if not LIBRARY.exists():
         raise AdamasError(
             f"the CUDA kernels are not built ({LIBRARY.name} is missing): reinstall the package with "

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from vllm_adamas.backends.arguments import typed
+from vllm_adamas.backends import MAX_GROUP
+from vllm_adamas.backends.arguments import together, typed
 from vllm_adamas.backends.base import Backend, Params
 from vllm_adamas.errors import AdamasError
 
@@ -16,7 +17,6 @@ LIBRARY = Path(__file__).with_name("libadamas_cuda.so")
 ELEMENTS = {torch.bfloat16: 1, torch.float16: 2}
 FP8_ELEMENTS = {"e4m3": 3, "e5m2": 4}
 
-MAX_GROUP = 16  #: query heads per KV head that fit the kernels' fragments
 MAX_CONTEXT = 1 << 20  #: tokens; a bitmap of one context has to fit into shared memory
 MAX_CANDIDATES = 32768  #: per token set
 #: Tokens that encode samples, by the longest context (sample_bits of select.cuh)
@@ -77,20 +77,39 @@ def _library():
     return tvm_ffi.load_module(str(LIBRARY))
 
 
-def _aligned(name: str, x: torch.Tensor) -> None:
-    """The kernels move 16 bytes at a time."""
+def _aligned(name: str, x: torch.Tensor, size: int = 16) -> None:
+    """The kernels move ``size`` bytes at a time."""
     element = x.element_size()
-    if x.data_ptr() % 16 or any(step * element % 16 for step in x.stride()[:-1]):
+    if x.data_ptr() % size or any(step * element % size for step in x.stride()[:-1]):
         raise ValueError(
-            f"{name}: rows must start at multiples of 16 bytes, strides are {x.stride()}"
+            f"{name}: rows must start at multiples of {size} bytes, strides are {x.stride()}"
+        )
+
+
+def longest_context(head_size: int, group: int) -> int:
+    """Tokens of the longest context: its bitmap and the merge of the heads share a block's memory."""
+    return 1_000_000 if head_size == 256 and group >= 8 else MAX_CONTEXT
+
+
+def check_context(tokens: int, head_size: int, group: int) -> None:
+    """
+    Raises:
+        AdamasError: contexts of so many tokens do not fit the kernels.
+    """
+    most = longest_context(head_size, group)
+    if tokens > most:
+        raise AdamasError(
+            f"contexts of {tokens} tokens are longer than the {most} that the CUDA kernels hold for this "
+            f"model: pass --max-model-len {most}, or choose kernels=triton."
         )
 
 
 class CudaBackend(Backend):
-    """Three kernels per decode step: encode, scan, attend; no host synchronisation.
+    """A decode step is one kernel, or encode, scan and attend; no host synchronisation.
 
-    A decode step can be captured in a CUDA graph: launch shapes depend on the number of rows and on
-    ``max_context_len`` alone, lengths and budgets are read on the device.
+    It can be captured in a CUDA graph: launch shapes depend on the number of rows, ``max_context_len``
+    and the configured budget alone, lengths and budgets are read on the device. No context is longer than
+    :func:`longest_context`.
     """
 
     name = "cuda"
@@ -126,6 +145,7 @@ class CudaBackend(Backend):
 
     def workspace_bytes(self, params: Params, max_rows: int, max_context_len: int) -> int:
         """Bytes of device memory that decode needs beside its arguments."""
+        check_context(max_context_len, params.layout.head_size, params.group)
         capacity = candidate_capacity(max_context_len, params.budget(max_context_len))
         return self._workspace_bytes(params, max_rows, capacity)
 
@@ -136,8 +156,10 @@ class CudaBackend(Backend):
         key, value = key[:tokens], value[:tokens]  # vLLM pads keys, not slots
         typed("key", key, self._dtype(params, key), tokens, heads, size)
         typed("value", value, key.dtype, tokens, heads, size)
+        together(key=key, value=value, page=page, slot_mapping=slot_mapping)
         if params.key_mean is not None:
             typed("key_mean", params.key_mean, torch.float32, heads, size)
+            together(key=key, key_mean=params.key_mean)
             if not params.key_mean.is_contiguous():
                 raise ValueError("key_mean: expected contiguous float32 [Hkv, D]")
         self._lib.append(
@@ -183,8 +205,11 @@ class CudaBackend(Backend):
         _aligned("output", output)
         typed("budgets", budgets, torch.int32, rows)
         typed("stats", stats, torch.int64, 4)
-        longest = min(block_table.shape[1] * params.layout.block_size, MAX_CONTEXT)
+        together(query=query, page=page, output=output, budgets=budgets, stats=stats)
+        longest = block_table.shape[1] * params.layout.block_size
+        longest = min(longest, longest_context(size, params.group))
         if max_context_len is not None:
+            check_context(max_context_len, size, params.group)
             longest = min(longest, max_context_len)
         if cluster is None:
             cluster = self.cluster_size(params, rows, query.dtype, page, longest)
@@ -245,8 +270,13 @@ class CudaBackend(Backend):
     def select(self, params, scores, context_lens, budgets):
         rows, heads, longest = scores.shape
         typed("scores", scores, torch.float32, rows, heads, None)
+        typed("context_lens", context_lens, torch.int32, rows)
+        typed("budgets", budgets, torch.int32, rows)
+        together(scores=scores, context_lens=context_lens, budgets=budgets)
         if longest > MAX_CONTEXT:
             raise AdamasError(f"contexts above {MAX_CONTEXT} tokens are not supported on CUDA.")
+        if rows and int(context_lens.max()) > longest:
+            raise ValueError(f"context_lens: a row is longer than the {longest} scores of a row")
         most = int(torch.minimum(budgets, context_lens).max()) if rows else 0
         tokens = torch.full((rows, heads, most), -1, dtype=torch.int32, device=scores.device)
         self._lib.select(
@@ -258,6 +288,13 @@ class CudaBackend(Backend):
         dtype = self._dtype(params, key)
         typed("key", key, dtype, None, params.num_kv_heads, params.layout.head_size)
         typed("value", value, dtype, *key.shape)
+        typed("context_lens", context_lens, torch.int32, None)
+        typed("block_table", block_table, torch.int32, *context_lens.shape, None)
+        together(
+            key=key, value=value, page=page, block_table=block_table, context_lens=context_lens
+        )
+        for name, rows in (("key", key), ("value", value)):
+            _aligned(name, rows, 4)
         self._lib.gather(key, value, block_table, context_lens, *self._page(params, page))
 
     def _rows(self, params, query, block_table, context_lens) -> tuple[int, torch.Tensor]:
@@ -269,6 +306,7 @@ class CudaBackend(Backend):
         heads, size = params.num_query_heads, params.layout.head_size
         typed("query", query, self._dtype(params, query), rows, heads, size)
         _aligned("query", query)
+        together(query=query, block_table=block_table, context_lens=context_lens)
         return rows, query
 
     @staticmethod

@@ -5,7 +5,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-ROWS = tl.constexpr(16)  #: query heads of a program, padded to what a tensor core multiplies
+from vllm_adamas.backends import MAX_GROUP
+
+ROWS = tl.constexpr(MAX_GROUP)  #: query heads of a program, padded to what a tensor core multiplies
 
 
 @triton.jit

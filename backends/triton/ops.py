@@ -13,19 +13,18 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_adamas.backends import MIN_CAPABILITY
+from vllm_adamas.backends import MAX_GROUP, MIN_CAPABILITY
 from vllm_adamas.backends.arguments import typed
 from vllm_adamas.backends.base import Backend, Params
 from vllm_adamas.backends.reference.ops import FP8
 from vllm_adamas.backends.triton.append import append_kernel
-from vllm_adamas.backends.triton.attend import ROWS, attend_kernel, merge_kernel
+from vllm_adamas.backends.triton.attend import attend_kernel, merge_kernel
 from vllm_adamas.backends.triton.gather import gather_kernel
 from vllm_adamas.backends.triton.scan import PLANES, encode_kernel, scan_kernel
 from vllm_adamas.backends.triton.select import select_kernel
 from vllm_adamas.errors import AdamasError
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
-MAX_GROUP = ROWS.value  #: query heads per KV head
 
 #: TRITON_INTERPRET=1: kernels run in Python on CPU tensors, for tests.
 INTERPRETED = not isinstance(append_kernel, triton.JITFunction)

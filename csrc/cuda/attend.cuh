@@ -1,5 +1,5 @@
-// Exact softmax attention of one warp, 16 tokens at a time, straight from the page into the
-// fragments of the tensor core.
+// Exact softmax attention of one warp, 16 tokens at a time, from the page or from rows in shared memory into
+// the fragments of the tensor core.
 //
 // Both products have the tokens or the dimensions as rows and the query heads as the 8 columns:
 // S^T = K Q^T and O^T = V^T P^T. The order of a product's inner dimension is free as long as both

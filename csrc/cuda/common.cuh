@@ -18,14 +18,25 @@ inline void check(cudaError_t status, const char* what) {
   if (status != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(status));
 }
 
-inline int num_multiprocessors() {
-  static const int count = [] {
+template <cudaDeviceAttr kAttribute>
+int device_attribute() {
+  static const int value = [] {
     int device = 0, n = 0;
     check(cudaGetDevice(&device), "cudaGetDevice");
-    check(cudaDeviceGetAttribute(&n, cudaDevAttrMultiProcessorCount, device), "multiprocessor count");
+    check(cudaDeviceGetAttribute(&n, kAttribute, device), "cudaDeviceGetAttribute");
     return n;
   }();
-  return count;
+  return value;
+}
+
+inline int num_multiprocessors() { return device_attribute<cudaDevAttrMultiProcessorCount>(); }
+
+// Shared memory in bytes that a block may have.
+inline int max_block_memory() { return device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(); }
+
+// Blocks with so much shared memory that a multiprocessor holds at once; the hardware keeps 1 KiB of each.
+inline int blocks_that_fit(int smem) {
+  return device_attribute<cudaDevAttrMaxSharedMemoryPerMultiprocessor>() / (smem + 1024);
 }
 
 // With `overlap` the kernel may start before the one in front of it has finished; it calls

@@ -36,11 +36,4 @@ int64_t workspace(DecodeParams& p, uint8_t* base) {
   return at;
 }
 
-void decode(const DecodeParams& p, void* stream) {
-  if (p.num_rows == 0) return;
-  encode(p, stream);
-  scan(p, stream);
-  if (!p.scores) attend(p, stream);
-}
-
 }  // namespace adamas

@@ -1,6 +1,6 @@
-// attend: from candidates to the output. Blocks in front: one per (row, token set), which selects
-// and attends. Blocks behind: workers that share the tokens of the dense rows; the last worker of a
-// (row, KV head) merges.
+// attend: from candidates to the output. Each block first takes a (row, token set), which it selects and
+// attends to; then the blocks in front share the tokens of the dense rows as workers, and the last worker of
+// a (row, KV head) merges.
 #pragma once
 #include "attend.cuh"
 #include "pipeline.cuh"
@@ -75,7 +75,7 @@ struct Attend {
   static int shared_bytes(const DecodeParams& p) {
     const int list = kList * 8, merge = merge_bytes(p);
     const int bitmap = (bitmap_words(p.max_context_len) + 3) / 4 * 16, rows = (p.num_rows + 1) * 8;
-    const int front = kSums + kFrontBytes + (list > merge ? list : merge) + bitmap, back = rows + 16 + merge;
+    const int front = kSums + kFrontBytes + (list > merge ? list : merge) + bitmap, back = rows + 32 + merge;
     return front > back ? front : back;
   }
 
@@ -391,7 +391,8 @@ __global__ void __launch_bounds__(kThreads, D <= 128 && kTiles == 1 ? 512 / kThr
   if (__syncthreads_or(dense)) Body::dense(p, blockIdx.x, attend_memory);
 }
 
-// Few token sets get large blocks, many sets small ones that overlap selecting with attending.
+// Few token sets get large blocks, if the memory for merging 16 warps is left beside the bitmap of a long
+// context; many sets get small ones that overlap selecting with attending.
 template <int D>
 void attend_head_size(const DecodeParams& p, void* stream) {
   const int sets = p.num_rows * p.score_heads_per_kv * p.page.num_kv_heads;
@@ -411,7 +412,8 @@ void attend_head_size(const DecodeParams& p, void* stream) {
     if (p.group > 8) return run(element, integral_constant<int, 2>(), integral_constant<int, 256>());
     if constexpr (D <= 128) {
       const int processors = num_multiprocessors();
-      if (sets <= processors) return run(element, integral_constant<int, 1>(), integral_constant<int, 512>());
+      if (sets <= processors && Attend<D, decltype(element), 1, 512, false>::shared_bytes(p) <= max_block_memory())
+        return run(element, integral_constant<int, 1>(), integral_constant<int, 512>());
       if (sets > 4 * processors) return run(element, integral_constant<int, 1>(), integral_constant<int, 64>());
       if (sets > 2 * processors) return run(element, integral_constant<int, 1>(), integral_constant<int, 128>());
     }

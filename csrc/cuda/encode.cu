@@ -1,7 +1,7 @@
 // encode: queries to bit planes, and per score head a pivot that leaves few candidates.
 //
-// The pivot is a value of a sample that is expected to rank a little below the k-th best. It only
-// decides how many candidates scan writes; select checks their number and is exact in every case.
+// The pivot is a score that ranks well below the expected k-th best in a sample. It only decides how many
+// candidates scan writes; attend checks their number and is exact in every case.
 #include <algorithm>
 
 #include "encode.cuh"
@@ -185,13 +185,16 @@ __global__ void __maxnreg__(most_registers(kQuads)) encode_kernel(const __grid_c
 }  // namespace
 
 void encode(const DecodeParams& p, void* stream) {
-  const int bits = sample_bits(p.max_context_len);
   with_scan_types(p, [&](auto chunks, auto mode, auto quads) {
     constexpr int kChunks = decltype(chunks)::value;
     constexpr Mode kMode = decltype(mode)::value;
-    const int words = p.head_quads * query_planes(kMode) * kChunks * 32 + 4 * kMaxHeadQuads +
-                      p.score_heads_per_kv * kPivotWords +
-                      std::max(p.score_heads_per_kv << bits, p.group * kChunks * 4 * 32);
+    int bits = sample_bits(p.max_context_len);
+    auto words_with = [&](int bits) {
+      return p.head_quads * query_planes(kMode) * kChunks * 32 + 4 * kMaxHeadQuads + p.score_heads_per_kv * kPivotWords +
+             std::max(p.score_heads_per_kv << bits, p.group * kChunks * 4 * 32);
+    };
+    while (words_with(bits) * 4 > max_block_memory()) --bits;  // many heads of a long context
+    const int words = words_with(bits);
     // Large blocks are quicker, small ones share a processor.
     const int groups = p.num_rows * p.page.num_kv_heads;
     const int threads = groups <= num_multiprocessors() || p.group > 8 ? kMostThreads : kMostThreads / 2;

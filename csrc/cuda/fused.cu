@@ -50,15 +50,9 @@ int run(const DecodeParams& p, const FusedShape& s, void* stream, bool count) {
 }  // namespace
 
 int fused_clusters(const DecodeParams& p, int cluster) {
-  static const int limit = [] {
-    int device = 0, bytes = 0;
-    check(cudaGetDevice(&device), "cudaGetDevice");
-    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "shared memory");
-    return bytes;
-  }();
   if ((p.page.head_size != 64 && p.page.head_size != 128) || p.group > kFusedGroup || cluster > kMaxCluster) return 0;
   const FusedShape s = shape_of(p, cluster);
-  return s.bytes <= limit ? run(p, s, nullptr, true) : 0;
+  return s.bytes <= max_block_memory() ? run(p, s, nullptr, true) : 0;
 }
 
 void fused(const DecodeParams& p, int cluster, void* stream) { run(p, shape_of(p, cluster), stream, false); }

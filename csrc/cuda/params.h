@@ -13,7 +13,6 @@ namespace adamas {
 // A tile is 16 tokens: uint32 [D/32 words][16 tokens] per signature plane (vllm_adamas/layout.py).
 constexpr int kTile = 16;
 constexpr int kWord = 32;
-constexpr int kMaxWords = 8;
 // Bits of the query in the dot score: two's complement planes, the last one negative.
 constexpr int kQueryBits = 4;
 constexpr int kQueryMax = (1 << (kQueryBits - 1)) - 1;
@@ -21,7 +20,7 @@ constexpr int kQueryMax = (1 << (kQueryBits - 1)) - 1;
 // is how the fragments of the binary tensor core fall.
 constexpr int kQuad = 4;
 constexpr int kMaxHeadQuads = 4;
-// Planes of an encoded query: 4 bits (dot) or 3 thermometer planes (manhattan).
+// Planes of an encoded query: 2 with two bits each (dot) or 3 thermometer planes (manhattan).
 constexpr int kMaxQueryPlanes = 3;
 
 enum class Element : int { f32, bf16, f16, e4m3, e5m2 };
@@ -135,6 +134,5 @@ void attend(const DecodeParams& p, void* stream);
 void fused(const DecodeParams& p, int cluster, void* stream);
 int fused_clusters(const DecodeParams& p, int cluster);  // that run at once; 0 if the shape does not fit
 int64_t workspace(DecodeParams& p, uint8_t* base);  // lays the workspace out; returns its bytes
-void decode(const DecodeParams& p, void* stream);
 
 }  // namespace adamas

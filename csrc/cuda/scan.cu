@@ -3,6 +3,8 @@
 //
 // Most of the work is dealt to the warps in equal shares ahead, the rest in small pieces to whoever is
 // free: multiprocessors get unequal shares of the bandwidth, and warps unequal ones of theirs.
+#include <algorithm>
+
 #include "pipeline.cuh"
 #include "scan.cuh"
 
@@ -14,7 +16,7 @@ constexpr int kQueue = 8;       // candidates that a lane holds back per head qu
 constexpr int kDealFrom = 8;    // stages of a warp, from which on some are dealt when they are reached:
 constexpr int kDealtShare = 4;  // one in so many
 
-// Registers and shared memory of these fit an SM.
+// Registers of these fit an SM, and their shared memory with up to eight heads.
 constexpr int ring_stages(int chunks) { return chunks == 1 ? 3 : 2; }
 constexpr int blocks_per_processor(int chunks, int quads) { return chunks * quads == 1 ? 3 : 2; }
 
@@ -205,9 +207,9 @@ void scan(const DecodeParams& p, void* stream) {
     const int smem = kWarps * (kStages * (bytes + 8) + kQuads * kQueue * 32 * int(sizeof(uint2))) +
                      (p.num_rows + 1) * int(sizeof(int64_t));
     constexpr Mode kMode = decltype(mode)::value;
+    const int blocks = std::max(1, std::min(blocks_per_processor(kChunks, kQuads), blocks_that_fit(smem)));
     launch(p.scores ? scan_kernel<kChunks, kMode, kQuads, true> : scan_kernel<kChunks, kMode, kQuads, false>,
-           dim3(blocks_per_processor(kChunks, kQuads) * num_multiprocessors()), kThreads, smem, stream, true, "scan", p,
-           bytes);
+           dim3(blocks * num_multiprocessors()), kThreads, smem, stream, true, "scan", p, bytes);
   });
 }
 
