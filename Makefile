@@ -63,7 +63,7 @@ sanitize-gpu: $(READY) ## CUDA kernels under compute-sanitizer
 	done
 
 bench-cpu: model ## kernel and serving benchmarks on this CPU
-	@$(PYTHON) benchmarks/bench_decode_cpu.py $(ARGS)
+	@$(PYTHON) benchmarks/bench_decode_cpu.py
 	@$(PYTHON) benchmarks/bench_serve.py $(ARGS)
 
 bench-gpu: model ## kernel and serving benchmarks on a GPU

@@ -16,7 +16,7 @@ from vllm_adamas.errors import AdamasError
 NAME = "ADAMAS"
 BACKEND_PATH = "vllm_adamas.backend.AdamasBackend"
 
-#: First supported release, and the first one not yet tried. 0.32 brought ``customize_spec`` with
+#: First supported release, and the first that is refused. 0.32 brought ``customize_spec`` with
 #: ``state_content_bytes`` and the LBHNC cache layout, without which a page cannot carry signatures.
 VLLM_MIN = (0, 32)
 VLLM_MAX = (0, 34)
