@@ -308,11 +308,12 @@ def bad_arguments():
     yield "value", "append", (key, value[:, :1], page, slots)
     yield "slot_mapping", "append", (key, value, page, slots.int())
     yield "slot_mapping", "append", (key, value, page, slots.view(1, -1))
+    yield "slot_mapping", "append", (key, value, page, torch.full_like(slots, 10**12))
     for name, wrong in {
         "query": (query[:1], query[..., :64], query[:, :7], query[0], query.double()),
         "output": (out[:1], out[:, :4], out.transpose(1, 2), out.int()),
-        "block_table": (table.long(), table[:1], table[0], table[:, :0]),
-        "context_lens": (lens.long(), lens.view(1, -1), lens.float()),
+        "block_table": (table.long(), table[:1], table[0], table[:, :0], table + 10**8, table - 99),
+        "context_lens": (lens.long(), lens.view(1, -1), lens.float(), lens - 9000),
         "budgets": (budgets.long(), budgets[:1], budgets.view(-1, 1)),
         "stats": (stats[:3], stats.int(), stats.view(2, 2)),
     }.items():
@@ -329,6 +330,8 @@ def bad_arguments():
     yield "budgets", "select", (scores, lens, budgets[:1])
     yield "key", "gather", (page, table, lens, kv[:44], kv)
     yield "value", "gather", (page, table, lens, kv, kv[..., :64])
+    yield "value", "gather", (page, table, lens, kv, kv.float())
+    yield "context_lens", "gather", (page, table, lens * torch.tensor([1, -1]).int(), kv, kv)
     yield "block_table", "gather", (page, table.long(), lens, kv, kv)
 
 

@@ -1,4 +1,4 @@
-"""Prefill through FlashAttention over fp8 pages: contexts are copied out, a few requests at a time.
+"""Prefill over copies of contexts, a few requests at a time: fp8 pages on GPUs, every page on CPUs.
 
 Where there is no GPU, plain PyTorch stands in for FlashAttention.
 """
@@ -116,3 +116,37 @@ def test_decode_of_fp8_pages_is_left_to_the_kernels(flash) -> None:
     prefill = flash.FlashPrefill(DEVICE)
     assert prefill.decodes(CASES["bf16"].params)
     assert not prefill.decodes(CASES["e4m3"].params)
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="vLLM's CPU kernels are not there")
+@pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
+@pytest.mark.parametrize("held", [300, 366, 10_000])
+def test_cpu_prefill(held: int, shared: bool) -> None:
+    """Contexts are copied a few requests at a time, and nothing of those before is seen."""
+    from vllm_adamas.prefill_cpu import CpuPrefill
+
+    backend, prefill = get_backend("cpu"), CpuPrefill()
+    batch = Case(LENGTHS).build(backend)
+    params, plan = batch.params, make_plan(batch)
+    prefill.reserve(params, torch.bfloat16, held)
+    k, v = (x.split(LENGTHS) for x in batch.stored())
+    tokens = FIRST + sum(NEW) + 2
+    query = torch.randn(tokens, *batch.query.shape[1:]).bfloat16()
+    key, value = torch.randn(2, tokens, *batch.key.shape[1:]).bfloat16()
+    for step, rows in ((key, k), (value, v)):
+        new = [row[len(row) - n :] for row, n in zip(rows, NEW, strict=True)]
+        step[FIRST : FIRST + sum(NEW)] = torch.cat(new).bfloat16()
+    step = (None, None) if shared else (key, value)
+    for _ in range(2):
+        output = torch.full_like(query, torch.nan)
+        prefill.run(backend, params, plan, "auto", query, *step, batch.page, output)
+        prefill._cache.fill_(0xFF)  # NaN
+    assert output[:FIRST].isnan().all()
+    assert output[FIRST + sum(NEW) :].isnan().all()
+    assert (len(plan.prepared) == 1) == (held >= sum(LENGTHS))
+    largest = max(sum(-(-n // 64) for n in part.seq_lens.tolist()) for part in plan.prepared)
+    assert prefill._cache.numel() <= 1.25 * largest * 64 * 2 * 2 * 128 * 2
+    q = query[FIRST : FIRST + sum(NEW)].split(NEW)
+    expected = torch.cat([exact(*x, params.softmax_scale, 0) for x in zip(q, k, v, strict=True)])
+    error = relative_error(output[FIRST : FIRST + sum(NEW)], expected)
+    assert error.max() < 2 * TOLERANCE[torch.bfloat16]

@@ -1,6 +1,6 @@
 """Everything that depends on a vLLM version: the supported range, registration and two patches.
 
-No other module tests a version or replaces anything in vLLM. Both patches wrap a method once per
+No other module tests a version or replaces anything in vLLM or Python. Both patches wrap a method once per
 process, call the original, and leave every other backend's behaviour as it was.
 """
 

@@ -76,6 +76,7 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         vllm_config = get_current_vllm_config()
+        self._layers = vllm_config.compilation_config.static_forward_context
         self.config = AdamasConfig.parse(adamas_options(vllm_config))
         device = current_platform.device_type
         self.backend = get_backend(self.config.kernels, device)
@@ -198,7 +199,8 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
     def _of(self, layer, kv_cache: torch.Tensor) -> Params:
         """Parameters of this layer; known once its cache is bound and its scales are loaded."""
         if self._params is None:
-            self.backend.prepare(kv_cache)
+            if self._owns_the_cache():
+                self.backend.prepare(kv_cache)
             layout = PageLayout(self.head_size, kv_cache.shape[2], kv_cache.dtype)
             index = extract_layer_index(layer.layer_name)
             self._dense = index < self.config.dense_layers or self.sliding_window is not None
@@ -210,6 +212,11 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
                 key_mean=key_mean,
             )
         return self._params
+
+    def _owns_the_cache(self) -> bool:
+        """Whether no layer of another kind, which may have written already, shares the allocation."""
+        kept = [layer for layer in self._layers.values() if hasattr(layer, "kv_cache")]
+        return all(isinstance(getattr(layer, "impl", None), AdamasImpl) for layer in kept)
 
     def _load_profile(self, layer, device: torch.device) -> torch.Tensor | None:
         """Sets the balance and returns the mean of the balanced, transformed keys."""

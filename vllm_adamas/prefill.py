@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -101,6 +102,17 @@ class Prefill(ABC):
             max_context_len: an upper bound of ``context_lens`` for every replay.
         """
         raise NotImplementedError(f"{type(self).__name__} decodes nothing")
+
+
+def runs_of(lens: list[int], max_tokens: int) -> list[tuple[int, int]]:
+    """Neighbouring requests that hold at most ``max_tokens`` together, or one each: first and last + 1."""
+    cuts, held = [0], 0
+    for row, length in enumerate(lens):
+        if held + length > max_tokens and held:
+            cuts.append(row)
+            held = 0
+        held += length
+    return list(pairwise([*cuts, len(lens)]))
 
 
 @cache

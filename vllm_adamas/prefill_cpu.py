@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vllm_adamas.prefill import Prefill, PrefillPlan
+from vllm_adamas.prefill import Prefill, PrefillPlan, runs_of
 
 #: Tokens copied at a time: what is gathered is still in the L2 cache when it is repacked.
 PIECE = 512
@@ -34,6 +34,7 @@ class Scratch:
 
     Args:
         table: int32 ``[P, blocks]``.
+        ragged: int64, blocks that a request fills in part.
         slots: per request int64 ``[seq_len]``; new_slots: of the step's own tokens, in their order.
         context: how earlier tokens are copied from the pages.
         schedules: the kernel's schedule for each head count and window.
@@ -41,6 +42,7 @@ class Scratch:
 
     table: torch.Tensor
     num_blocks: int
+    ragged: torch.Tensor
     slots: list[torch.Tensor]
     new_slots: torch.Tensor
     context: list[Piece]
@@ -59,7 +61,30 @@ class Scratch:
         split = [all_.split([n - q, q]) for all_, n, q in zip(slots, lens, queries, strict=True)]
         earlier, new = zip(*split, strict=True)
         context = pieces(plan.block_table, earlier, block_size)
-        return cls(table, start, slots, torch.cat(new), context)
+        last = torch.tensor(blocks).cumsum(0) - 1
+        ragged = last[torch.tensor(lens) % block_size > 0]
+        return cls(table, start, ragged, slots, torch.cat(new), context)
+
+
+def parts(plan: PrefillPlan, max_tokens: int, block_size: int) -> list[PrefillPlan]:
+    """Cuts a plan into plans whose contexts hold at most ``max_tokens`` together, and prepares them."""
+    lens, starts = plan.seq_lens.tolist(), plan.query_start_loc.tolist()
+    found = []
+    for first, last in runs_of(lens, max_tokens):
+        part = PrefillPlan(
+            first_token=plan.first_token + starts[first],
+            num_tokens=starts[last] - starts[first],
+            query_start_loc=plan.query_start_loc[first : last + 1] - starts[first],
+            seq_lens=plan.seq_lens[first:last],
+            block_table=plan.block_table[first:last],
+            query_start_loc_cpu=plan.query_start_loc_cpu[first : last + 1],
+            seq_lens_cpu=plan.seq_lens_cpu[first:last],
+            max_query_len=plan.max_query_len,
+            max_seq_len=plan.max_seq_len,
+        )
+        part.prepared = Scratch.build(part, block_size)
+        found.append(part)
+    return found
 
 
 def pieces(
@@ -80,13 +105,26 @@ def pieces(
 
 
 class CpuPrefill(Prefill):
-    """Owns the scratch buffers: shared by all layers, grown to the largest step."""
+    """Owns the scratch buffers: shared by all layers, grown to the largest step, and never beyond the
+    contexts that a step of ``max_tokens`` needs: more requests take several passes."""
 
     def __init__(self):
         self._cache = torch.empty(0, dtype=torch.uint8)
         self._rows = torch.empty(0, dtype=torch.uint8)
+        self._max_tokens = 0
+
+    def reserve(self, params, dtype, max_tokens):
+        """Allocates nothing: short prompts need little."""
+        self._max_tokens = max(self._max_tokens, max_tokens)
+        return 0
 
     def run(self, backend, params, plan, kv_cache_dtype, query, key, value, page, output):
+        if plan.prepared is None:
+            plan.prepared = parts(plan, self._max_tokens, params.layout.block_size)
+        for part in plan.prepared:
+            self._run(backend, params, part, kv_cache_dtype, query, key, value, page, output)
+
+    def _run(self, backend, params, plan, kv_cache_dtype, query, key, value, page, output):
         from vllm import _custom_ops as ops
         from vllm import envs
         from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
@@ -94,11 +132,10 @@ class CpuPrefill(Prefill):
         layout, window = params.layout, params.sliding_window or -1
         size, heads, block = layout.head_size, params.num_kv_heads, layout.block_size
         isa = _get_attn_isa(query.dtype, block, size, kv_cache_dtype)
-        here = plan.tokens
-        if plan.prepared is None:
-            plan.prepared = Scratch.build(plan, block)
-        scratch = plan.prepared
+        here, scratch = plan.tokens, plan.prepared
         cache = self._buffer("_cache", (scratch.num_blocks, heads, 2 * block, size), layout.dtype)
+        # The kernel multiplies the unused tail of a block by zero weights: no NaN may be left there.
+        cache.view(torch.uint8)[scratch.ragged] = 0
         key_cache, value_cache = cache.chunk(2, dim=2)
         scales = {
             "k_scale": params.k_scale,
@@ -162,6 +199,6 @@ class CpuPrefill(Prefill):
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         size = torch.Size(shape).numel() * dtype.itemsize
         if getattr(self, name).numel() < size:
-            # Zeros, because the kernel multiplies the unused tail of a block by zero weights.
-            setattr(self, name, torch.zeros(size + size // 4, dtype=torch.uint8))
+            setattr(self, name, torch.empty(0, dtype=torch.uint8))  # before the larger one is there
+            setattr(self, name, torch.empty(size + size // 4, dtype=torch.uint8))
         return getattr(self, name)[:size].view(dtype).view(shape)

@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import pad
 from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
 
-from vllm_adamas.prefill import Prefill, PrefillPlan
+from vllm_adamas.prefill import Prefill, PrefillPlan, runs_of
 
 
 @dataclass
@@ -37,14 +37,8 @@ class Part:
 def parts(plan: PrefillPlan, max_tokens: int) -> list[Part]:
     """Cuts a plan into runs of requests with at most ``max_tokens`` of context, without a sync."""
     starts, lens = plan.query_start_loc_cpu.tolist(), plan.seq_lens_cpu.tolist()
-    cuts, held = [0], 0
-    for row, length in enumerate(lens):
-        if held + length > max_tokens and held:
-            cuts.append(row)
-            held = 0
-        held += length
     found = []
-    for first, last in pairwise([*cuts, len(lens)]):
+    for first, last in runs_of(lens, max_tokens):
         context_lens = plan.seq_lens[first:last]
         query_starts = plan.query_start_loc[first : last + 1]
         batch = {

@@ -27,6 +27,10 @@ def _library():
     return tvm_ffi.load_module(str(LIBRARY))
 
 
+#: Allocations that :meth:`CpuBackend.prepare` has seen, of this process
+PREPARED: set[int] = set()
+
+
 class CpuBackend(Backend):
     """C++ kernels with AVX-512, AVX2 or portable vectors, chosen by what the processor runs.
 
@@ -39,7 +43,6 @@ class CpuBackend(Backend):
     def __init__(self, isa: str = "auto"):
         self._lib = _library()
         self.isa = str(self._lib.use_isa(isa))
-        self._prepared: set[int] = set()
         self._pages: dict[int, tuple[Params, tuple]] = {}
 
     @property
@@ -48,8 +51,8 @@ class CpuBackend(Backend):
 
     def prepare(self, cache):
         storage = cache.untyped_storage()  # layers share one allocation
-        if storage.data_ptr() not in self._prepared:
-            self._prepared.add(storage.data_ptr())
+        if storage.data_ptr() not in PREPARED:
+            PREPARED.add(storage.data_ptr())
             self._lib.advise_huge(torch.empty(0, dtype=torch.uint8).set_(storage))
 
     # Shapes, strides and dtypes are checked in csrc/cpu/binding.cc, where a check costs nanoseconds.

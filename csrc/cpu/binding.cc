@@ -1,5 +1,6 @@
 // The functions that Python sees (backends/cpu/__init__.py checks shapes and fills the arguments).
 // tvm-ffi passes tensors by DLPack, so one library serves every CPython and PyTorch.
+#include <algorithm>
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/error.h>
 #include <tvm/ffi/function.h>
@@ -74,6 +75,8 @@ void append_op(TensorView key, TensorView value, TensorView slots, Optional<Tens
   expect(slots.ndim() == 1 && is_int(slots, 64) && slots.stride(0) == 1, "slot_mapping: expected int64 [T]");
   p.num_tokens = slots.size(0);
   p.slots = static_cast<const int64_t*>(slots.data_ptr());
+  for (int64_t i = 0; i < p.num_tokens; ++i)
+    expect(p.slots[i] < runs.size(0) * block_size, "slot_mapping: a slot lies behind the last block");
   const int heads = p.page.num_kv_heads;
   p.key = rows_of(key, p.num_tokens, heads, head_size, "key: expected float32, float16 or bfloat16 [T, Hkv, D] with a contiguous D");
   p.value = rows_of(value, p.num_tokens, heads, head_size, "value: expected float32, float16 or bfloat16 [T, Hkv, D] with a contiguous D");
@@ -90,7 +93,7 @@ void append_op(TensorView key, TensorView value, TensorView slots, Optional<Tens
 struct DecodeArgs {
   DecodeParams p{};
 
-  DecodeArgs(TensorView block_table, TensorView context_lens, const Page& page) {
+  DecodeArgs(TensorView block_table, TensorView context_lens, const Page& page, int64_t num_blocks) {
     p.context_lens = row_numbers(context_lens, "context_lens: expected int32 [R]");
     p.num_rows = int(context_lens.size(0));
     expect(block_table.ndim() == 2 && is_int(block_table, 32) && block_table.stride(1) == 1 &&
@@ -99,9 +102,14 @@ struct DecodeArgs {
     p.page = page;
     p.block_table = static_cast<const int32_t*>(block_table.data_ptr());
     p.blocks_per_row = block_table.stride(0);
-    for (int row = 0; row < p.num_rows; ++row)
-      expect(p.context_lens[row] <= block_table.size(1) * page.block_size,
-             "block_table: has fewer blocks than a context needs");
+    for (int row = 0; row < p.num_rows; ++row) {
+      const int64_t length = p.context_lens[row], used = (length + page.block_size - 1) / page.block_size;
+      expect(length >= 0, "context_lens: a context has a negative length");
+      expect(used <= block_table.size(1), "block_table: has fewer blocks than a context needs");
+      const int32_t* blocks = p.block_table + row * p.blocks_per_row;
+      for (int64_t i = 0; i < used; ++i)
+        expect(blocks[i] >= 0 && blocks[i] < num_blocks, "block_table: a block does not exist");
+    }
   }
 
   void query(const TensorView& query) {
@@ -125,7 +133,8 @@ void decode_op(TensorView query, TensorView output, TensorView block_table, Tens
                double v_scale) {
   DecodeArgs args(block_table, context_lens,
                   page_of(runs, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element,
-                          k_scale, v_scale));
+                          k_scale, v_scale),
+                  runs.size(0));
   DecodeParams& p = args.p;
   p.coding = Coding{float(threshold), relative};
   args.query(query);
@@ -149,12 +158,18 @@ void scan_op(TensorView query, TensorView block_table, TensorView context_lens, 
              int64_t element, double k_scale, double v_scale) {
   DecodeArgs args(block_table, context_lens,
                   page_of(runs, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element,
-                          k_scale, v_scale));
+                          k_scale, v_scale),
+                  runs.size(0));
   DecodeParams& p = args.p;
   p.coding = Coding{float(threshold), relative};
   args.query(query);
   p.dot = dot;
   p.per_query_head = per_query_head;
+  bool fits = scores.ndim() == 3 && scores.dtype().code == kDLFloat && scores.dtype().bits == 32 &&
+              scores.stride(2) == 1 && scores.size(0) == p.num_rows &&
+              scores.size(1) == (per_query_head ? p.num_query_heads : p.page.num_kv_heads);
+  for (int row = 0; row < p.num_rows; ++row) fits = fits && p.context_lens[row] <= scores.size(2);
+  expect(fits, "scores: expected float32 [R, score heads, L] with L no shorter than a context");
   scan(*active, p, static_cast<float*>(scores.data_ptr()), scores.stride(0), scores.stride(1));
 }
 
@@ -168,7 +183,14 @@ void select_op(TensorView scores, TensorView context_lens, TensorView budgets, T
   expect(scores.ndim() == 3 && scores.dtype().code == kDLFloat && scores.dtype().bits == 32 &&
              scores.stride(2) == 1 && scores.size(0) == p.num_rows,
          constraint);
-  for (int row = 0; row < p.num_rows; ++row) expect(p.context_lens[row] <= scores.size(2), constraint);
+  bool fits = tokens.ndim() == 3 && is_int(tokens, 32) && tokens.stride(2) == 1 && tokens.size(0) == p.num_rows &&
+              tokens.size(1) == scores.size(1);
+  for (int row = 0; row < p.num_rows; ++row) {
+    const int32_t length = p.context_lens[row];
+    expect(length >= 0 && length <= scores.size(2), constraint);
+    fits = fits && std::min(length, p.budgets[row]) <= tokens.size(2);
+  }
+  expect(fits, "tokens: expected int32 [R, heads, tokens] with room for what is selected");
   p.num_query_heads = int(scores.size(1));
   p.per_query_head = true;
   p.num_sink_tokens = int(num_sink_tokens);
@@ -182,10 +204,13 @@ void gather_op(TensorView key, TensorView value, TensorView block_table, TensorV
                int64_t lo_offset, int64_t scale_offset, int64_t element, double k_scale, double v_scale) {
   DecodeArgs args(block_table, context_lens,
                   page_of(runs, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element,
-                          k_scale, v_scale));
+                          k_scale, v_scale),
+                  runs.size(0));
   const int heads = args.p.page.num_kv_heads;
   int64_t tokens = 0;
   for (int row = 0; row < args.p.num_rows; ++row) tokens += args.p.context_lens[row];
+  const DLDataType kind = key.dtype(), other = value.dtype();
+  expect(kind.code == other.code && kind.bits == other.bits, "value: expected the dtype of key");
   gather(*active, args.p, rows_of(key, tokens, heads, head_size, "key: expected float32, float16 or bfloat16 [tokens, Hkv, D] with a contiguous D"),
          rows_of(value, tokens, heads, head_size, "value: expected float32, float16 or bfloat16 [tokens, Hkv, D] with a contiguous D"));
 }
