@@ -208,15 +208,17 @@ def _kernels(config: AdamasConfig) -> dict[str, str]:
     from vllm_adamas.backends import get_backend
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = {}
-    for name in (*KERNELS[device], config.kernels):
+
+    def describe(name: str) -> str:
         try:
-            found[name] = get_backend(name, device).description
+            return get_backend(name, device).description
         except AdamasError as error:
             if name == config.kernels != "auto":
                 raise
-            found[name] = f"not available: {error}"
-    return {**{name: found[name] for name in KERNELS[device]}, "used here": found[config.kernels]}
+            return f"not available: {error}"
+
+    found = {name: describe(name) for name in KERNELS[device]}
+    return found | {"used here": describe(config.kernels)}
 
 
 def _model_shape(args) -> dict:

@@ -125,6 +125,15 @@ struct DecodeArgs {
   }
 };
 
+void check_scores(const TensorView& scores, const DecodeParams& p) {
+  const char* constraint = "scores: expected float32 [R, heads, L] with L no shorter than a context";
+  expect(scores.ndim() == 3 && scores.dtype().code == kDLFloat && scores.dtype().bits == 32 &&
+             scores.stride(2) == 1 && scores.size(0) == p.num_rows,
+         constraint);
+  for (int row = 0; row < p.num_rows; ++row)
+    expect(p.context_lens[row] >= 0 && p.context_lens[row] <= scores.size(2), constraint);
+}
+
 void decode_op(TensorView query, TensorView output, TensorView block_table, TensorView context_lens,
                TensorView budgets, TensorView stats, double softmax_scale, bool dot, bool per_query_head,
                int64_t num_sink_tokens, int64_t recent_window, int64_t sliding_window, double threshold,
@@ -165,11 +174,9 @@ void scan_op(TensorView query, TensorView block_table, TensorView context_lens, 
   args.query(query);
   p.dot = dot;
   p.per_query_head = per_query_head;
-  bool fits = scores.ndim() == 3 && scores.dtype().code == kDLFloat && scores.dtype().bits == 32 &&
-              scores.stride(2) == 1 && scores.size(0) == p.num_rows &&
-              scores.size(1) == (per_query_head ? p.num_query_heads : p.page.num_kv_heads);
-  for (int row = 0; row < p.num_rows; ++row) fits = fits && p.context_lens[row] <= scores.size(2);
-  expect(fits, "scores: expected float32 [R, score heads, L] with L no shorter than a context");
+  check_scores(scores, p);
+  expect(scores.size(1) == (per_query_head ? p.num_query_heads : p.page.num_kv_heads),
+         "scores: expected as many score heads as the query has token sets");
   scan(*active, p, static_cast<float*>(scores.data_ptr()), scores.stride(0), scores.stride(1));
 }
 
@@ -179,17 +186,11 @@ void select_op(TensorView scores, TensorView context_lens, TensorView budgets, T
   p.context_lens = row_numbers(context_lens, "context_lens: expected int32 [R]");
   p.num_rows = int(context_lens.size(0));
   p.budgets = row_numbers(budgets, "budgets: expected int32 [R]", p.num_rows);
-  const char* constraint = "scores: expected float32 [R, heads, L] with L no shorter than a context";
-  expect(scores.ndim() == 3 && scores.dtype().code == kDLFloat && scores.dtype().bits == 32 &&
-             scores.stride(2) == 1 && scores.size(0) == p.num_rows,
-         constraint);
+  check_scores(scores, p);
   bool fits = tokens.ndim() == 3 && is_int(tokens, 32) && tokens.stride(2) == 1 && tokens.size(0) == p.num_rows &&
               tokens.size(1) == scores.size(1);
-  for (int row = 0; row < p.num_rows; ++row) {
-    const int32_t length = p.context_lens[row];
-    expect(length >= 0 && length <= scores.size(2), constraint);
-    fits = fits && std::min(length, p.budgets[row]) <= tokens.size(2);
-  }
+  for (int row = 0; row < p.num_rows; ++row)
+    fits = fits && std::min(p.context_lens[row], p.budgets[row]) <= tokens.size(2);
   expect(fits, "tokens: expected int32 [R, heads, tokens] with room for what is selected");
   p.num_query_heads = int(scores.size(1));
   p.per_query_head = true;
