@@ -42,6 +42,13 @@ GPU_CASES = {
     "group16": Case(heads=(16, 1), head_size=64, dtype=torch.float16),
     "group16-kv_head": Case(heads=(16, 1), score="manhattan", selection="kv_head"),
     "group16-e4m3": Case(heads=(16, 1), selection="kv_head", fp8="e4m3"),
+    "group9": Case(heads=(9, 1)),
+    "group10-d256": Case(heads=(10, 1), head_size=256),
+    "group13-manhattan": Case(heads=(13, 1), score="manhattan"),
+    "group15-d96": Case(heads=(15, 1), head_size=96, dtype=torch.float16),
+    "e4m3-d192": Case(fp8="e4m3", head_size=192, heads=(4, 1)),
+    "e5m2-d256": Case(fp8="e5m2", head_size=256, heads=(4, 1), score="manhattan"),
+    "sinks-group12": Case((300, 65, 40, 0), 40, (12, 1), sinks=4, recent=8, score="manhattan"),
 }
 over_cases = pytest.mark.parametrize("case", GPU_CASES.values(), ids=GPU_CASES)
 #: Sizes of the fused kernel's clusters; 0 is the three kernels.
@@ -138,6 +145,8 @@ def test_select(backend, kind: str, length: int, sinks: int, recent: int) -> Non
 
 def check_decode(backend, batch: Batch, cluster: int, **kwargs) -> None:
     """Exact attention over the tokens that the reference selects from the CUDA scores."""
+    for workspace in backend._work.values():
+        workspace.fill_(0xFF)
     ours, counted = batch.decode(backend, cluster=cluster, **kwargs)
     rows = len(batch.lengths)
     assert ours[rows:].isnan().all(), "padding was written"
@@ -250,6 +259,16 @@ def test_decode_of_a_million_tokens(backend, selection: str, score: str) -> None
     check_decode(backend, case.build(backend, "cuda"), cluster=0)
 
 
+@pytest.mark.parametrize(
+    ("group", "head_size", "selection"),
+    [(8, 128, "kv_head"), (8, 256, "query_head"), (16, 64, "query_head"), (12, 192, "kv_head")],
+)
+def test_large_groups_have_long_contexts(backend, group: int, head_size: int, selection) -> None:
+    """What a block keeps of the context and of the heads fits its memory together."""
+    case = Case((MAX_CONTEXT,), 256, (group, 1), head_size, selection=selection)
+    check_decode(backend, case.build(backend, "cuda"), cluster=0)
+
+
 @over_clusters
 @pytest.mark.parametrize("data", ["equal", "late"])
 def test_decode_of_misleading_long_contexts(backend, data: str, cluster: int) -> None:
@@ -307,6 +326,37 @@ def test_decode_many_rows(backend, rows: int, heads, head_size: int, fp8, cluste
     check_decode(backend, batch, cluster)
 
 
+@SELECTIONS
+@pytest.mark.parametrize("data", ["normal", "equal", "late"])
+def test_decode_many_rows_of_long_contexts(backend, selection: str, data: str) -> None:
+    """Small blocks that select from samples, from more candidates than they keep, and from ties."""
+    g = torch.Generator().manual_seed(4)
+    lengths = tuple(torch.randint(4000, 9000, (40,), generator=g).tolist())
+    budgets = tuple(torch.randint(1, 3000, (40,), generator=g).tolist())
+    case = Case(lengths, budgets, (32, 8), selection=selection, data=data.replace("late", "normal"))
+    batch = case.build(backend, "cuda")
+    if data == "late":
+        mislead(batch, data)
+        backend.append(batch.params, batch.key, batch.value, batch.page, batch.slots)
+    check_decode(backend, batch, cluster=0)
+
+
+@over_clusters
+def test_nan_stays_where_it_is(backend, cluster: int) -> None:
+    """A NaN reaches the heads that see it, and no other row or head."""
+    batch = Case((300, 64, 200), (1000, 1000, 16)).build(backend, "cuda")
+    clean, _ = batch.decode(backend, cluster=cluster)
+    batch.query[1, 3, 7] = torch.nan
+    batch.query[2, 5] = torch.nan
+    batch.key[10, 0, 0] = torch.nan  # of row 0, KV head 0: query heads 0 to 3
+    backend.append(batch.params, batch.key, batch.value, batch.page, batch.slots)
+    output, _ = batch.decode(backend, cluster=cluster)
+    seen = torch.zeros(3, 8, dtype=torch.bool, device="cuda")
+    seen[0, :4] = seen[1, 3] = seen[2, 5] = True
+    assert torch.equal(output[:3].isnan().all(-1), seen)
+    assert torch.equal(output[:3][~seen], clean[:3][~seen])
+
+
 # gather
 
 
@@ -323,25 +373,39 @@ def test_gather(backend, case: Case) -> None:
 
 
 @over_clusters
-def test_graph_replay_with_other_lengths(backend, cluster: int) -> None:
-    """A captured step serves every batch of its size: lengths and budgets are read on the device."""
-    batch = Case((9000, 2300, 40), (256, 128, 64), padding=0).build(backend, "cuda")
+@SELECTIONS
+@pytest.mark.parametrize("score", ["dot", "manhattan"])
+def test_graph_replay_with_other_rows(backend, cluster: int, selection: str, score: str) -> None:
+    """A captured step serves every batch of its size: tables, lengths and budgets are read on the device."""
+    longest = 65536  # of the rows to come
+    case = Case((9000, 2300, 40), (256, 128, 64), padding=0, selection=selection, score=score)
+    batch = case.build(backend, "cuda")
+    unused = batch.block_table[:, -1:].expand(-1, longest // 64 - batch.block_table.shape[1])
+    batch.block_table = torch.cat((batch.block_table, unused), 1)
+    skip_unless_fits(backend, batch, cluster, longest)
     output = torch.zeros_like(batch.query)
     stats = torch.zeros(4, dtype=torch.int64, device="cuda")
     args = (batch.params, *batch.rows, batch.budgets, output, stats)
-    backend.reserve(batch.params, 3, 65536)
-    backend.decode(*args, max_context_len=65536, cluster=cluster)
+    how = {"max_context_len": longest, "overlap": True, "cluster": cluster}
+    backend.reserve(batch.params, 3, longest)
+    backend.decode(*args, **how)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        backend.decode(*args, max_context_len=65536, cluster=cluster)
-    for lengths, limits in [((8000, 2000, 0), (64, 3000, 8)), ((1, 2300, 33), (4, 100, 32))]:
+        backend.decode(*args, **how)
+    for lengths, limits, order in [
+        ((8000, 2000, 0), (64, 3000, 8), (0, 1, 2)),
+        ((1, 2300, 33), (4, 100, 32), (0, 1, 2)),
+        ((40, 2300, 9000), (16, 100, 64), (2, 1, 0)),
+    ]:
+        batch.block_table.copy_(batch.block_table[torch.tensor(order)].clone())
         batch.context_lens.copy_(torch.tensor(lengths))
         batch.budgets.copy_(torch.tensor(limits))
         output.fill_(float("nan"))
+        stats.zero_()
         graph.replay()
-        replayed = output.clone()
-        backend.decode(*args, cluster=cluster)
-        assert torch.equal(replayed, output)
+        again, counted = batch.decode(backend, **how)
+        assert torch.equal(output, again)
+        assert stats.tolist() == counted
         expected, _ = expected_decode(backend, batch)
         assert relative_error(output.cpu(), expected).max() <= 2 * TOLERANCE[output.dtype]
 

@@ -117,7 +117,7 @@ def _check_cuda_kernels(model, group: int) -> None:
     from vllm_adamas.backends.cuda import LIBRARY, check_context
 
     if model is not None:
-        check_context(model.max_model_len, model.get_head_size(), group)
+        check_context(model.max_model_len)
     if not LIBRARY.exists():
         raise AdamasError(
             f"the CUDA kernels are not built ({LIBRARY.name} is missing): reinstall the package with "

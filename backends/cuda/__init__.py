@@ -86,21 +86,15 @@ def _aligned(name: str, x: torch.Tensor, size: int = 16) -> None:
         )
 
 
-def longest_context(head_size: int, group: int) -> int:
-    """Tokens of the longest context: its bitmap and the merge of the heads share a block's memory."""
-    return 1_000_000 if head_size == 256 and group >= 8 else MAX_CONTEXT
-
-
-def check_context(tokens: int, head_size: int, group: int) -> None:
+def check_context(tokens: int) -> None:
     """
     Raises:
         AdamasError: contexts of so many tokens do not fit the kernels.
     """
-    most = longest_context(head_size, group)
-    if tokens > most:
+    if tokens > MAX_CONTEXT:
         raise AdamasError(
-            f"contexts of {tokens} tokens are longer than the {most} that the CUDA kernels hold for this "
-            f"model: pass --max-model-len {most}, or choose kernels=triton."
+            f"contexts of {tokens} tokens are longer than the {MAX_CONTEXT} that the CUDA kernels hold: "
+            f"pass --max-model-len {MAX_CONTEXT}, or choose kernels=triton."
         )
 
 
@@ -109,7 +103,7 @@ class CudaBackend(Backend):
 
     It can be captured in a CUDA graph: launch shapes depend on the number of rows, ``max_context_len``
     and the configured budget alone, lengths and budgets are read on the device. No context is longer than
-    :func:`longest_context`.
+    ``MAX_CONTEXT``.
     """
 
     name = "cuda"
@@ -145,7 +139,7 @@ class CudaBackend(Backend):
 
     def workspace_bytes(self, params: Params, max_rows: int, max_context_len: int) -> int:
         """Bytes of device memory that decode needs beside its arguments."""
-        check_context(max_context_len, params.layout.head_size, params.group)
+        check_context(max_context_len)
         capacity = candidate_capacity(max_context_len, params.budget(max_context_len))
         return self._workspace_bytes(params, max_rows, capacity)
 
@@ -207,9 +201,9 @@ class CudaBackend(Backend):
         typed("stats", stats, torch.int64, 4)
         together(query=query, page=page, output=output, budgets=budgets, stats=stats)
         longest = block_table.shape[1] * params.layout.block_size
-        longest = min(longest, longest_context(size, params.group))
+        longest = min(longest, MAX_CONTEXT)
         if max_context_len is not None:
-            check_context(max_context_len, size, params.group)
+            check_context(max_context_len)
             longest = min(longest, max_context_len)
         if cluster is None:
             cluster = self.cluster_size(params, rows, query.dtype, page, longest)
@@ -273,8 +267,7 @@ class CudaBackend(Backend):
         typed("context_lens", context_lens, torch.int32, rows)
         typed("budgets", budgets, torch.int32, rows)
         together(scores=scores, context_lens=context_lens, budgets=budgets)
-        if longest > MAX_CONTEXT:
-            raise AdamasError(f"contexts above {MAX_CONTEXT} tokens are not supported on CUDA.")
+        check_context(longest)
         if rows and int(context_lens.max()) > longest:
             raise ValueError(f"context_lens: a row is longer than the {longest} scores of a row")
         most = int(torch.minimum(budgets, context_lens).max()) if rows else 0

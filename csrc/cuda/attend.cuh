@@ -274,7 +274,7 @@ struct Attention {
     }
   }
 
-  // Adds one head's values over the warps: visit(head, dimension, value, top, sum) by every thread.
+  // Adds one head's values over the warps: visit(head, dimension, value, sum) by every thread.
   template <int kWarps, class Visit>
   static __device__ void over_warps(const float* buffer, int heads, Visit visit) {
     for (int i = threadIdx.x; i < heads * D; i += kWarps * 32) {
@@ -292,7 +292,7 @@ struct Attention {
         value += weight * at[4 + d];
         total += weight * at[1];
       }
-      visit(head, d, value, best, total);
+      visit(head, d, value, total);
     }
   }
 
@@ -306,8 +306,8 @@ struct Attention {
       __syncthreads();
       share(buffer, n, here);
       __syncthreads();
-      over_warps<kWarps>(buffer, here, [&](int head, int d, float value, float, float total) {
-        first_head[(8 * n + head) * head_stride + d] = T(total > 0 ? value / total * v_scale : 0.0f);
+      over_warps<kWarps>(buffer, here, [&](int head, int d, float value, float total) {
+        first_head[(8 * n + head) * head_stride + d] = T(total == 0 ? 0.0f : value / total * v_scale);
       });
     }
   }

@@ -123,6 +123,12 @@ __device__ __forceinline__ float from_order_key(uint32_t key) {
   return __uint_as_float(key & 0x80000000u ? key ^ 0x80000000u : ~key);
 }
 
+// The next smaller float, from 0 past -0.
+__device__ __forceinline__ float next_below(float x) {
+  const uint32_t key = order_key(x);
+  return from_order_key(key - (key == 0x80000000u ? 2 : 1));
+}
+
 __device__ __forceinline__ uint4 load16(const void* p) { return __ldg(reinterpret_cast<const uint4*>(p)); }
 
 // The same where neighbouring lanes ask for parts of a cache line: the whole line comes from memory.
@@ -138,18 +144,18 @@ __device__ __forceinline__ uint2 load8_line(const void* p) {
 }
 __device__ __forceinline__ uint2 load8(const void* p) { return __ldg(reinterpret_cast<const uint2*>(p)); }
 
-__device__ __forceinline__ uint4 shared16(const void* p) {
+__device__ __forceinline__ uint4 shared16(uint32_t at) {
   uint4 x;
-  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];"
-               : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
-               : "r"(uint32_t(__cvta_generic_to_shared(p))));
+  asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(at));
   return x;
 }
-__device__ __forceinline__ uint2 shared8(const void* p) {
+__device__ __forceinline__ uint2 shared8(uint32_t at) {
   uint2 x;
-  asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(uint32_t(__cvta_generic_to_shared(p))));
+  asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(at));
   return x;
 }
+__device__ __forceinline__ uint4 shared16(const void* p) { return shared16(uint32_t(__cvta_generic_to_shared(p))); }
+__device__ __forceinline__ uint2 shared8(const void* p) { return shared8(uint32_t(__cvta_generic_to_shared(p))); }
 __device__ __forceinline__ uint32_t shared4(const void* p) {
   uint32_t x;
   asm volatile("ld.shared.b32 %0, [%1];" : "=r"(x) : "r"(uint32_t(__cvta_generic_to_shared(p))));

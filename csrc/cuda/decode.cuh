@@ -71,11 +71,15 @@ struct Attend {
   static __host__ __device__ int merge_bytes(const DecodeParams& p) {
     return kAttendWarps * (p.group < 8 ? p.group : 8) * Softmax::kHeadFloats * 4;
   }
+  // Bins, candidates and list; in the end the merge lies in their place.
+  static __host__ __device__ int scratch_bytes(const DecodeParams& p) {
+    const int select = kFrontBytes + kList * 8, merge = merge_bytes(p);
+    return select > merge ? select : merge;
+  }
 
   static int shared_bytes(const DecodeParams& p) {
-    const int list = kList * 8, merge = merge_bytes(p);
     const int bitmap = (bitmap_words(p.max_context_len) + 3) / 4 * 16, rows = (p.num_rows + 1) * 8;
-    const int front = kSums + kFrontBytes + (list > merge ? list : merge) + bitmap, back = rows + 32 + merge;
+    const int front = kSums + scratch_bytes(p) + bitmap, back = rows + 32 + merge_bytes(p);
     return front > back ? front : back;
   }
 
@@ -97,6 +101,7 @@ struct Attend {
     touch(p);
     const RowPlan plan(p, row);
     if (plan.length <= 0) {
+      wait_for_previous();  // when attend has finished, so have scan and encode
       for (int h = 0; h < heads; ++h)
         for (int i = threadIdx.x; i < D; i += kAttendThreads) output_of(p, row, first_head + h)[i] = T(0.0f);
       return;
@@ -107,8 +112,7 @@ struct Attend {
     uint8_t* staged = memory + kSums;  // where bins and candidates are
     uint32_t* bins = reinterpret_cast<uint32_t*>(staged);
     uint8_t* list = staged + kFrontBytes;
-    const int list_bytes = max(kList * 8, merge_bytes(p));
-    uint32_t* bitmap = reinterpret_cast<uint32_t*>(list + list_bytes);
+    uint32_t* bitmap = reinterpret_cast<uint32_t*>(staged + scratch_bytes(p));
     const int words = (plan.length + 31) / 32;
     for (int i = threadIdx.x; i < (bitmap_words(plan.length) + 3) / 4; i += kAttendThreads)
       reinterpret_cast<uint4*>(bitmap)[i] = uint4{};
@@ -193,7 +197,7 @@ struct Attend {
       __syncthreads();
     }
     softmax.finish();
-    softmax.template write_merged<kAttendWarps>(reinterpret_cast<float*>(list), output_of(p, row, first_head),
+    softmax.template write_merged<kAttendWarps>(reinterpret_cast<float*>(memory + kSums), output_of(p, row, first_head),
                                                 p.output.head_stride, heads, p.page.v_scale);
   }
 
@@ -391,8 +395,7 @@ __global__ void __launch_bounds__(kThreads, D <= 128 && kTiles == 1 ? 512 / kThr
   if (__syncthreads_or(dense)) Body::dense(p, blockIdx.x, attend_memory);
 }
 
-// Few token sets get large blocks, if the memory for merging 16 warps is left beside the bitmap of a long
-// context; many sets get small ones that overlap selecting with attending.
+// Few token sets get large blocks, many sets small ones that overlap selecting with attending.
 template <int D>
 void attend_head_size(const DecodeParams& p, void* stream) {
   const int sets = p.num_rows * p.score_heads_per_kv * p.page.num_kv_heads;
@@ -412,8 +415,7 @@ void attend_head_size(const DecodeParams& p, void* stream) {
     if (p.group > 8) return run(element, integral_constant<int, 2>(), integral_constant<int, 256>());
     if constexpr (D <= 128) {
       const int processors = num_multiprocessors();
-      if (sets <= processors && Attend<D, decltype(element), 1, 512, false>::shared_bytes(p) <= max_block_memory())
-        return run(element, integral_constant<int, 1>(), integral_constant<int, 512>());
+      if (sets <= processors) return run(element, integral_constant<int, 1>(), integral_constant<int, 512>());
       if (sets > 4 * processors) return run(element, integral_constant<int, 1>(), integral_constant<int, 64>());
       if (sets > 2 * processors) return run(element, integral_constant<int, 1>(), integral_constant<int, 128>());
     }

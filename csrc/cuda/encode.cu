@@ -41,10 +41,10 @@ __device__ __forceinline__ void each_score(const float* scores, int sample_bits,
 __device__ __noinline__ uint64_t find_tied_pivot(const float* scores, int sample_bits, int rank, int slack,
                                                  uint32_t* bins) {
   return warp_threshold<kPivotBits>(bins, 32 + sample_bits, rank, slack, [&](auto visit) {
-           each_score(scores, sample_bits, [&](float x, int i) {
-             if (x > -INFINITY) visit(ranked(order_key(x), i, sample_bits));
-           });
-         }).value;
+    each_score(scores, sample_bits, [&](float x, int i) {
+      if (x > -INFINITY) visit(ranked(order_key(x), i, sample_bits));
+    });
+  });
 }
 
 // A score that `rank` of the sample reach, and at most half as many again (or twice as many where scores

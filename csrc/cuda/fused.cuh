@@ -637,7 +637,7 @@ struct Fused {
         total += __shfl_xor_sync(kFull, total, step);
       }
       if (lane % lanes == 0 && i < own && rank * own + i < outputs)
-        output_of(head)[at % D] = T(total > 0 ? value / total * p.page.v_scale : 0.0f);
+        output_of(head)[at % D] = T(total == 0 ? 0.0f : value / total * p.page.v_scale);
     }
   }
 };

@@ -23,7 +23,7 @@ constexpr int kMaxHeadQuads = 4;
 // Planes of an encoded query: 2 with two bits each (dot) or 3 thermometer planes (manhattan).
 constexpr int kMaxQueryPlanes = 3;
 
-enum class Element : int { f32, bf16, f16, e4m3, e5m2 };
+enum class Element : int { bf16 = 1, f16, e4m3, e5m2 };
 
 // dot; manhattan per query head; manhattan summed over the query heads of a KV head.
 enum class Mode : int { dot, manhattan, manhattan_sum };

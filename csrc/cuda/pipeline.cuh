@@ -146,17 +146,6 @@ struct StageReader {
   }
 
  private:
-  static __device__ __forceinline__ uint4 shared16(uint32_t at) {
-    uint4 x;
-    asm volatile("ld.shared.v4.b32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "r"(at));
-    return x;
-  }
-  static __device__ __forceinline__ uint2 shared8(uint32_t at) {
-    uint2 x;
-    asm volatile("ld.shared.v2.b32 {%0,%1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(at));
-    return x;
-  }
-
   uint32_t quad_at_[kSteps], scale_at_[kSteps], word_at_[kChunks], plane_bytes_;
 };
 

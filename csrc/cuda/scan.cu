@@ -12,15 +12,16 @@ namespace adamas {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kQueue = 8;       // candidates that a lane holds back per head quad
 constexpr int kDealFrom = 8;    // stages of a warp, from which on some are dealt when they are reached:
 constexpr int kDealtShare = 4;  // one in so many
 
-// Registers of these fit an SM, and their shared memory with up to eight heads.
-constexpr int ring_stages(int chunks) { return chunks == 1 ? 3 : 2; }
+// Registers and shared memory of these fit an SM.
+constexpr int ring_stages(int chunks, int quads) { return chunks == 1 && quads < 4 ? 3 : 2; }
+// Candidates that a lane holds back per head quad; four may come at a time.
+constexpr int queue_length(int chunks, int quads) { return chunks == 2 && quads == 4 ? 5 : 8; }
 constexpr int blocks_per_processor(int chunks, int quads) { return chunks * quads == 1 ? 3 : 2; }
 
-// Moves what the lanes hold back for one head quad to the heads' candidates. queue: [kQueue][32]
+// Moves what the lanes hold back for one head quad to the heads' candidates. queue: [length][32]
 __device__ __noinline__ void flush(const DecodeParams& p, const uint2* queue, int count, int set) {
   const int lane = threadIdx.x % 32;
   int sum = count;  // over the lanes of the same head, up to this one
@@ -41,7 +42,7 @@ template <int kChunks, Mode kMode, int kQuads, bool kAll>
 __global__ void __launch_bounds__(kThreads, blocks_per_processor(kChunks, kQuads))
     scan_kernel(const __grid_constant__ DecodeParams p, int bytes) {
   extern __shared__ __align__(16) uint8_t memory[];
-  constexpr int kStages = ring_stages(kChunks);
+  constexpr int kStages = ring_stages(kChunks, kQuads), kQueue = queue_length(kChunks, kQuads);
   constexpr int kSteps = StageReader<kChunks, kMode>::kSteps;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   uint8_t* at_memory = memory + kWarps * kStages * bytes;
@@ -127,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(kChunks, kQuads
       const bool here = head < p.score_heads_per_kv;
       above[q] = here ? p.work.pivot_score[first_set + head] : INFINITY;
       late[q] = here ? p.work.pivot_token[first_set + head] : INT_MAX;
-      above_late[q] = above[q] > -INFINITY ? from_order_key(order_key(above[q]) - 1) : above[q];
+      above_late[q] = above[q] > -INFINITY ? next_below(above[q]) : above[q];
     }
     const uint32_t queues = uint32_t(__cvta_generic_to_shared(queue)) + lane * 8;
     auto queue_start = [&](int q) { return queues + q * (kQueue * 256); };
@@ -202,7 +203,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(kChunks, kQuads
 void scan(const DecodeParams& p, void* stream) {
   with_scan_types(p, [&](auto chunks, auto mode, auto quads) {
     constexpr int kChunks = decltype(chunks)::value, kQuads = decltype(quads)::value;
-    constexpr int kStages = ring_stages(kChunks);
+    constexpr int kStages = ring_stages(kChunks, kQuads), kQueue = queue_length(kChunks, kQuads);
     const int bytes = stage_bytes(p.page);
     const int smem = kWarps * (kStages * (bytes + 8) + kQuads * kQueue * 32 * int(sizeof(uint2))) +
                      (p.num_rows + 1) * int(sizeof(int64_t));

@@ -10,11 +10,6 @@ constexpr int kBins = 1 << kBinBits;
 constexpr int kBinWords = spread(kBins);  // bins lie spread in shared memory
 constexpr int kSelectWords = kBinWords + 32;
 
-struct Threshold {
-  uint64_t value;   // the selected are those at or above it
-  uint32_t excess;  // how many more than asked for there are
-};
-
 struct Bin {
   uint32_t index, before, size;  // before: the values in higher bins
 };
@@ -47,10 +42,10 @@ __device__ __forceinline__ Bin find_bin(const uint32_t* bins, uint32_t need) {
   return {__shfl_sync(kFull, bin, owner), __shfl_sync(kFull, before, owner), __shfl_sync(kFull, size, owner)};
 }
 
-// One warp, `kBits` bits per pass. each(visit) shows every value below 2^bits to visit, in any
-// order and any spread over the lanes. At most `slack` more than `need` values are selected.
+// The value at or above which there are `need` values, or at most `slack` more; by one warp, `kBits` bits per
+// pass. each(visit) shows every value below 2^bits to visit, in any order and any spread over the lanes.
 template <int kBits, class Each>
-__device__ Threshold warp_threshold(uint32_t* bins, int bits, uint32_t need, uint32_t slack, Each each) {
+__device__ uint64_t warp_threshold(uint32_t* bins, int bits, uint32_t need, uint32_t slack, Each each) {
   const int lane = threadIdx.x % 32;
   uint64_t prefix = 0;
   for (int shift = bits;;) {
@@ -67,7 +62,7 @@ __device__ Threshold warp_threshold(uint32_t* bins, int bits, uint32_t need, uin
     const uint32_t size = found.size;
     need -= found.before;
     prefix = prefix << width | found.index;
-    if (size - need <= slack || shift == 0) return {prefix << shift, size - need};
+    if (size - need <= slack || shift == 0) return prefix << shift;
   }
 }
 

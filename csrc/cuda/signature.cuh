@@ -38,11 +38,6 @@ template <int kWords>
 __device__ __forceinline__ void load_vector(float (&x)[kWords], const Rows& rows, int64_t token, int head,
                                             int words) {
   const int64_t at = token * rows.token_stride + head * rows.head_stride + threadIdx.x % 32;
-  if (rows.element == Element::f32) {
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) x[w] = w < words ? static_cast<const float*>(rows.data)[at + w * kWord] : 0.0f;
-    return;
-  }
   uint16_t raw[kWords];
 #pragma unroll
   for (int w = 0; w < kWords; ++w) raw[w] = w < words ? static_cast<const uint16_t*>(rows.data)[at + w * kWord] : 0;
