@@ -171,14 +171,15 @@ struct Fused {
                                  s.stage_bytes);
     const int32_t* blocks = p.block_table + row * p.blocks_per_row;
     const uint8_t* run = p.page.base + kv_head * p.page.head_stride;
-    auto block_of = [&](int v, int end) -> uint32_t {  // of this lane's part of an own stage
-      const int token = first_token(v) + lane * shape.part_tokens;
+    auto block_of = [&](int stage, int end) -> uint32_t {  // of this lane's part of the stage at a token
+      const int token = stage + lane * shape.part_tokens;
       return lane < shape.parts && token < end ? __ldg(blocks + block_of_quad(p.page, token / kQuad)) : 0;
     };
+    const int stride = kFusedWarps * s.cluster * shape.tokens;  // from one stage of a warp to its next
     // The row's length is still on the way.
     uint32_t block[kFusedStages];
 #pragma unroll
-    for (int i = 0; i < kFusedStages; ++i) block[i] = block_of(warp + i * kFusedWarps, p.max_context_len);
+    for (int i = 0; i < kFusedStages; ++i) block[i] = block_of(first_token(warp) + i * stride, p.max_context_len);
     QueryMemory queries{m.planes, m.bias, m.scores};
     clear_queries<kChunks, kMode>(p, queries);
     for (int i = threadIdx.x; i < sets * kEdgeWords; i += kFusedThreads) m.counts[i] = 0;
@@ -189,15 +190,17 @@ struct Fused {
     if (threadIdx.x == 0) m.warps[kFusedWarps] = 0;
     begin();
 
-    float x[kChunks * 4];
-    if (warp < p.group) load_vector(x, p.query, row, kv_head * p.group + warp, p.page.words);
-    auto fill = [&](int slot, int v, uint32_t block) {
-      if (first_token(v) < plan.length) ring.fill(slot, p.page, shape, run, first_token(v), plan.length, block);
+    uint16_t raw[kChunks * 4] = {};
+    if (warp < p.group) load_raw(raw, p.query, row, kv_head * p.group + warp, p.page.words);
+    auto fill = [&](int slot, int token, uint32_t block) {
+      if (token < plan.length) ring.fill(slot, p.page, shape, run, token, plan.length, block);
     };
+    int token = first_token(warp);
 #pragma unroll
-    for (int i = 0; i < kFusedStages; ++i) fill(i, warp + i * kFusedWarps, block[i]);
-    uint32_t next_block = block_of(warp + kFusedStages * kFusedWarps, plan.length);
-
+    for (int i = 0; i < kFusedStages; ++i) fill(i, token + i * stride, block[i]);
+    uint32_t next_block = block_of(token + kFusedStages * stride, plan.length);
+    float x[kChunks * 4];
+    widen(x, raw, p.query.element);
     __syncthreads();
     encode_queries<kChunks, kMode>(p, x, queries);
     QueryFragments<kChunks, kMode, kQuads> query;
@@ -207,35 +210,42 @@ struct Fused {
     float best[kQuads][Reader::kSteps], worst[kQuads];
 #pragma unroll
     for (int q = 0; q < kQuads; ++q) best[q][0] = best[q][1] = -INFINITY, worst[q] = INFINITY;
-    int v = warp, slot = 0;
-    uint32_t phase = 0;
-    for (int token = first_token(v); token < plan.length; v += kFusedWarps, token = first_token(v)) {
-      ring.wait(slot, phase);
-      Signatures<kChunks, kMode> signatures[Reader::kSteps];
-#pragma unroll
-      for (int i = 0; i < Reader::kSteps; ++i) reader.load(signatures[i], ring.data(slot), i);
+    float* to = m.scores + warp * kStageTokens + lane % 4 * s.score_stride + lane / 4 * kQuad;
+    auto score_stage = [&](const Signatures<kChunks, kMode>(&signatures)[Reader::kSteps], auto whole) {
 #pragma unroll
       for (int q = 0; q < kQuads; ++q) {
-        const int head = q * 4 + lane % 4;
 #pragma unroll
         for (int i = 0; i < Reader::kSteps; ++i) {
           float score[4];
           score_quad(query, signatures[i], q, score);
 #pragma unroll
           for (int j = 0; j < 4; ++j) {
-            const bool here = uint32_t(token + reader.token[i] + j - p.num_sink_tokens) < uint32_t(plan.middle);
+            const bool here = decltype(whole)::value ||
+                              uint32_t(token + reader.token[i] + j - p.num_sink_tokens) < uint32_t(plan.middle);
             worst[q] = fminf(worst[q], here ? score[j] : INFINITY);
             score[j] = here ? score[j] : -INFINITY;
             best[q][i] = fmaxf(best[q][i], score[j]);
           }
-          if (head < sets)
-            *reinterpret_cast<float4*>(m.scores + head * s.score_stride + v * kStageTokens + i * Reader::kStep +
-                                       lane / 4 * kQuad) = make_float4(score[0], score[1], score[2], score[3]);
+          if (q * 4 + lane % 4 < sets)
+            *reinterpret_cast<float4*>(to + q * 4 * s.score_stride + i * Reader::kStep) =
+                make_float4(score[0], score[1], score[2], score[3]);
         }
       }
+    };
+    // Of a stage up to here every token may be selected.
+    const int last_whole = shape.tokens == kStageTokens ? p.num_sink_tokens + plan.middle - kStageTokens : INT_MIN;
+    int slot = 0;
+    uint32_t phase = 0;
+    for (; token < plan.length; token += stride, to += kFusedWarps * kStageTokens) {
+      ring.wait(slot, phase);
+      Signatures<kChunks, kMode> signatures[Reader::kSteps];
+#pragma unroll
+      for (int i = 0; i < Reader::kSteps; ++i) reader.load(signatures[i], ring.data(slot), i);
+      if (token >= p.num_sink_tokens && token <= last_whole) score_stage(signatures, std::true_type());
+      else score_stage(signatures, std::false_type());
       __syncwarp();
-      fill(slot, v + kFusedStages * kFusedWarps, next_block);
-      next_block = block_of(v + (kFusedStages + 1) * kFusedWarps, plan.length);
+      fill(slot, token + kFusedStages * stride, next_block);
+      next_block = block_of(token + (kFusedStages + 1) * stride, plan.length);
       if (++slot == kFusedStages) slot = 0, phase ^= 1;
     }
 

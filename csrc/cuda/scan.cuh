@@ -22,6 +22,16 @@ __device__ __forceinline__ void mma128(int (&c)[4], uint32_t a0, uint32_t a1, ui
       : "r"(a0), "r"(a1), "r"(b));
 }
 
+// Two accumulators of the same tokens, side by side: the second instruction finds the tokens where the first
+// has fetched them.
+__device__ __forceinline__ void mma128(int (&c)[4], int (&d)[4], uint32_t a0, uint32_t a1, uint32_t b, uint32_t e) {
+  asm volatile(
+      "mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3}, {%8,%9}, {%10}, {%0,%1,%2,%3};\n"
+      "mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%4,%5,%6,%7}, {%8,%9}, {%11}, {%4,%5,%6,%7};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]), "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
+      : "r"(a0), "r"(a1), "r"(b), "r"(e));
+}
+
 constexpr int query_planes(Mode mode) { return mode == Mode::dot ? 2 : 3; }
 
 // The encoded queries of one (row, KV head) as this lane's fragments.
@@ -102,6 +112,16 @@ struct SignatureReader {
     }
     if (kMode == Mode::dot) to.scale = load8(run + from.scale);
   }
+
+  // The same into the L2 cache. The kernel in front may still write there.
+  __device__ __forceinline__ void prefetch(const Place& from) const {
+#pragma unroll
+    for (int k = 0; k < kChunks; ++k) {
+      prefetch_line(hi[k] + from.words);
+      prefetch_line(hi[k] + from.words + lo);
+    }
+    if (kMode == Mode::dot) prefetch_line(run + from.scale);
+  }
 };
 
 template <int kChunks, Mode kMode, int kQuads>
@@ -123,12 +143,9 @@ __device__ __forceinline__ void score_quad(const QueryFragments<kChunks, kMode, 
         const uint32_t h0 = hi[k][2 * pair], h1 = hi[k][2 * pair + 1];
         const uint32_t l0 = lo[k][2 * pair], l1 = lo[k][2 * pair + 1];
         const uint32_t b0 = query.plane[q][0][k], b1 = query.plane[q][1][k];
-        mma128(low, h0, h1, b0);
-        mma128(high, h0, h1, b1);
-        mma128(low, h0, h1, b0);
-        mma128(high, h0, h1, b1);
-        mma128(low, l0, l1, b0);
-        mma128(high, l0, l1, b1);
+        mma128(low, high, h0, h1, b0, b1);
+        mma128(low, high, h0, h1, b0, b1);
+        mma128(low, high, l0, l1, b0, b1);
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i)
@@ -215,6 +232,8 @@ __device__ __forceinline__ void scan_quads(const Page& page, int kv_head, const 
     for (int i = 0; i < kDepth; ++i) block[i] = fetch_block(i);
 #pragma unroll
     for (int i = 0; i < kDepth; ++i) place[i] = reader.place(quad_at(i), block[i]);
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i) reader.prefetch(place[i]);
   }
   begin();
   if (steps > 0) {

@@ -33,17 +33,28 @@ __device__ __forceinline__ void hadamard(float (&x)[kWords], int head_size, floa
   for (int w = 0; w < kWords; ++w) x[w] *= norm;
 }
 
-// All loads are issued before the first value is waited for.
+// A vector as it lies in memory; nothing waits for it before it is widened.
+template <int kWords>
+__device__ __forceinline__ void load_raw(uint16_t (&raw)[kWords], const Rows& rows, int64_t token, int head,
+                                         int words) {
+  const int64_t at = token * rows.token_stride + head * rows.head_stride + threadIdx.x % 32;
+#pragma unroll
+  for (int w = 0; w < kWords; ++w) raw[w] = w < words ? static_cast<const uint16_t*>(rows.data)[at + w * kWord] : 0;
+}
+
+template <int kWords>
+__device__ __forceinline__ void widen(float (&x)[kWords], const uint16_t (&raw)[kWords], Element element) {
+#pragma unroll
+  for (int w = 0; w < kWords; ++w)
+    x[w] = element == Element::bf16 ? __uint_as_float(uint32_t(raw[w]) << 16) : __half2float(__ushort_as_half(raw[w]));
+}
+
 template <int kWords>
 __device__ __forceinline__ void load_vector(float (&x)[kWords], const Rows& rows, int64_t token, int head,
                                             int words) {
-  const int64_t at = token * rows.token_stride + head * rows.head_stride + threadIdx.x % 32;
   uint16_t raw[kWords];
-#pragma unroll
-  for (int w = 0; w < kWords; ++w) raw[w] = w < words ? static_cast<const uint16_t*>(rows.data)[at + w * kWord] : 0;
-#pragma unroll
-  for (int w = 0; w < kWords; ++w)
-    x[w] = rows.element == Element::bf16 ? __uint_as_float(uint32_t(raw[w]) << 16) : __half2float(__ushort_as_half(raw[w]));
+  load_raw(raw, rows, token, head, words);
+  widen(x, raw, rows.element);
 }
 
 template <int kWords>
