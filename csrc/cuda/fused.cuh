@@ -232,7 +232,8 @@ struct Fused {
         }
       }
     };
-    // Of a stage up to here every token may be selected.
+    // Of a stage up to here every token may be selected; where scoring is long code, one form serves all.
+    constexpr bool kTwoForms = kMode != Mode::manhattan_sum;
     const int last_whole = shape.tokens == kStageTokens ? p.num_sink_tokens + plan.middle - kStageTokens : INT_MIN;
     int slot = 0;
     uint32_t phase = 0;
@@ -241,7 +242,7 @@ struct Fused {
       Signatures<kChunks, kMode> signatures[Reader::kSteps];
 #pragma unroll
       for (int i = 0; i < Reader::kSteps; ++i) reader.load(signatures[i], ring.data(slot), i);
-      if (token >= p.num_sink_tokens && token <= last_whole) score_stage(signatures, std::true_type());
+      if (kTwoForms && token >= p.num_sink_tokens && token <= last_whole) score_stage(signatures, std::true_type());
       else score_stage(signatures, std::false_type());
       __syncwarp();
       fill(slot, token + kFusedStages * stride, next_block);
