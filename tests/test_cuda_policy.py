@@ -43,14 +43,14 @@ def recorded() -> list[tuple[str, int, dict, dict]]:
 
 
 def test_choice_of_the_fused_kernel_is_the_measured_one() -> None:
-    """Of every cell where both forms ran, the policy takes the faster one, or loses little."""
+    """Of every cell where both forms ran, the policy takes the faster one, or loses a tenth at most."""
     assert len(recorded()) > 20
     for name, sets, cell, result in recorded():
         cluster = result["fused"]["cluster"]
         fused = prefers_fused(cluster, cell["context"], sets, cell["budget"])
         assert result["runs"] == ("fused" if fused else "three"), (name, cell["context"])
         best = min(result["fused"]["us"], result["three"]["us"])
-        assert result[result["runs"]]["us"] <= 1.08 * best, (name, cell["context"], cell["rows"])
+        assert result[result["runs"]]["us"] <= 1.1 * best, (name, cell["context"], cell["rows"])
 
 
 @pytest.mark.parametrize("budget, fused", [(256, True), (512, False), (0.01, True), (0.5, False)])
