@@ -141,6 +141,19 @@ def test_scan(backend, case: Case) -> None:
         assert (ours[row, :, length:] == -torch.inf).all()
 
 
+@pytest.mark.parametrize("selection", ["query_head", "kv_head"])
+@pytest.mark.parametrize("head_size, dim", [(64, 3), (96, 3), (96, 95), (192, 70)])
+def test_scan_of_a_query_with_nan(backend, head_size: int, dim: int, selection: str) -> None:
+    """It has no codes, whichever part of the head the transform spreads the NaN over."""
+    case = Case(head_size=head_size, selection=selection, lengths=(300, 70))
+    batch = case.build(backend)
+    batch.query[0, 1, dim] = torch.nan
+    ours, theirs = batch.scan(backend), batch.scan(REFERENCE)
+    assert not ours[0, 0 if selection == "kv_head" else 1, :300].any()
+    assert torch.equal(ours[0, :, :300].isnan(), theirs[0, :, :300].isnan())
+    assert torch.equal(ours == 0, theirs == 0)
+
+
 # select
 
 

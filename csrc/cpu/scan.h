@@ -11,10 +11,10 @@ static void encode_query(const float* x, const DecodeParams& p, QueryCode* code)
     vf tops = {};
     for (int i = 0; i < D; i += kLanes) {
       const vf v = load<vf>(x + i), a = v < 0.0f ? -v : v;
-      tops = a <= tops ? tops : a;  // NaN stays
+      tops = (a <= tops) | (tops != tops) ? tops : a;  // NaN stays
     }
     float top = 0;
-    for (int lane = 0; lane < kLanes; ++lane) top = tops[lane] <= top ? top : tops[lane];
+    for (int lane = 0; lane < kLanes; ++lane) top = tops[lane] <= top || top != top ? top : tops[lane];
     const float step = top / kQueryMax;
     float inverse = step > 0 ? 1.0f / step : 0.0f;
     if (!(inverse - inverse == 0)) inverse = 0.0f;  // NaN or infinite step, or a step too small to invert
