@@ -42,15 +42,20 @@ def recorded() -> list[tuple[str, int, dict, dict]]:
     return found
 
 
+#: The cell that the policy is known to miss, and by how much: (part and result, context, rows, budget)
+MISSED = {("budgets, dot query_head", 32768, 1, 1024): 1.09}
+
+
 def test_choice_of_the_fused_kernel_is_the_measured_one() -> None:
-    """Of every cell where both forms ran, the policy takes the faster one, or loses a tenth at most."""
+    """Of every cell where both forms ran, the policy takes the faster one, or loses little."""
     assert len(recorded()) > 20
     for name, sets, cell, result in recorded():
+        where = (name, cell["context"], cell["rows"], cell["budget"])
         cluster = result["fused"]["cluster"]
         fused = prefers_fused(cluster, cell["context"], sets, cell["budget"])
-        assert result["runs"] == ("fused" if fused else "three"), (name, cell["context"])
+        assert result["runs"] == ("fused" if fused else "three"), where
         best = min(result["fused"]["us"], result["three"]["us"])
-        assert result[result["runs"]]["us"] <= 1.1 * best, (name, cell["context"], cell["rows"])
+        assert result[result["runs"]]["us"] <= MISSED.get(where, 1.08) * best, where
 
 
 @pytest.mark.parametrize("budget, fused", [(256, True), (512, False), (0.01, True), (0.5, False)])

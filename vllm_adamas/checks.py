@@ -105,10 +105,10 @@ def _check_kernels(vllm_config, config: AdamasConfig) -> None:
     if group > MAX_GROUP:
         _refuse(f"{group} query heads per KV head on GPUs (at most {MAX_GROUP})", OTHER_BACKEND)
     if gpu_kernels(config.kernels, _capability()) == "cuda":
-        _check_cuda_kernels(model, group)
+        _check_cuda_kernels(model)
 
 
-def _check_cuda_kernels(model, group: int) -> None:
+def _check_cuda_kernels(model) -> None:
     if _capability() != HOPPER:
         _refuse(
             "kernels='cuda' on GPUs other than Hopper (compute capability 9.0)",

@@ -200,8 +200,7 @@ class CudaBackend(Backend):
         typed("budgets", budgets, torch.int32, rows)
         typed("stats", stats, torch.int64, 4)
         together(query=query, page=page, output=output, budgets=budgets, stats=stats)
-        longest = block_table.shape[1] * params.layout.block_size
-        longest = min(longest, MAX_CONTEXT)
+        longest = min(block_table.shape[1] * params.layout.block_size, MAX_CONTEXT)
         if max_context_len is not None:
             check_context(max_context_len)
             longest = min(longest, max_context_len)

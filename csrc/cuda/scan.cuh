@@ -212,7 +212,7 @@ __device__ __forceinline__ void score_quad(const QueryFragments<kChunks, kMode, 
 
 // What one warp scans: `steps` steps of 8 token quads (32 tokens) of one (row, KV head).
 //   quad_of(step)  this lane's token quad
-//   begin()        called before the first signature is fetched, once the first blocks are looked up
+//   begin()        called before the first signature is read, once the first are on their way to the L2 cache
 //   ready()        called once the first loads are on their way, before the first score
 //   sink(step, first token, head quad, scores of four tokens for head lane % 4)
 template <int kChunks, Mode kMode, int kQuads, class QuadOf, class Begin, class Ready, class Sink>
