@@ -64,7 +64,7 @@ class FlashPrefill(Prefill):
 
     Decode leaves the schedule to the kernel itself, which works it out on the device: a captured
     graph then replays with any lengths. A schedule prepared once per step, as vLLM's own backend
-    does it, saves 1 to 1.5 µs a layer (`benchmarks/results/decode_gpu.json`), less than preparing
+    does it, saves at most 1.5 µs a layer (`benchmarks/results/decode_gpu.json`), less than preparing
     it costs for the few dense layers of a model.
     """
 
