@@ -14,8 +14,9 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from vllm_adamas.checks import adamas_options, warnings
+from vllm_adamas.checks import OTHER_BACKEND, adamas_options, warnings
 from vllm_adamas.config import AdamasConfig
+from vllm_adamas.errors import AdamasError
 from vllm_adamas.prefill import PrefillPlan
 from vllm_adamas.serving.metrics import SelectionStats
 
@@ -67,8 +68,9 @@ def token_budgets(
     """:meth:`AdamasConfig.budget` of every row, on the rows' device and without a host sync.
 
     Args:
-        context_lens, out: int32 ``[R]``.
-        prefilling: bool ``[R]`` on the host; rows that belong to a prompt are dense.
+        context_lens, out: int32 ``[R]``, the padding of a captured graph included.
+        prefilling: bool on the host, of the first rows: Model Runner V2 pads lengths to the size of a
+            graph but not this mask. Rows that belong to a prompt are dense.
     """
     if isinstance(config.token_budget, float):
         wanted = (
@@ -80,8 +82,22 @@ def token_budgets(
     if config.min_context:
         out.copy_(torch.where(context_lens < config.min_context, context_lens, out))
     if prefilling is not None and bool(prefilling.any()):
-        whole = prefilling.to(out.device, non_blocking=True)
-        out.copy_(torch.where(whole, context_lens, out))
+        rows, whole = len(prefilling), prefilling.to(out.device, non_blocking=True)
+        out[:rows] = torch.where(whole, context_lens[:rows], out[:rows])
+
+
+def require_supported(common: CommonAttentionMetadata) -> None:
+    """
+    Raises:
+        AdamasError: the step wants attention that is not causal over the whole context. Models that are
+            known to want it are refused before the server starts.
+    """
+    for wanted, what in (
+        (common.causal is not True, "non-causal attention"),
+        (common.rswa_prefix_lens is not None, "reference sliding window attention"),
+    ):
+        if wanted:
+            raise AdamasError(f"the adamas backend does not support {what}: {OTHER_BACKEND}.")
 
 
 class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
@@ -119,6 +135,7 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
         fast_build: bool = False,
     ) -> AdamasMetadata:
         common = common_attn_metadata
+        require_supported(common)
         num_decodes, num_prefills, num_decode_tokens, num_prefill_tokens = (
             split_decodes_and_prefills(common)
         )

@@ -1,0 +1,379 @@
+"""AdamasMetadata from batches as vLLM itself describes them, through the code of both model runners."""
+
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from common import refused
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from vllm_adamas.backend import AdamasBackend
+from vllm_adamas.config import AdamasConfig
+from vllm_adamas.metadata import AdamasMetadata, AdamasMetadataBuilder
+from vllm_adamas.plugin import register
+
+register()
+
+from vllm.config import CUDAGraphMode  # noqa: E402
+from vllm.v1.attention.backend import CommonAttentionMetadata  # noqa: E402
+from vllm.v1.kv_cache_interface import FullAttentionSpec  # noqa: E402
+from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers  # noqa: E402
+from vllm.v1.worker.gpu.model_runner import sort_batch_req_ids  # noqa: E402
+from vllm.v1.worker.gpu.model_states.default import DefaultModelState  # noqa: E402
+from vllm.v1.worker.gpu_model_runner import GPUModelRunner  # noqa: E402
+from vllm.v1.worker.ubatch_utils import UBatchSlice  # noqa: E402
+from vllm.v1.worker.utils import AttentionGroup  # noqa: E402
+
+BLOCK, MAX_ROWS, MAX_TOKENS, MAX_MODEL_LEN = 16, 64, 512, 4096
+BUDGET = 100
+RUNNERS = ("v1", "v2")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def first_rank():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("vllm.distributed.get_tensor_model_parallel_rank", lambda: 0)
+        yield
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request in one step: prompt tokens, tokens in the cache before the step, tokens of the step."""
+
+    prompt: int
+    computed: int
+    new: int = 1
+
+    @property
+    def context(self) -> int:
+        return self.computed + self.new
+
+    @property
+    def prefilling(self) -> bool:
+        return self.computed < self.prompt
+
+
+def decoding(context: int) -> Request:
+    return Request(prompt=max(1, context // 2), computed=context - 1)
+
+
+def remainder(prompt: int) -> Request:
+    """A cached prompt with one token left to compute."""
+    return Request(prompt=prompt, computed=prompt - 1)
+
+
+def chunk(computed: int, new: int) -> Request:
+    return Request(prompt=computed + new, computed=computed, new=new)
+
+
+def group_of(options: dict, micro_batches: int = 1) -> AttentionGroup:
+    """A KV cache group with a real metadata builder for each micro-batch."""
+    spec = FullAttentionSpec(
+        block_size=BLOCK, num_kv_heads=1, head_size=64, head_size_v=64, dtype=torch.bfloat16
+    )
+    config = SimpleNamespace(
+        additional_config={"adamas": {"metrics": False, "log_interval": 0, **options}},
+        compilation_config=SimpleNamespace(
+            max_cudagraph_capture_size=MAX_ROWS, static_forward_context={}
+        ),
+        scheduler_config=SimpleNamespace(max_num_seqs=MAX_ROWS, max_num_batched_tokens=MAX_TOKENS),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+        model_config=None,
+        speculative_config=None,
+    )
+    builders = [
+        AdamasMetadataBuilder(spec, ["layer"], config, torch.device("cpu"))
+        for _ in range(micro_batches)
+    ]
+    return AttentionGroup(AdamasBackend, ["layer"], spec, 0, metadata_builders=builders)
+
+
+def in_order(requests: list[Request]) -> list[Request]:
+    """As the runners sort a batch: those with one new token lead."""
+    by_id = {str(i): request for i, request in enumerate(requests)}
+    ids = sort_batch_req_ids({name: request.new for name, request in by_id.items()}, {}, 1)
+    return [by_id[name] for name in ids]
+
+
+def starts_of(requests: list[Request], rows: int) -> np.ndarray:
+    starts = np.zeros(rows + 1, dtype=np.int32)
+    starts[1 : len(requests) + 1] = np.cumsum([request.new for request in requests])
+    starts[len(requests) + 1 :] = starts[len(requests)]
+    return starts
+
+
+def block_tables(rows: int) -> torch.Tensor:
+    """Other blocks in each row; whole tables, as the runners keep them."""
+    width = MAX_MODEL_LEN // BLOCK
+    return torch.arange(MAX_ROWS * width, dtype=torch.int32).view(MAX_ROWS, width)[:rows].clone()
+
+
+def build_v1(
+    group: AttentionGroup, requests: list[Request], rows: int, capture=False, ubatches=None
+) -> AdamasMetadata | list[AdamasMetadata]:
+    """Through GPUModelRunner; ``rows`` above the number of requests are a full graph's padding."""
+    number, tokens = len(requests), sum(request.new for request in requests)
+    padded_tokens = max(tokens, rows)
+    stale = [Request(prompt=2000, computed=9)] * MAX_ROWS  # of requests that have ended
+    known = (requests + stale)[:MAX_ROWS]
+    starts = torch.from_numpy(starts_of(requests, MAX_ROWS))
+    lens = torch.tensor([request.context for request in requests] + [0] * (MAX_ROWS - number))
+    lens = lens.to(torch.int32)
+    runner = SimpleNamespace(
+        kv_cache_config=SimpleNamespace(
+            kv_cache_groups=[SimpleNamespace(kv_cache_spec=group.kv_cache_spec)]
+        ),
+        attn_groups=[[group]],
+        max_model_len=MAX_MODEL_LEN,
+        optimistic_seq_lens_cpu=lens,
+        seq_lens=lens,
+        query_start_loc=SimpleNamespace(gpu=starts, cpu=starts),
+        positions=torch.zeros(MAX_TOKENS, dtype=torch.int64),
+        device=torch.device("cpu"),
+        input_batch=SimpleNamespace(
+            block_table=[SimpleNamespace(get_device_tensor=block_tables)],
+            num_computed_tokens_cpu_tensor=torch.tensor([x.computed for x in known]),
+            num_prompt_tokens_cpu_tensor=torch.tensor([x.prompt for x in known]),
+        ),
+        model_config=SimpleNamespace(rswa_window=None),
+        cache_config=SimpleNamespace(use_replayssm=False, kv_sharing_fast_prefill=False),
+        is_mm_prefix_lm=False,
+        dcp_world_size=1,
+        speculative_config=None,
+        _get_encoder_seq_lens=lambda *args, **kwargs: (None, None),
+    )
+    found, _ = GPUModelRunner._build_attention_metadata(
+        runner,
+        num_tokens=tokens,
+        num_reqs=number,
+        max_query_len=max(request.new for request in requests),
+        num_tokens_padded=padded_tokens,
+        num_reqs_padded=rows,
+        ubatch_slices=ubatches,
+        for_cudagraph_capture=capture,
+        slot_mappings={0: torch.arange(padded_tokens)},
+    )
+    return [one["layer"] for one in found] if ubatches else found["layer"]
+
+
+def build_v2(
+    group: AttentionGroup, requests: list[Request], rows: int, capture=False
+) -> AdamasMetadata:
+    """Through DefaultModelState; ``rows`` above the number of requests are a full graph's padding."""
+    number, tokens = len(requests), sum(request.new for request in requests)
+    buffers = InputBuffers(MAX_ROWS, MAX_TOKENS, torch.device("cpu"))
+    batch = InputBatch.make_dummy(number, tokens, buffers)
+    starts = starts_of(requests, rows)
+    lens = [request.context for request in requests] + [0] * (rows - number)
+    batch.query_start_loc_np, batch.query_start_loc = starts, torch.from_numpy(starts)
+    batch.seq_lens = torch.tensor(lens, dtype=torch.int32)
+    batch.seq_lens_cpu_upper_bound = batch.seq_lens.clone()
+    batch.num_scheduled_tokens = np.diff(starts)[:number]
+    batch.is_prefilling_np = np.array([request.prefilling for request in requests])
+    batch.num_reqs_after_padding = rows
+    batch.num_tokens_after_padding = max(tokens, rows)
+    state = SimpleNamespace(
+        max_model_len=MAX_MODEL_LEN, supports_mm_inputs=False, encoder_cache=None, model_config=None
+    )
+    found = DefaultModelState.prepare_attn(
+        state,
+        batch,
+        CUDAGraphMode.FULL if rows > number or capture else CUDAGraphMode.NONE,
+        (block_tables(rows),),
+        torch.arange(batch.num_tokens_after_padding)[None],
+        [[group]],
+        SimpleNamespace(kv_cache_groups=[None]),
+        for_capture=capture,
+    )
+    return found["layer"]
+
+
+def build(runner: str, options: dict, requests: list[Request], rows: int = 0) -> AdamasMetadata:
+    make = build_v1 if runner == "v1" else build_v2
+    return make(group_of(options), requests, rows or len(requests))
+
+
+def check(metadata: AdamasMetadata, options: dict, requests: list[Request], rows: int = 0) -> None:
+    """Every live row has its own length, budget and blocks, and padding has none."""
+    rows, config = rows or len(requests), AdamasConfig.parse(options)
+    single = [request for request in requests if request.new == 1]
+    decodes = rows if len(single) == len(requests) else len(single)
+    padding = [0] * (decodes - len(single))
+    budgets = [x.context if x.prefilling else config.budget(x.context) for x in single]
+    assert metadata.num_decodes == decodes
+    assert metadata.context_lens.tolist() == [x.context for x in single] + padding
+    assert metadata.budgets.tolist() == budgets + padding
+    assert metadata.query_start_loc.tolist() == list(range(decodes + 1))
+    tables = block_tables(rows)
+    assert torch.equal(metadata.block_table[: len(single)], tables[: len(single)])
+    several = requests[len(single) :]
+    if not several:
+        assert metadata.prefill is None
+        return
+    plan = metadata.prefill
+    assert (plan.first_token, plan.num_tokens) == (len(single), sum(x.new for x in several))
+    assert plan.query_start_loc.diff().tolist()[: len(several)] == [x.new for x in several]
+    assert plan.seq_lens.tolist() == [x.context for x in several]
+    assert plan.seq_lens_cpu.tolist() == [x.context for x in several]
+    assert torch.equal(plan.block_table, tables[len(single) :])
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_a_warm_prompt_with_one_token_left_beside_decodes_in_a_padded_graph(runner: str) -> None:
+    """641 tokens of which 640 are cached, beside two decodes, in a graph of four rows."""
+    requests = in_order([decoding(300), decoding(50), remainder(641)])
+    metadata = build(runner, {"token_budget": BUDGET}, requests, rows=4)
+    assert metadata.budgets.tolist() == [BUDGET, 50, 641, 0]
+    check(metadata, {"token_budget": BUDGET}, requests, rows=4)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_one_remainder_is_not_spread_over_the_padding_or_other_rows(runner: str) -> None:
+    """A mask of one element would broadcast over any number of rows."""
+    for rows in range(1, 9):
+        metadata = build(runner, {"token_budget": BUDGET}, [remainder(641)], rows)
+        check(metadata, {"token_budget": BUDGET}, [remainder(641)], rows)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_graphs_of_every_size(runner: str) -> None:
+    """One builder serves them all, as in an engine: nothing of one step is left in the next."""
+    options, group = {"token_budget": BUDGET}, group_of({"token_budget": BUDGET})
+    make = build_v1 if runner == "v1" else build_v2
+    for rows in range(1, MAX_ROWS + 1):
+        for live in {1, (rows + 1) // 2, max(1, rows - 1), rows}:
+            requests = [
+                remainder(BLOCK * i + 1) if i % 3 == 1 else decoding(40 * i + 7)
+                for i in range(live)
+            ]
+            check(make(group, requests, rows), options, requests, rows)
+
+
+OPTIONS = [
+    {"token_budget": BUDGET},
+    {"token_budget": 0.25, "min_token_budget": 40},
+    {"token_budget": BUDGET, "min_context": 500},
+]
+REQUESTS = st.one_of(
+    st.integers(2, MAX_MODEL_LEN).map(decoding),
+    st.integers(2, MAX_MODEL_LEN).map(remainder),
+    st.just(Request(prompt=1, computed=0)),
+    st.builds(chunk, computed=st.integers(0, 2000), new=st.integers(2, 40)),
+    st.builds(lambda c, n: Request(c + n + 50, c, n), st.integers(0, 2000), st.integers(2, 40)),
+)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("runner", RUNNERS)
+@given(
+    requests=st.lists(REQUESTS, min_size=1, max_size=12).map(in_order),
+    padding=st.integers(0, MAX_ROWS - 12),
+)
+@settings(max_examples=150, deadline=None)
+def test_any_batch(runner: str, options: dict, requests: list[Request], padding: int) -> None:
+    """Only graphs are padded, and they hold requests with one new token alone."""
+    rows = len(requests) + (padding if all(request.new == 1 for request in requests) else 0)
+    check(build(runner, options, requests, rows), options, requests, rows)
+
+
+def test_micro_batches_have_their_own_rows() -> None:
+    """vLLM leaves the mask out of them, so a prompt's last token is budgeted as a decode step."""
+    options = {"token_budget": BUDGET}
+    requests = in_order([decoding(300), remainder(641), decoding(90), chunk(100, 30)])
+    slices = [UBatchSlice(slice(0, 2), slice(0, 2)), UBatchSlice(slice(2, 4), slice(2, 33))]
+    first, second = build_v1(group_of(options, 2), requests, len(requests), ubatches=slices)
+    assert first.budgets.tolist() == [BUDGET, BUDGET]
+    assert (first.prefill, second.num_decodes) == (None, 1)
+    assert second.context_lens.tolist() == [requests[2].context]
+    assert second.prefill.num_tokens == 30
+    assert torch.equal(second.prefill.block_table, block_tables(4)[3:])
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("rows", [1, 2, 8, MAX_ROWS])
+def test_a_capture_and_the_steps_that_replay_it_share_their_buffers(runner: str, rows: int) -> None:
+    options = {"token_budget": BUDGET}
+    group, make = group_of(options), build_v1 if runner == "v1" else build_v2
+    captured = make(group, [Request(1, 0)] * rows, rows, capture=True)
+    assert captured.num_decodes == rows
+    replayed = make(group, [decoding(300)], rows)
+    assert replayed.budgets.data_ptr() == captured.budgets.data_ptr()
+    assert captured.budgets.tolist() == [BUDGET] + [0] * (rows - 1)
+
+
+def common(**changes) -> CommonAttentionMetadata:
+    """Three decodes, the last of which is a prompt's last token."""
+    lens = torch.tensor([300, 50, 641], dtype=torch.int32)
+    starts = torch.arange(4, dtype=torch.int32)
+    fields = {
+        "query_start_loc": starts,
+        "query_start_loc_cpu": starts,
+        "seq_lens": lens,
+        "num_reqs": 3,
+        "num_actual_tokens": 3,
+        "max_query_len": 1,
+        "max_seq_len": 641,
+        "block_table_tensor": block_tables(3),
+        "slot_mapping": torch.arange(3),
+        "seq_lens_cpu_upper_bound": lens,
+        "is_prefilling": torch.tensor([False, False, True]),
+    }
+    return CommonAttentionMetadata(**{**fields, **changes})
+
+
+@pytest.mark.parametrize(
+    ("mask", "budgets"),
+    [
+        ([False, False, True], [100, 50, 641]),
+        ([False, False], [100, 50, 100]),
+        ([True], [300, 50, 100]),
+        ([], [100, 50, 100]),
+        (None, [100, 50, 100]),
+        ([True, False, False, True, True], [300, 50, 100]),
+    ],
+    ids=str,
+)
+def test_masks_that_are_missing_or_of_another_length(mask, budgets: list[int]) -> None:
+    mask = None if mask is None else torch.tensor(mask, dtype=torch.bool)
+    builder = group_of({"token_budget": BUDGET}).get_metadata_builder()
+    assert builder.build(0, common(is_prefilling=mask)).budgets.tolist() == budgets
+
+
+def test_a_step_without_requests() -> None:
+    nothing = torch.zeros(0, dtype=torch.int32)
+    builder = group_of({"token_budget": BUDGET}).get_metadata_builder()
+    metadata = builder.build(
+        0,
+        common(
+            query_start_loc=torch.zeros(1, dtype=torch.int32),
+            query_start_loc_cpu=torch.zeros(1, dtype=torch.int32),
+            seq_lens=nothing,
+            seq_lens_cpu_upper_bound=nothing,
+            num_reqs=0,
+            num_actual_tokens=0,
+            max_query_len=0,
+            max_seq_len=0,
+            block_table_tensor=block_tables(0),
+            slot_mapping=nothing.long(),
+            is_prefilling=torch.zeros(0, dtype=torch.bool),
+        ),
+    )
+    assert (metadata.num_decodes, metadata.prefill) == (0, None)
+    assert len(metadata.context_lens) == len(metadata.budgets) == len(metadata.block_table) == 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"causal": False}, "non-causal"),
+        ({"causal": torch.tensor([True, True, False])}, "non-causal"),
+        ({"rswa_prefix_lens": torch.tensor([1, 1, 1])}, "reference sliding window"),
+    ],
+    ids=["not causal", "some rows not causal", "rswa"],
+)
+def test_attention_that_is_not_causal_over_the_context(changes: dict, what: str) -> None:
+    builder = group_of({}).get_metadata_builder()
+    refused(lambda: builder.build(0, common(**changes)), what, "--attention-backend")
