@@ -31,7 +31,7 @@ def serve(tmp_path_factory: pytest.TempPathFactory):
         if spec not in running:
             stop()
             log = tmp_path_factory.mktemp("server") / "log"
-            running[spec] = Server(*spec.arguments(), log_path=log, timeout=300)
+            running[spec] = Server(*spec.arguments(), log_path=log)
         return running[spec]
 
     def stop() -> None:

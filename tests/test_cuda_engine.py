@@ -266,6 +266,29 @@ def test_clients_at_once_get_the_answers_of_clients_alone(host, name: str) -> No
     assert_same_up_to_rounding(alone, crowd)
 
 
+@pytest.mark.parametrize("left", [1, 2])
+@pytest.mark.parametrize("name", ["dense", "sparse", "piecewise", "v1 runner", "triton"])
+def test_warm_prompts_with_little_left_join_running_decodes(host, name: str, left: int) -> None:
+    """One token left runs in the decode graph, padded from three rows to four, and is still prompt."""
+    server = host[name]
+    text = harbour_log(60, seed=40 + left)
+    prompts = [token_ids(server, text, blocks * 64 + left) for blocks in range(5, 16)]
+    cold = steps_of(server, prompts[::-1])[::-1]  # the longest first: the others find their blocks
+    running = [token_ids(server, harbour_log(60, seed=seed), 700) for seed in (50, 51)]
+    alone = [complete(server, prompt, 200, logprobs=2)["logprobs"] for prompt in running]
+    before = server.metrics()["vllm:prefix_cache_hits_total"]
+    *beside, warm = together(
+        [
+            *[lambda p=p: complete(server, p, 200, logprobs=2)["logprobs"] for p in running],
+            lambda: steps_of(server, prompts),
+        ]
+    )
+    hits = server.metrics()["vllm:prefix_cache_hits_total"] - before
+    assert hits >= sum(len(prompt) - left for prompt in prompts)
+    assert_same_up_to_rounding(cold, warm)
+    assert_same_up_to_rounding(alone, beside)
+
+
 def test_triton_gives_what_cuda_gives(host) -> None:
     triton = host["triton"]
     assert "kernels triton" in triton.log()

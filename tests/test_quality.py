@@ -1,6 +1,7 @@
 """Quality on a small fixed slice, through the real engine: a kernel change that costs quality fails.
 
-The tolerances hold for other processors and batches; a wrong threshold, scale or bit is far outside.
+96 tokens carry no loss: between processors it moves by more than scores differ. The attention mass
+that a score keeps hardly moves, and a wrong threshold, scale or bit does.
 """
 
 import json
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 from common import MODEL
 
-pytestmark = [pytest.mark.serve, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.serve, pytest.mark.timeout(1200)]
 SMALL = ["--max-num-seqs", "16", "--kv-cache-gib", "0.5"]
 
 
@@ -57,31 +58,38 @@ def mass(cell: dict) -> float:
     return statistics.fmean(statistics.fmean(heads) for heads in cell["mass"])
 
 
-#: Attention mass kept, KL to dense, and the difference of NLL to dense, in nats per token.
-MEASURED = {
-    "dot-64": (0.800, 0.0622, 0.096),
-    "dot-128": (0.874, 0.0280, 0.042),
-    "manhattan-64": (0.714, 0.1277, 0.120),
-    "manhattan-128": (0.817, 0.0533, 0.048),
+def divergence(cell: dict) -> float:
+    return statistics.fmean(cell["kl"])
+
+
+#: Attention mass kept.
+KEPT = {
+    "oracle-64": 0.880,
+    "oracle-128": 0.933,
+    "dot-64": 0.801,
+    "dot-128": 0.874,
+    "manhattan-64": 0.713,
+    "manhattan-128": 0.817,
 }
+SPREAD = 0.012  #: three times the largest difference between processors and batch sizes
 
 
-@pytest.mark.parametrize("name", MEASURED)
-def test_quality_is_what_it_was(cells: dict, name: str) -> None:
-    cell, (kept, kl, loss) = cells[name], MEASURED[name]
-    pairs = zip(cell["nll"], cells["dense"]["nll"], strict=True)
-    found = mass(cell), statistics.fmean(cell["kl"]), statistics.fmean(a - b for a, b in pairs)
-    print(name, found)
-    assert abs(found[0] - kept) < 0.015
-    assert abs(found[1] - kl) < 0.25 * kl
-    assert found[2] < loss + 0.03
+@pytest.mark.parametrize("name", KEPT)
+def test_the_mass_kept_is_what_it_was(cells: dict, name: str) -> None:
+    assert abs(mass(cells[name]) - KEPT[name]) < SPREAD
+    assert cells[name]["layers"] == list(range(1, 30))
 
 
-def test_scores_are_ordered(cells: dict) -> None:
-    for budget in (64, 128):
-        kept = [mass(cells[f"{name}-{budget}"]) for name in ("oracle", "dot", "manhattan")]
-        assert kept == sorted(kept, reverse=True)
-        assert all(cells[f"{name}-{budget}"]["layers"] == list(range(1, 30)) for name in ("dot",))
+def test_scores_and_budgets_are_ordered(cells: dict) -> None:
+    """By the mass, and by the divergence from dense, whose value moves by a third between processors."""
+    for value, falling in ((mass, False), (divergence, True)):
+        found = {name: value(cells[name]) for name in KEPT}
+        for budget in (64, 128):
+            by_score = [found[f"{score}-{budget}"] for score in ("manhattan", "dot", "oracle")]
+            assert by_score == sorted(by_score, reverse=falling), found
+        for score in ("oracle", "dot", "manhattan"):
+            by_budget = [found[f"{score}-{budget}"] for budget in (64, 128)]
+            assert by_budget == sorted(by_budget, reverse=falling), found
 
 
 def test_a_profile_is_made_and_used(tmp_path: Path, profile: Path) -> None:

@@ -1,0 +1,33 @@
+"""What tests do inside a server's workers, through vLLM's ``--worker-extension-cls``."""
+
+import time
+from pathlib import Path
+
+from vllm_adamas.serving.launch import Server
+
+#: Arguments and environment of a server whose pages :func:`poison` can reach.
+ARGS = "--worker-extension-cls extension.Poison "
+ENV = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(Path(__file__).parent)}
+
+
+class Poison:
+    """Mixed into vLLM's worker."""
+
+    def poison(self) -> int:
+        """Writes NaN into every byte of every page: keys, values, signatures and scales."""
+        layers = self.vllm_config.compilation_config.static_forward_context.values()
+        caches = [layer.kv_cache for layer in layers if hasattr(layer, "kv_cache")]
+        memory = {cache.untyped_storage().data_ptr(): cache.untyped_storage() for cache in caches}
+        for storage in memory.values():  # layers may share one
+            storage.fill_(0xFF)  # NaN in each of the types that a page holds
+        return len(caches)
+
+
+def poison(server: Server, layers: int) -> None:
+    """Forgets all cached prefixes and poisons the pages that held them.
+
+    Requests that have ended give their blocks back a moment after the answer.
+    """
+    while not server.post("/reset_prefix_cache", {})["success"]:
+        time.sleep(0.1)
+    assert server.post("/collective_rpc", {"method": "poison"}) == {"results": [str(layers)]}
