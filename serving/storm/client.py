@@ -239,4 +239,5 @@ class Endpoint:
 
 
 def name_of(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error)[:200]}"
+    """Its kind, and what it says."""
+    return ": ".join(filter(None, (type(error).__name__, str(error)[:200])))

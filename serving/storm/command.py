@@ -20,6 +20,7 @@ from vllm_adamas.serving.storm.report import Report
 from vllm_adamas.serving.storm.traffic import COMPLETIONS, WEIGHTS, Traffic, Unit
 from vllm_adamas.serving.storm.watch import Watch, memory
 
+ENOUGH = 10  #: wrong tokens; then nothing more is checked
 GONE = 20  #: transport errors in a row: nobody is there any more
 WARM_UP = 0.2  #: of the storm; memory may grow in it
 PATIENCE = 60.0  #: seconds until a server without clients must be idle
@@ -93,7 +94,10 @@ def _check(args) -> None:
     if args.limit is None:
         args.limit = 3600.0 if args.seconds is None else 2 * args.seconds + 900.0
     if args.pid is not None and not memory(args.pid):
-        raise AdamasError(f"the memory of --pid {args.pid} cannot be read: install psutil.")
+        raise AdamasError(
+            f"the memory of --pid {args.pid} cannot be read: give the pid of the "
+            "server's first process, and install psutil."
+        )
 
 
 async def _bounded(args) -> Report:
@@ -130,8 +134,7 @@ class _Storm:
             side = asyncio.ensure_future(self._watch())
             try:
                 await asyncio.gather(*(self._work() for _ in range(args.concurrency)))
-                if not self._gone():
-                    await self._until_idle()
+                if not self._gone() and await self._idle() and args.check:
                     await self._check()
             finally:
                 side.cancel()
@@ -230,35 +233,41 @@ class _Storm:
             flush=True,
         )
 
-    async def _until_idle(self) -> None:
-        """Clients that left must leave nothing behind. The server's gauges move with its steps, so a
-        small request goes first."""
+    async def _idle(self) -> bool:
+        """Whether clients that left have left nothing behind. The server's gauges move with its steps, so
+        a small request goes first."""
         deadline = time.monotonic() + PATIENCE
-        while time.monotonic() < deadline:
-            await self.server.json(COMPLETIONS, {"prompt": [1], "max_tokens": 1})
+        while True:
+            try:
+                await self.server.json(COMPLETIONS, {"prompt": [1], "max_tokens": 1})
+            except Exception as error:
+                self.report.other.append(f"the quiet server does not answer: {name_of(error)}")
+                return False
             await self.watch.look()
             if not self.watch.busy():
-                return
+                return True
+            if time.monotonic() > deadline:
+                self.report.other.append(
+                    f"{self.watch.busy()} requests are in the server {PATIENCE:g} s after the last client"
+                )
+                return False
             await asyncio.sleep(0.5)
-        self.report.other.append(
-            f"{self.watch.busy()} requests are left in the server {PATIENCE:g} s after the last client"
-        )
 
     async def _check(self) -> None:
         args, answers = self.args, chosen(self.greedy, self.args.check, self.args.seed)
-        if not args.check:
-            return
         if args.oracle:
-            self._phase = "scoring"
-            verdict = self.report.checks.setdefault("scored", Verdict())
             async with Endpoint(args.oracle, args.timeout) as oracle:
-                for answer in answers:
-                    verdict.add(await score(oracle, answer, args.distance))
+                await self._judge("scored", score, oracle, answers)
         if args.replay or not args.oracle:
-            self._phase = "replay"
-            verdict = self.report.checks.setdefault("replayed", Verdict())
-            for answer in answers:
-                verdict.add(await replay(self.server, answer, args.distance))
+            await self._judge("replayed", replay, self.server, answers)
+
+    async def _judge(self, name: str, how, reference: Endpoint, answers: list[Outcome]) -> None:
+        self._phase = name
+        verdict = self.report.checks[name] = Verdict()
+        for answer in answers:
+            verdict.add(await how(reference, answer, self.args.distance))
+            if len(verdict.wrong) >= ENOUGH:
+                break
 
 
 def chosen(answers: list[Outcome], count: int, seed: int) -> list[Outcome]:

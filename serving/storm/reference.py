@@ -13,8 +13,9 @@ because the reference is asked to go on from the answer's own tokens.
 sent to it as one prompt. For answers that were decoded densely.
 
 *Replayed* (:func:`replay`): the reference is the same server, quiet, with nothing cached. It decodes the
-prompt again. Where a token is not right, the prompt and the answer's tokens before it are sent once more as
-one prompt: a request that was preempted computes its tokens so, and a token that is right by either is right.
+prompt again. A request that is preempted computes the tokens it has as a prompt, which is dense. So where a
+token is not right, the run is repeated with the tokens up to some position before it as part of the prompt,
+for every such position; a token that is right in one of these runs is right, and it is the run to go on with.
 """
 
 from __future__ import annotations
@@ -27,7 +28,6 @@ from vllm_adamas.serving.storm.client import Endpoint, Outcome, name_of
 from vllm_adamas.serving.storm.traffic import COMPLETIONS, GREEDY
 
 BEST = 20  #: of a step, as many as a server gives by default
-WRONG_AT_MOST = 3  #: tokens of an answer; the rest of it is not compared
 
 Step = dict[int, float]  #: log probabilities of a position's best tokens
 
@@ -93,6 +93,9 @@ class _Judge:
         off = abs(self.logprobs[position] - known) if self.logprobs else 0.0
         return max(off, max(step.values()) - known)
 
+    def right(self, position: int, step: Step) -> bool:
+        return self.distance(position, step) <= self.limit
+
     def judge(self, position: int, step: Step) -> None:
         token, distance = self.tokens[position], self.distance(position, step)
         best = max(step, key=step.get)
@@ -140,35 +143,43 @@ async def score(oracle: Endpoint, outcome: Outcome, distance: float) -> Verdict:
 
 
 async def replay(server: Endpoint, outcome: Outcome, distance: float) -> Verdict:
-    """The rule for one answer, by the same server."""
+    """The rule for one answer, by the same server. What follows a wrong token is not compared."""
     verdict = Verdict()
     judge = _Judge(outcome, distance, verdict)
-    start = 0  # the tokens before it are part of the prompt
-    while start < len(judge.tokens) and len(verdict.wrong) < WRONG_AT_MOST:
-        prompt = outcome.prompt + judge.tokens[:start]
-        body = {"prompt": prompt, "max_tokens": len(judge.tokens) - start, "logprobs": BEST}
-        body["cache_salt"] = uuid.uuid4().hex  # nothing is found in the prefix cache
-        try:
-            choice = await _answer(server, body)
-            steps = _steps(choice)
-        except Exception as error:
-            verdict.failed.append(name_of(error))
-            break
-        if len(steps) != body["max_tokens"]:
-            verdict.failed.append(f"{len(steps)} of {body['max_tokens']} tokens")
-            break
-        for position, (step, taken) in enumerate(
-            zip(steps, choice["token_ids"], strict=True), start
-        ):
-            right = judge.distance(position, step) <= distance
-            if not right and position > start:
-                start = position  # once more, as a prompt
-                break
-            judge.judge(position, step)
-            start = position + 1
-            if judge.tokens[position] != taken:
-                break
+    try:
+        await _replay(server, judge)
+    except Exception as error:
+        verdict.failed.append(name_of(error))
     return verdict
+
+
+async def _replay(server: Endpoint, judge: _Judge) -> None:
+    async def run(first: int) -> list[Step]:
+        """Steps from ``first`` on, as far as the answer was followed; its tokens before are prompt."""
+        prompt = judge.outcome.prompt + judge.tokens[:first]
+        body = {"prompt": prompt, "max_tokens": len(judge.tokens) - first, "logprobs": BEST}
+        # Nothing is found in the prefix cache.
+        choice = await _answer(server, body | {"cache_salt": uuid.uuid4().hex})
+        pairs = list(zip(choice["token_ids"], judge.tokens[first:], strict=True))
+        same = next((i for i, (theirs, ours) in enumerate(pairs) if theirs != ours), len(pairs))
+        return _steps(choice)[: same + 1]
+
+    first, steps, done = 0, await run(0), 0
+    while done < len(judge.tokens):
+        if done - first == len(steps):  # the reference went another way: it is put back
+            first, steps = done, await run(done)
+        nearest = steps[done - first]
+        if not judge.right(done, nearest):
+            for start in range(done, first, -1):
+                found = await run(start)
+                if done - start < len(found) and judge.right(done, found[done - start]):
+                    first, steps, nearest = start, found, found[done - start]
+                    break
+            else:
+                judge.judge(done, nearest)
+                return
+        judge.judge(done, nearest)
+        done += 1
 
 
 async def _answer(server: Endpoint, body: dict) -> dict:

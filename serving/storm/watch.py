@@ -67,25 +67,22 @@ class Watch:
         }
 
 
-def memory(pid: int | None) -> dict[str, float]:
+def memory(pid: int) -> dict[str, float]:
     """MiB that a process and all it started hold: ``rss``, and ``gpu`` where a driver tells.
 
-    What cannot be read, for lack of psutil, a pid or a driver, is left out.
+    What cannot be read, for lack of psutil, the process or a driver, is left out.
     """
     try:
         import psutil
-
-        top = psutil.Process(pid) if pid else None
     except ImportError:
-        top = None
-    if top is None:
         return {}
-    tree, found = {}, 0
-    for process in (top, *top.children(recursive=True)):
-        try:
+    tree = {}
+    try:
+        top = psutil.Process(pid)
+        for process in (top, *top.children(recursive=True)):
             tree[process.pid] = process.memory_info().rss
-        except psutil.NoSuchProcess:
-            continue
+    except psutil.NoSuchProcess:
+        return {}
     found = {"rss": sum(tree.values()) / MIB}
     if (gpu := _gpu_bytes(set(tree))) is not None:
         found["gpu"] = gpu / MIB
