@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import threading
 from collections import Counter
 from contextlib import contextmanager
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
-from common import is_one_sentence
+from common import MODEL, is_one_sentence, random_llama
 
 from vllm_adamas.cli import main
 from vllm_adamas.serving.storm import command
@@ -435,3 +436,64 @@ def test_a_server_that_is_not_there_gives_one_sentence(capsys) -> None:
     error = capsys.readouterr().err
     assert "http://127.0.0.1:9 does not answer" in error
     assert is_one_sentence(error.removeprefix("vllm-adamas: ").rstrip("\n")), error
+
+
+# A whole storm against vLLM, and servers that are made wrong: see faults/adamas_fault.py
+
+FAULTS = Path(__file__).parent / "faults"
+BUDGET = 128
+SERVER = (
+    "--dtype float32 --enforce-eager --block-size 32 --max-num-seqs 16 --max-model-len 1024 "
+    "--num-gpu-blocks-override 48"  # 1,536 tokens, so that twelve of 210 to 400 do not fit
+)
+STORM = "--block-size 32 --max-prompt 400 --max-tokens 24 --distance 0.01 --timeout 300"
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = random_llama(tmp_path_factory.mktemp("llama"))
+    shutil.copy(MODEL / "chat_template.jinja", folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A server of the random Llama; ``fault`` names what is wrong with it."""
+
+    model: Path
+    fault: str = ""
+
+    def arguments(self) -> tuple:
+        env = {"ADAMAS_FAULT": self.fault, "PYTHONPATH": str(FAULTS)} if self.fault else {}
+        return self.model, "adamas", {"token_budget": BUDGET}, SERVER.split(), env
+
+
+@pytest.mark.serve
+@pytest.mark.timeout(900)
+def test_a_storm_over_sparse_decode_finds_nothing(serve, llama, tmp_path) -> None:
+    """Few blocks: requests are preempted, and blocks are written again and again."""
+    server = serve(Spec(llama))
+    args = [*STORM.split(), "--requests", "400", "--check", "60", "--growth", "2048"]
+    status, record = storm(tmp_path, server.url, *args, "--pid", str(server._process.pid))
+    assert (status, record["problems"]) == (0, []), server.log_tail()
+    assert set(record["requests"]) == set(WEIGHTS)
+    checked, counters = record["checks"]["replayed"], record["counters"]
+    assert checked["compared"] == checked["tokens"] > 200
+    assert counters["vllm_adamas_sparse_rows_total"] > 0
+    assert counters["vllm:num_preemptions_total"] > 0
+    assert counters["vllm:prefix_cache_hits_total"] > 0
+    assert record["memory_mib"]["end"]["rss"] > 0
+
+
+@pytest.mark.serve
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("fault", ["stale_signature", "neighbours_block", "missed_slot"])
+def test_a_storm_finds_a_fault(serve, llama, tmp_path, fault: str) -> None:
+    """The server lives and answers; only its tokens are wrong."""
+    server = serve(Spec(llama, fault))
+    args = [*STORM.split(), "--requests", "120", "--check", "40"]
+    status, record = storm(tmp_path, server.url, *args, "--kinds", "edge,steady,fork,burst")
+    assert status == 1
+    assert [problem.partition(" ")[2] for problem in record["problems"]] == [
+        "wrong tokens, replayed"
+    ], record["problems"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 from vllm_adamas.serving.launch import parse_metrics
 from vllm_adamas.serving.storm.client import Endpoint, name_of
 
@@ -77,11 +79,12 @@ def memory(pid: int) -> dict[str, float]:
     except ImportError:
         return {}
     tree = {}
-    try:
+    with suppress(psutil.NoSuchProcess):
         top = psutil.Process(pid)
         for process in (top, *top.children(recursive=True)):
-            tree[process.pid] = process.memory_info().rss
-    except psutil.NoSuchProcess:
+            with suppress(psutil.NoSuchProcess):  # a child that has just ended
+                tree[process.pid] = process.memory_info().rss
+    if not tree:
         return {}
     found = {"rss": sum(tree.values()) / MIB}
     if (gpu := _gpu_bytes(set(tree))) is not None:
