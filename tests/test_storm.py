@@ -474,7 +474,7 @@ def test_a_storm_over_sparse_decode_finds_nothing(serve, llama, tmp_path) -> Non
     """Few blocks: requests are preempted, and blocks are written again and again."""
     server = serve(Spec(llama))
     args = [*STORM.split(), "--requests", "400", "--check", "60", "--growth", "2048"]
-    status, record = storm(tmp_path, server.url, *args, "--pid", str(server._process.pid))
+    status, record = storm(tmp_path, server.url, *args, "--pid", str(server.pid))
     assert (status, record["problems"]) == (0, []), server.log_tail()
     assert set(record["requests"]) == set(WEIGHTS)
     checked, counters = record["checks"]["replayed"], record["counters"]
