@@ -156,14 +156,14 @@ class Endpoint:
     async def __aexit__(self, *_) -> None:
         await self._session.close()
 
-    async def get(self, path: str) -> tuple[int, str]:
+    async def get(self, path: str, timeout: float = 60.0) -> tuple[int, str]:
         """Status and body."""
 
         async def call():
             async with self._session.get(self.url + path) as response:
                 return response.status, await response.text()
 
-        return await asyncio.wait_for(call(), self.timeout)
+        return await asyncio.wait_for(call(), timeout)
 
     async def json(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """The decoded answer to a GET, or to a POST of a body; raises what aiohttp raises."""

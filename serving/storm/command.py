@@ -17,7 +17,7 @@ from vllm_adamas.errors import AdamasError
 from vllm_adamas.serving.storm.client import Endpoint, Outcome, name_of
 from vllm_adamas.serving.storm.reference import Verdict, replay, score
 from vllm_adamas.serving.storm.report import Report
-from vllm_adamas.serving.storm.traffic import COMPLETIONS, WEIGHTS, Traffic, Unit
+from vllm_adamas.serving.storm.traffic import COMPLETIONS, TURNS, WEIGHTS, Traffic, Unit
 from vllm_adamas.serving.storm.watch import Watch, memory
 
 ENOUGH = 10  #: wrong tokens; then nothing more is checked
@@ -151,11 +151,14 @@ class _Storm:
             raise AdamasError(
                 f"{args.url} is not healthy ({self.watch.unhealthy[0]}): start it first."
             )
-        if args.max_tokens >= server.max_model_len:
+        if args.max_tokens * TURNS + 256 > server.max_model_len:
             raise AdamasError(
-                f"--max-tokens {args.max_tokens} leaves no room for a prompt in the server's "
+                f"--max-tokens {args.max_tokens} leaves no room for prompts in the server's "
                 f"max_model_len of {server.max_model_len}: give a smaller one."
             )
+        if args.oracle:
+            async with Endpoint(args.oracle, args.timeout):
+                pass  # it is there
         book = files("vllm_adamas.evaluate").joinpath("data", "alice.txt").read_text("utf-8")
         try:
             text = (await server.json("/tokenize", {"prompt": book}))["tokens"]
@@ -199,6 +202,8 @@ class _Storm:
 
     def _take(self, outcome: Outcome) -> None:
         self.report.add(outcome)
+        if "warm" not in self.report.memory and self._share() > WARM_UP:
+            self._remember("warm")
         lost = (outcome.error or "").startswith("transport")
         self._in_a_row = self._in_a_row + 1 if lost else 0
         if outcome.request.greedy and not outcome.error and outcome.choices:
@@ -209,12 +214,6 @@ class _Storm:
         for second in range(1, sys.maxsize):
             await asyncio.sleep(1)
             await self.watch.look()
-            if (
-                self._phase == "storm"
-                and "warm" not in self.report.memory
-                and self._share() > WARM_UP
-            ):
-                self._remember("warm")
             if second % 10 == 0:
                 self._tell()
 

@@ -54,6 +54,7 @@ MALFORMED: tuple[dict[str, Any] | bytes, ...] = (
     {"prompt": [1], "structured_outputs": {"regex": "(("}},
     {"prompt": [1], "structured_outputs": {"regex": "a", "choice": ["a"]}},
 )
+TURNS = 4  #: of a chat at most
 QUESTIONS = (
     "Who is Alice?",
     "Tell me more.",
@@ -161,7 +162,7 @@ class Traffic:
         return self._prompt(self._random.randint(1, min(64, self._limit)))
 
     def _outputs(self) -> int:
-        return self._random.randint(2, self.max_tokens)
+        return self._random.randint(1, self.max_tokens)
 
     def _complete(
         self, kind: str, prompt: list[int], tokens: int, greedy: bool = True, **more: Any
@@ -212,7 +213,7 @@ class Traffic:
 
     def _chat(self) -> list[list[Request]]:
         rng, rounds = self._random, []
-        for _ in range(rng.randint(2, 4)):
+        for _ in range(rng.randint(2, TURNS)):
             body = {
                 "messages": [{"role": "user", "content": rng.choice(QUESTIONS)}],
                 "max_tokens": self._outputs(),
@@ -260,10 +261,10 @@ class Traffic:
             more["response_format"] = form
         else:
             more["structured_outputs"] = {name: value}
-        # Room for the whole answer, whitespace within JSON included.
-        request = self._complete(
-            "guided", self._short(), 80, greedy=False, guide=(name, value), **more
-        )
+        prompt = self._short()
+        tokens = min(80, self.max_model_len - len(prompt))  # room for whitespace within JSON
+        more["guide"] = (name, value)
+        request = self._complete("guided", prompt, tokens, greedy=False, **more)
         return [[request]]
 
     def _cut(self) -> list[list[Request]]:
