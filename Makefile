@@ -8,6 +8,7 @@ MODEL   ?= $(DEMO_MODEL)
 BACKEND ?= adamas
 PORT    ?= 8000
 ARGS    ?=
+MINUTES ?= 20
 
 ifeq ($(origin PYTHON), undefined)
 PYTHON := $(VENV)/bin/python
@@ -21,7 +22,7 @@ export VLLM_CPU_KVCACHE_SPACE ?= 2
 export ADAMAS_BUILD_CUDA ?= $(if $(wildcard /proc/driver/nvidia/version),auto,0)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native model demo serve test test-gpu sanitize-gpu bench-cpu bench-gpu lint clean
+.PHONY: help setup native model demo serve test test-gpu sanitize-gpu bench-cpu bench-gpu storm lint clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -70,6 +71,9 @@ bench-gpu: model ## kernel and serving benchmarks on a GPU
 	@$(PYTHON) benchmarks/bench_decode_gpu.py
 	@$(PYTHON) benchmarks/bench_dense_gpu.py
 	@$(PYTHON) benchmarks/bench_serve_gpu.py $(ARGS)
+
+storm: model ## mixed traffic against servers of this host, answers checked (MINUTES)
+	@$(PYTHON) benchmarks/storm.py --minutes $(MINUTES) $(ARGS)
 
 lint: $(READY) ## check style
 	@$(PYTHON) -m ruff check .

@@ -107,6 +107,11 @@ class Server:
     def _failure(self, what: str) -> str:
         return f"The server {what}. The end of {self.log_path}:\n{self.log_tail()}"
 
+    @property
+    def pid(self) -> int:
+        """Of the first process; the others are below it."""
+        return self._process.pid
+
     def log(self) -> str:
         return self.log_path.read_text(errors="replace")
 

@@ -39,6 +39,7 @@ def main(argv: list[str] | None = None) -> int:
     info.set_defaults(run=_info)
     _add_eval(commands)
     _add_calibrate(commands)
+    _add_storm(commands)
     args = parser.parse_args(argv)
     try:
         return args.run(args)
@@ -153,6 +154,19 @@ def _add_calibrate(commands) -> None:
     )
     _add_engine(command)
     command.set_defaults(run=_calibrate)
+
+
+def _add_storm(commands) -> None:
+    from vllm_adamas.serving.storm import command as storm
+
+    command = commands.add_parser(
+        "storm",
+        help="seeded traffic against a live server, its answers checked",
+        description="Keeps a server busy with many kinds of requests, then checks greedy answers: by a "
+        "replay on the quiet server, or by a second server. Exit status 0 if all is well.",
+    )
+    storm.add_arguments(command)
+    command.set_defaults(run=storm.storm)
 
 
 def _add_engine(command) -> None:

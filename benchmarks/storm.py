@@ -1,0 +1,224 @@
+"""Storms over servers of many configurations: traffic as ordinary clients make it, its answers checked.
+
+On a GPU eight servers run side by side, whose six properties meet in all pairs, and a stock server by which
+those with a budget above every context are scored; the others are replayed. On a CPU two servers take turns.
+The exit status is 0 if all is well.
+
+    python benchmarks/storm.py --minutes 20
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from bench_serve import MODEL
+from common import gpu_hardware, hardware, save
+
+from vllm_adamas.serving.launch import Server
+from vllm_adamas.serving.storm.traffic import WEIGHTS
+
+CONTEXT = 131072  #: tokens that GPU servers are sized for; the model was trained with 8192
+BLOCK_TOKENS = CONTEXT + 4096  #: of a GPU server's KV cache, so that bursts preempt
+GPU_SERVER = [
+    *f"--max-model-len {CONTEXT} --gpu-memory-utilization 0.08 --kv-cache-memory-bytes 4G "
+    "--cudagraph-capture-sizes 1 2 4 8 16 32 --hf-overrides".split(),
+    json.dumps({"max_position_embeddings": CONTEXT}),
+]
+SHORT = ",".join(kind for kind in WEIGHTS if kind != "longest")
+GPU_STORM = f"--concurrency 24 --max-prompt 1536 --max-tokens 64 --burst 160 --kinds {SHORT}"
+CPU_SERVER = "--max-model-len 2048 --max-num-seqs 16 --num-gpu-blocks-override {blocks}"
+
+
+@dataclass
+class Configuration:
+    """A server and its storm.
+
+    Args:
+        scored: by the stock server, and not replayed.
+    """
+
+    args: list[str]
+    storm: str
+    backend: str = "adamas"
+    options: dict = field(default_factory=dict)
+    env: dict[str, str] = field(default_factory=dict)
+    scored: bool = False
+
+    def start(self, model: str) -> Server:
+        options = self.options if self.backend == "adamas" else None
+        return Server(model, self.backend, options, self.args, self.env)
+
+
+def gpu_configurations(swap: bool) -> dict[str, Configuration]:
+    """An orthogonal array: each pair of values of two properties comes twice.
+
+    Args:
+        swap: the budget above the contexts goes to the other four.
+    """
+    found = {}
+    for a, b, c in itertools.product((0, 1), repeat=3):
+        v1, eager, triton, small, fp8, above = a, b, c, a ^ b, a ^ c, b ^ c ^ swap
+        block = 16 if small else 64
+        names = (
+            "v1" if v1 else "v2",
+            "eager" if eager else "graphs",
+            "triton" if triton else "cuda",
+        )
+        names += (f"block {block}", "fp8" if fp8 else "bf16", "dense" if above else "sparse")
+        args = [*GPU_SERVER, "--block-size", str(block)]
+        args += ["--num-gpu-blocks-override", str(BLOCK_TOKENS // block)]
+        args += ["--enforce-eager"] * eager + ["--kv-cache-dtype", "fp8"] * fp8
+        options: dict = {"kernels": "triton" if triton else "cuda"}
+        if above:
+            options["token_budget"] = 1_000_000
+        found[", ".join(names)] = Configuration(
+            args,
+            f"{GPU_STORM} --block-size {block}" + " --distance 1" * fp8,
+            options=options,
+            env={"VLLM_USE_V2_MODEL_RUNNER": "0"} if v1 else {},
+            # The stock server has K and V in bf16.
+            scored=bool(above and not fp8),
+        )
+    return found
+
+
+def cpu_configurations() -> dict[str, Configuration]:
+    """A server as people start it, and one that computes in float32, where distances are exact."""
+    storm = "--max-prompt 400 --max-tokens 24"
+    exact = [*CPU_SERVER.format(blocks=96).split(), "--dtype", "float32", "--block-size", "32"]
+    return {
+        "bf16": Configuration(CPU_SERVER.format(blocks=32).split(), f"{storm} --block-size 128"),
+        "float32": Configuration(
+            [*exact, "--enforce-eager"],
+            f"{storm} --block-size 32 --distance 0.01",
+            options={"token_budget": 128},
+        ),
+    }
+
+
+def parse_args():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--device", choices=("cpu", "gpu"), help="default: gpu if there is one")
+    parser.add_argument("--model", default=str(MODEL))
+    parser.add_argument(
+        "--minutes", type=float, default=20.0, help="of traffic, all storms together"
+    )
+    parser.add_argument("--only", help="configurations whose name has this in it")
+    parser.add_argument("--swap", action="store_true", help="GPU: exchange sparse and dense")
+    parser.add_argument("--check", type=int, default=200, help="answers to check of each server")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--name", help="result file; default: storm_cpu or storm_gpu")
+    return parser.parse_args()
+
+
+def run_storm(
+    name: str,
+    configuration: Configuration,
+    server: Server,
+    oracle: Server | None,
+    seconds: float,
+    args,
+) -> dict:
+    """The record of one storm; its progress lines go to stderr with the configuration before them."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "storm.json"
+        command = [sys.executable, "-m", "vllm_adamas.serving.storm", server.url]
+        command += [
+            "--seconds",
+            f"{seconds:g}",
+            "--check",
+            str(args.check),
+            "--seed",
+            str(args.seed),
+        ]
+        command += ["--pid", str(server.pid), "--json", str(file), *configuration.storm.split()]
+        if configuration.scored and oracle is not None:
+            command += ["--oracle", oracle.url]
+        process = subprocess.Popen(
+            command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for line in process.stderr:
+            print(f"{name}: {line}", end="", file=sys.stderr, flush=True)
+        print(f"{name}:\n{process.stdout.read()}", flush=True)
+        process.wait()
+        if not file.exists():
+            return {"ok": False, "problems": [f"the storm ended with status {process.returncode}"]}
+        return json.loads(file.read_text())
+
+
+class Storms:
+    """Runs configurations and keeps the result file up to date: a run may be cut short."""
+
+    def __init__(self, args, device: str):
+        self.args, self.name = args, args.name or f"storm_{device}"
+        facts = gpu_hardware() if device == "gpu" else hardware()
+        self.result = {"hardware": facts, "model": Path(args.model).name, "seed": args.seed}
+        self.result |= {"minutes": args.minutes, "configurations": {}}
+
+    def one(
+        self, name: str, configuration: Configuration, seconds: float, oracle: Server | None = None
+    ) -> None:
+        begin = time.monotonic()
+        try:
+            with configuration.start(self.args.model) as server:
+                print(f"{name}: started in {time.monotonic() - begin:.0f} s", flush=True)
+                line = next((x for x in server.log().splitlines() if "Using ADAMAS" in x), "")
+                record = run_storm(name, configuration, server, oracle, seconds, self.args)
+                if not record["ok"]:
+                    print(f"{name}: the end of the server's log\n{server.log_tail()}", flush=True)
+        except RuntimeError as error:  # it did not start
+            line, record = "", {"ok": False, "problems": [str(error)]}
+            print(f"{name}: {error}", flush=True)
+        self.result["configurations"][name] = {
+            "server": configuration.args,
+            "env": configuration.env,
+            "adamas": line.partition("backend: ")[2],
+            **record,
+        }
+        save(self.name, self.result)
+
+    def in_turn(self, configurations: dict[str, Configuration]) -> None:
+        for name, configuration in configurations.items():
+            self.one(name, configuration, 60 * self.args.minutes / len(configurations))
+
+    def side_by_side(self, configurations: dict[str, Configuration], stock: Configuration) -> None:
+        with (
+            ThreadPoolExecutor(len(configurations) + 1) as pool,
+            stock.start(self.args.model) as oracle,
+        ):
+            done = [
+                pool.submit(self.one, name, one, 60 * self.args.minutes, oracle)
+                for name, one in configurations.items()
+            ]
+            for one in done:
+                one.result()
+
+
+def main() -> int:
+    args = parse_args()
+    device = args.device or ("gpu" if os.path.exists("/proc/driver/nvidia/version") else "cpu")
+    found = gpu_configurations(args.swap) if device == "gpu" else cpu_configurations()
+    chosen = {name: one for name, one in found.items() if (args.only or "") in name}
+    storms = Storms(args, device)
+    if device == "gpu":
+        storms.side_by_side(chosen, Configuration(GPU_SERVER, "", "flash_attn"))
+    else:
+        storms.in_turn(chosen)
+    records = storms.result["configurations"]
+    bad = [name for name, record in records.items() if not record["ok"]]
+    print(f"{len(records) - len(bad)} of {len(records)} storms found nothing", *bad, sep="\n")
+    return int(bool(bad))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,282 @@
+"""The command `vllm-adamas storm`: traffic, then checks, then a verdict."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import time
+from collections import Counter
+from importlib.resources import files
+from pathlib import Path
+
+from vllm_adamas import __version__
+from vllm_adamas.errors import AdamasError
+from vllm_adamas.serving.storm.client import Endpoint, Outcome, name_of
+from vllm_adamas.serving.storm.reference import Verdict, replay, score
+from vllm_adamas.serving.storm.report import Report
+from vllm_adamas.serving.storm.traffic import COMPLETIONS, TURNS, WEIGHTS, Traffic, Unit
+from vllm_adamas.serving.storm.watch import Watch, memory
+
+ENOUGH = 10  #: wrong tokens; then nothing more is checked
+GONE = 20  #: transport errors in a row: nobody is there any more
+WARM_UP = 0.2  #: of the storm; memory may grow in it
+PATIENCE = 60.0  #: seconds until a server without clients must be idle
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("url", metavar="URL", help="of the server, such as http://127.0.0.1:8000")
+    add("--seed", type=int, default=0)
+    add(
+        "--seconds", type=float, help="how long; default: 60, or without end if --requests is given"
+    )
+    add("--requests", type=int, help="how many at most")
+    add(
+        "--limit", type=float, help="seconds for everything, checks included; default: by --seconds"
+    )
+    add("--timeout", type=float, default=120.0, help="seconds for one request")
+    add(
+        "--concurrency",
+        type=int,
+        default=8,
+        help="units under way; a unit may send several at once",
+    )
+    add("--block-size", type=int, default=16, help="of the KV cache, in tokens, or a divisor of it")
+    add("--max-prompt", type=int, default=768, help="tokens of an ordinary prompt")
+    add("--max-tokens", type=int, default=32, help="tokens of an ordinary output")
+    add("--burst", type=int, default=12, help="long requests at once")
+    add("--kinds", help=f"comma-separated; default: all of {', '.join(WEIGHTS)}")
+    add("--oracle", metavar="URL", help="a server that attends to everything, to score answers by")
+    add("--replay", action="store_true", help="replay answers too where there is an oracle")
+    add(
+        "--distance",
+        type=float,
+        default=0.2,
+        help="how far a right token may be from the best, nats",
+    )
+    add("--check", type=int, default=200, metavar="N", help="answers to check; 0 for none")
+    add("--pid", type=int, help="of the server, to watch its memory")
+    add("--growth", type=float, default=512.0, help="MiB that its memory may grow by after warm-up")
+    add("--json", metavar="FILE", help="where to write the record")
+
+
+def storm(args: argparse.Namespace) -> int:
+    """Runs the command; the exit status: 0 if all is well, 1 if something was found.
+
+    Raises:
+        AdamasError: an argument is wrong, or the server or the oracle does not answer.
+    """
+    _check(args)
+    report = asyncio.run(_bounded(args))
+    if args.json:
+        Path(args.json).write_text(json.dumps(report.record(), indent=2) + "\n")
+    print(report.text())
+    return int(bool(report.problems()))
+
+
+def _check(args) -> None:
+    for name in ("seconds", "requests", "limit", "timeout", "distance"):
+        if (value := getattr(args, name)) is not None and value <= 0:
+            raise AdamasError(f"--{name} {value:g} is not above 0: give a larger one.")
+    for name in ("concurrency", "block_size", "max_prompt", "max_tokens", "burst"):
+        if (value := getattr(args, name)) < 1:
+            raise AdamasError(
+                f"--{name.replace('_', '-')} {value} is not above 0: give a larger one."
+            )
+    args.kinds = args.kinds.split(",") if args.kinds else list(WEIGHTS)
+    if unknown := [kind for kind in args.kinds if kind not in WEIGHTS]:
+        raise AdamasError(f"--kinds {unknown[0]} is none of {', '.join(WEIGHTS)}: leave it out.")
+    if args.seconds is None and args.requests is None:
+        args.seconds = 60.0
+    if args.limit is None:
+        args.limit = 3600.0 if args.seconds is None else 2 * args.seconds + 900.0
+    if args.pid is not None and not memory(args.pid):
+        raise AdamasError(
+            f"the memory of --pid {args.pid} cannot be read: give the pid of the "
+            "server's first process, and install psutil."
+        )
+
+
+async def _bounded(args) -> Report:
+    facts = {
+        name: getattr(args, name) for name in ("url", "seed", "seconds", "requests", "concurrency")
+    }
+    facts |= {
+        name: getattr(args, name) for name in ("block_size", "max_prompt", "max_tokens", "burst")
+    }
+    facts |= {"oracle": args.oracle, "distance": args.distance, "vllm_adamas": __version__}
+    run = _Storm(args, Report(facts, args.growth))
+    try:
+        await asyncio.wait_for(run.run(), args.limit)
+    except asyncio.TimeoutError:
+        run.report.other.append(f"not done after {args.limit:g} s")
+    return run.report
+
+
+class _Storm:
+    """One storm: the traffic, the watch, the checks."""
+
+    def __init__(self, args, report: Report):
+        self.args, self.report = args, report
+        self.greedy: list[Outcome] = []  # answers that can be checked
+        self.started = time.monotonic()
+        self._in_a_row = 0  # transport errors
+        self._phase = "storm"
+
+    async def run(self) -> None:
+        args = self.args
+        async with Endpoint(args.url, args.timeout) as self.server:
+            self.watch = Watch(self.server)
+            await self._meet()
+            side = asyncio.ensure_future(self._watch())
+            try:
+                await asyncio.gather(*(self._work() for _ in range(args.concurrency)))
+                if not self._gone() and await self._idle() and args.check:
+                    await self._check()
+            finally:
+                side.cancel()
+                await self.watch.look()
+                self.report.restarts = self.watch.restarts
+                self.report.unhealthy = self.watch.unhealthy
+                self.report.moved = self.watch.moved()
+                self._remember("end")
+
+    async def _meet(self) -> None:
+        """What has to be known before the first request."""
+        args, server = self.args, self.server
+        if not await self.watch.look():
+            raise AdamasError(
+                f"{args.url} is not healthy ({self.watch.unhealthy[0]}): start it first."
+            )
+        if args.max_tokens * TURNS + 256 > server.max_model_len:
+            raise AdamasError(
+                f"--max-tokens {args.max_tokens} leaves no room for prompts in the server's "
+                f"max_model_len of {server.max_model_len}: give a smaller one."
+            )
+        if args.oracle:
+            async with Endpoint(args.oracle, args.timeout):
+                pass  # it is there
+        book = files("vllm_adamas.evaluate").joinpath("data", "alice.txt").read_text("utf-8")
+        try:
+            text = (await server.json("/tokenize", {"prompt": book}))["tokens"]
+        except Exception as error:
+            raise AdamasError(
+                f"{args.url}/tokenize does not answer ({name_of(error)}): storm a vLLM server."
+            ) from None
+        names = ("block_size", "max_prompt", "max_tokens", "burst", "kinds")
+        limits = {name: getattr(args, name) for name in names}
+        self.traffic = Traffic(args.seed, text, server.max_model_len, **limits)
+        status, body = await server.get("/version")
+        version = json.loads(body)["version"] if status == 200 else None
+        self.report.facts |= {"model": server.model, "max_model_len": server.max_model_len}
+        self.report.facts |= {"vllm": version}
+        self.started = time.monotonic()
+
+    def _share(self) -> float:
+        """Of the storm that is over."""
+        args = self.args
+        shares = [self.traffic.sent / args.requests] if args.requests else []
+        if args.seconds:
+            shares.append((time.monotonic() - self.started) / args.seconds)
+        return max(shares)
+
+    def _gone(self) -> bool:
+        return self._in_a_row >= GONE
+
+    async def _work(self) -> None:
+        while self._share() < 1 and not self._gone():
+            await self._send(self.traffic.unit())
+
+    async def _send(self, unit: Unit) -> None:
+        history: list = []
+        for requests in unit.rounds:
+            calls = (self.server.send(request, unit.number, history) for request in requests)
+            for request, outcome in zip(requests, await asyncio.gather(*calls), strict=True):
+                self._take(outcome)
+                if unit.chat and not outcome.error:
+                    answer = {"role": "assistant", "content": outcome.choices[0].text}
+                    history += [*request.body["messages"], answer]
+
+    def _take(self, outcome: Outcome) -> None:
+        self.report.add(outcome)
+        if "warm" not in self.report.memory and self._share() > WARM_UP:
+            self._remember("warm")
+        lost = (outcome.error or "").startswith("transport")
+        self._in_a_row = self._in_a_row + 1 if lost else 0
+        if outcome.request.greedy and not outcome.error and outcome.choices:
+            self.greedy.append(outcome)
+
+    async def _watch(self) -> None:
+        """Every second a look, every ten a line."""
+        for second in range(1, sys.maxsize):
+            await asyncio.sleep(1)
+            await self.watch.look()
+            if second % 10 == 0:
+                self._tell()
+
+    def _remember(self, when: str) -> None:
+        if self.args.pid:
+            self.report.memory[when] = memory(self.args.pid)
+
+    def _tell(self) -> None:
+        errors = sum(sum(found.values()) for found in self.report.errors.values())
+        checked = sum(verdict.compared for verdict in self.report.checks.values())
+        print(
+            f"{time.monotonic() - self.started:5.0f} s, {self._phase}: "
+            f"{sum(self.report.requests.values())} requests, {errors} errors, "
+            f"{self.watch.restarts} restarts, {self.watch.busy()} under way, {checked} tokens compared",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    async def _idle(self) -> bool:
+        """Whether clients that left have left nothing behind. The server's gauges move with its steps, so
+        a small request goes first."""
+        deadline = time.monotonic() + PATIENCE
+        while True:
+            try:
+                await self.server.json(COMPLETIONS, {"prompt": [1], "max_tokens": 1})
+            except Exception as error:
+                self.report.other.append(f"the quiet server does not answer: {name_of(error)}")
+                return False
+            await self.watch.look()
+            if not self.watch.busy():
+                return True
+            if time.monotonic() > deadline:
+                self.report.other.append(
+                    f"{self.watch.busy()} requests are in the server {PATIENCE:g} s after the last client"
+                )
+                return False
+            await asyncio.sleep(0.5)
+
+    async def _check(self) -> None:
+        args, answers = self.args, chosen(self.greedy, self.args.check, self.args.seed)
+        if args.oracle:
+            async with Endpoint(args.oracle, args.timeout) as oracle:
+                await self._judge("scored", score, oracle, answers)
+        if args.replay or not args.oracle:
+            await self._judge("replayed", replay, self.server, answers)
+
+    async def _judge(self, name: str, how, reference: Endpoint, answers: list[Outcome]) -> None:
+        self._phase = name
+        verdict = self.report.checks[name] = Verdict()
+        for answer in answers:
+            verdict.add(await how(reference, answer, self.args.distance))
+            if len(verdict.wrong) >= ENOUGH:
+                break
+
+
+def chosen(answers: list[Outcome], count: int, seed: int) -> list[Outcome]:
+    """At most ``count`` answers, of every kind as evenly as they come."""
+    order = list(answers)
+    random.Random(seed).shuffle(order)
+    seen: Counter = Counter()
+    ranks = []
+    for answer in order:
+        seen[answer.request.kind] += 1
+        ranks.append(seen[answer.request.kind])
+    ranked = sorted(zip(ranks, order, strict=True), key=lambda pair: pair[0])
+    return [answer for _, answer in ranked[:count]]

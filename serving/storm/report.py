@@ -1,0 +1,166 @@
+"""What a storm found: one record, the problems in it, and the text of both."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from vllm_adamas.serving.storm.client import Outcome
+from vllm_adamas.serving.storm.reference import Verdict
+
+COMPARED_AT_LEAST = 0.7  #: of the tokens of the answers that were to be checked
+EXAMPLES = 20  #: of each kind of problem in the record
+
+
+@dataclass
+class Report:
+    """Collects what happens; :meth:`record` is the result, :meth:`problems` why it is not well.
+
+    Args:
+        facts: what the storm was given: seed, limits, versions.
+        growth: MiB that the server's memory may grow by after warm-up, RSS and GPU each.
+    """
+
+    facts: dict[str, Any]
+    growth: float
+    requests: Counter = field(default_factory=Counter)
+    errors: dict[str, Counter] = field(default_factory=lambda: defaultdict(Counter))
+    examples: list[dict] = field(default_factory=list)
+    refused: int = 0
+    left: int = 0
+    ttft: list[float] = field(default_factory=list)
+    gaps: list[float] = field(default_factory=list)
+    checks: dict[str, Verdict] = field(default_factory=dict)
+    moved: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, dict[str, float]] = field(default_factory=dict)
+    restarts: int = 0
+    unhealthy: list[str] = field(default_factory=list)
+    other: list[str] = field(default_factory=list)  #: problems that are none of the above
+
+    def add(self, outcome: Outcome) -> None:
+        request = outcome.request
+        self.requests[request.kind] += 1
+        if outcome.error:
+            self.errors[request.kind][outcome.error.partition(":")[0]] += 1
+            if len(self.examples) < EXAMPLES:
+                self.examples.append(
+                    {
+                        "kind": request.kind,
+                        "unit": outcome.unit,
+                        "error": outcome.error,
+                        "prompt_tokens": len(outcome.prompt),
+                    }
+                )
+        self.refused += request.refused and not outcome.error
+        self.left += request.leave_after is not None or request.drop_after is not None
+        if outcome.ttft is not None:
+            self.ttft.append(outcome.ttft)
+            self.gaps += outcome.gaps
+
+    def problems(self) -> list[str]:
+        """One line each; empty if all is well."""
+        found = []
+        for kind, errors in self.errors.items():
+            found += [f"{kind}: {count} x {what}" for what, count in errors.items()]
+        if self.restarts:
+            found.append(f"the server was restarted {self.restarts} x")
+        if self.unhealthy:
+            found.append(f"unhealthy {len(self.unhealthy)} x, first {self.unhealthy[0]}")
+        for name, verdict in self.checks.items():
+            if verdict.wrong:
+                found.append(f"{len(verdict.wrong)} wrong tokens, {name}")
+            if verdict.failed:
+                found.append(
+                    f"{len(verdict.failed)} answers could not be {name}: {verdict.failed[0]}"
+                )
+            if verdict.compared < max(1, COMPARED_AT_LEAST * verdict.tokens):
+                found.append(
+                    f"only {verdict.compared} of {verdict.tokens} tokens were compared ({name})"
+                )
+        if "scored" in self.checks and self.moved.get("vllm_adamas_sparse_rows_total"):
+            found.append(
+                "sparse rows were scored by a server that attends to everything: serve with a "
+                "token_budget above the contexts, or leave out --oracle"
+            )
+        for name, grown in self.grown().items():
+            if grown > self.growth:
+                found.append(f"{name} grew by {grown:.0f} MiB, more than {self.growth:g}")
+        return found + self.other
+
+    def grown(self) -> dict[str, float]:
+        warm, end = (self.memory.get(when, {}) for when in ("warm", "end"))
+        return {name: end[name] - warm[name] for name in warm if name in end}
+
+    def record(self) -> dict[str, Any]:
+        """JSON; times in milliseconds, memory in MiB."""
+        return {
+            "ok": not self.problems(),
+            "problems": self.problems(),
+            **self.facts,
+            "requests": dict(sorted(self.requests.items())),
+            "errors": {kind: dict(errors) for kind, errors in self.errors.items()},
+            "examples": self.examples,
+            "refused_as_they_should": self.refused,
+            "left_by_the_client": self.left,
+            "restarts": self.restarts,
+            "checks": {name: _summary(verdict) for name, verdict in self.checks.items()},
+            "counters": self.moved,
+            "memory_mib": self.memory,
+            "ttft_ms": percentiles(self.ttft, 1e3),
+            "itl_ms": percentiles(self.gaps, 1e3),
+        }
+
+    def text(self) -> str:
+        """A few lines for people."""
+        lines = [f"{sum(self.requests.values())} requests: {_listed(self.requests)}"]
+        lines.append(f"{self.refused} were refused as they should, {self.left} left by the client")
+        for name, verdict in self.checks.items():
+            spread = percentiles(verdict.distances)
+            lines.append(
+                f"{name}: {verdict.compared} of {verdict.tokens} tokens compared, {verdict.parted} right "
+                f"but not the best, {len(verdict.wrong)} wrong; distances {_listed(spread)}"
+            )
+            lines += [
+                f"  {w.kind}, unit {w.unit}: token {w.position} after {w.prompt_tokens} of prompt is {w.token}, "
+                f"not {w.best}; distance {w.distance}"
+                for w in verdict.wrong[:5]
+            ]
+        lines.append(f"counters: {_listed(self.moved)}")
+        lines += [f"memory, {when}: {_listed(found)} MiB" for when, found in self.memory.items()]
+        for name, values in (("TTFT", self.ttft), ("ITL", self.gaps)):
+            lines.append(f"{name}: {_listed(percentiles(values, 1e3))} ms")
+        lines += [f"  {e['kind']}, unit {e['unit']}: {e['error']}" for e in self.examples[:5]]
+        found = self.problems()
+        lines += [f"PROBLEM: {problem}" for problem in found] or ["All is well."]
+        return "\n".join(lines)
+
+
+def _summary(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "tokens": verdict.tokens,
+        "compared": verdict.compared,
+        "right_but_not_best": verdict.parted,
+        "distance": percentiles(verdict.distances),
+        "wrong": len(verdict.wrong),
+        "first_wrong": [asdict(wrong) for wrong in verdict.wrong[:EXAMPLES]],
+        "failed": verdict.failed[:EXAMPLES],
+    }
+
+
+def percentiles(values: Sequence[float], scale: float = 1.0) -> dict[str, float]:
+    """p50, p99 and the greatest, times ``scale``; empty without values."""
+    if not values:
+        return {}
+    ordered = sorted(values)
+
+    def at(share: float) -> float:
+        return round(scale * ordered[math.ceil(share * len(ordered)) - 1], 6)
+
+    return {"p50": at(0.5), "p99": at(0.99), "max": at(1.0)}
+
+
+def _listed(values: dict) -> str:
+    return ", ".join(f"{name} {value:.6g}" for name, value in values.items()) or "none"
