@@ -1,13 +1,20 @@
 """What tests do inside a server's workers, through vLLM's ``--worker-extension-cls``."""
 
+import os
 import time
 from pathlib import Path
 
 from vllm_adamas.serving.launch import Server
 
+
+def with_path(folder: Path) -> str:
+    """A PYTHONPATH that has the folder first."""
+    return os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+
+
 #: Arguments and environment of a server whose pages :func:`poison` can reach.
 ARGS = "--worker-extension-cls extension.Poison "
-ENV = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": str(Path(__file__).parent)}
+ENV = {"VLLM_SERVER_DEV_MODE": "1", "PYTHONPATH": with_path(Path(__file__).parent)}
 
 
 class Poison:

@@ -12,11 +12,13 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
+import extension
 import pytest
 import torch
 from common import MODEL, is_one_sentence, random_llama
 from test_serve import (
     BUDGET,
+    LAYERS,
     LONG_PROMPTS,
     PASS_KEY,
     QUERY_HEADS,
@@ -87,7 +89,8 @@ FP8_ROUNDING = 0.5  #: the same where it can move K and V by a step of fp8
 
 def start(spec: tuple, model: Path, log: Path) -> Server:
     backend, options, args, env = spec
-    extra = (COMMON + args).split()
+    extra = (COMMON + extension.ARGS + args).split()
+    env = {**extension.ENV, **env}
     return Server(model, backend, options, extra, env=env, log_path=log, timeout=300)
 
 
@@ -273,7 +276,7 @@ def test_warm_prompts_with_little_left_join_running_decodes(host, name: str, lef
     server = host[name]
     text = harbour_log(60, seed=40 + left)
     prompts = [token_ids(server, text, blocks * 64 + left) for blocks in range(5, 16)]
-    cold = steps_of(server, prompts[::-1])[::-1]  # the longest first: the others find their blocks
+    quiet = steps_of(server, prompts[::-1])[::-1]  # the longest first: the others find their blocks
     running = [token_ids(server, harbour_log(60, seed=seed), 700) for seed in (50, 51)]
     alone = [complete(server, prompt, 200, logprobs=2)["logprobs"] for prompt in running]
     before = server.metrics()["vllm:prefix_cache_hits_total"]
@@ -285,8 +288,17 @@ def test_warm_prompts_with_little_left_join_running_decodes(host, name: str, lef
     )
     hits = server.metrics()["vllm:prefix_cache_hits_total"] - before
     assert hits >= sum(len(prompt) - left for prompt in prompts)
-    assert_same_up_to_rounding(cold, warm)
+    assert_same_up_to_rounding(quiet, warm)
     assert_same_up_to_rounding(alone, beside)
+
+
+@pytest.mark.parametrize("name", ["sparse", "no graphs", "v1 runner", "triton", "fp8", "bf16 fp8"])
+def test_freed_blocks_may_hold_anything(host, name: str) -> None:
+    """The pages of all requests so far are filled with NaN; none of it reaches the next ones."""
+    server = host[name]
+    before = steps_of(server, PROMPTS)
+    extension.poison(server, LAYERS)
+    assert_same_up_to_rounding(before, steps_of(server, PROMPTS))
 
 
 def test_triton_gives_what_cuda_gives(host) -> None:

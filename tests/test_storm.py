@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 from common import MODEL, is_one_sentence, random_llama
+from extension import with_path
 
 from vllm_adamas.cli import main
 from vllm_adamas.serving.storm import command
@@ -464,7 +465,7 @@ class Spec:
     fault: str = ""
 
     def arguments(self) -> tuple:
-        env = {"ADAMAS_FAULT": self.fault, "PYTHONPATH": str(FAULTS)} if self.fault else {}
+        env = {"ADAMAS_FAULT": self.fault, "PYTHONPATH": with_path(FAULTS)} if self.fault else {}
         return self.model, "adamas", {"token_budget": BUDGET}, SERVER.split(), env
 
 
