@@ -70,13 +70,13 @@ class Report:
         if self.unhealthy:
             found.append(f"unhealthy {len(self.unhealthy)} x, first {self.unhealthy[0]}")
         for name, verdict in self.checks.items():
-            if verdict.wrong:
-                found.append(f"{len(verdict.wrong)} wrong tokens, {name}")
             if verdict.failed:
                 found.append(
                     f"{len(verdict.failed)} answers could not be {name}: {verdict.failed[0]}"
                 )
-            if verdict.compared < max(1, COMPARED_AT_LEAST * verdict.tokens):
+            if verdict.wrong:  # after which less is compared
+                found.append(f"{len(verdict.wrong)} wrong tokens, {name}")
+            elif verdict.compared < max(1, COMPARED_AT_LEAST * verdict.tokens):
                 found.append(
                     f"only {verdict.compared} of {verdict.tokens} tokens were compared ({name})"
                 )
