@@ -388,6 +388,7 @@ def test_a_server_without_fault_passes(tmp_path, capsys) -> None:
     assert sum(record["requests"].values()) >= 300
     assert (record["vllm"], record["seed"], record["max_model_len"]) == ("0", 0, MAX_MODEL_LEN)
     assert record["ttft_ms"]["p50"] > 0
+    assert record["memory_not_watched"] == ["rss", "gpu"]  # no --pid
     assert "All is well." in capsys.readouterr().out
 
 
