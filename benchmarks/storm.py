@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,7 +44,7 @@ class Configuration:
     """A server and its storm.
 
     Args:
-        scored: by the stock server, and not replayed.
+        scored: by the stock server; others are replayed.
     """
 
     args: list[str]
@@ -125,7 +125,7 @@ def run_storm(
     name: str,
     configuration: Configuration,
     server: Server,
-    oracle: Server | None,
+    oracle: str | None,
     seconds: float,
     args,
 ) -> dict:
@@ -133,17 +133,10 @@ def run_storm(
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "storm.json"
         command = [sys.executable, "-m", "vllm_adamas.serving.storm", server.url]
-        command += [
-            "--seconds",
-            f"{seconds:g}",
-            "--check",
-            str(args.check),
-            "--seed",
-            str(args.seed),
-        ]
+        command += f"--seconds {seconds:g} --check {args.check} --seed {args.seed}".split()
         command += ["--pid", str(server.pid), "--json", str(file), *configuration.storm.split()]
-        if configuration.scored and oracle is not None:
-            command += ["--oracle", oracle.url]
+        if oracle is not None:
+            command += ["--oracle", oracle]
         process = subprocess.Popen(
             command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
@@ -166,14 +159,19 @@ class Storms:
         self.result |= {"minutes": args.minutes, "configurations": {}}
 
     def one(
-        self, name: str, configuration: Configuration, seconds: float, oracle: Server | None = None
+        self,
+        name: str,
+        configuration: Configuration,
+        seconds: float,
+        oracle: Future[Server] | None = None,
     ) -> None:
         begin = time.monotonic()
         try:
             with configuration.start(self.args.model) as server:
                 print(f"{name}: started in {time.monotonic() - begin:.0f} s", flush=True)
                 line = next((x for x in server.log().splitlines() if "Using ADAMAS" in x), "")
-                record = run_storm(name, configuration, server, oracle, seconds, self.args)
+                url = oracle.result().url if oracle else None
+                record = run_storm(name, configuration, server, url, seconds, self.args)
                 if not record["ok"]:
                     print(f"{name}: the end of the server's log\n{server.log_tail()}", flush=True)
         except RuntimeError as error:  # it did not start
@@ -192,14 +190,18 @@ class Storms:
             self.one(name, configuration, 60 * self.args.minutes / len(configurations))
 
     def side_by_side(self, configurations: dict[str, Configuration], stock: Configuration) -> None:
-        with (
-            ThreadPoolExecutor(len(configurations) + 1) as pool,
-            stock.start(self.args.model) as oracle,
-        ):
+        """All servers start at once; the stock one, if any needs it, ends last."""
+        seconds, model = 60 * self.args.minutes, self.args.model
+        with ThreadPoolExecutor(len(configurations) + 1) as pool:
+            needed = any(one.scored for one in configurations.values())
+            oracle = pool.submit(stock.start, model) if needed else None
             done = [
-                pool.submit(self.one, name, one, 60 * self.args.minutes, oracle)
+                pool.submit(self.one, name, one, seconds, oracle if one.scored else None)
                 for name, one in configurations.items()
             ]
+            wait(done)
+            if oracle and not oracle.exception():
+                oracle.result().stop()
             for one in done:
                 one.result()
 

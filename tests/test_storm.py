@@ -1,12 +1,15 @@
 """The traffic generator: what it sends, how it judges, and that it finds what is wrong with a server."""
 
 import asyncio
+import itertools
 import json
 import shutil
+import subprocess
+import sys
 import threading
 from collections import Counter
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -228,6 +231,11 @@ def test_nothing_is_a_problem_without_cause() -> None:
 # A whole storm, against a server that is not a model
 
 
+def following(context: list[int]) -> int:
+    """The token that a sound server gives."""
+    return (context[-1] * 7 + 13 * len(context)) % 700
+
+
 @dataclass
 class Fake:
     """Answers as vLLM does. What is wrong with it is one of: ``500``, ``tokens``, ``restart``, ``hang``,
@@ -235,7 +243,6 @@ class Fake:
 
     wrong: str = ""
     completions: int = 0
-    seen: list[dict] = field(default_factory=list)
 
     @property
     def now(self) -> str:
@@ -294,7 +301,7 @@ class Fake:
         context, tops = list(prompt), []
         replayed = "cache_salt" in body
         for _ in range(body["max_tokens"] - (self.now == "short")):
-            token = (context[-1] * 7 + 13 * len(context)) % 700
+            token = following(context)
             if self.now == "tokens" and not replayed and len(context) % 5 == 0:
                 token += 1
             context.append(token)
@@ -310,6 +317,13 @@ class Fake:
             "token_ids": tokens,
             "finish_reason": "length",
             "logprobs": logprobs if body.get("logprobs") is not None else None,
+            "prompt_logprobs": [
+                None,
+                *(
+                    {str(following(prompt[:end])): {"logprob": -0.5}}
+                    for end in range(1, len(prompt))
+                ),
+            ],
         }
 
 
@@ -375,6 +389,7 @@ def test_a_server_without_fault_passes(tmp_path, capsys) -> None:
     assert sum(record["requests"].values()) >= 300
     assert (record["vllm"], record["seed"], record["max_model_len"]) == ("0", 0, MAX_MODEL_LEN)
     assert record["ttft_ms"]["p50"] > 0
+    assert record["memory_not_watched"] == ["rss", "gpu"]  # no --pid
     assert "All is well." in capsys.readouterr().out
 
 
@@ -405,6 +420,16 @@ def test_what_is_wrong_with_a_server_is_found(
     assert any(named in problem for problem in record["problems"]), record["problems"]
 
 
+@pytest.mark.parametrize("wrong", ["", "tokens"])
+def test_a_second_server_scores(tmp_path, wrong: str) -> None:
+    args = ["--requests", "120", "--kinds", ORDINARY, "--check", "40"]
+    with running(Fake(wrong)) as url, running(Fake()) as oracle:
+        status, record = storm(tmp_path, url, *args, "--oracle", oracle)
+    assert list(record["checks"]) == ["scored"]
+    assert record["checks"]["scored"]["compared"] > 50
+    assert (status, bool(record["checks"]["scored"]["wrong"])) == (bool(wrong), bool(wrong))
+
+
 def test_a_storm_ends_at_its_limit(tmp_path) -> None:
     args = ["--requests", "1000", "--kinds", "one_token", "--timeout", "600", "--limit", "2"]
     with running(Fake("hang")) as url:
@@ -421,6 +446,7 @@ def test_a_storm_ends_at_its_limit(tmp_path) -> None:
         (["--kinds", "edge,squall"], "squall"),
         (["--max-tokens", "512"], "max_model_len"),
         (["--pid", "4194305"], "--pid 4194305"),
+        (["--oracle", "http://127.0.0.1:9"], "http://127.0.0.1:9 does not answer"),
     ],
 )
 def test_mistakes_give_one_sentence(capsys, args: list[str], named: str) -> None:
@@ -439,8 +465,20 @@ def test_a_server_that_is_not_there_gives_one_sentence(capsys) -> None:
     assert is_one_sentence(error.removeprefix("vllm-adamas: ").rstrip("\n")), error
 
 
+@pytest.mark.parametrize("swap", [False, True])
+def test_properties_of_benchmark_servers_meet_in_all_pairs(swap: bool) -> None:
+    """A fault that takes two of them to show is met by one of the eight servers."""
+    code = f"import json, storm; print(json.dumps(list(storm.gpu_configurations({swap}))))"
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=BENCHMARKS, capture_output=True, text=True, check=True)
+    rows = [name.split(", ") for name in json.loads(done.stdout)]
+    for one, other in itertools.combinations(range(len(rows[0])), 2):
+        assert len({(row[one], row[other]) for row in rows}) == 4
+
+
 # A whole storm against vLLM, and servers that are made wrong: see faults/adamas_fault.py
 
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 FAULTS = Path(__file__).parent / "faults"
 BUDGET = 128
 SERVER = (
@@ -483,7 +521,7 @@ def test_a_storm_over_sparse_decode_finds_nothing(serve, llama, tmp_path) -> Non
     assert counters["vllm_adamas_sparse_rows_total"] > 0
     assert counters["vllm:num_preemptions_total"] > 0
     assert counters["vllm:prefix_cache_hits_total"] > 0
-    assert record["memory_mib"]["end"]["rss"] > 0
+    assert all(record["memory_mib"][when]["rss"] > 0 for when in ("warm", "end"))
 
 
 @pytest.mark.serve

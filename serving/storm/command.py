@@ -20,6 +20,9 @@ from vllm_adamas.serving.storm.report import Report
 from vllm_adamas.serving.storm.traffic import COMPLETIONS, TURNS, WEIGHTS, Traffic, Unit
 from vllm_adamas.serving.storm.watch import Watch, memory
 
+#: Arguments that the record repeats.
+FACTS = ("url", "seed", "seconds", "requests", "concurrency", "block_size", "max_prompt")
+FACTS += ("max_tokens", "burst", "oracle", "distance")
 ENOUGH = 10  #: wrong tokens; then nothing more is checked
 GONE = 20  #: transport errors in a row: nobody is there any more
 WARM_UP = 0.2  #: of the storm; memory may grow in it
@@ -101,13 +104,7 @@ def _check(args) -> None:
 
 
 async def _bounded(args) -> Report:
-    facts = {
-        name: getattr(args, name) for name in ("url", "seed", "seconds", "requests", "concurrency")
-    }
-    facts |= {
-        name: getattr(args, name) for name in ("block_size", "max_prompt", "max_tokens", "burst")
-    }
-    facts |= {"oracle": args.oracle, "distance": args.distance, "vllm_adamas": __version__}
+    facts = {name: getattr(args, name) for name in FACTS} | {"vllm_adamas": __version__}
     run = _Storm(args, Report(facts, args.growth))
     try:
         await asyncio.wait_for(run.run(), args.limit)

@@ -70,13 +70,13 @@ class Report:
         if self.unhealthy:
             found.append(f"unhealthy {len(self.unhealthy)} x, first {self.unhealthy[0]}")
         for name, verdict in self.checks.items():
-            if verdict.wrong:
-                found.append(f"{len(verdict.wrong)} wrong tokens, {name}")
             if verdict.failed:
                 found.append(
                     f"{len(verdict.failed)} answers could not be {name}: {verdict.failed[0]}"
                 )
-            if verdict.compared < max(1, COMPARED_AT_LEAST * verdict.tokens):
+            if verdict.wrong:  # after which less is compared
+                found.append(f"{len(verdict.wrong)} wrong tokens, {name}")
+            elif verdict.compared < max(1, COMPARED_AT_LEAST * verdict.tokens):
                 found.append(
                     f"only {verdict.compared} of {verdict.tokens} tokens were compared ({name})"
                 )
@@ -94,6 +94,11 @@ class Report:
         warm, end = (self.memory.get(when, {}) for when in ("warm", "end"))
         return {name: end[name] - warm[name] for name in warm if name in end}
 
+    def unwatched(self) -> list[str]:
+        """Kinds of memory that nothing is known of: no pid, no psutil or no driver."""
+        known = self.memory.get("end", {})
+        return [name for name in ("rss", "gpu") if name not in known]
+
     def record(self) -> dict[str, Any]:
         """JSON; times in milliseconds, memory in MiB."""
         return {
@@ -109,6 +114,7 @@ class Report:
             "checks": {name: _summary(verdict) for name, verdict in self.checks.items()},
             "counters": self.moved,
             "memory_mib": self.memory,
+            "memory_not_watched": self.unwatched(),
             "ttft_ms": percentiles(self.ttft, 1e3),
             "itl_ms": percentiles(self.gaps, 1e3),
         }
@@ -130,6 +136,7 @@ class Report:
             ]
         lines.append(f"counters: {_listed(self.moved)}")
         lines += [f"memory, {when}: {_listed(found)} MiB" for when, found in self.memory.items()]
+        lines += [f"memory not watched: {name}" for name in self.unwatched()]
         for name, values in (("TTFT", self.ttft), ("ITL", self.gaps)):
             lines.append(f"{name}: {_listed(percentiles(values, 1e3))} ms")
         lines += [f"  {e['kind']}, unit {e['unit']}: {e['error']}" for e in self.examples[:5]]
