@@ -1,7 +1,8 @@
 """Storms over servers of many configurations: traffic as ordinary clients make it, its answers checked.
 
-On a GPU eight servers run side by side, whose six properties meet in all pairs, and a stock server by which
-those with a budget above every context are scored; the others are replayed. On a CPU two servers take turns.
+On GPUs eight servers run side by side, whose six properties meet in all pairs, and a stock server by which
+those with a budget above every context are scored; the others are replayed. A second stock server goes
+through the same storm: its distances say what rounding and batching do alone. On a CPU two servers take turns.
 The exit status is 0 if all is well.
 
     python benchmarks/storm.py --minutes 20
@@ -34,8 +35,9 @@ GPU_SERVER = [
     "--cudagraph-capture-sizes 1 2 4 8 16 32 --hf-overrides".split(),
     json.dumps({"max_position_embeddings": CONTEXT}),
 ]
+GPU_STORM = "--concurrency 24 --max-prompt 1536 --max-tokens 64 --burst 160 --distance 0.5"
+FP8_STORM = " --distance 1"  #: rounding can move K and V by a step of fp8
 SHORT = ",".join(kind for kind in WEIGHTS if kind != "longest")
-GPU_STORM = f"--concurrency 24 --max-prompt 1536 --max-tokens 64 --burst 160 --kinds {SHORT}"
 CPU_SERVER = "--max-model-len 2048 --max-num-seqs 16 --num-gpu-blocks-override {blocks}"
 
 
@@ -83,12 +85,17 @@ def gpu_configurations(swap: bool) -> dict[str, Configuration]:
             options["token_budget"] = 1_000_000
         found[", ".join(names)] = Configuration(
             args,
-            f"{GPU_STORM} --block-size {block}" + " --distance 1" * fp8,
+            # The longest context takes a second of a whole GPU, so one server gets it for all.
+            f"{GPU_STORM} --block-size {block}"
+            + FP8_STORM * fp8
+            + f" --kinds {SHORT}" * bool(found),
             options=options,
             env={"VLLM_USE_V2_MODEL_RUNNER": "0"} if v1 else {},
             # The stock server has K and V in bf16.
             scored=bool(above and not fp8),
         )
+    stock = [*GPU_SERVER, "--num-gpu-blocks-override", str(BLOCK_TOKENS // 16)]
+    found["stock"] = Configuration(stock, f"{GPU_STORM} --kinds {SHORT}", "flash_attn")
     return found
 
 
@@ -104,6 +111,15 @@ def cpu_configurations() -> dict[str, Configuration]:
             options={"token_budget": 128},
         ),
     }
+
+
+def gpus() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES calls them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named:
+        return named.split(",")
+    listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, check=True)
+    return [str(number) for number, _ in enumerate(listed.stdout.splitlines())]
 
 
 def parse_args():
@@ -190,8 +206,10 @@ class Storms:
             self.one(name, configuration, 60 * self.args.minutes / len(configurations))
 
     def side_by_side(self, configurations: dict[str, Configuration], stock: Configuration) -> None:
-        """All servers start at once; the stock one, if any needs it, ends last."""
+        """All servers start at once, dealt to the GPUs in turn; the stock one, if any needs it, ends last."""
         seconds, model = 60 * self.args.minutes, self.args.model
+        for gpu, one in zip(itertools.cycle(gpus()), [stock, *configurations.values()]):  # noqa: B905
+            one.env["CUDA_VISIBLE_DEVICES"] = gpu
         with ThreadPoolExecutor(len(configurations) + 1) as pool:
             needed = any(one.scored for one in configurations.values())
             oracle = pool.submit(stock.start, model) if needed else None

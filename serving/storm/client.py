@@ -94,7 +94,7 @@ class Outcome:
             if choice.finish not in ("stop", "length"):
                 return f"finish_reason {choice.finish}"
             full = len(choice.tokens) == body["max_tokens"]
-            if len(choice.tokens) > body["max_tokens"] or (choice.finish == "length") != full:
+            if len(choice.tokens) > body["max_tokens"] or (choice.finish == "length" and not full):
                 return f"{len(choice.tokens)} of {body['max_tokens']} tokens, {choice.finish}"
             if body.get("ignore_eos") and not full:
                 return f"it stopped after {len(choice.tokens)} of {body['max_tokens']} tokens"
@@ -136,7 +136,8 @@ class Endpoint:
         self._aiohttp = aiohttp()
 
     async def __aenter__(self) -> Endpoint:
-        no_limit = self._aiohttp.TCPConnector(limit=0)
+        # A connection of its own for each request: a server may close an idle one as it is taken up again.
+        no_limit = self._aiohttp.TCPConnector(limit=0, force_close=True)
         self._session = self._aiohttp.ClientSession(
             connector=no_limit,
             timeout=self._aiohttp.ClientTimeout(total=None),
