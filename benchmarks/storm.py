@@ -94,9 +94,13 @@ def gpu_configurations(swap: bool) -> dict[str, Configuration]:
             # The stock server has K and V in bf16.
             scored=bool(above and not fp8),
         )
-    stock = [*GPU_SERVER, "--num-gpu-blocks-override", str(BLOCK_TOKENS // 16)]
-    found["stock"] = Configuration(stock, f"{GPU_STORM} --kinds {SHORT}", "flash_attn")
     return found
+
+
+def stock_configuration() -> Configuration:
+    """vLLM's own backend in the same traffic."""
+    blocks = ["--block-size", "16", "--num-gpu-blocks-override", str(BLOCK_TOKENS // 16)]
+    return Configuration([*GPU_SERVER, *blocks], f"{GPU_STORM} --kinds {SHORT}", "flash_attn")
 
 
 def cpu_configurations() -> dict[str, Configuration]:
@@ -208,7 +212,7 @@ class Storms:
     def side_by_side(self, configurations: dict[str, Configuration], stock: Configuration) -> None:
         """All servers start at once, dealt to the GPUs in turn; the stock one, if any needs it, ends last."""
         seconds, model = 60 * self.args.minutes, self.args.model
-        for gpu, one in zip(itertools.cycle(gpus()), [stock, *configurations.values()]):  # noqa: B905
+        for gpu, one in zip(itertools.cycle(gpus()), [stock, *configurations.values()]):
             one.env["CUDA_VISIBLE_DEVICES"] = gpu
         with ThreadPoolExecutor(len(configurations) + 1) as pool:
             needed = any(one.scored for one in configurations.values())
@@ -227,7 +231,10 @@ class Storms:
 def main() -> int:
     args = parse_args()
     device = args.device or ("gpu" if os.path.exists("/proc/driver/nvidia/version") else "cpu")
-    found = gpu_configurations(args.swap) if device == "gpu" else cpu_configurations()
+    if device == "gpu":
+        found = {**gpu_configurations(args.swap), "stock": stock_configuration()}
+    else:
+        found = cpu_configurations()
     chosen = {name: one for name, one in found.items() if (args.only or "") in name}
     storms = Storms(args, device)
     if device == "gpu":
