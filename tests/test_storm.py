@@ -483,7 +483,7 @@ FAULTS = Path(__file__).parent / "faults"
 BUDGET = 128
 SERVER = (
     "--dtype float32 --enforce-eager --block-size 32 --max-num-seqs 16 --max-model-len 1024 "
-    "--num-gpu-blocks-override 48"  # 1,536 tokens, so that twelve of 210 to 400 do not fit
+    "--num-gpu-blocks-override 48"  # 1,536 tokens, so that bursts of prompts of 200 to 400 do not fit
 )
 STORM = "--block-size 32 --max-prompt 400 --max-tokens 24 --distance 0.01 --timeout 300"
 
@@ -512,7 +512,7 @@ class Spec:
 def test_a_storm_over_sparse_decode_finds_nothing(serve, llama, tmp_path) -> None:
     """Few blocks: requests are preempted, and blocks are written again and again."""
     server = serve(Spec(llama))
-    args = [*STORM.split(), "--requests", "400", "--check", "60", "--growth", "2048"]
+    args = f"{STORM} --seed 6 --requests 300 --burst 16 --check 60 --growth 2048".split()
     status, record = storm(tmp_path, server.url, *args, "--pid", str(server.pid))
     assert (status, record["problems"]) == (0, []), server.log_tail()
     assert set(record["requests"]) == set(WEIGHTS)

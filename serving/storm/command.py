@@ -57,8 +57,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add(
         "--distance",
         type=float,
-        default=0.2,
-        help="how far a right token may be from the best, nats",
+        default=0.5,
+        help="nats between a right token and the best; 0.01 for float32",
     )
     add("--check", type=int, default=200, metavar="N", help="answers to check; 0 for none")
     add("--pid", type=int, help="of the server, to watch its memory")

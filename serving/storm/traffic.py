@@ -30,7 +30,7 @@ WEIGHTS = {
     "cut": 6,  # a stream that the client leaves
     "dropped": 6,  # a connection that goes before the first token
     "malformed": 5,  # must be refused
-    "too_long": 1,  # one token beyond the longest context
+    "too_long": 2,  # one token beyond the longest context
     "longest": 1,  # exactly the longest context
     "burst": 2,  # more at once than the cache may hold
 }
