@@ -170,10 +170,15 @@ def adapt(module) -> None:
         layout.v(page).copy_(stock[..., head_size:])
         return page
 
-    def run_backend(backend, kv_cache_spec, *args, **kwargs):
-        dtype = kv_cache_spec.dtype
-        with set_default_torch_dtype(dtype):  # as while a model is built
-            return run(backend, AdamasBackend.customize_spec(kv_cache_spec), *args, **kwargs)
+    def run_backend(
+        backend, kv_cache_spec, names, config, device, metadata, query, *args, **kwargs
+    ):
+        if config.cache_config.cache_dtype.startswith("fp8"):
+            # The expected output is that of such queries, and kernels that take real ones get them too.
+            query = query.to(current_platform.fp8_dtype()).to(query.dtype)
+        spec = AdamasBackend.customize_spec(kv_cache_spec)
+        with set_default_torch_dtype(query.dtype):  # as while a model is built
+            return run(backend, spec, names, config, device, metadata, query, *args, **kwargs)
 
     module._test_backend_correctness = test_backend
     module.create_vllm_config = create_vllm_config
