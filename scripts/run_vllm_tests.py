@@ -86,15 +86,19 @@ def fetch(version: str, folder: Path) -> None:
 
 def _pip(option: str) -> str:
     """A setting of pip, from the environment or its files."""
-    command = [sys.executable, "-m", "pip", "config", "get", f"global.{option}"]
     given = os.environ.get("PIP_" + option.replace("-", "_").upper())
-    return given or subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return given or _python("-m", "pip", "config", "get", f"global.{option}")
 
 
 def _default_index() -> str:
-    from pip._internal.models.index import PyPI
+    # In a process of its own: pip and setuptools, which torch imports, want distutils each for itself.
+    return _python("-c", "from pip._internal.models.index import PyPI; print(PyPI.simple_url)")
 
-    return PyPI.simple_url
+
+def _python(*arguments: str) -> str:
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True
+    ).stdout.strip()
 
 
 class UnderTest:

@@ -125,6 +125,7 @@ def test_cpu_prefill(held: int, shared: bool) -> None:
     """Contexts are copied a few requests at a time, and nothing of those before is seen."""
     from vllm_adamas.prefill_cpu import CpuPrefill
 
+    torch.cpu._init_amx()  # permission from the kernel to use tiles, which a vLLM worker also asks for
     backend, prefill = get_backend("cpu"), CpuPrefill()
     batch = Case(LENGTHS).build(backend)
     params, plan = batch.params, make_plan(batch)
