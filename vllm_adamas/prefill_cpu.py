@@ -3,7 +3,7 @@
 That kernel wants keys as columns (or AMX tiles) inside a block, the page keeps them token-major for
 decode. So the K and V of the requests being prefilled are copied, layer by layer, into one scratch
 cache in the kernel's own layout, by the kernel's own ``reshape_and_cache``: the output is
-bit-identical to CPU_ATTN.
+bit-identical to CPU_ATTN, but from fp8 pages, which hold the nearest values.
 """
 
 from __future__ import annotations
