@@ -22,7 +22,8 @@ export VLLM_CPU_KVCACHE_SPACE ?= 2
 export ADAMAS_BUILD_CUDA ?= $(if $(wildcard /proc/driver/nvidia/version),auto,0)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native model demo serve test test-gpu sanitize-gpu bench-cpu bench-gpu storm lint clean
+.PHONY: help setup native model demo serve test test-gpu sanitize-gpu bench-cpu bench-gpu storm lint \
+	vllm-names vllm-tests clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -78,6 +79,12 @@ storm: model ## mixed traffic against servers of this host, answers checked (MIN
 lint: $(READY) ## check style
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
+
+vllm-names: $(READY) ## check what is used of vLLM against another one, and keep the result (WHEEL)
+	@$(PYTHON) scripts/check_vllm_names.py $(WHEEL) --record
+
+vllm-tests: $(READY) ## run vLLM's own tests of attention backends on ADAMAS (TESTS, a folder that holds them)
+	@$(PYTHON) scripts/run_vllm_tests.py $(if $(TESTS),--tests $(TESTS))
 
 clean: ## remove build outputs; .venv and .models stay
 	@rm -rf build dist *.egg-info backends/*/*.so

@@ -13,6 +13,7 @@ import time
 import urllib.request
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -51,27 +52,26 @@ class Server:
             os.close(handle)
         self.model = str(model)
         self.log_path = Path(log_path)
-        port = _free_port()
-        self.url = f"http://127.0.0.1:{port}"
-        self._process = self._start(port, backend, adamas_config, extra_args, env)
-        try:
-            self._wait(timeout)
-        except BaseException:
-            self.stop()
-            raise
+        with _free_port() as port:  # until the server itself listens there
+            self.url = f"http://127.0.0.1:{port}"
+            command = self._command(port, backend, adamas_config)
+            self._process = self._start([*command, *extra_args], env)
+            try:
+                self._wait(timeout)
+            except BaseException:
+                self.stop()
+                raise
 
-    def _start(
-        self,
-        port: int,
-        backend: str,
-        adamas_config: Mapping[str, Any] | None,
-        extra_args: Sequence[str],
-        env: Mapping[str, str] | None,
-    ) -> subprocess.Popen:
+    def _command(
+        self, port: int, backend: str, adamas_config: Mapping[str, Any] | None
+    ) -> list[str]:
         command = [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", self.model]
         command += ["--host", "127.0.0.1", "--port", str(port), "--attention-backend", backend]
         if adamas_config is not None:
             command += ["--additional-config", json.dumps({"adamas": dict(adamas_config)})]
+        return command
+
+    def _start(self, command: Sequence[str], env: Mapping[str, str] | None) -> subprocess.Popen:
         environment = {
             # GiB, read on CPU only: vLLM's default share of a small NUMA node does not fit into it.
             "VLLM_CPU_KVCACHE_SPACE": "2",
@@ -83,7 +83,7 @@ class Server:
         with self.log_path.open("wb") as log:
             # A session of its own, so that stop() reaches the worker processes too.
             return subprocess.Popen(
-                [*command, *extra_args],
+                command,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -181,10 +181,17 @@ def parse_metrics(text: str) -> dict[str, float]:
     return dict(totals)
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+@contextmanager
+def _free_port() -> Iterator[int]:
+    """A loopback port that nobody else is given in the context.
+
+    The port stays bound, so neither a connection nor a search for a free port gets it. Linux lets a
+    second socket bind it and listen where both set SO_REUSEADDR, as vLLM's does.
+    """
+    with socket.socket() as held:
+        held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        held.bind(("127.0.0.1", 0))
+        yield held.getsockname()[1]
 
 
 def _signal_group(group: int, sign: int) -> bool:

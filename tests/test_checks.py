@@ -102,7 +102,10 @@ PARTS = {  # (part of the VllmConfig, its change) -> what the sentence names
         ("PCP", "--prefill-context-parallel-size"),
     ),
     "non-causal": (("attention_config", {"use_non_causal": True}), ("non-causal", OTHER)),
-    "block size": (("cache_config", {"block_size": 48}), ("block_size 48", "--block-size", "32")),
+    "block size": (
+        ("cache_config", {"block_size": 48, "user_specified_block_size": True}),
+        ("block_size 48", "--block-size", "32"),
+    ),
     "cache type": (
         ("cache_config", {"cache_dtype": "int8"}),
         ("--kv-cache-dtype int8", "fp8_e5m2"),
@@ -176,7 +179,7 @@ def on_gpu(monkeypatch, **changes) -> None:
 def test_a_hopper_gpu_passes(vllm_config, monkeypatch) -> None:
     on_gpu(monkeypatch)
     for size in (16, 48, 64):  # no kernel there needs 32
-        cache = Changed(vllm_config.cache_config, block_size=size)
+        cache = Changed(vllm_config.cache_config, block_size=size, user_specified_block_size=True)
         checks.check_config(Changed(vllm_config, cache_config=cache))
 
 
@@ -237,6 +240,21 @@ def test_gpus_take_fp8_pages_whatever_the_processor(vllm_config, monkeypatch, ki
 
 
 def test_sizes_of_blocks(vllm_config) -> None:
-    for size in (32, 64, 96, 128, 1024, None):
-        cache = Changed(vllm_config.cache_config, block_size=size)
+    for size in (32, 64, 96, 128, 1024):
+        cache = Changed(vllm_config.cache_config, block_size=size, user_specified_block_size=True)
         checks.check_config(Changed(vllm_config, cache_config=cache))
+
+
+def test_a_size_of_blocks_that_vllm_has_yet_to_choose(vllm_config) -> None:
+    """vLLM 0.33 asks the backend for the size on CPUs after the check; until then it is 16."""
+    from vllm.v1.worker.utils import select_common_block_size
+
+    from vllm_adamas.backend import AdamasBackend
+
+    cache = Changed(vllm_config.cache_config, block_size=16)
+    assert not cache.user_specified_block_size
+    checks.check_config(Changed(vllm_config, cache_config=cache))
+    for default in (16, 128):
+        assert AdamasBackend.supports_block_size(AdamasBackend.get_preferred_block_size(default))
+    with pytest.raises(ValueError, match="No common block size for 16"):  # none stays unchecked
+        select_common_block_size(16, [AdamasBackend])

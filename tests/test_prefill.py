@@ -125,6 +125,7 @@ def test_cpu_prefill(held: int, shared: bool) -> None:
     """Contexts are copied a few requests at a time, and nothing of those before is seen."""
     from vllm_adamas.prefill_cpu import CpuPrefill
 
+    torch.cpu._init_amx()  # permission from the kernel to use tiles, which a vLLM worker also asks for
     backend, prefill = get_backend("cpu"), CpuPrefill()
     batch = Case(LENGTHS).build(backend)
     params, plan = batch.params, make_plan(batch)
@@ -150,3 +151,30 @@ def test_cpu_prefill(held: int, shared: bool) -> None:
     expected = torch.cat([exact(*x, params.softmax_scale, 0) for x in zip(q, k, v, strict=True)])
     error = relative_error(output[FIRST : FIRST + sum(NEW)], expected)
     assert error.max() < 2 * TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="vLLM's CPU kernels are not there")
+def test_cpu_prefill_of_fp8_pages_reads_what_they_hold(monkeypatch) -> None:
+    """vLLM's kernel truncates to fp8: it gets nothing that it would change."""
+    from vllm import _custom_ops as ops
+    from vllm.v1.attention.backends import cpu_attn
+
+    from vllm_adamas.prefill_cpu import CpuPrefill
+
+    given = []
+
+    def keep(keys, values, *args, **kwargs):
+        given.append(torch.stack((keys, values)))
+
+    monkeypatch.setattr(cpu_attn, "_get_attn_isa", lambda *args: "vec")
+    monkeypatch.setattr(ops, "cpu_attn_reshape_and_cache", keep)
+    for name in ("cpu_attn_get_scheduler_metadata", "cpu_attention_with_kv_cache"):
+        monkeypatch.setattr(ops, name, lambda **kwargs: None)
+    backend, prefill = get_backend("cpu"), CpuPrefill()
+    batch = CASES["e4m3"].build(backend)
+    query = torch.randn(FIRST + sum(NEW), *batch.query.shape[1:]).bfloat16()
+    key, value = torch.randn(2, len(query), *batch.key.shape[1:]).bfloat16()
+    args = (make_plan(batch), "fp8", query, key, value, batch.page, torch.empty_like(query))
+    prefill.reserve(batch.params, torch.bfloat16, 10_000)
+    prefill.run(backend, batch.params, *args)
+    assert torch.equal(torch.cat(given, 1), torch.stack(batch.stored()).bfloat16())

@@ -1,6 +1,7 @@
 """Calibration profiles: what is stored, what is refused, and how they reach the layers."""
 
 import json
+import logging
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -92,7 +93,13 @@ def test_a_pinned_profile_cannot_change(tmp_path: Path) -> None:
             made(layers=[layer(s, key_mean=profile.encode_mean(torch.full((2, 64), torch.nan))) for s in range(3)]),
             "not finite",
         ),
+        (json.dumps(made().model_dump()).replace("1.0", "NaN").encode(), "finite number"),
+        (json.dumps(made().model_dump()).replace("1.0", "1e999").encode(), "finite number"),
+        (json.dumps(made().model_dump()).encode()[:-9], "not a calibration profile"),
+        (b'{"layers": ' + b"[" * 1_000_000, "nested too deeply"),
+        (b" " * (profile.MAX_BYTES + 1), "67108865 bytes"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
 def test_other_files_are_refused(tmp_path: Path, content, named: str) -> None:
     path = tmp_path / "p.json"
@@ -109,8 +116,17 @@ def test_an_unknown_entry_is_refused(tmp_path: Path) -> None:
     refused(lambda: profile.load(str(path)), "budget", "vllm-adamas calibrate")
 
 
-def test_a_missing_file_is_refused() -> None:
-    refused(lambda: profile.load("/no/such/p.json"), "/no/such/p.json", "cannot be read")
+@pytest.mark.parametrize(
+    ("path", "problem"),
+    [
+        ("/no/such/p.json", "No such file"),
+        ("/dev", "no regular file"),
+        ("/dev/zero", "no regular file"),
+        ("p" * 300, "name too long"),
+    ],
+)
+def test_what_is_no_file_is_refused(path: str, problem: str) -> None:
+    refused(lambda: profile.load(path), path, problem, "cannot be read")
 
 
 @pytest.mark.parametrize(
@@ -151,6 +167,60 @@ def test_a_fingerprint_sees_one_changed_weight_and_no_changed_layout(tmp_path: P
             save_file(tensors, folder / f"model-{part}.safetensors", {"version": str(number)})
         prints.append(profile.fingerprint(folder))
     assert prints[0] == prints[1] != prints[2]
+
+
+def safetensors(header, data: bytes = b"", length: int | None = None) -> bytes:
+    """A file of that header, or one that claims another length."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    return (len(text) if length is None else length).to_bytes(8, "little") + text + data
+
+
+TENSOR = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
+OTHER_FILES = {
+    "Git LFS pointer": b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9000000000\n",
+    "empty": b"",
+    "four bytes": b"abcd",
+    "truncated header": safetensors({"a": TENSOR}, bytes(8))[:20],
+    "truncated data": safetensors({"a": TENSOR}, bytes(7)),
+    "header of no bytes": bytes(8),
+    "header of 2^63 bytes": safetensors({"a": TENSOR}, bytes(8), length=2**63),
+    "no JSON": safetensors(b"{{{{"),
+    "no text": safetensors(b"\xff\xfe\xfd"),
+    "nested deeply": safetensors(b"[" * 1_000_000),
+    "a list": safetensors([TENSOR]),
+    "no offsets": safetensors({"a": {"dtype": "F32", "shape": [2]}}),
+    "offsets that are no numbers": safetensors({"a": {**TENSOR, "data_offsets": ["x", None]}}),
+    "offsets in reverse": safetensors({"a": {**TENSOR, "data_offsets": [8, 0]}}, bytes(8)),
+    "negative offsets": safetensors({"a": {**TENSOR, "data_offsets": [-8, 0]}}, bytes(8)),
+    "a directory": None,
+}
+
+
+@pytest.mark.parametrize("content", OTHER_FILES.values(), ids=OTHER_FILES)
+def test_files_that_only_bear_the_name_are_left_out_with_a_warning(
+    tmp_path: Path, caplog, monkeypatch, content
+) -> None:
+    monkeypatch.setattr(profile, "logger", logging.getLogger("test"))  # vLLM's does not propagate
+    (tmp_path / "model.safetensors").write_bytes(safetensors({"k_norm.a": TENSOR}, bytes(8)))
+    (tmp_path / "config.json").write_text("{}")
+    alone = profile.fingerprint(tmp_path)
+    assert alone
+    assert not caplog.records
+    beside = tmp_path / "consolidated.safetensors"
+    beside.mkdir() if content is None else beside.write_bytes(content)
+    model = SimpleNamespace(model=str(tmp_path), revision=None)
+    assert profile.fingerprint(tmp_path) == alone
+    assert profile.has_qk_norm(model)
+    assert all(str(beside) in record.getMessage() for record in caplog.records)
+    assert caplog.records
+
+
+def test_a_header_is_read_within_the_limit_of_the_format(tmp_path: Path, monkeypatch) -> None:
+    header = {"a": TENSOR}
+    (tmp_path / "model.safetensors").write_bytes(safetensors(header, bytes(8)))
+    assert profile.fingerprint(tmp_path)
+    monkeypatch.setattr(profile, "MAX_HEADER_BYTES", len(json.dumps(header)) - 1)
+    assert not profile.fingerprint(tmp_path)
 
 
 def test_the_suggestion_is_the_smallest_budget_that_keeps_enough() -> None:

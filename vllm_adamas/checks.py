@@ -228,7 +228,8 @@ def _uses_alibi(text) -> bool:
 def _check_cache(vllm_config) -> None:
     cache = vllm_config.cache_config
     multiple, kind = block_size_multiple(), cache.cache_dtype
-    if cache.block_size is not None and cache.block_size % multiple:
+    # One that vLLM chooses may still change here, and is then a size that the backend names.
+    if cache.user_specified_block_size and cache.block_size % multiple:
         _refuse(
             f"block_size {cache.block_size}",
             f"pass a --block-size that is a multiple of {multiple}",

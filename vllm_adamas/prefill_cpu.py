@@ -3,7 +3,7 @@
 That kernel wants keys as columns (or AMX tiles) inside a block, the page keeps them token-major for
 decode. So the K and V of the requests being prefilled are copied, layer by layer, into one scratch
 cache in the kernel's own layout, by the kernel's own ``reshape_and_cache``: the output is
-bit-identical to CPU_ATTN.
+bit-identical to CPU_ATTN, but from fp8 pages, which hold the nearest values.
 """
 
 from __future__ import annotations
@@ -155,7 +155,9 @@ class CpuPrefill(Prefill):
                 backend.gather(params, page, piece.block_table, piece.length, keys, values)
                 repack(keys, values, piece.slots)
 
-        if key is None:  # a layer that shares another layer's cache
+        # A layer that shares another layer's cache has no keys of its own. The kernel truncates to fp8, by
+        # 4 % on average; what the page holds is the nearest, which it keeps.
+        if key is None or params.fp8:
             copy(pieces(plan.block_table, scratch.slots, block))
         else:
             copy(scratch.context)

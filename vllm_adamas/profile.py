@@ -12,6 +12,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import logging
 import re
 from collections.abc import Iterator
 from functools import cache
@@ -19,12 +20,16 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from vllm_adamas.errors import AdamasError
 
+logger = logging.getLogger("vllm.adamas")
 FORMAT = "vllm-adamas-profile"
 VERSION = 1
+
+#: Bytes of a profile: four times what 128 layers of 128 KV heads of size 256 take.
+MAX_BYTES = 64 * 2**20
 
 #: Of the balance: fp16 keys and queries still have room for such factors.
 MAX_EXPONENT = 4
@@ -32,9 +37,12 @@ MAX_EXPONENT = 4
 #: What a fingerprint reads: bytes of a tensor, and places in a file that is no safetensors.
 SAMPLE_BYTES, SAMPLES = 1024, 64
 
+#: Bytes of a safetensors header: the format's own limit.
+MAX_HEADER_BYTES = 100_000_000
+
 
 class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 class ModelIdentity(_Part):
@@ -145,7 +153,10 @@ def load(option: str) -> Profile:
             "immutable while a server runs, so restart it."
         )
     try:
-        data = json.loads(content)
+        try:
+            data = json.loads(content)
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError("it has no format entry of one")
         if data.get("version") != VERSION:
@@ -191,16 +202,23 @@ def shipped_names() -> str:
 
 
 def _read(path: str) -> bytes:
-    shipped = SHIPPED / f"{path}.json"
-    if shipped.is_file() and shipped.parent == SHIPPED and not Path(path).exists():
-        return shipped.read_bytes()
+    shipped, file = SHIPPED / f"{path}.json", Path(path)
     try:
-        return Path(path).read_bytes()
+        if shipped.is_file() and shipped.parent == SHIPPED and not file.exists():
+            return shipped.read_bytes()
+        size = file.stat().st_size
+        if not file.is_file():
+            problem = "it is no regular file"
+        elif size > MAX_BYTES:
+            problem = f"it has {size} bytes and a profile at most {MAX_BYTES}"
+        else:
+            return file.read_bytes()
     except OSError as error:
-        raise AdamasError(
-            f"the profile {path} cannot be read ({error.strerror}): give the path of a file that "
-            f"`vllm-adamas calibrate` made, or the name of a shipped one ({shipped_names()})."
-        ) from None
+        problem = error.strerror
+    raise AdamasError(
+        f"the profile {path} cannot be read ({problem}): give the path of a file that "
+        f"`vllm-adamas calibrate` made, or the name of a shipped one ({shipped_names()})."
+    )
 
 
 def _digest(content: bytes) -> str:
@@ -275,11 +293,11 @@ def fingerprint(folder: Path) -> str:
     for path, start, header in _safetensors(folder):
         with path.open("rb") as file:
             for name, tensor in header.items():
-                first, last = tensor["data_offsets"]
+                first, last = tensor.data_offsets
                 file.seek(start + first + max(0, (last - first - SAMPLE_BYTES) // 2))
                 sample = file.read(min(SAMPLE_BYTES, last - first))
-                tensors.append((name, tensor["dtype"], tensor["shape"], sample.hex()))
-    for path in () if tensors else sorted(folder.glob("*.bin")):
+                tensors.append((name, tensor.dtype, tensor.shape, sample.hex()))
+    for path in () if tensors else sorted(filter(Path.is_file, folder.glob("*.bin"))):
         size = path.stat().st_size
         with path.open("rb") as file:
             for sample in range(SAMPLES):
@@ -288,14 +306,58 @@ def fingerprint(folder: Path) -> str:
     return _digest(json.dumps(sorted(tensors)).encode()) if tensors else ""
 
 
-def _safetensors(folder: Path) -> Iterator[tuple[Path, int, dict]]:
-    """Every safetensors file, where its data start, and what its header says of each tensor."""
+class _Tensor(BaseModel):
+    """What a safetensors header says of one tensor; offsets in bytes, from the end of the header."""
+
+    dtype: str
+    shape: list[int]
+    data_offsets: tuple[int, int]
+
+
+_TENSORS = TypeAdapter(dict[str, _Tensor])
+
+
+def _safetensors(folder: Path) -> Iterator[tuple[Path, int, dict[str, _Tensor]]]:
+    """Every safetensors file, where its data start, and what its header says of each tensor.
+
+    Files that only bear the name, such as the pointers of Git LFS, are left out with a warning: a model
+    need not use every file of its folder, and vLLM refuses to load those that it does use.
+    """
     for path in sorted(folder.glob("*.safetensors")):
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size))
+        try:
+            yield path, *_header(path)
+        except (OSError, ValueError) as error:
+            logger.warning("%s is left out of what tells models apart (%s).", path, error)
+
+
+def _header(path: Path) -> tuple[int, dict[str, _Tensor]]:
+    """Where the data of a safetensors file start, and the tensors of its header.
+
+    Raises:
+        OSError, ValueError: it cannot be read; it is no complete safetensors file.
+    """
+    if not path.is_file():
+        raise ValueError("it is no regular file")
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        start = 8 + int.from_bytes(file.read(8), "little")
+        if not 8 < start <= min(size, 8 + MAX_HEADER_BYTES):
+            raise ValueError("it has no safetensors header")
+        try:
+            header = json.loads(file.read(start - 8))
+        except RecursionError:
+            raise ValueError("its header is nested too deeply") from None
+    if isinstance(header, dict):
         header.pop("__metadata__", None)
-        yield path, 8 + size, header
+    try:
+        tensors = _TENSORS.validate_python(header)
+    except ValidationError:
+        raise ValueError("its header describes no tensors") from None
+    for name, tensor in tensors.items():
+        first, last = tensor.data_offsets
+        if not 0 <= first <= last <= size - start:
+            raise ValueError(f"the data of {name} lie beyond its end")
+    return start, tensors
 
 
 #: Families whose attention normalises queries and keys, for models whose weights are not here yet.

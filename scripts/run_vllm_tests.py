@@ -1,0 +1,235 @@
+"""Run vLLM's own tests of attention backends with ADAMAS as the backend under test.
+
+They compare prefill and decode over a paged cache with FlexAttention, in causal and in sliding-window
+layers. The budget is above every context, so the answer is that of dense attention; the cache gets the
+backend's page in place of plain K and V. The tests come from vLLM's source distribution of the installed
+version: fetched from the package index that pip is configured for, or given as a folder.
+"""
+
+import argparse
+import hashlib
+import html
+import io
+import json
+import os
+import re
+import ssl
+import subprocess
+import sys
+import tarfile
+import tempfile
+import urllib.parse
+import urllib.request
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import pytest
+
+from vllm_adamas import compat, plugin
+from vllm_adamas.backends import get_backend
+
+MODULE = "tests/v1/attention/test_attention_backends.py"
+NEEDED = ("tests/__init__.py", "tests/v1/attention/")
+TESTS = ("test_causal_backend_correctness", "test_sliding_window_backend_correctness")
+
+#: The attention of the models that the tests name, whose files are on a hub.
+MODELS = {
+    "meta-llama/Meta-Llama-3-8B": {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+    "microsoft/Phi-tiny-MoE-instruct": {
+        "architectures": ["MistralForCausalLM"],
+        "model_type": "mistral",
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "sliding_window": 2047,
+    },
+}
+SHAPE = {
+    "hidden_size": 4096,
+    "head_dim": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "vocab_size": 1024,
+    "max_position_embeddings": 8192,
+    "torch_dtype": "bfloat16",
+}
+
+
+def fetch(version: str, folder: Path) -> None:
+    """Unpacks the tests of vLLM's source distribution from pip's package index into the folder."""
+    page = f"{(_pip('index-url') or _default_index()).rstrip('/')}/vllm/"
+    context = ssl.create_default_context(cafile=_pip("cert") or None)
+
+    def read(url: str) -> bytes:
+        with urllib.request.urlopen(url, context=context) as answer:
+            return answer.read()
+
+    links = re.findall(r'href="([^"]+)"', read(page).decode())
+    links = [link for link in links if f"vllm-{version}.tar.gz" in link]
+    if not links:
+        sys.exit(f"{page} has no source distribution of vLLM {version}: give --tests FOLDER.")
+    url, _, digest = urllib.parse.urljoin(page, html.unescape(links[0])).partition("#sha256=")
+    archive = read(url)
+    if digest and hashlib.sha256(archive).hexdigest() != digest:
+        sys.exit(f"{url} is not the file that the index announces: try again.")
+    with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
+        for member in tar:
+            member.name = member.name.partition("/")[2]  # without vllm-VERSION
+            if member.name.startswith(NEEDED):
+                tar.extract(member, folder, filter="data")
+
+
+def _pip(option: str) -> str:
+    """A setting of pip, from the environment or its files."""
+    given = os.environ.get("PIP_" + option.replace("-", "_").upper())
+    return given or _python("-m", "pip", "config", "get", f"global.{option}")
+
+
+def _default_index() -> str:
+    # In a process of its own: pip and setuptools, which torch imports, want distutils each for itself.
+    return _python("-c", "from pip._internal.models.index import PyPI; print(PyPI.simple_url)")
+
+
+def _python(*arguments: str) -> str:
+    return subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True
+    ).stdout.strip()
+
+
+class UnderTest:
+    """A pytest plugin: makes ADAMAS the backend under test, in a sparse and in a dense layer.
+
+    Args:
+        models: folder of the configurations, one folder per model.
+    """
+
+    def __init__(self, models: Path):
+        self.models = models
+
+    @pytest.fixture(autouse=True, params=[1, 0], ids=["sparse layer", "dense layer"])
+    def layer(self, request, monkeypatch):
+        name = f"model.layers.{request.param}.self_attn.attn"
+        monkeypatch.setattr(request.module.MockAttentionLayer, "layer_name", name, raising=False)
+        yield
+        device = request.module.DEVICE_TYPE
+        get_backend("auto", device)._pages.clear()  # those of a server live as long as it does
+
+    @pytest.fixture
+    def default_vllm_config(self):
+        """Of vLLM's conftest, which imports more than is installed beside a server."""
+        from vllm.config import VllmConfig, set_current_vllm_config
+
+        with set_current_vllm_config(VllmConfig()):
+            yield
+
+    def pytest_collection_modifyitems(self, items):
+        for item in items:
+            item.callspec.params["model"] = str(self.models / item.callspec.params["model"])
+        for module in {item.module for item in items}:
+            adapt(module)
+
+
+def adapt(module) -> None:
+    """Narrows the tests to ADAMAS, and gives it its options, its block size and its pages."""
+    from vllm.platforms import current_platform
+    from vllm.utils.torch_utils import set_default_torch_dtype
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from vllm_adamas.backend import AdamasBackend
+    from vllm_adamas.layout import PageLayout
+
+    test, configure = module._test_backend_correctness, module.create_vllm_config
+    fill, run = module.create_and_prepopulate_kv_cache, module.run_attention_backend
+    backends = [AttentionBackendEnum[compat.NAME]]
+    module.BACKENDS_TO_TEST = module.SLIDING_WINDOW_BACKENDS_TO_TEST = backends
+    module.is_torch_equal_or_newer = lambda version: (
+        False
+    )  # FlexAttention has a turn of its own then
+
+    def test_backend(*args, **kwargs):
+        if current_platform.is_cpu():
+            kwargs.setdefault("block_size", 32)  # the smallest that vLLM's CPU kernel takes
+        return test(*args, **kwargs)
+
+    def create_vllm_config(*args, **kwargs):
+        config = configure(*args, **kwargs)
+        config.cache_config.num_gpu_blocks = 1 + 2**16 // config.cache_config.block_size
+        options = {"token_budget": 2**20, "metrics": False, "log_interval": 0}
+        config.additional_config = {"adamas": options}
+        return config
+
+    def create_pages(*args, block_size, num_kv_heads, head_size, **kwargs):
+        sizes = {"block_size": block_size, "num_kv_heads": num_kv_heads, "head_size": head_size}
+        stock = fill(*args, **sizes, **kwargs)  # [B, H, N, 2 D]
+        layout = PageLayout(head_size, block_size, stock.dtype)
+        content = layout.token_bytes // stock.dtype.itemsize
+        page = stock.new_zeros(*stock.shape[:3], content)
+        get_backend("auto", page.device.type).prepare(page)  # drops what the memory holds
+        layout.k(page).copy_(stock[..., :head_size])
+        layout.v(page).copy_(stock[..., head_size:])
+        return page
+
+    def run_backend(
+        backend, kv_cache_spec, names, config, device, metadata, query, *args, **kwargs
+    ):
+        if config.cache_config.cache_dtype.startswith("fp8"):
+            # The expected output is that of such queries, and kernels that take real ones get them too.
+            query = query.to(current_platform.fp8_dtype()).to(query.dtype)
+        spec = AdamasBackend.customize_spec(kv_cache_spec)
+        with set_default_torch_dtype(query.dtype):  # as while a model is built
+            return run(backend, spec, names, config, device, metadata, query, *args, **kwargs)
+
+    module._test_backend_correctness = test_backend
+    module.create_vllm_config = create_vllm_config
+    module.create_and_prepopulate_kv_cache = create_pages
+    module.run_attention_backend = run_backend
+
+
+def start_vllm(folder: Path) -> None:
+    """Registers the backend, and the process group that vLLM's workers have."""
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+
+    plugin.register()
+    with set_current_vllm_config(VllmConfig()):
+        init_distributed_environment(1, 0, f"file://{folder}/group", 0, "gloo")
+        initialize_model_parallel(backend="gloo")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument(
+        "--tests",
+        type=Path,
+        metavar="FOLDER",
+        help="an unpacked vLLM: the folder that holds tests/",
+    )
+    parser.add_argument("pytest", nargs="*", help="arguments for pytest, after --")
+    args = parser.parse_args()
+    version = compat.vllm_version().partition("+")[0]
+    with tempfile.TemporaryDirectory(prefix="vllm-tests-") as name:
+        folder = Path(name)
+        if args.tests is None:
+            fetch(version, folder)
+        tests = args.tests or folder
+        if not (tests / MODULE).is_file():
+            sys.exit(f"{tests} has no {MODULE}: give the folder of an unpacked vLLM {version}.")
+        for model, config in MODELS.items():
+            (folder / model).mkdir(parents=True)
+            (folder / model / "config.json").write_text(json.dumps({**SHAPE, **config}))
+        (folder / "pytest.ini").write_text("[pytest]\n")
+        start_vllm(folder)
+        sys.path.insert(0, str(tests))
+        options = ["-c", str(folder / "pytest.ini"), "--noconftest", "-p", "no:cacheprovider"]
+        options += ["-p", "no:logging"]  # of torch's tracing, at length
+        cases = [f"{tests / MODULE}::{test}" for test in TESTS]
+        return pytest.main([*options, "-q", *args.pytest, *cases], plugins=[UnderTest(folder)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())
