@@ -82,7 +82,9 @@ class AdamasConfig(BaseModel):
     num_sink_tokens: Tokens = Field(
         0, ge=0, description="First tokens always kept, inside the budget."
     )
-    recent_window: Tokens = Field(0, ge=0, description="Last tokens always kept, inside the budget.")
+    recent_window: Tokens = Field(
+        0, ge=0, description="Last tokens always kept, inside the budget."
+    )
     min_context: Tokens = Field(
         0, ge=0, description="Contexts shorter than this are attended densely."
     )
@@ -99,7 +101,10 @@ class AdamasConfig(BaseModel):
         "auto", description="Compute backend; auto takes the fastest one for the device."
     )
     log_interval: float = Field(
-        60.0, ge=0, le=MAX_SECONDS, description="Seconds between log lines on selection; 0 turns them off."
+        60.0,
+        ge=0,
+        le=MAX_SECONDS,
+        description="Seconds between log lines on selection; 0 turns them off.",
     )
     metrics: bool = Field(True, description="Export counters on the server's /metrics.")
 
