@@ -99,48 +99,32 @@ TEXTS = {  # change of the model's own config.json
     "dual chunks": ({"dual_chunk_attention_config": {"chunk_size": 8}}, ("dual chunk", OTHER)),
     "value heads": ({"v_head_dim": 128}, ("value heads", "128 and 64", OTHER)),
 }
-SPECULATION = (
-    ("speculative_config", object()),
-    ("speculative decoding yet", "--speculative-config"),
-)
-MICRO_BATCHES = (("parallel_config", {"use_ubatching": True}), ("--enable-dbo", "--ubatch-size"))
-ARGUMENTS = {  # of the command -> (part of the VllmConfig, what it becomes or changes), what is named
+SPECULATION = ("speculative decoding yet", "--speculative-config", "--spec-method")
+MICRO_BATCHES = ("--enable-dbo", "--ubatch-size")
+ARGUMENTS = {  # argument of the command -> its value and what else is needed; what the sentence names
+    "--attention-config.use_non_causal": ("true", ("non-causal", OTHER)),
+    "--block-size": ("48", ("block_size 48", "--block-size", "32")),
+    "--diffusion-config": ('{"canvas_length":32}', ("diffusion", "non-causal", OTHER)),
+    "--kv-cache-dtype": ("int8_per_token_head", ("--kv-cache-dtype int8", "fp8_e5m2")),
+    "--kv-offloading-size": ("1", ("KV connectors yet", "--kv-offloading-size")),
+    "--kv-sharing-fast-prefill": ("", ("fast prefill", "--kv-sharing-fast-prefill")),
+    "--kv-transfer-config": (
+        '{"kv_connector":"ExampleConnector","kv_role":"kv_both"}',
+        ("KV connectors yet", "--kv-transfer-config"),
+    ),
+    "--prefill-context-parallel-size": ("2", ("PCP", "--prefill-context-parallel-size")),
+    "--spec-method": ("ngram --spec-tokens 2", SPECULATION),
+    "--spec-model": ("ngram --spec-tokens 2", SPECULATION),
+    "--spec-tokens": ("2 --spec-method ngram", SPECULATION),
+    "--speculative-config": ('{"method":"ngram","num_speculative_tokens":2}', SPECULATION),
+    "--ubatch-size": ("2", MICRO_BATCHES),
+}
+PARTS = {  # where vLLM drops or refuses the argument on a CPU: (part, its change), what is named
     "--decode-context-parallel-size": (
         ("parallel_config", {"decode_context_parallel_size": 2}),
         ("DCP", "--decode-context-parallel-size"),
     ),
-    "--prefill-context-parallel-size": (
-        ("parallel_config", {"prefill_context_parallel_size": 2}),
-        ("PCP", "--prefill-context-parallel-size"),
-    ),
-    "--enable-dbo": MICRO_BATCHES,
-    "--ubatch-size": MICRO_BATCHES,
-    "--attention-config.use_non_causal": (
-        ("attention_config", {"use_non_causal": True}),
-        ("non-causal", OTHER),
-    ),
-    "--block-size": (("cache_config", {"block_size": 48}), ("block_size 48", "--block-size", "32")),
-    "--kv-cache-dtype": (
-        ("cache_config", {"cache_dtype": "int8"}),
-        ("--kv-cache-dtype int8", "fp8_e5m2"),
-    ),
-    "--kv-offloading-size": (
-        ("cache_config", {"kv_offloading_size": 1.0}),
-        ("KV connectors yet", "--kv-offloading-size"),
-    ),
-    "--kv-sharing-fast-prefill": (
-        ("cache_config", {"kv_sharing_fast_prefill": True}),
-        ("fast prefill", "--kv-sharing-fast-prefill"),
-    ),
-    "--kv-transfer-config": (
-        ("kv_transfer_config", object()),
-        ("KV connectors yet", "--kv-transfer-config"),
-    ),
-    "--diffusion-config": (("diffusion_config", object()), ("diffusion", "non-causal", OTHER)),
-    "--speculative-config": SPECULATION,
-    "--spec-method": SPECULATION,
-    "--spec-model": SPECULATION,
-    "--spec-tokens": SPECULATION,
+    "--enable-dbo": (("parallel_config", {"use_ubatching": True}), MICRO_BATCHES),
 }
 
 
@@ -162,12 +146,30 @@ def test_model_texts(vllm_config, changes: dict, named: tuple) -> None:
     check_refusal(Changed(vllm_config, model_config=model), named)
 
 
-@pytest.mark.parametrize(("change", "named"), ARGUMENTS.values(), ids=ARGUMENTS)
-def test_arguments(vllm_config, change: tuple, named: tuple) -> None:
+@pytest.mark.parametrize(("argument", "rest", "named"), [(a, *c) for a, c in ARGUMENTS.items()])
+def test_arguments(argument: str, rest: str, named: tuple) -> None:
+    """Through vLLM's own parser: no argument changes its place on the way to the checks."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    register()
+    command = [
+        "--model",
+        str(MODEL),
+        "--attention-config.backend",
+        "adamas",
+        argument,
+        *rest.split(),
+    ]
+    args = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(command)
+    refused(lambda: EngineArgs.from_cli_args(args).create_engine_config(), *named)
+
+
+@pytest.mark.parametrize(("change", "named"), PARTS.values(), ids=PARTS)
+def test_parts(vllm_config, change: tuple, named: tuple) -> None:
     part, changes = change
-    if isinstance(changes, dict):
-        changes = Changed(getattr(vllm_config, part), **changes)
-    check_refusal(Changed(vllm_config, **{part: changes}), named)
+    changed = Changed(getattr(vllm_config, part), **changes)
+    check_refusal(Changed(vllm_config, **{part: changed}), named)
 
 
 def test_a_cache_of_another_type_than_the_model(vllm_config) -> None:

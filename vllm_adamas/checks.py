@@ -163,7 +163,7 @@ def _check_features(vllm_config) -> None:
     if vllm_config.attention_config.use_non_causal:
         _refuse("non-causal attention", OTHER_BACKEND)
     if vllm_config.speculative_config is not None:
-        _refuse("speculative decoding yet", "drop --speculative-config")
+        _refuse("speculative decoding yet", "drop --speculative-config and --spec-method")
     if vllm_config.diffusion_config is not None:
         _refuse("block diffusion (non-causal attention over a canvas)", OTHER_BACKEND)
     if vllm_config.kv_transfer_config is not None:
