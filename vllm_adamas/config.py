@@ -19,9 +19,9 @@ RMS_THRESHOLD = 0.9816
 #: entries +-1. In the orthonormal units used here they are +-10 / sqrt(head_size).
 PAPER_THRESHOLD = 10.0
 
-#: Bounds of the options. Lengths of contexts are int32 in vLLM and in the kernels, and no sum of two
-#: token counts within the bound leaves it. A threshold is compared with transformed keys in float32; beyond the
-#: bounds, at which every code of any real key is the same, it would vanish or become infinite there.
+#: Bounds of the options. Lengths and budgets are int32 in vLLM and in the kernels: 2^30 tokens are more
+#: than any context has, and leave room for sums. Thresholds beyond their bounds lie far from the values
+#: of any key, and tell no two of the same sign apart.
 MAX_TOKENS = 2**30
 MAX_LAYERS = 2**16
 MAX_SECONDS = 10**6  # eleven days
