@@ -126,6 +126,10 @@ PARTS = {  # where vLLM drops or refuses the argument on a CPU: (part, its chang
     ),
     "--enable-dbo": (("parallel_config", {"use_ubatching": True}), MICRO_BATCHES),
 }
+ENVIRONMENT = {  # variable -> its value, what else the sentence names
+    "VLLM_BATCH_INVARIANT": (True, ("batch invariance", "unset")),
+    "VLLM_KV_CACHE_LAYOUT": ("NHD", ("NHD", "unset", "LBHNC")),
+}
 
 
 def check_refusal(config, named: tuple[str, ...]) -> None:
@@ -178,9 +182,16 @@ def test_a_cache_of_another_type_than_the_model(vllm_config) -> None:
     check_refusal(config, ("--kv-cache-dtype float16", "bfloat16", "auto"))
 
 
-def test_batch_invariance(vllm_config, monkeypatch) -> None:
-    monkeypatch.setattr("vllm.envs.VLLM_BATCH_INVARIANT", True, raising=False)
-    check_refusal(vllm_config, ("batch invariance", "VLLM_BATCH_INVARIANT"))
+@pytest.mark.parametrize(("name", "value", "named"), [(n, *c) for n, c in ENVIRONMENT.items()])
+def test_environment(vllm_config, monkeypatch, name: str, value, named: tuple) -> None:
+    monkeypatch.setattr(f"vllm.envs.{name}", value, raising=False)
+    check_refusal(vllm_config, (name, *named))
+
+
+def test_the_layout_may_be_named(vllm_config, monkeypatch) -> None:
+    for layout in ("LBHNC", "HND"):
+        monkeypatch.setattr("vllm.envs.VLLM_KV_CACHE_LAYOUT", layout, raising=False)
+        checks.check_config(vllm_config)
 
 
 def test_layers_that_rewrite_metadata_are_refused() -> None:

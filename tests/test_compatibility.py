@@ -13,7 +13,7 @@ import engines
 import pytest
 import torch
 from common import random_gemma, random_llama
-from test_checks import ARGUMENTS, PARTS
+from test_checks import ARGUMENTS, ENVIRONMENT, PARTS
 
 from vllm_adamas.plugin import register
 from vllm_adamas.serving.launch import Server
@@ -68,6 +68,7 @@ def options_of(config: type, prefix: str) -> list[str]:
 
 
 def test_every_argument_has_one_row() -> None:
+    from vllm import envs
     from vllm.config import AttentionConfig, CompilationConfig
     from vllm.engine.arg_utils import EngineArgs
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
@@ -87,10 +88,12 @@ def test_every_argument_has_one_row() -> None:
     tables = sections()
     whole = [name for row in tables.pop("Groups") for name in row.names]
     command = [name for row in tables.pop("Command") for name in row.names]
+    environment = {name for row in tables.pop("Environment") for name in row.names}
     assert sorted([*tables, *whole]) == sorted(title for title, names in expected.items() if names)
     for title, table in tables.items():
         named = [name for row in table for name in row.names]
         assert sorted(named) == sorted(expected[title]), title
+    assert environment <= envs.environment_variables.keys()
     server = make_arg_parser(FlexibleArgumentParser())
     assert set(command) <= {name for action in server._actions for name in action.option_strings}
 
@@ -103,7 +106,7 @@ def test_what_is_refused_is_refused_in_the_tests() -> None:
     refusals = {
         name for row in rows() if "refused" in row.verdict + row.reason for name in row.names
     }
-    assert refusals == ARGUMENTS.keys() | PARTS.keys()
+    assert refusals == ARGUMENTS.keys() | PARTS.keys() | ENVIRONMENT.keys()
 
 
 @pytest.mark.parametrize("row", [row for row in rows() if row.verdict == "works"], ids=str)

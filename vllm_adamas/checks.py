@@ -175,6 +175,11 @@ def _check_features(vllm_config) -> None:
         _refuse("the fast prefill of layers that share keys", "drop --kv-sharing-fast-prefill")
     if envs.VLLM_BATCH_INVARIANT:
         _refuse("batch invariance", "unset VLLM_BATCH_INVARIANT")
+    if envs.VLLM_KV_CACHE_LAYOUT not in (None, "LBHNC", "HND"):  # two names of one layout
+        _refuse(
+            f"the layout VLLM_KV_CACHE_LAYOUT={envs.VLLM_KV_CACHE_LAYOUT}",
+            "unset it, or set it to LBHNC",
+        )
 
 
 def _check_model(vllm_config) -> None:
