@@ -35,15 +35,10 @@ def sections() -> dict[str, list[Row]]:
     tables = {}
     for section in text.split("\n### ")[1:]:
         title, *lines = section.splitlines()
-        cells = [line.strip("| ").split(" | ") for line in lines if line.startswith("| ")][1:]
-        rows = [(names, verdict, *reason) for names, verdict, *reason in cells]
+        cells = [line.strip("|").split("|") for line in lines if line.startswith("| `")]
         tables[title] = [
-            Row(
-                tuple(names.replace("`", "").split(", ")),
-                verdict,
-                reason[0].strip(" |") if reason else "",
-            )
-            for names, verdict, *reason in rows
+            Row(tuple(re.findall("`(.+?)`", names)), verdict.strip(), reason.strip())
+            for names, verdict, reason in cells
         ]
     return tables
 
