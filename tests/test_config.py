@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 from common import is_one_sentence
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vllm_adamas.backends import get_backend
@@ -20,6 +20,7 @@ from vllm_adamas.config import (
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.metadata import token_budgets
 
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 DEFAULTS = {
     "score": "dot",
     "token_budget": 256,
@@ -142,6 +143,7 @@ JSON = st.recursive(
 )
 
 
+@UNHURRIED
 @given(st.dictionaries(st.sampled_from(sorted(DEFAULTS)) | TEXT, JSON, max_size=4) | JSON)
 def test_any_json_is_a_configuration_or_one_sentence(options) -> None:
     try:
@@ -157,6 +159,7 @@ def test_any_json_is_a_configuration_or_one_sentence(options) -> None:
 
 
 @pytest.mark.parametrize("key", DEFAULTS)
+@UNHURRIED
 @given(JSON)
 def test_any_value_of_any_option(key: str, value) -> None:
     try:
@@ -165,12 +168,14 @@ def test_any_value_of_any_option(key: str, value) -> None:
         assert is_one_sentence(str(error))
 
 
+@UNHURRIED
 @given(st.integers(1, 10**6), st.integers(0, 2 * 10**6))
 def test_budget_in_tokens(budget: int, context: int) -> None:
     """Within the budget a context is dense."""
     assert AdamasConfig(token_budget=budget).budget(context) == min(budget, context)
 
 
+@UNHURRIED
 @given(st.floats(1e-6, 1.0), st.integers(1, 1000), st.integers(0, 10**6))
 def test_budget_as_a_fraction_has_a_floor(fraction: float, floor: int, context: int) -> None:
     config = AdamasConfig(token_budget=fraction, min_token_budget=floor)
@@ -209,6 +214,7 @@ def test_thresholds(options: dict, coding: Coding) -> None:
     [{"token_budget": 100}, {"token_budget": 0.1}, {"token_budget": 0.3, "min_context": 300}],
     ids=str,
 )
+@UNHURRIED
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.booleans()), min_size=1))
 def test_budgets_of_a_batch(options: dict, rows: list[tuple[int, bool]]) -> None:
     """The rows of a step at once; rows that belong to a prompt are dense."""
