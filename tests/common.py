@@ -25,18 +25,30 @@ def refused(call, *named: str) -> None:
     assert all(part in message for part in named), message
 
 
-def random_llama(folder: Path) -> Path:
-    """A small Llama whose 8 query and 4 KV heads can be split; weights large enough that attention
-    decides between tokens."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+def _random(folder: Path, family: str, **config) -> Path:
+    import transformers
 
+    names = {"vocab_size": 49152, "bos_token_id": 1, "eos_token_id": 2}
     shape = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 4}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "initializer_range": 0.08}
-    names = {"vocab_size": 49152, "bos_token_id": 1, "eos_token_id": 2}
-    config = LlamaConfig(**shape, **heads, **names, max_position_embeddings=8192)
+    kind = getattr(transformers, f"{family}Config")
+    config = kind(**names, **shape, **heads, max_position_embeddings=8192, **config)
+    model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        LlamaForCausalLM(config).half().save_pretrained(folder)
+        model(config).half().save_pretrained(folder)
     for file in MODEL.glob("tokenizer*"):
         shutil.copy(file, folder)
     return folder
+
+
+def random_llama(folder: Path) -> Path:
+    """A small Llama whose 8 query and 4 KV heads can be split; weights large enough that attention
+    decides between tokens."""
+    return _random(folder, "Llama")
+
+
+def random_gemma(folder: Path) -> Path:
+    """The same as a Gemma 3: every other layer has a sliding window of 256 tokens."""
+    kinds = ["sliding_attention", "full_attention"] * 2
+    return _random(folder, "Gemma3Text", sliding_window=256, layer_types=kinds, pad_token_id=0)

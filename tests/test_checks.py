@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from common import MODEL, is_one_sentence
+from common import MODEL, refused
 
 from vllm_adamas import backends, checks
 from vllm_adamas.config import AdamasConfig
@@ -77,6 +77,9 @@ MODELS = {  # change of the model configuration -> what the sentence names
     "encoder-decoder": ({"is_encoder_decoder": True}, ("encoder-decoder", OTHER)),
     "pooling": ({"runner_type": "pooling"}, ("pooling", "non-causal", OTHER)),
     "prefix": ({"is_mm_prefix_lm": True}, ("prefix", OTHER)),
+    "attention-free": ({"is_attention_free": True}, ("without attention", OTHER)),
+    "r-swa": ({"rswa_window": 128}, ("R-SWA", OTHER)),
+    "bidirectional": ({"hf_config": SimpleNamespace(is_causal=False)}, ("non-causal", OTHER)),
     "dtype": ({"dtype": torch.float64}, ("float64", "--dtype", "bfloat16")),
     "head size": ({"get_head_size": lambda: 80}, ("head_size 80", "64, 96, 128, 192, 256", OTHER)),
 }
@@ -90,39 +93,47 @@ TEXTS = {  # change of the model's own config.json
     "gpt-oss": ({"model_type": "gpt_oss"}, ("sinks", OTHER)),
     "sinks": ({"attention_sinks": True}, ("sinks", OTHER)),
     "sinks of sliding windows": ({"add_swa_attention_sink_bias": True}, ("sinks", OTHER)),
+    "bidirectional": ({"is_causal": False}, ("later tokens", "non-causal", OTHER)),
+    "prompts attended in both directions": ({"model_type": "hrm_text"}, ("non-causal", OTHER)),
+    "chunks": ({"attention_chunk_size": 8192}, ("chunked local attention", OTHER)),
+    "dual chunks": ({"dual_chunk_attention_config": {"chunk_size": 8}}, ("dual chunk", OTHER)),
     "value heads": ({"v_head_dim": 128}, ("value heads", "128 and 64", OTHER)),
 }
-PARTS = {  # (part of the VllmConfig, its change) -> what the sentence names
-    "dcp": (
+SPECULATION = ("speculative decoding yet", "--speculative-config", "--spec-method")
+MICRO_BATCHES = ("--enable-dbo", "--ubatch-size")
+ARGUMENTS = {  # argument of the command -> its value and what else is needed; what the sentence names
+    "--attention-config.use_non_causal": ("true", ("non-causal", OTHER)),
+    "--block-size": ("48", ("block_size 48", "--block-size", "32")),
+    "--diffusion-config": ('{"canvas_length":32}', ("diffusion", "non-causal", OTHER)),
+    "--kv-cache-dtype": ("int8_per_token_head", ("--kv-cache-dtype int8", "fp8_e5m2")),
+    "--kv-offloading-size": ("1", ("KV connectors yet", "--kv-offloading-size")),
+    "--kv-sharing-fast-prefill": ("", ("fast prefill", "--kv-sharing-fast-prefill")),
+    "--kv-transfer-config": (
+        '{"kv_connector":"ExampleConnector","kv_role":"kv_both"}',
+        ("KV connectors yet", "--kv-transfer-config"),
+    ),
+    "--prefill-context-parallel-size": ("2", ("PCP", "--prefill-context-parallel-size")),
+    "--spec-method": ("ngram --spec-tokens 2", SPECULATION),
+    "--spec-model": ("ngram --spec-tokens 2", SPECULATION),
+    "--spec-tokens": ("2 --spec-method ngram", SPECULATION),
+    "--speculative-config": ('{"method":"ngram","num_speculative_tokens":2}', SPECULATION),
+    "--ubatch-size": ("2", MICRO_BATCHES),
+}
+PARTS = {  # where vLLM drops or refuses the argument on a CPU: (part, its change), what is named
+    "--decode-context-parallel-size": (
         ("parallel_config", {"decode_context_parallel_size": 2}),
         ("DCP", "--decode-context-parallel-size"),
     ),
-    "pcp": (
-        ("parallel_config", {"prefill_context_parallel_size": 2}),
-        ("PCP", "--prefill-context-parallel-size"),
-    ),
-    "non-causal": (("attention_config", {"use_non_causal": True}), ("non-causal", OTHER)),
-    "block size": (
-        ("cache_config", {"block_size": 48, "user_specified_block_size": True}),
-        ("block_size 48", "--block-size", "32"),
-    ),
-    "cache type": (
-        ("cache_config", {"cache_dtype": "int8"}),
-        ("--kv-cache-dtype int8", "fp8_e5m2"),
-    ),
-    "cache of another type": (
-        ("cache_config", {"cache_dtype": "float16"}),
-        ("--kv-cache-dtype float16", "bfloat16", "auto"),
-    ),
+    "--enable-dbo": (("parallel_config", {"use_ubatching": True}), MICRO_BATCHES),
+}
+ENVIRONMENT = {  # variable -> its value, what else the sentence names
+    "VLLM_BATCH_INVARIANT": (True, ("batch invariance", "unset")),
+    "VLLM_KV_CACHE_LAYOUT": ("NHD", ("NHD", "unset", "LBHNC")),
 }
 
 
 def check_refusal(config, named: tuple[str, ...]) -> None:
-    with pytest.raises(AdamasError) as error:
-        checks.check_config(config)
-    message = str(error.value)
-    assert is_one_sentence(message), message
-    assert all(part in message for part in named), message
+    refused(lambda: checks.check_config(config), *named)
 
 
 @pytest.mark.parametrize(("changes", "named"), MODELS.values(), ids=MODELS)
@@ -139,6 +150,25 @@ def test_model_texts(vllm_config, changes: dict, named: tuple) -> None:
     check_refusal(Changed(vllm_config, model_config=model), named)
 
 
+@pytest.mark.parametrize(("argument", "rest", "named"), [(a, *c) for a, c in ARGUMENTS.items()])
+def test_arguments(argument: str, rest: str, named: tuple) -> None:
+    """Through vLLM's own parser: no argument changes its place on the way to the checks."""
+    from vllm.engine.arg_utils import EngineArgs
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    register()
+    command = [
+        "--model",
+        str(MODEL),
+        "--attention-config.backend",
+        "adamas",
+        argument,
+        *rest.split(),
+    ]
+    args = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(command)
+    refused(lambda: EngineArgs.from_cli_args(args).create_engine_config(), *named)
+
+
 @pytest.mark.parametrize(("change", "named"), PARTS.values(), ids=PARTS)
 def test_parts(vllm_config, change: tuple, named: tuple) -> None:
     part, changes = change
@@ -146,15 +176,50 @@ def test_parts(vllm_config, change: tuple, named: tuple) -> None:
     check_refusal(Changed(vllm_config, **{part: changed}), named)
 
 
+def test_a_cache_of_another_type_than_the_model(vllm_config) -> None:
+    cache = Changed(vllm_config.cache_config, cache_dtype="float16")
+    config = Changed(vllm_config, cache_config=cache)
+    check_refusal(config, ("--kv-cache-dtype float16", "bfloat16", "auto"))
+
+
+@pytest.mark.parametrize(("name", "value", "named"), [(n, *c) for n, c in ENVIRONMENT.items()])
+def test_environment(vllm_config, monkeypatch, name: str, value, named: tuple) -> None:
+    monkeypatch.setattr(f"vllm.envs.{name}", value, raising=False)
+    check_refusal(vllm_config, (name, *named))
+
+
+def test_the_layout_may_be_named(vllm_config, monkeypatch) -> None:
+    for layout in ("LBHNC", "HND"):
+        monkeypatch.setattr("vllm.envs.VLLM_KV_CACHE_LAYOUT", layout, raising=False)
+        checks.check_config(vllm_config)
+
+
+def test_layers_that_rewrite_metadata_are_refused() -> None:
+    """Chunked, encoder, prefix and sink attention wrap the backend of the layers around them."""
+    from vllm.v1.attention.backend import subclass_attention_backend
+
+    from vllm_adamas.backend import AdamasBackend
+    from vllm_adamas.metadata import AdamasMetadataBuilder
+
+    refused(
+        lambda: subclass_attention_backend("Chunked_", AdamasBackend, AdamasMetadataBuilder),
+        "'Chunked_AdamasBackend'",
+        OTHER,
+    )
+
+
 @pytest.mark.parametrize(
-    ("part", "option"),
+    ("options", "named"),
     [
-        ("speculative_config", "--speculative-config"),
-        ("kv_transfer_config", "--kv-transfer-config"),
+        ({"chunk_lookback": 1}, "chunk_lookback"),
+        ({"attn_type": "encoder_only"}, "encoder_only attention"),
+        ({"logits_soft_cap": 50.0}, "soft-capped"),
     ],
 )
-def test_features(vllm_config, part: str, option: str) -> None:
-    check_refusal(Changed(vllm_config, **{part: object()}), ("yet", option))
+def test_layers_of_other_kinds_are_refused(options: dict, named: str) -> None:
+    from vllm_adamas.impl import AdamasImpl
+
+    refused(lambda: AdamasImpl(9, 64, 0.125, 3, **options), named, OTHER)
 
 
 def test_fp8_needs_a_processor_that_prefills_it(vllm_config, monkeypatch) -> None:

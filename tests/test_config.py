@@ -5,14 +5,22 @@ import math
 import pytest
 import torch
 from common import is_one_sentence
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vllm_adamas.backends import get_backend
-from vllm_adamas.config import RMS_THRESHOLD, AdamasConfig, Coding
+from vllm_adamas.config import (
+    MAX_LAYERS,
+    MAX_SECONDS,
+    MAX_TOKENS,
+    RMS_THRESHOLD,
+    AdamasConfig,
+    Coding,
+)
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.metadata import token_budgets
 
+UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 DEFAULTS = {
     "score": "dot",
     "token_budget": 256,
@@ -31,15 +39,16 @@ DEFAULTS = {
 VALID = [
     ("score", "manhattan"),
     ("token_budget", 1),
-    ("token_budget", 10**9),
+    ("token_budget", MAX_TOKENS),
     ("token_budget", 0.001),
     ("token_budget", 1.0),
     ("min_token_budget", 1),
     ("selection", "query_head"),
     ("num_dense_layers", 0),
+    ("num_dense_layers", MAX_LAYERS),
     ("num_sink_tokens", 255),
     ("recent_window", 255),
-    ("min_context", 100000),
+    ("min_context", MAX_TOKENS),
     ("thresholds", "rms"),
     ("thresholds", "paper"),
     ("thresholds", 0.5),
@@ -48,7 +57,10 @@ VALID = [
     ("kernels", "cuda"),
     ("kernels", "triton"),
     ("kernels", "reference"),
+    ("thresholds", 1e-6),
+    ("thresholds", 1e6),
     ("log_interval", 0),
+    ("log_interval", MAX_SECONDS),
     ("metrics", False),
 ]
 BUDGET_WAYS_OUT = ("token_budget", "whole number", "fraction")
@@ -56,6 +68,7 @@ INVALID = [
     ({"budget": 3}, ("budget", *DEFAULTS)),
     *[({"token_budget": x}, BUDGET_WAYS_OUT) for x in (0, -1, 1.5, True, "x", "64", math.nan)],
     *[({"token_budget": x}, BUDGET_WAYS_OUT) for x in (math.inf, 0.0, -0.5, False)],
+    *[({"token_budget": x}, (*BUDGET_WAYS_OUT, "2^30")) for x in (MAX_TOKENS + 1, 2**31, 10**400)],
     *[({"token_budget": x}, ("token_budget",)) for x in (None, [1], {})],
     ({"min_token_budget": 0}, ("min_token_budget=0", "1")),
     ({"min_token_budget": 2.5}, ("min_token_budget=2.5", "integer")),
@@ -66,12 +79,21 @@ INVALID = [
     ({"recent_window": "many"}, ("recent_window='many'", "integer")),
     ({"num_sink_tokens": True}, ("num_sink_tokens=True", "integer")),
     ({"num_dense_layers": "2"}, ("num_dense_layers='2'", "integer")),
+    *[
+        ({key: MAX_TOKENS + 1}, (f"{key}={MAX_TOKENS + 1}", f"equal to {MAX_TOKENS}"))
+        for key in ("min_token_budget", "num_sink_tokens", "recent_window", "min_context")
+    ],
+    ({"num_dense_layers": MAX_LAYERS + 1}, ("num_dense_layers=65537", f"equal to {MAX_LAYERS}")),
+    *[
+        ({"log_interval": x}, ("log_interval", f"equal to {MAX_SECONDS}"))
+        for x in (math.inf, math.nan, 2 * MAX_SECONDS)
+    ],
     ({"thresholds": True}, ("thresholds=True", "'rms'", "'paper'")),
     ({"min_context": -5}, ("min_context=-5", "0")),
     ({"thresholds": "lloyd"}, ("thresholds='lloyd'", "'rms'", "'paper'")),
     *[
         ({"thresholds": x}, ("thresholds", "'rms'", "'paper'", "> 0"))
-        for x in (0.0, -1.0, math.inf)
+        for x in (0.0, -1.0, math.inf, math.nan, 1e-7, 1e7)
     ],
     ({"profile": "a.json", "score": "manhattan"}, ("profile", "score='dot'", "remove")),
     ({"profile": 3}, ("profile=3", "string", "calibrate")),
@@ -111,12 +133,49 @@ def test_errors_are_one_sentence_that_names_key_and_values(options, named: tuple
     assert all(part in message for part in named), message
 
 
+# Whatever JSON holds, NaN and numbers beyond int64 included. No full stops in texts: an option is quoted
+# as it was written, and the sentence is to be counted without it.
+TEXT = st.text(st.characters(exclude_characters=".!?"))
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.integers(-(2**80), 2**80) | st.floats() | TEXT,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(TEXT, inner, max_size=3),
+    max_leaves=5,
+)
+
+
+@UNHURRIED
+@given(st.dictionaries(st.sampled_from(sorted(DEFAULTS)) | TEXT, JSON, max_size=4) | JSON)
+def test_any_json_is_a_configuration_or_one_sentence(options) -> None:
+    try:
+        config = AdamasConfig.parse(options)
+    except AdamasError as error:
+        assert is_one_sentence(str(error))
+        return
+    # What was accepted fits the int32 tensors that hold lengths and budgets.
+    lens = torch.tensor([0, 1, 2**31 - 1], dtype=torch.int32)
+    out = torch.empty_like(lens)
+    token_budgets(config, lens, None, out)
+    assert out.tolist() == [config.budget(n) for n in lens.tolist()]
+
+
+@pytest.mark.parametrize("key", DEFAULTS)
+@UNHURRIED
+@given(JSON)
+def test_any_value_of_any_option(key: str, value) -> None:
+    try:
+        assert key in AdamasConfig.parse({key: value}).model_fields_set
+    except AdamasError as error:
+        assert is_one_sentence(str(error))
+
+
+@UNHURRIED
 @given(st.integers(1, 10**6), st.integers(0, 2 * 10**6))
 def test_budget_in_tokens(budget: int, context: int) -> None:
     """Within the budget a context is dense."""
     assert AdamasConfig(token_budget=budget).budget(context) == min(budget, context)
 
 
+@UNHURRIED
 @given(st.floats(1e-6, 1.0), st.integers(1, 1000), st.integers(0, 10**6))
 def test_budget_as_a_fraction_has_a_floor(fraction: float, floor: int, context: int) -> None:
     config = AdamasConfig(token_budget=fraction, min_token_budget=floor)
@@ -155,6 +214,7 @@ def test_thresholds(options: dict, coding: Coding) -> None:
     [{"token_budget": 100}, {"token_budget": 0.1}, {"token_budget": 0.3, "min_context": 300}],
     ids=str,
 )
+@UNHURRIED
 @given(st.lists(st.tuples(st.integers(0, 10**6), st.booleans()), min_size=1))
 def test_budgets_of_a_batch(options: dict, rows: list[tuple[int, bool]]) -> None:
     """The rows of a step at once; rows that belong to a prompt are dense."""

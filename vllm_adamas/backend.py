@@ -23,6 +23,18 @@ class AdamasBackend(AttentionBackend):
     # it brings: 30 of them are a fiftieth of a small model's decode step on a CPU.
     forward_includes_kv_cache_update = current_platform.is_cpu()
 
+    def __init_subclass__(cls, **kwargs) -> None:
+        """Layers of another kind, such as chunked or encoder attention, derive a backend whose builder
+        rewrites the metadata.
+
+        Raises:
+            AdamasError: always; what is rewritten would be attended wrongly, and without a word.
+        """
+        raise AdamasError(
+            f"the adamas backend does not support layers of the kind {cls.__name__!r}, which rewrite the "
+            f"metadata of a step: {checks.OTHER_BACKEND}."
+        )
+
     @staticmethod
     def get_name() -> str:
         return compat.NAME

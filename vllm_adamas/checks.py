@@ -151,15 +151,35 @@ def _check_parallel(vllm_config) -> None:
         _refuse("decode context parallelism (DCP)", "drop --decode-context-parallel-size")
     if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
         _refuse("prefill context parallelism (PCP)", "drop --prefill-context-parallel-size")
+    if parallel.use_ubatching:
+        # Their layers run at the same time, and share the workspace of the process.
+        _refuse("micro-batches that overlap", "drop --enable-dbo and --ubatch-size")
 
 
 def _check_features(vllm_config) -> None:
+    from vllm import envs
+
+    cache = vllm_config.cache_config
     if vllm_config.attention_config.use_non_causal:
         _refuse("non-causal attention", OTHER_BACKEND)
     if vllm_config.speculative_config is not None:
-        _refuse("speculative decoding yet", "drop --speculative-config")
+        _refuse("speculative decoding yet", "drop --speculative-config and --spec-method")
+    if vllm_config.diffusion_config is not None:
+        _refuse("block diffusion (non-causal attention over a canvas)", OTHER_BACKEND)
     if vllm_config.kv_transfer_config is not None:
         _refuse("KV connectors yet", "drop --kv-transfer-config")
+    if cache.kv_offloading_size is not None:  # vLLM makes a connector of it, but later
+        _refuse("KV connectors yet, and offloading is one", "drop --kv-offloading-size")
+    if cache.kv_sharing_fast_prefill:
+        # Its metadata call the prompts' last tokens decode steps, which would be sparse.
+        _refuse("the fast prefill of layers that share keys", "drop --kv-sharing-fast-prefill")
+    if envs.VLLM_BATCH_INVARIANT:
+        _refuse("batch invariance", "unset VLLM_BATCH_INVARIANT")
+    if envs.VLLM_KV_CACHE_LAYOUT not in (None, "LBHNC", "HND"):  # two names of one layout
+        _refuse(
+            f"the layout VLLM_KV_CACHE_LAYOUT={envs.VLLM_KV_CACHE_LAYOUT}",
+            "unset it, or set it to LBHNC",
+        )
 
 
 def _check_model(vllm_config) -> None:
@@ -175,6 +195,16 @@ def _check_model(vllm_config) -> None:
         _refuse(f"the {model.runner_type} runner (non-causal attention)", OTHER_BACKEND)
     if model.is_mm_prefix_lm:
         _refuse("prefix language models (non-causal attention over images)", OTHER_BACKEND)
+    if _is_non_causal(model):
+        _refuse("models that attend to later tokens (non-causal attention)", OTHER_BACKEND)
+    if model.is_attention_free:
+        _refuse("models without attention", "drop --attention-backend adamas")
+    if getattr(text, "attention_chunk_size", None):
+        _refuse("chunked local attention", OTHER_BACKEND)
+    if model.rswa_window is not None:
+        _refuse("reference sliding window attention (R-SWA)", OTHER_BACKEND)
+    if getattr(text, "dual_chunk_attention_config", None):
+        _refuse("dual chunk attention", OTHER_BACKEND)
     if _uses_alibi(text):
         _refuse("ALiBi position biases", OTHER_BACKEND)
     if getattr(text, "attn_logit_softcapping", None):
@@ -211,6 +241,13 @@ SINK_FLAGS = (
 def _uses_sinks(text) -> bool:
     flags = (getattr(text, flag, False) for flag in SINK_FLAGS)
     return getattr(text, "model_type", "") == "gpt_oss" or any(flags)
+
+
+def _is_non_causal(model) -> bool:
+    """A decoder whose configuration says that prompts, or all tokens, are attended in both directions."""
+    configs = (model.hf_config, model.hf_text_config)
+    declared = any(getattr(config, "is_causal", None) is False for config in configs)
+    return declared or getattr(model.hf_text_config, "model_type", "") == "hrm_text"
 
 
 def _uses_alibi(text) -> bool:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from reprlib import Repr
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -17,6 +18,21 @@ RMS_THRESHOLD = 0.9816
 #: The thresholds (-10, 0, 10) of the paper's evaluation code belong to a Hadamard matrix with
 #: entries +-1. In the orthonormal units used here they are +-10 / sqrt(head_size).
 PAPER_THRESHOLD = 10.0
+
+#: Bounds of the options. Lengths and budgets are int32 in vLLM and in the kernels: 2^30 tokens are more
+#: than any context has, and leave room for sums. Thresholds beyond their bounds lie far from the values
+#: of any key, and tell no two of the same sign apart.
+MAX_TOKENS = 2**30
+MAX_LAYERS = 2**16
+MAX_SECONDS = 10**6  # eleven days
+THRESHOLDS = (1e-6, 1e6)
+
+BUDGET_WAY_OUT = (
+    f"give a whole number of tokens from 1 to {MAX_TOKENS} (2^30), or a fraction of the context with "
+    "0 < fraction <= 1"
+)
+
+Tokens = Annotated[int, Field(le=MAX_TOKENS)]
 
 
 @dataclass(frozen=True)
@@ -51,7 +67,7 @@ class AdamasConfig(BaseModel):
         256,
         description="Tokens attended per decode step, or a fraction of the context (0 < f <= 1).",
     )
-    min_token_budget: int = Field(
+    min_token_budget: Tokens = Field(
         64, ge=1, description="Floor in tokens when token_budget is a fraction."
     )
     selection: Literal["query_head", "kv_head"] = Field(
@@ -60,13 +76,16 @@ class AdamasConfig(BaseModel):
     num_dense_layers: int | None = Field(
         None,
         ge=0,
+        le=MAX_LAYERS,
         description="First layers that attend to every token (default 1 for dot, 2 for manhattan).",
     )
-    num_sink_tokens: int = Field(
+    num_sink_tokens: Tokens = Field(
         0, ge=0, description="First tokens always kept, inside the budget."
     )
-    recent_window: int = Field(0, ge=0, description="Last tokens always kept, inside the budget.")
-    min_context: int = Field(
+    recent_window: Tokens = Field(
+        0, ge=0, description="Last tokens always kept, inside the budget."
+    )
+    min_context: Tokens = Field(
         0, ge=0, description="Contexts shorter than this are attended densely."
     )
     thresholds: Literal["rms", "paper"] | float | None = Field(
@@ -82,7 +101,10 @@ class AdamasConfig(BaseModel):
         "auto", description="Compute backend; auto takes the fastest one for the device."
     )
     log_interval: float = Field(
-        60.0, ge=0, description="Seconds between log lines on selection; 0 turns them off."
+        60.0,
+        ge=0,
+        le=MAX_SECONDS,
+        description="Seconds between log lines on selection; 0 turns them off.",
     )
     metrics: bool = Field(True, description="Export counters on the server's /metrics.")
 
@@ -90,19 +112,13 @@ class AdamasConfig(BaseModel):
     def _check(self) -> AdamasConfig:
         budget = self.token_budget
         if isinstance(budget, float):
-            if not (math.isfinite(budget) and 0.0 < budget <= 1.0):
-                raise ValueError(
-                    f"token_budget={budget:g} is impossible: give a whole number of tokens >= 1, "
-                    "or a fraction of the context with 0 < fraction <= 1"
-                )
+            possible = 0.0 < budget <= 1.0
             floor, name = self.min_token_budget, "min_token_budget"
         else:
-            if budget < 1:
-                raise ValueError(
-                    f"token_budget={budget} is impossible: give a whole number of tokens >= 1, "
-                    "or a fraction of the context with 0 < fraction <= 1"
-                )
+            possible = 1 <= budget <= MAX_TOKENS
             floor, name = budget, "token_budget"
+        if not possible:
+            raise ValueError(f"token_budget={_short(budget)} is impossible: {BUDGET_WAY_OUT}")
         forced = self.num_sink_tokens + self.recent_window
         if forced >= floor and forced > 0:
             raise ValueError(
@@ -114,11 +130,11 @@ class AdamasConfig(BaseModel):
                 "profile belongs to score='dot': a distance between codes is not kept by shifting and "
                 "balancing keys, so take score='dot' or remove profile"
             )
-        if isinstance(self.thresholds, float) and not (
-            math.isfinite(self.thresholds) and self.thresholds > 0
-        ):
+        low, high = THRESHOLDS
+        if isinstance(self.thresholds, float) and not low <= self.thresholds <= high:
             raise ValueError(
-                f"thresholds={self.thresholds:g} is impossible: give 'rms', 'paper' or a value > 0"
+                f"thresholds={self.thresholds:g} is impossible: give 'rms', 'paper' or a value > 0, "
+                f"from {low:g} to {high:g}"
             )
         return self
 
@@ -139,11 +155,10 @@ class AdamasConfig(BaseModel):
         budget = options.get("token_budget")
         if isinstance(budget, (bool, str)):
             raise AdamasError(
-                f"adamas.token_budget={budget!r} is not a number: give a whole number of tokens "
-                ">= 1, or a fraction of the context with 0 < fraction <= 1."
+                f"adamas.token_budget={_short(budget)} is not a number: {BUDGET_WAY_OUT}."
             )
         try:
-            return cls(**options)
+            return cls.model_validate(options)
         except ValidationError as err:
             raise AdamasError(_sentence(err)) from None
 
@@ -187,11 +202,19 @@ class AdamasConfig(BaseModel):
 def _sentence(err: ValidationError) -> str:
     """Turns pydantic's first error into one sentence that names the key and the valid values."""
     first = err.errors()[0]
-    key = ".".join(str(part) for part in first["loc"][:1])
     message = first["msg"].removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        return f"adamas.{key} is not an option: valid options are {', '.join(AdamasConfig.model_fields)}."
-    if not key:
+    if not first["loc"]:
         return f"adamas.{message}."
-    field = AdamasConfig.model_fields[key]
-    return f"adamas.{key}={first['input']!r} is not valid ({message}): {field.description}"
+    key = first["loc"][0]
+    field = AdamasConfig.model_fields.get(key)
+    if field is None:
+        name = key if str(key).isidentifier() else _short(key)
+        return f"adamas.{name} is not an option: valid options are {', '.join(AdamasConfig.model_fields)}."
+    return f"adamas.{key}={_short(first['input'])} is not valid ({message}): {field.description}"
+
+
+def _short(value: Any) -> str:
+    """A value as it was written, on one line and without the middle of what is long."""
+    shorten = Repr()
+    shorten.maxstring = shorten.maxother = 80
+    return shorten.repr(value)

@@ -56,12 +56,14 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
         sinks: torch.Tensor | None = None,
+        **others,
     ) -> None:
         for unsupported, what in (
             (alibi_slopes is not None, "ALiBi position biases"),
             (bool(logits_soft_cap), "soft-capped attention logits"),
             (sinks is not None, "learned attention sinks"),
             (attn_type != AttentionType.DECODER, f"{attn_type} attention"),
+            (bool(others), f"attention with {', '.join(others)}"),
         ):
             if unsupported:
                 raise AdamasError(
