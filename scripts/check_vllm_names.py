@@ -611,7 +611,9 @@ def _override_problem(ours: str, theirs: str) -> str | None:
             return f"overridden as {ours}, which does not take {parameter.name} of {theirs}"
         if here.default is inspect.Parameter.empty is not parameter.default:
             return f"overridden as {ours}, where {parameter.name} has no default, unlike {theirs}"
-    if any(extra.default is inspect.Parameter.empty for extra in mine[len(original) :]):
+    any_number = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    extras = [extra for extra in mine[len(original) :] if extra.kind not in any_number]
+    if any(extra.default is inspect.Parameter.empty for extra in extras):
         return f"overridden as {ours}, which wants more than {theirs}"
     return None
 
