@@ -145,7 +145,7 @@ def test_select(backend, kind: str, length: int, sinks: int, recent: int) -> Non
 
 def check_decode(backend, batch: Batch, cluster: int, **kwargs) -> None:
     """Exact attention over the tokens that the reference selects from the CUDA scores."""
-    for workspace in backend._work.values():
+    for workspace in backend._workspace.buffers.values():
         workspace.fill_(0xFF)
     ours, counted = batch.decode(backend, cluster=cluster, **kwargs)
     rows = len(batch.lengths)
