@@ -237,6 +237,7 @@ class Engine:
         """Frees the engine."""
         with contextlib.suppress(Exception):
             self.llm.llm_engine.engine_core.shutdown()
+        self._layers, self._builders = {}, []  # they hold the workspace
 
 
 @contextlib.contextmanager
