@@ -47,8 +47,8 @@ class Workspace:
                 self._kept.append(found)
                 self._captured.remove(device)
             self._release()
-            found = None
-            self.buffers.pop(device, None)  # before the larger one is there
+            self.buffers.pop(device, None)
+            del found  # before the larger one is there
             found = self.buffers[device] = torch.empty(size, dtype=torch.uint8, device=device)
         if recording:
             self._captured.add(device)
