@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 from vllm_adamas.backends.base import Backend
 from vllm_adamas.errors import AdamasError
 
@@ -19,9 +17,8 @@ def gpu_kernels(name: str, capability: tuple[int, int]) -> str:
     return name
 
 
-@cache
 def get_backend(name: str, device_type: str = "cpu") -> Backend:
-    """The backend called ``name``; ``auto`` takes the fastest one for the device.
+    """A new backend called ``name``; ``auto`` takes the fastest one for the device.
 
     Raises:
         AdamasError: the backend does not exist for the device or its library is not built.

@@ -9,12 +9,17 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Literal
 
 import torch
 
 from vllm_adamas.config import AdamasConfig, Coding
 from vllm_adamas.layout import PageLayout
+
+#: Element types of pages, as native code numbers them (params.h)
+ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+FP8_ELEMENTS = {"e4m3": 3, "e5m2": 4}
 
 
 @dataclass(frozen=True)
@@ -79,6 +84,22 @@ class Params:
         share = isinstance(self.token_budget, float)
         return math.ceil(self.token_budget * context_len) if share else self.token_budget
 
+    @cached_property
+    def numbers(self) -> tuple[int | float, ...]:
+        """What native code is told of a page beside the tensor itself, which it reads in each call."""
+        layout = self.layout
+        return (
+            layout.block_size,
+            layout.head_size,
+            layout.v_offset,
+            layout.hi_offset,
+            layout.lo_offset,
+            layout.scale_offset,
+            FP8_ELEMENTS[self.fp8] if self.fp8 else ELEMENTS[layout.dtype],
+            self.k_scale if self.fp8 else 1.0,
+            self.v_scale if self.fp8 else 1.0,
+        )
+
     @property
     def num_score_heads(self) -> int:
         """Token sets per row: Hq or Hkv."""
@@ -87,6 +108,8 @@ class Params:
 
 class Backend(ABC):
     """Operations over pages ``[num_blocks, Hkv, N, C]``; every tensor is on one device.
+
+    A backend belongs to one engine. It owns its workspace, and holds no page beyond a call.
 
     ``stats`` arguments are int64[4] counters that the kernel itself adds to: sparse rows, dense
     rows, context tokens and attended tokens, the last two summed over query heads.
@@ -100,7 +123,10 @@ class Backend(ABC):
         """Name and instruction set, for the log."""
 
     def prepare(self, cache: torch.Tensor) -> None:  # noqa: B027 (an optional step)
-        """Called with a layer's KV cache before anything is written to the allocation it is part of."""
+        """Called with a KV cache before it is used, for the whole allocation that it is part of.
+
+        What has been written there stays.
+        """
 
     def reserve(self, params: Params, max_rows: int, max_context_len: int) -> int:
         """Allocates what decode steps need beside their arguments; returns its size in bytes."""

@@ -12,7 +12,6 @@ import os
 import shutil
 import tempfile
 import time
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -79,7 +78,7 @@ def read_counters(folder: Path) -> np.ndarray:
 
 
 class SelectionStats:
-    """The counters of one worker process, and its periodic log line.
+    """The counters of one engine in one worker process, and its periodic log line.
 
     Dense layers count apart, so that the exported figures speak of sparse layers alone.
 
@@ -110,16 +109,10 @@ class SelectionStats:
         folder = os.environ.get(FOLDER)
         if not (config.metrics and folder and os.path.isdir(folder)):
             return torch.zeros(len(NAMES), dtype=torch.int64, device="cpu")  # vLLM sets a default
-        file = Path(folder) / f"worker-{rank}-{os.getpid()}.i64"
+        # An engine's own, also beside another one in the same process.
+        handle, file = tempfile.mkstemp(".i64", f"worker-{rank}-{os.getpid()}-", folder)
+        os.close(handle)
         return torch.from_numpy(np.memmap(file, dtype=np.int64, mode="w+", shape=(len(NAMES),)))
-
-    @staticmethod
-    @cache
-    def shared(config: AdamasConfig, device_type: str) -> SelectionStats:
-        """One instance per process."""
-        from vllm.distributed import get_tensor_model_parallel_rank
-
-        return SelectionStats(config, device_type, get_tensor_model_parallel_rank())
 
     def counters(self, dense_layer: bool) -> torch.Tensor:
         """The int64[4] that a kernel adds to."""

@@ -145,7 +145,7 @@ def test_select(backend, kind: str, length: int, sinks: int, recent: int) -> Non
 
 def check_decode(backend, batch: Batch, cluster: int, **kwargs) -> None:
     """Exact attention over the tokens that the reference selects from the CUDA scores."""
-    for workspace in backend._work.values():
+    for workspace in backend._workspace.buffers.values():
         workspace.fill_(0xFF)
     ours, counted = batch.decode(backend, cluster=cluster, **kwargs)
     rows = len(batch.lengths)
@@ -410,6 +410,15 @@ def test_graph_replay_with_other_rows(backend, cluster: int, selection: str, sco
         assert relative_error(output.cpu(), expected).max() <= 2 * TOLERANCE[output.dtype]
 
 
+def test_a_dropped_cache_is_freed(backend) -> None:
+    batch = Case().build(backend, "cuda")
+    batch.scan(backend)
+    batch.decode(backend)
+    held, before = batch.memory.nbytes, torch.cuda.memory_allocated()
+    batch.memory = None
+    assert before - torch.cuda.memory_allocated() >= held
+
+
 def test_refusals(backend) -> None:
     batch = Case((64,), 1).build(backend, "cuda")
     query, page, table, lens = batch.rows
@@ -419,6 +428,9 @@ def test_refusals(backend) -> None:
         backend.scan(batch.params, query.half(), page, table, lens)
     with pytest.raises(ValueError, match="cluster"):
         batch.decode(backend, cluster=17)
+    for wrong in (page[..., :-1], page[:, :, :16], page.transpose(1, 2), page[0]):
+        with pytest.raises(ValueError, match=r"^page: "):
+            backend.scan(batch.params, query, wrong, table, lens)
     for mean in (torch.zeros(2, 64), torch.zeros(2, 128).double(), torch.zeros(128, 2).T):
         params = dataclasses.replace(batch.params, key_mean=mean.cuda())
         with pytest.raises(ValueError, match="key_mean"):

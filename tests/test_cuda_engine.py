@@ -379,6 +379,35 @@ def test_heads_may_be_split_over_two_gpus(pair) -> None:
     )
 
 
+SLEEP = """
+import sys
+from vllm import LLM, SamplingParams
+
+adamas = {"attention_backend": "adamas", "additional_config": {"adamas": {"token_budget": 64}}}
+size = {"block_size": 64, "max_model_len": 8192, "kv_cache_memory_bytes": 1 << 30}
+fp8 = {"kv_cache_dtype": "fp8", "dtype": "bfloat16", "enable_prefix_caching": False}
+llm = LLM(
+    sys.argv[1], enable_sleep_mode=True, gpu_memory_utilization=0.1, **adamas, **size, **fp8
+)
+how = SamplingParams(temperature=0, max_tokens=32, ignore_eos=True)
+answer = lambda: llm.generate([sys.argv[2]], how)[0].outputs[0].token_ids
+before = answer()
+llm.sleep(level=2)
+llm.wake_up(tags=["weights"])
+llm.collective_rpc("reload_weights")
+llm.wake_up(tags=["kv_cache"])
+assert answer() == before, (answer(), before)
+"""
+
+
+def test_sleep_level_2_keeps_what_the_backend_allocates(host) -> None:
+    """Weights are discarded and loaded again; the scratch of fp8 prefill still begins as zeros."""
+    env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    command = [sys.executable, "-c", SLEEP, str(MODEL), harbour_log(60)]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def memory_of(server: Server) -> dict[int, int]:
     """Bytes of the GPU that each process of a server holds."""
     pynvml.nvmlInit()

@@ -261,6 +261,7 @@ def test_pages_whose_keys_are_unknown_are_forgotten(tensors: int, kind: str, for
     """Layers of several kinds share memory: coding all of it again would spoil another layer's keys."""
     from cases import Case
 
+    from vllm_adamas.backends import get_backend
     from vllm_adamas.backends.cpu import CpuBackend
     from vllm_adamas.evaluate.engine import Engine
 
@@ -271,6 +272,7 @@ def test_pages_whose_keys_are_unknown_are_forgotten(tensors: int, kind: str, for
     impl = SimpleNamespace(
         kv_cache_dtype=kind,
         config=SimpleNamespace(kernels="cpu"),
+        shared=SimpleNamespace(backend=get_backend),
         key_factor=lambda: torch.full((2, 64), 4.0, dtype=pages.dtype),
         _of=lambda layer, page: params,
     )

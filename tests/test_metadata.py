@@ -14,6 +14,7 @@ from vllm_adamas.backend import AdamasBackend
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.metadata import AdamasMetadata, AdamasMetadataBuilder
 from vllm_adamas.plugin import register
+from vllm_adamas.serving.metrics import SelectionStats
 
 register()
 
@@ -30,13 +31,6 @@ from vllm.v1.worker.utils import AttentionGroup  # noqa: E402
 BLOCK, MAX_ROWS, MAX_TOKENS, MAX_MODEL_LEN = 16, 64, 512, 4096
 BUDGET = 100
 RUNNERS = ("v1", "v2")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def first_rank():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("vllm.distributed.get_tensor_model_parallel_rank", lambda: 0)
-        yield
 
 
 @dataclass(frozen=True)
@@ -74,10 +68,13 @@ def group_of(options: dict, micro_batches: int = 1) -> AttentionGroup:
     spec = FullAttentionSpec(
         block_size=BLOCK, num_kv_heads=1, head_size=64, head_size_v=64, dtype=torch.bfloat16
     )
+    options = {"metrics": False, "log_interval": 0, **options}
+    shared = SimpleNamespace(stats=SelectionStats(AdamasConfig.parse(options), "cpu"))
     config = SimpleNamespace(
-        additional_config={"adamas": {"metrics": False, "log_interval": 0, **options}},
+        additional_config={"adamas": options},
         compilation_config=SimpleNamespace(
-            max_cudagraph_capture_size=MAX_ROWS, static_forward_context={}
+            max_cudagraph_capture_size=MAX_ROWS,
+            static_forward_context={"layer": SimpleNamespace(impl=SimpleNamespace(shared=shared))},
         ),
         scheduler_config=SimpleNamespace(max_num_seqs=MAX_ROWS, max_num_batched_tokens=MAX_TOKENS),
         parallel_config=SimpleNamespace(decode_context_parallel_size=1),

@@ -4,7 +4,6 @@ import pickle
 import subprocess
 import sys
 from importlib import metadata
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,21 +110,6 @@ def test_only_the_adamas_backend_is_checked(platform) -> None:
     with pytest.raises(AdamasError, match="no such option"):
         engine_config("ADAMAS", wrong)
     assert compat.is_selected(engine_config("adamas", {}))
-
-
-def test_a_cache_that_other_layers_share_is_not_prepared() -> None:
-    """They may have written already; layers without a cache, such as experts, do not count."""
-    from vllm_adamas.impl import AdamasImpl
-
-    ours = SimpleNamespace(kv_cache=None, impl=object.__new__(AdamasImpl))
-    other, experts = SimpleNamespace(kv_cache=None, impl=object()), SimpleNamespace()
-
-    def owns(*layers) -> bool:
-        return AdamasImpl._owns_the_cache(SimpleNamespace(_layers=dict(enumerate(layers))))
-
-    assert owns(ours, experts, ours)
-    assert not owns(other, ours)
-    assert not owns(ours, SimpleNamespace(kv_cache=None))  # a state-space layer
 
 
 @pytest.mark.parametrize("wanted", [True, False])

@@ -106,8 +106,8 @@ def test_scan(backend, name: str) -> None:
 
 def check_decode(backend, case: Case, batch, reference, **kwargs) -> None:
     rows = len(case.lengths)
-    for workspace in backend._memory.values():
-        workspace.fill_(torch.nan)
+    for workspace in backend._workspace.buffers.values():
+        workspace.fill_(0xFF)  # NaN
     # The interpreter truncates to bf16 where a GPU rounds; what the kernels compute is float32.
     ours, counted = batch.decode(backend, None if COMPILED else torch.float32, **kwargs)
     theirs, expected = dataclasses.replace(reference, memory=batch.memory.cpu()).decode(
@@ -180,9 +180,9 @@ def test_reserve_covers_every_step(backend) -> None:
     backend = TritonBackend()
     case, batch, reference = built("group2-shared")
     assert backend.reserve(batch.params, len(SMALL), 128) == sum(
-        memory.nbytes for memory in backend._memory.values()
+        memory.nbytes for memory in backend._workspace.buffers.values()
     )
-    before = {device: memory.data_ptr() for device, memory in backend._memory.items()}
+    before = {device: memory.data_ptr() for device, memory in backend._workspace.buffers.items()}
     for rows in range(1, len(SMALL) + 1):
         some = dataclasses.replace(
             batch,
@@ -192,7 +192,9 @@ def test_reserve_covers_every_step(backend) -> None:
             budgets=batch.budgets[:rows],
         )
         some.decode(backend, max_context_len=100)
-    assert before == {device: memory.data_ptr() for device, memory in backend._memory.items()}
+    assert before == {
+        device: memory.data_ptr() for device, memory in backend._workspace.buffers.items()
+    }
     check_decode(backend, case, batch, reference, max_context_len=100)
 
 
@@ -326,7 +328,9 @@ class Compiled:
 for name, kernel in vars(ops).copy().items():
     if isinstance(kernel, triton.JITFunction):
         setattr(ops, name, Compiled(kernel))
-ops.TritonBackend.__init__ = lambda self: vars(self).update(_memory={}, _plans={}, _pages={})
+ops.TritonBackend.__init__ = lambda self: vars(self).update(
+    _workspace=ops.Workspace(), _plans={}, _pages=ops.WeakTensorKeyDictionary()
+)
 backend = ops.TritonBackend()
 for case, capabilities in (
     (Case((9, 0), 4, (8, 2), 128, selection="kv_head"), (80, 90, 100, 120)),

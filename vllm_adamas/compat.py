@@ -187,6 +187,11 @@ def page_spec(spec, content_bytes: int):
     return dataclasses.replace(spec, state_content_bytes=content_bytes)
 
 
+def layers_of(vllm_config) -> dict:
+    """The layers of an engine that have been built so far, by name; those with a cache among them."""
+    return vllm_config.compilation_config.static_forward_context
+
+
 def adamas_parts(worker) -> tuple[dict, list, Callable[[int], list]]:
     """What an evaluation changes in a worker of its own process.
 

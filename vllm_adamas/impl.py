@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -16,18 +15,17 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
+from vllm_adamas import compat
 from vllm_adamas import profile as profiles
 from vllm_adamas.backend import AdamasBackend
-from vllm_adamas.backends import get_backend
-from vllm_adamas.backends.base import Backend, Params
+from vllm_adamas.backends.base import Params
 from vllm_adamas.backends.reference.signature import hadamard
 from vllm_adamas.checks import adamas_options
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.layout import TILE, PageLayout, overhead
 from vllm_adamas.metadata import AdamasMetadata, max_decode_rows, max_prefill_tokens
-from vllm_adamas.prefill import get_prefill
-from vllm_adamas.serving.metrics import SelectionStats
+from vllm_adamas.shared import Shared
 
 logger = init_logger("vllm.adamas")
 FP8 = {"fp8": "e4m3", "fp8_e4m3": "e4m3", "fp8_e5m2": "e5m2"}
@@ -78,12 +76,11 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         vllm_config = get_current_vllm_config()
-        self._layers = vllm_config.compilation_config.static_forward_context
         self.config = AdamasConfig.parse(adamas_options(vllm_config))
-        device = current_platform.device_type
-        self.backend = get_backend(self.config.kernels, device)
-        self.prefill = get_prefill(device)
-        self.stats = SelectionStats.shared(self.config, device)
+        layers, device = compat.layers_of(vllm_config), current_platform.device_type
+        self.shared = Shared.among(layers.values(), self.config, device)
+        self.backend = self.shared.backend(self.config.kernels)
+        self.prefill = self.shared.prefill
         self.max_model_len = vllm_config.model_config.max_model_len
         self.dtype = vllm_config.model_config.dtype
         self._appends = (
@@ -92,12 +89,20 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         self._params: Params | None = None
         self._dense = False
         self._balance: Balance | None = None
-        dtype = torch.uint8 if kv_cache_dtype in FP8 else torch.get_default_dtype()
-        params = self._make_params(PageLayout(head_size, TILE, dtype))
-        rows, tokens = max_decode_rows(vllm_config), max_prefill_tokens(vllm_config)
-        workspace = self.backend.reserve(params, rows, self.max_model_len)
-        workspace += self.prefill.reserve(params, self.dtype, tokens)
-        _log_once(self.config, self.backend, head_size, dtype, workspace)
+        self._largest_step = max_decode_rows(vllm_config), max_prefill_tokens(vllm_config)
+        self._reserved = False
+        logger.info_once(
+            "Using ADAMAS attention backend: score %s (thresholds %s), token budget %s per %s, "
+            "%d dense layers, profile %s, pages +%.1f%%, kernels %s.",
+            self.config.score,
+            self.config.coding(head_size),
+            self.config.budget_text(),
+            self.config.selection.replace("_", " "),
+            self.config.dense_layers,
+            self.config.profile or "none",
+            100 * overhead(head_size, self._cache_dtype),
+            self.backend.description,
+        )
 
     def do_kv_cache_update(
         self,
@@ -134,7 +139,8 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         """
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("fused output quantization is not supported by ADAMAS")
-        if attn_metadata is None:  # vLLM's warm-up run
+        if attn_metadata is None:  # vLLM profiles what memory a step takes
+            self._reserve()
             return output
         params = self._of(layer, kv_cache)
         if self._balance is not None:
@@ -165,7 +171,7 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
                 lens,
                 lens if self._dense else attn_metadata.budgets,
                 output,
-                self.stats.counters(dense_layer=self._dense),
+                self.shared.stats.counters(dense_layer=self._dense),
                 max_context_len=self.max_model_len,
                 overlap=True,  # the projections of the step lie between
             )
@@ -190,7 +196,7 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
             wrap: what the backend is seen through, such as a recorder.
         """
         self.config = config
-        backend = get_backend(config.kernels, current_platform.device_type)
+        backend = self.shared.backend(config.kernels)
         self.backend = wrap(backend) if wrap else backend
         self._params = None
 
@@ -201,9 +207,10 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
     def _of(self, layer, kv_cache: torch.Tensor) -> Params:
         """Parameters of this layer; known once its cache is bound and its scales are loaded."""
         if self._params is None:
-            if self._owns_the_cache():
-                self.backend.prepare(kv_cache)
+            self._reserve()
             layout = PageLayout(self.head_size, kv_cache.shape[2], kv_cache.dtype)
+            layout.check(kv_cache)
+            self.shared.prepare(self.backend, kv_cache)
             index = extract_layer_index(layer.layer_name)
             self._dense = index < self.config.dense_layers or self.sliding_window is not None
             key_mean = self._load_profile(layer, kv_cache.device)
@@ -215,10 +222,24 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
             )
         return self._params
 
-    def _owns_the_cache(self) -> bool:
-        """Whether no layer of another kind, which may have written already, shares the allocation."""
-        kept = [layer for layer in self._layers.values() if hasattr(layer, "kv_cache")]
-        return all(isinstance(getattr(layer, "impl", None), AdamasImpl) for layer in kept)
+    @property
+    def _cache_dtype(self) -> torch.dtype:
+        return torch.uint8 if self.kv_cache_dtype in FP8 else self.dtype
+
+    def _reserve(self) -> None:
+        """Allocates what the largest step needs, once, before a graph is captured.
+
+        Not when the layer is built: that memory is discarded with the weights when vLLM sleeps.
+        """
+        if self._reserved:
+            return
+        self._reserved = True
+        rows, tokens = self._largest_step
+        params = self._make_params(PageLayout(self.head_size, TILE, self._cache_dtype))
+        workspace = self.backend.reserve(params, rows, self.max_model_len)
+        workspace += self.prefill.reserve(params, self.dtype, tokens)
+        if workspace:
+            logger.info_once("The ADAMAS workspace takes %.0f MiB.", workspace / 2**20)
 
     def _load_profile(self, layer, device: torch.device) -> torch.Tensor | None:
         """Sets the balance and returns the mean of the balanced, transformed keys."""
@@ -256,22 +277,3 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
             fp8=FP8.get(self.kv_cache_dtype),
             **scales,
         )
-
-
-@cache
-def _log_once(
-    config: AdamasConfig, backend: Backend, head_size: int, dtype: torch.dtype, workspace: int
-) -> None:
-    logger.info(
-        "Using ADAMAS attention backend: score %s (thresholds %s), token budget %s per %s, "
-        "%d dense layers, profile %s, pages +%.1f%%, kernels %s%s.",
-        config.score,
-        config.coding(head_size),
-        config.budget_text(),
-        config.selection.replace("_", " "),
-        config.dense_layers,
-        config.profile or "none",
-        100 * overhead(head_size, dtype),
-        backend.description,
-        f", workspace {workspace / 2**20:.0f} MiB" if workspace else "",
-    )

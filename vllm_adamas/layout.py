@@ -94,20 +94,26 @@ class PageLayout:
         """C in bytes: what one token of one KV head occupies, a multiple of the element size."""
         return token_bytes(self.head_size, self.dtype)
 
-    def runs(self, page: torch.Tensor) -> torch.Tensor:
-        """The page as bytes: ``[num_blocks, num_kv_heads, block_size * token_bytes]`` uint8."""
-        raw = page.view(torch.uint8)  # [B, H, N, C]
-        blocks, heads, tokens, content = raw.shape
-        if (tokens, content) != (self.block_size, self.token_bytes) or raw.stride()[2:] != (
-            content,
-            1,
-        ):
+    def check(self, page: torch.Tensor) -> None:
+        """
+        Raises:
+            AdamasError: the tensor is no page of this layout.
+        """
+        tokens, content = page.shape[2], page.shape[3] * page.element_size()
+        dense = page.stride()[2:] == (page.shape[3], 1)
+        if (tokens, content) != (self.block_size, self.token_bytes) or not dense:
             raise AdamasError(
-                f"the KV cache has blocks of shape {tuple(raw.shape[2:])} bytes where the page "
+                f"the KV cache has blocks of shape {(tokens, content)} bytes where the page "
                 f"layout needs dense ({self.block_size}, {self.token_bytes}): vLLM's KV cache "
                 "layout is not the LBHNC that the backend asked for."
             )
-        run = tokens * content
+
+    def runs(self, page: torch.Tensor) -> torch.Tensor:
+        """The page as bytes: ``[num_blocks, num_kv_heads, block_size * token_bytes]`` uint8."""
+        self.check(page)
+        raw = page.view(torch.uint8)  # [B, H, N, C]
+        blocks, heads = raw.shape[:2]
+        run = self.block_size * self.token_bytes
         # The stride of a single head may be anything; kernels check that it is aligned.
         strides = (raw.stride(0), raw.stride(1) if heads > 1 else run, 1)
         return raw.as_strided((blocks, heads, run), strides, raw.storage_offset())

@@ -14,11 +14,11 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
+from vllm_adamas import compat
 from vllm_adamas.checks import OTHER_BACKEND, adamas_options, warnings
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.prefill import PrefillPlan
-from vllm_adamas.serving.metrics import SelectionStats
 
 logger = init_logger("vllm.adamas")
 
@@ -110,7 +110,7 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1)
         self.config = AdamasConfig.parse(adamas_options(vllm_config))
-        self.stats = SelectionStats.shared(self.config, device.type)
+        self.stats = compat.layers_of(vllm_config)[layer_names[0]].impl.shared.stats
         # Here and not in each layer, because it reads the model's files.
         for warning in warnings(vllm_config, self.config):
             logger.warning_once(warning)

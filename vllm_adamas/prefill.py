@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from functools import cache
 from itertools import pairwise
 from typing import Any
 
@@ -115,9 +114,8 @@ def runs_of(lens: list[int], max_tokens: int) -> list[tuple[int, int]]:
     return list(pairwise([*cuts, len(lens)]))
 
 
-@cache
 def get_prefill(device_type: str) -> Prefill:
-    """The one instance of this process."""
+    """A new one for the device."""
     if device_type == "cpu":
         from vllm_adamas.prefill_cpu import CpuPrefill
 

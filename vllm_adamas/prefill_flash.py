@@ -77,7 +77,7 @@ class FlashPrefill(Prefill):
             return 0
         size = max_tokens * _row_bytes(params, dtype)
         if self._scratch.numel() < size:
-            # Zeros, because the kernel multiplies what it masks by zero weights.
+            # Zeros, because the kernel multiplies what it masks by zero weights. No graph uses it.
             self._scratch = self._scratch.new_zeros(size)
         return size
 

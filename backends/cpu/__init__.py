@@ -7,12 +7,10 @@ from pathlib import Path
 
 import torch
 
-from vllm_adamas.backends.base import Backend, Params
+from vllm_adamas.backends.base import Backend
 from vllm_adamas.errors import AdamasError
 
 LIBRARY = Path(__file__).with_name("libadamas_cpu.so")
-ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-FP8_ELEMENTS = {"e4m3": 3, "e5m2": 4}
 
 
 @cache
@@ -27,10 +25,6 @@ def _library():
     return tvm_ffi.load_module(str(LIBRARY))
 
 
-#: Allocations that :meth:`CpuBackend.prepare` has seen, of this process
-PREPARED: set[int] = set()
-
-
 class CpuBackend(Backend):
     """C++ kernels with AVX-512, AVX2 or portable vectors, chosen by what the processor runs.
 
@@ -43,17 +37,13 @@ class CpuBackend(Backend):
     def __init__(self, isa: str = "auto"):
         self._lib = _library()
         self.isa = str(self._lib.use_isa(isa))
-        self._pages: dict[int, tuple[Params, tuple]] = {}
 
     @property
     def description(self) -> str:
         return f"cpu ({self.isa})"
 
     def prepare(self, cache):
-        storage = cache.untyped_storage()  # layers share one allocation
-        if storage.data_ptr() not in PREPARED:
-            PREPARED.add(storage.data_ptr())
-            self._lib.advise_huge(torch.empty(0, dtype=torch.uint8).set_(storage))
+        self._lib.advise_huge(torch.empty(0, dtype=torch.uint8).set_(cache.untyped_storage()))
 
     # Shapes, strides and dtypes are checked in csrc/cpu/binding.cc, where a check costs nanoseconds.
 
@@ -66,7 +56,8 @@ class CpuBackend(Backend):
             params.key_mean,
             coding.threshold,
             coding.relative,
-            *self._page(params, page),
+            page,
+            *params.numbers,
         )
 
     def decode(
@@ -98,7 +89,8 @@ class CpuBackend(Backend):
             params.sliding_window,
             params.coding.threshold,
             params.coding.relative,
-            *self._page(params, page),
+            page,
+            *params.numbers,
         )
 
     def scan(self, params, query, page, block_table, context_lens):
@@ -114,7 +106,8 @@ class CpuBackend(Backend):
             params.selection == "query_head",
             params.coding.threshold,
             params.coding.relative,
-            *self._page(params, page),
+            page,
+            *params.numbers,
         )
         return scores
 
@@ -128,25 +121,4 @@ class CpuBackend(Backend):
         return tokens
 
     def gather(self, params, page, block_table, context_lens, key, value):
-        self._lib.gather(key, value, block_table, context_lens, *self._page(params, page))
-
-    def _page(self, params: Params, page: torch.Tensor) -> tuple:
-        """The arguments that describe a page; computed once per layer."""
-        address = page.data_ptr()
-        owner, arguments = self._pages.get(address, (None, ()))
-        if owner is not params:
-            layout = params.layout
-            arguments = (
-                layout.runs(page),
-                layout.block_size,
-                layout.head_size,
-                layout.v_offset,
-                layout.hi_offset,
-                layout.lo_offset,
-                layout.scale_offset,
-                FP8_ELEMENTS[params.fp8] if params.fp8 else ELEMENTS[layout.dtype],
-                params.k_scale,
-                params.v_scale,
-            )
-            self._pages[address] = (params, arguments)
-        return arguments
+        self._lib.gather(key, value, block_table, context_lens, page, *params.numbers)

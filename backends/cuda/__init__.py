@@ -11,11 +11,11 @@ import torch
 from vllm_adamas.backends import MAX_GROUP
 from vllm_adamas.backends.arguments import together, typed
 from vllm_adamas.backends.base import Backend, Params
+from vllm_adamas.backends.workspace import Workspace
 from vllm_adamas.errors import AdamasError
 
 LIBRARY = Path(__file__).with_name("libadamas_cuda.so")
-ELEMENTS = {torch.bfloat16: 1, torch.float16: 2}
-FP8_ELEMENTS = {"e4m3": 3, "e5m2": 4}
+DTYPES = (torch.bfloat16, torch.float16)
 
 MAX_CONTEXT = 1 << 20  #: tokens; a bitmap of one context has to fit into shared memory
 MAX_CANDIDATES = 32768  #: per token set
@@ -118,8 +118,7 @@ class CudaBackend(Backend):
                 f"the CUDA kernels are built for Hopper (sm_90a), this GPU is sm_{major}{minor}: serve "
                 "with another attention backend."
             )
-        self._work: dict[torch.device, torch.Tensor] = {}
-        self._pages: dict[tuple, tuple] = {}
+        self._workspace = Workspace()
         self._bytes: dict[tuple, int] = {}
         self._clusters: dict[tuple, int] = {}
 
@@ -135,7 +134,7 @@ class CudaBackend(Backend):
         """
         device = torch.empty(0, device="cuda").device
         size = self.workspace_bytes(params, max_rows, max_context_len)
-        return self._workspace(device, size).numel()
+        return self._workspace.at_least(device, size).numel()
 
     def workspace_bytes(self, params: Params, max_rows: int, max_context_len: int) -> int:
         """Bytes of device memory that decode needs beside its arguments."""
@@ -163,7 +162,8 @@ class CudaBackend(Backend):
             params.key_mean,
             params.coding.threshold,
             params.coding.relative,
-            *self._page(params, page),
+            page,
+            *self._numbers(params),
         )
 
     def decode(
@@ -211,7 +211,7 @@ class CudaBackend(Backend):
                 f"cluster: the fused kernel does not take this step in {cluster} blocks"
             )
         capacity = candidate_capacity(longest, params.budget(longest))
-        work = self._workspace(query.device, self._workspace_bytes(params, rows, capacity))
+        work = self._work(query.device, params, rows, capacity)
         self._lib.decode(
             query,
             output,
@@ -233,7 +233,8 @@ class CudaBackend(Backend):
             stages,
             cluster,
             overlap,
-            *self._page(params, page),
+            page,
+            *self._numbers(params),
         )
 
     def scan(self, params, query, page, block_table, context_lens):
@@ -245,7 +246,7 @@ class CudaBackend(Backend):
             device=query.device,
             dtype=torch.float32,
         )
-        work = self._workspace(query.device, self._workspace_bytes(params, rows, 1))
+        work = self._work(query.device, params, rows, 1)
         self._lib.scan(
             query,
             block_table,
@@ -256,7 +257,8 @@ class CudaBackend(Backend):
             params.selection == "query_head",
             params.coding.threshold,
             params.coding.relative,
-            *self._page(params, page),
+            page,
+            *self._numbers(params),
         )
         return scores
 
@@ -287,7 +289,7 @@ class CudaBackend(Backend):
         )
         for name, rows in (("key", key), ("value", value)):
             _aligned(name, rows, 4)
-        self._lib.gather(key, value, block_table, context_lens, *self._page(params, page))
+        self._lib.gather(key, value, block_table, context_lens, page, *self._numbers(params))
 
     def _rows(self, params, query, block_table, context_lens) -> tuple[int, torch.Tensor]:
         """The number of rows, and their queries: vLLM pads queries, not contexts."""
@@ -306,7 +308,7 @@ class CudaBackend(Backend):
         """The dtype of queries, keys and values: the page's, or either one beside fp8 pages."""
         if not params.fp8:
             return params.layout.dtype
-        return x.dtype if x.dtype in ELEMENTS else torch.bfloat16
+        return x.dtype if x.dtype in DTYPES else torch.bfloat16
 
     def fused_clusters(
         self, params: Params, dtype: torch.dtype, page: torch.Tensor, longest: int, cluster: int
@@ -319,7 +321,8 @@ class CudaBackend(Backend):
             params.selection == "query_head",
             dtype == torch.float16,
             cluster,
-            *self._page(params, page),
+            page,
+            *self._numbers(params),
         )
 
     def largest_cluster(
@@ -361,48 +364,19 @@ class CudaBackend(Backend):
             self._bytes[key] = size
         return size
 
-    def _workspace(self, device: torch.device, size: int) -> torch.Tensor:
-        found = self._work.get(device)
-        if found is None or found.numel() < size:
-            if torch.cuda.is_current_stream_capturing():
-                raise AdamasError(
-                    f"the decode workspace would have to grow to {size} bytes while a CUDA graph is "
-                    "captured: call reserve() with the largest batch first."
-                )
-            self._work[device] = found = torch.empty(size, dtype=torch.uint8, device=device)
-        return found
-
-    def _page(self, params: Params, page: torch.Tensor) -> tuple:
-        """The arguments that describe a page; computed once per layer."""
-        key = (params, page.data_ptr())
-        found = self._pages.get(key)
-        if found is None:
-            found = self._pages[key] = self._describe(params, page)
-        return found
+    def _work(self, device: torch.device, params: Params, rows: int, capacity: int) -> torch.Tensor:
+        return self._workspace.at_least(device, self._workspace_bytes(params, rows, capacity))
 
     @staticmethod
-    def _describe(params: Params, page: torch.Tensor) -> tuple:
-        layout = params.layout
-        if not params.fp8 and layout.dtype not in ELEMENTS:
+    def _numbers(params: Params) -> tuple:
+        """:attr:`Params.numbers` of pages that the kernels can read."""
+        if not params.fp8 and params.layout.dtype not in DTYPES:
             raise AdamasError(
-                f"the CUDA kernels read bf16, fp16 and fp8 pages, not {layout.dtype}."
+                f"the CUDA kernels read bf16, fp16 and fp8 pages, not {params.layout.dtype}."
             )
         if params.group > MAX_GROUP:
             raise AdamasError(
                 f"{params.group} query heads per KV head are more than the {MAX_GROUP} that the CUDA "
                 "kernels handle: serve this model with another backend."
             )
-        runs = layout.runs(page)
-        _aligned("page", runs)
-        return (
-            runs,
-            layout.block_size,
-            layout.head_size,
-            layout.v_offset,
-            layout.hi_offset,
-            layout.lo_offset,
-            layout.scale_offset,
-            FP8_ELEMENTS[params.fp8] if params.fp8 else ELEMENTS[layout.dtype],
-            params.k_scale if params.fp8 else 1.0,
-            params.v_scale if params.fp8 else 1.0,
-        )
+        return params.numbers

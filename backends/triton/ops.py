@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from vllm_adamas.backends import MAX_GROUP, MIN_CAPABILITY
 from vllm_adamas.backends.arguments import typed
@@ -22,6 +23,7 @@ from vllm_adamas.backends.triton.attend import attend_kernel, merge_kernel
 from vllm_adamas.backends.triton.gather import gather_kernel
 from vllm_adamas.backends.triton.scan import PLANES, encode_kernel, scan_kernel
 from vllm_adamas.backends.triton.select import select_kernel
+from vllm_adamas.backends.workspace import Workspace
 from vllm_adamas.errors import AdamasError
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -45,10 +47,10 @@ class TritonBackend(Backend):
     name = "triton"
 
     def __init__(self):
-        self._memory: dict[torch.device, torch.Tensor] = {}
-        self._reserved: dict[tuple, int] = {}
         self._plans: dict[tuple, Plan] = {}
-        self._pages: dict[tuple, Planes] = {}
+        self._workspace = Workspace(release=self._plans.clear)
+        self._reserved: dict[tuple, int] = {}
+        self._pages = WeakTensorKeyDictionary()  # page: whose planes these are, planes
         if INTERPRETED:
             return
         if not torch.cuda.is_available():
@@ -75,9 +77,9 @@ class TritonBackend(Backend):
         key = (params, max_rows, max_context_len)
         if key not in self._reserved:  # the layers of a model ask alike
             self._reserved[key] = max(
-                Plan(params, rows + 1, max_context_len, device).size for rows in range(max_rows)
+                Plan(params, rows + 1, max_context_len, device).nbytes for rows in range(max_rows)
             )
-        return self._workspace(device, self._reserved[key]).nbytes
+        return self._workspace.at_least(device, self._reserved[key]).nbytes
 
     def append(self, params, key, value, page, slot_mapping):
         layout, heads = params.layout, params.num_kv_heads
@@ -240,32 +242,19 @@ class TritonBackend(Backend):
 
     def _plan(self, params: Params, rows: int, longest: int, device: torch.device) -> Plan:
         key = (params, rows, longest, device)
-        plan = self._plans.get(key)
-        if plan is None:
-            plan = Plan(params, rows, longest, device)
-            plan.lay(self._workspace(device, plan.size))
+        plan = self._plans.get(key) or Plan(params, rows, longest, device)
+        memory = self._workspace.at_least(device, plan.nbytes)
+        if key not in self._plans:
+            plan.lay(memory)
             self._plans[key] = plan
         return plan
 
-    def _workspace(self, device: torch.device, size: int) -> torch.Tensor:
-        """At least ``size`` float32 elements; grows, but not while a graph is captured."""
-        found = self._memory.get(device)
-        if found is None or found.numel() < size:
-            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                raise AdamasError(
-                    f"the decode workspace would have to grow to {4 * size} bytes while a CUDA graph "
-                    "is captured: call reserve() with the largest batch first."
-                )
-            self._plans.clear()  # they hold on to the memory
-            self._memory[device] = found = torch.empty(size, dtype=torch.float32, device=device)
-        return found
-
     def _planes(self, params: Params, page: torch.Tensor) -> Planes:
-        """The planes of a page; computed once per layer."""
-        key = (params, page.data_ptr())
-        planes = self._pages.get(key)
-        if planes is None:
-            planes = self._pages[key] = Planes.of(params, page)
+        """The planes of a page; made once per tensor, and gone with it."""
+        owner, planes = self._pages.get(page, (None, None))
+        if owner is not params:
+            planes = Planes.of(params, page)
+            self._pages[page] = params, planes
         return planes
 
 
@@ -287,7 +276,8 @@ class Planes(NamedTuple):
                 "kernels handle: serve this model with another attention backend."
             )
         layout = params.layout
-        planes = [plane(page) for plane in (layout.k, layout.v, layout.hi, layout.lo, layout.scale)]
+        views = [plane(page) for plane in (layout.k, layout.v, layout.hi, layout.lo, layout.scale)]
+        planes = [_alias(view) for view in views]
         k, _, hi, _, scale = planes
         return cls(*planes, (*k.stride()[:2], *hi.stride()[:2], *scale.stride()[:2]))
 
@@ -321,17 +311,23 @@ class Plan:
             "maximum": split,
             "total": split,
         }
-        #: float32 elements; every part begins at a multiple of 64
-        self.size = sum(_whole(shape) for shape in self._shapes.values())
+        #: every part begins at a multiple of 256 bytes
+        self.nbytes = 4 * sum(_whole(shape) for shape in self._shapes.values())
 
     def lay(self, memory: torch.Tensor) -> None:
         """Cuts the workspace up."""
-        first = 0
+        memory, first = memory[: self.nbytes].view(torch.float32), 0
         for name, shape in self._shapes.items():
             setattr(self, name, memory[first : first + math.prod(shape)].view(shape))
             first += _whole(shape)
         for name in ("tokens", "planes", "bias"):
             setattr(self, name, getattr(self, name).view(torch.int32))
+
+
+def _alias(view: torch.Tensor) -> torch.Tensor:
+    """The same memory, without holding the tensor that the view was made of."""
+    alone = torch.empty(0, dtype=view.dtype, device=view.device)
+    return alone.set_(view.untyped_storage(), view.storage_offset(), view.shape, view.stride())
 
 
 def _whole(shape: tuple[int, ...]) -> int:

@@ -2,6 +2,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <cstring>
 
 #include "kernels.h"
 
@@ -40,9 +41,12 @@ bool advise_huge(void* start, int64_t bytes) {
   if (to <= from || madvise((void*)from, to - from, MADV_HUGEPAGE) != 0) return false;
   // The 4 KiB pages of the zero fill go, and 2 MiB pages come, zeroed: all of them now, or each prompt would
   // wait for those that it touches first (milliseconds each where memory is scarce; before Linux 5.14 it does).
-  if (madvise((void*)from, to - from, MADV_DONTNEED) != 0) return false;
 #pragma omp parallel for schedule(dynamic)
-  for (uintptr_t page = from; page < to; page += kHuge) madvise((void*)page, kHuge, MADV_POPULATE_WRITE);
+  for (uintptr_t page = from; page < to; page += kHuge) {
+    const char* bytes = (const char*)page;
+    if (bytes[0] != 0 || std::memcmp(bytes, bytes + 1, kHuge - 1) != 0) continue;  // in use: it stays as it is
+    if (madvise((void*)page, kHuge, MADV_DONTNEED) == 0) madvise((void*)page, kHuge, MADV_POPULATE_WRITE);
+  }
   return true;
 #else
   return false;

@@ -55,28 +55,33 @@ Rows rows_of(const TensorView& t, int64_t tokens, int64_t heads, int64_t head_si
   return Rows{t.data_ptr(), t.stride(0), t.stride(1), element_of(t, constraint)};
 }
 
-// runs: uint8 [num_blocks, num_kv_heads, run_bytes]; offsets: V, hi, lo and scale.
-Page page_of(const TensorView& runs, int64_t block_size, int64_t head_size, int64_t v_offset,
+// page: [num_blocks, num_kv_heads, block_size, content], each (block, head) one run; offsets: V, hi, lo, scale.
+Page page_of(const TensorView& page, int64_t block_size, int64_t head_size, int64_t v_offset,
              int64_t hi_offset, int64_t lo_offset, int64_t scale_offset, int64_t element, double k_scale,
              double v_scale) {
-  return Page{static_cast<uint8_t*>(runs.data_ptr()), runs.stride(0), runs.stride(1), int(block_size),
-              int(head_size), int(runs.size(1)), v_offset, hi_offset, lo_offset, scale_offset,
-              Element(element), float(k_scale), float(v_scale)};
+  const int64_t size = page.dtype().bits / 8, token_bytes = scale_offset / block_size + 2;
+  const int64_t content = (token_bytes + size - 1) / size;
+  expect(page.ndim() == 4 && page.size(2) == block_size && page.size(3) == content &&
+             page.stride(2) == content && page.stride(3) == 1,
+         "page: expected [blocks, Hkv, N, C] with N and C of the layout, and dense in both");
+  return Page{static_cast<uint8_t*>(page.data_ptr()), page.stride(0) * size, page.stride(1) * size,
+              int(block_size), int(head_size), int(page.size(1)), v_offset, hi_offset, lo_offset,
+              scale_offset, Element(element), float(k_scale), float(v_scale)};
 }
 
 void append_op(TensorView key, TensorView value, TensorView slots, Optional<TensorView> key_mean,
                double threshold, bool relative,
-               TensorView runs, int64_t block_size, int64_t head_size, int64_t v_offset, int64_t hi_offset,
+               TensorView page, int64_t block_size, int64_t head_size, int64_t v_offset, int64_t hi_offset,
                int64_t lo_offset, int64_t scale_offset, int64_t element, double k_scale, double v_scale) {
   AppendParams p{};
-  p.page = page_of(runs, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element,
+  p.page = page_of(page, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element,
                    k_scale, v_scale);
   p.coding = Coding{float(threshold), relative};
   expect(slots.ndim() == 1 && is_int(slots, 64) && slots.stride(0) == 1, "slot_mapping: expected int64 [T]");
   p.num_tokens = slots.size(0);
   p.slots = static_cast<const int64_t*>(slots.data_ptr());
   for (int64_t i = 0; i < p.num_tokens; ++i)
-    expect(p.slots[i] < runs.size(0) * block_size, "slot_mapping: a slot lies behind the last block");
+    expect(p.slots[i] < page.size(0) * block_size, "slot_mapping: a slot lies behind the last block");
   const int heads = p.page.num_kv_heads;
   p.key = rows_of(key, p.num_tokens, heads, head_size, "key: expected float32, float16 or bfloat16 [T, Hkv, D] with a contiguous D");
   p.value = rows_of(value, p.num_tokens, heads, head_size, "value: expected float32, float16 or bfloat16 [T, Hkv, D] with a contiguous D");
@@ -137,13 +142,13 @@ void check_scores(const TensorView& scores, const DecodeParams& p) {
 void decode_op(TensorView query, TensorView output, TensorView block_table, TensorView context_lens,
                TensorView budgets, TensorView stats, double softmax_scale, bool dot, bool per_query_head,
                int64_t num_sink_tokens, int64_t recent_window, int64_t sliding_window, double threshold,
-               bool relative, TensorView runs, int64_t block_size, int64_t head_size, int64_t v_offset,
+               bool relative, TensorView page, int64_t block_size, int64_t head_size, int64_t v_offset,
                int64_t hi_offset, int64_t lo_offset, int64_t scale_offset, int64_t element, double k_scale,
                double v_scale) {
   DecodeArgs args(block_table, context_lens,
-                  page_of(runs, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element,
+                  page_of(page, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element,
                           k_scale, v_scale),
-                  runs.size(0));
+                  page.size(0));
   DecodeParams& p = args.p;
   p.coding = Coding{float(threshold), relative};
   args.query(query);
@@ -162,13 +167,13 @@ void decode_op(TensorView query, TensorView output, TensorView block_table, Tens
 }
 
 void scan_op(TensorView query, TensorView block_table, TensorView context_lens, TensorView scores, bool dot,
-             bool per_query_head, double threshold, bool relative, TensorView runs, int64_t block_size,
+             bool per_query_head, double threshold, bool relative, TensorView page, int64_t block_size,
              int64_t head_size, int64_t v_offset, int64_t hi_offset, int64_t lo_offset, int64_t scale_offset,
              int64_t element, double k_scale, double v_scale) {
   DecodeArgs args(block_table, context_lens,
-                  page_of(runs, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element,
+                  page_of(page, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element,
                           k_scale, v_scale),
-                  runs.size(0));
+                  page.size(0));
   DecodeParams& p = args.p;
   p.coding = Coding{float(threshold), relative};
   args.query(query);
@@ -201,12 +206,12 @@ void select_op(TensorView scores, TensorView context_lens, TensorView budgets, T
 }
 
 void gather_op(TensorView key, TensorView value, TensorView block_table, TensorView context_lens,
-               TensorView runs, int64_t block_size, int64_t head_size, int64_t v_offset, int64_t hi_offset,
+               TensorView page, int64_t block_size, int64_t head_size, int64_t v_offset, int64_t hi_offset,
                int64_t lo_offset, int64_t scale_offset, int64_t element, double k_scale, double v_scale) {
   DecodeArgs args(block_table, context_lens,
-                  page_of(runs, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element,
+                  page_of(page, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element,
                           k_scale, v_scale),
-                  runs.size(0));
+                  page.size(0));
   const int heads = args.p.page.num_kv_heads;
   int64_t tokens = 0;
   for (int row = 0; row < args.p.num_rows; ++row) tokens += args.p.context_lens[row];

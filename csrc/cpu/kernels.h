@@ -75,8 +75,8 @@ void decode(const Kernels&, const DecodeParams&);
 void gather(const Kernels&, const DecodeParams&, const Rows& key, const Rows& value);
 
 // Asks for 2 MiB pages under a cache: decode reads scattered rows, and with 4 KiB pages the TLB misses
-// cost as much as the data. The range must be zero-filled private memory: it reads as zeros again.
-// Best effort; false when the kernel declines.
+// cost as much as the data. Private memory keeps what it holds, if nothing writes to it meanwhile; what is
+// zeros is filled now. Best effort; false when the kernel declines.
 bool advise_huge(void* start, int64_t bytes);
 
 }  // namespace adamas

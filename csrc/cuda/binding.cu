@@ -29,21 +29,30 @@ Rows rows_of(const TensorView& t) {  // [tokens, heads, head_size], head_size co
   return Rows{t.data_ptr(), t.stride(0), t.stride(1), element_of(t)};
 }
 
-// runs: uint8 [num_blocks, num_kv_heads, run_bytes]; offsets: V, hi, lo and scale.
-Page page_of(const TensorView& runs, int64_t block_size, int64_t head_size, int64_t v_offset,
+// cache: [num_blocks, num_kv_heads, block_size, content], each (block, head) one run; offsets: V, hi, lo, scale.
+Page page_of(const TensorView& cache, int64_t block_size, int64_t head_size, int64_t v_offset,
              int64_t hi_offset, int64_t lo_offset, int64_t scale_offset, int64_t element, double k_scale,
              double v_scale) {
+  const int64_t size = cache.dtype().bits / 8, token_bytes = scale_offset / block_size + 2;
+  const int64_t content = (token_bytes + size - 1) / size;
+  if (cache.ndim() != 4 || cache.size(2) != block_size || cache.size(3) != content || cache.stride(2) != content ||
+      cache.stride(3) != 1)
+    TVM_FFI_THROW(ValueError) << "page: expected [blocks, Hkv, N, C] with N and C of the layout, and dense in both";
   Page page{};
-  page.base = static_cast<uint8_t*>(runs.data_ptr());
-  if (runs.stride(0) >> 31) TVM_FFI_THROW(ValueError) << "a block of the KV cache spans 2 GiB or more";
-  page.block_stride = uint32_t(runs.stride(0));
-  page.head_stride = runs.stride(1);
+  page.base = static_cast<uint8_t*>(cache.data_ptr());
+  // The stride of a single head or block may be anything.
+  page.head_stride = cache.size(1) > 1 ? cache.stride(1) * size : block_size * content * size;
+  const int64_t block_stride = cache.size(0) > 1 ? cache.stride(0) * size : cache.size(1) * page.head_stride;
+  if (uintptr_t(page.base) % 16 || block_stride % 16 || page.head_stride % 16)
+    TVM_FFI_THROW(ValueError) << "page: blocks and heads must start at multiples of 16 bytes";
+  if (block_stride >> 31) TVM_FFI_THROW(ValueError) << "page: a block of the KV cache spans 2 GiB or more";
+  page.block_stride = uint32_t(block_stride);
   page.block_size = int(block_size);
   const int64_t quads = block_size / kQuad;
   page.quad_magic = uint32_t(((1ll << 32) + quads - 1) / quads);
   page.head_size = int(head_size);
   page.words = int(head_size / kWord);
-  page.num_kv_heads = int(runs.size(1));
+  page.num_kv_heads = int(cache.size(1));
   page.v_offset = v_offset;
   page.hi_offset = hi_offset;
   page.lo_offset = lo_offset;
@@ -63,10 +72,10 @@ T* pointer_of(const TensorView& t) {
 
 void append_op(TensorView key, TensorView value, TensorView slots, Optional<TensorView> key_mean, double threshold,
                bool relative,
-               TensorView runs, int64_t block_size, int64_t head_size, int64_t v_offset, int64_t hi_offset,
+               TensorView page, int64_t block_size, int64_t head_size, int64_t v_offset, int64_t hi_offset,
                int64_t lo_offset, int64_t scale_offset, int64_t element, double k_scale, double v_scale) {
   AppendParams p{};
-  p.page = page_of(runs, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element, k_scale, v_scale);
+  p.page = page_of(page, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element, k_scale, v_scale);
   p.coding = Coding{float(threshold), relative};
   p.key = rows_of(key);
   p.value = rows_of(value);
@@ -78,10 +87,10 @@ void append_op(TensorView key, TensorView value, TensorView slots, Optional<Tens
 }
 
 void gather_op(TensorView key, TensorView value, TensorView block_table, TensorView context_lens,
-               TensorView runs, int64_t block_size, int64_t head_size, int64_t v_offset, int64_t hi_offset,
+               TensorView page, int64_t block_size, int64_t head_size, int64_t v_offset, int64_t hi_offset,
                int64_t lo_offset, int64_t scale_offset, int64_t element, double k_scale, double v_scale) {
   GatherParams p{};
-  p.page = page_of(runs, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element, k_scale, v_scale);
+  p.page = page_of(page, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element, k_scale, v_scale);
   p.key = rows_of(key);
   p.value = rows_of(value);
   p.block_table = pointer_of<const int32_t>(block_table);
@@ -139,12 +148,12 @@ void decode_op(TensorView query, TensorView output, TensorView block_table, Tens
                TensorView budgets, TensorView stats, TensorView work, int64_t max_context_len, int64_t capacity,
                double softmax_scale, bool dot, bool per_query_head, int64_t num_sink_tokens,
                int64_t recent_window, int64_t sliding_window, double threshold, bool relative, int64_t stages,
-               int64_t cluster, bool overlap, TensorView runs, int64_t block_size, int64_t head_size, int64_t v_offset,
+               int64_t cluster, bool overlap, TensorView page, int64_t block_size, int64_t head_size, int64_t v_offset,
                int64_t hi_offset, int64_t lo_offset, int64_t scale_offset, int64_t element, double k_scale,
                double v_scale) {
   DecodeParams p = decode_params(
       query, block_table, context_lens, work, max_context_len, capacity, dot, per_query_head, threshold, relative,
-      page_of(runs, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element, k_scale, v_scale));
+      page_of(page, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element, k_scale, v_scale));
   p.output = rows_of(output);
   p.budgets = pointer_of<const int32_t>(budgets);
   p.softmax_scale = float(softmax_scale * k_scale * 1.4426950408889634);  // logits in base 2
@@ -162,12 +171,12 @@ void decode_op(TensorView query, TensorView output, TensorView block_table, Tens
 }
 
 void scan_op(TensorView query, TensorView block_table, TensorView context_lens, TensorView scores, TensorView work,
-             bool dot, bool per_query_head, double threshold, bool relative, TensorView runs, int64_t block_size,
+             bool dot, bool per_query_head, double threshold, bool relative, TensorView page, int64_t block_size,
              int64_t head_size, int64_t v_offset, int64_t hi_offset, int64_t lo_offset, int64_t scale_offset,
              int64_t element, double k_scale, double v_scale) {
   DecodeParams p = decode_params(
       query, block_table, context_lens, work, scores.size(2), 1, dot, per_query_head, threshold, relative,
-      page_of(runs, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element, k_scale, v_scale));
+      page_of(page, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element, k_scale, v_scale));
   p.scores = pointer_of<float>(scores);
   p.scores_row_stride = scores.stride(0);
   p.scores_head_stride = scores.stride(1);
@@ -178,13 +187,13 @@ void scan_op(TensorView query, TensorView block_table, TensorView context_lens, 
 
 // Clusters of the fused kernel that run at once, 0 if it does not take the shape.
 int64_t fused_clusters_op(int64_t num_query_heads, int64_t max_context_len, bool dot, bool per_query_head, bool half,
-                          int64_t cluster, TensorView runs, int64_t block_size, int64_t head_size, int64_t v_offset,
+                          int64_t cluster, TensorView page, int64_t block_size, int64_t head_size, int64_t v_offset,
                           int64_t hi_offset, int64_t lo_offset, int64_t scale_offset, int64_t element, double k_scale,
                           double v_scale) {
-  const Page page =
-      page_of(runs, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element, k_scale, v_scale);
-  DecodeParams p = shape_of(1, num_query_heads, page.num_kv_heads, head_size, dot, per_query_head, 1);
-  p.page = page;
+  const Page pages =
+      page_of(page, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element, k_scale, v_scale);
+  DecodeParams p = shape_of(1, num_query_heads, pages.num_kv_heads, head_size, dot, per_query_head, 1);
+  p.page = pages;
   p.query.element = half ? Element::f16 : Element::bf16;
   p.max_context_len = int(max_context_len);
   return fused_clusters(p, int(cluster));

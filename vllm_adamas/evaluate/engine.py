@@ -18,7 +18,6 @@ from pathlib import Path
 import torch
 
 from vllm_adamas import compat
-from vllm_adamas.backends import get_backend
 from vllm_adamas.backends.base import Backend
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
@@ -162,7 +161,7 @@ class Engine:
             impl, page = layer.impl, layer.kv_cache
             params = impl._of(layer, page)
             ratio = impl.key_factor() / old  # powers of two: exact
-            backend = get_backend(impl.config.kernels, page.device.type)  # unseen by recorders
+            backend = impl.shared.backend(impl.config.kernels)  # unseen by recorders
             layout, size, blocks = params.layout, params.layout.block_size, len(page)
             at_once = max(1, RECODE_BYTES // (page[0].numel() * page.element_size()))
             for first in range(0, blocks, at_once):
@@ -238,6 +237,7 @@ class Engine:
         """Frees the engine."""
         with contextlib.suppress(Exception):
             self.llm.llm_engine.engine_core.shutdown()
+        self._layers, self._builders = {}, []  # they hold the workspace
 
 
 @contextlib.contextmanager
