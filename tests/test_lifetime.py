@@ -48,9 +48,10 @@ def is_free(memory: weakref.ref, kernels: str) -> bool:
 
 
 @over_backends
-def test_a_backend_holds_no_pages(kernels: str) -> None:
+@pytest.mark.parametrize("fp8", [None, "e4m3"])
+def test_a_backend_holds_no_pages(kernels: str, fp8: str | None) -> None:
     backend = BACKENDS[kernels]()
-    batch = CASE.build(backend)
+    batch = dataclasses.replace(CASE, fp8=fp8).build(backend)
     batch.memory, memory = watched(batch.memory)
     backend.prepare(batch.page)
     backend.append(batch.params, batch.key, batch.value, batch.page, batch.slots)
@@ -59,6 +60,20 @@ def test_a_backend_holds_no_pages(kernels: str) -> None:
     backend.gather(batch.params, *batch.rows[1:], batch.key.clone(), batch.value.clone())
     assert memory() is not None
     batch.memory = None
+    assert is_free(memory, kernels)
+
+
+@over_backends
+def test_a_page_may_be_an_allocation_of_its_own(kernels: str) -> None:
+    """A view that held the tensor would keep what is remembered for the tensor, itself among it."""
+    backend = BACKENDS[kernels]()
+    batch = dataclasses.replace(CASE, fp8="e4m3").build(ReferenceBackend())
+    array = batch.page.contiguous().numpy()
+    page, memory = torch.from_numpy(array), weakref.ref(array)
+    del array
+    seen = (batch.block_table, batch.context_lens)
+    backend.gather(batch.params, page, *seen, batch.key.clone(), batch.value.clone())
+    del page
     assert is_free(memory, kernels)
 
 
@@ -145,9 +160,11 @@ def test_a_workspace_does_not_grow_under_capture(recording) -> None:
 def test_plans_let_go_of_a_workspace_that_grows() -> None:
     backend = TritonBackend()
     batch = CASE.build(backend)
+    backend._workspace.buffers[CPU], first = watched(torch.zeros(1 << 20, dtype=torch.uint8))
     expected, _ = batch.decode(backend)
-    first = weakref.ref(backend._workspace.buffers[CPU])
-    backend.reserve(batch.params, 4, 1000)
+    assert first() is not None
+    assert backend.reserve(batch.params, 64, 10_000) > 1 << 20
+    gc.collect()  # Triton's interpreter leaves cycles
     assert first() is None
     assert torch.equal(as_bytes(batch.decode(backend)[0]), as_bytes(expected))
 

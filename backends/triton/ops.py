@@ -276,8 +276,8 @@ class Planes(NamedTuple):
                 "kernels handle: serve this model with another attention backend."
             )
         layout = params.layout
-        views = [plane(page) for plane in (layout.k, layout.v, layout.hi, layout.lo, layout.scale)]
-        planes = [_alias(view) for view in views]
+        # Views through another dtype: they hold the memory, and not the tensor that it came in.
+        planes = [plane(page) for plane in (layout.k, layout.v, layout.hi, layout.lo, layout.scale)]
         k, _, hi, _, scale = planes
         return cls(*planes, (*k.stride()[:2], *hi.stride()[:2], *scale.stride()[:2]))
 
@@ -322,12 +322,6 @@ class Plan:
             first += _whole(shape)
         for name in ("tokens", "planes", "bias"):
             setattr(self, name, getattr(self, name).view(torch.int32))
-
-
-def _alias(view: torch.Tensor) -> torch.Tensor:
-    """The same memory, without holding the tensor that the view was made of."""
-    alone = torch.empty(0, dtype=view.dtype, device=view.device)
-    return alone.set_(view.untyped_storage(), view.storage_offset(), view.shape, view.stride())
 
 
 def _whole(shape: tuple[int, ...]) -> int:
