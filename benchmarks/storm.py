@@ -108,7 +108,10 @@ def cpu_configurations() -> dict[str, Configuration]:
     storm = "--max-prompt 400 --max-tokens 24"
     exact = [*CPU_SERVER.format(blocks=96).split(), "--dtype", "float32", "--block-size", "32"]
     return {
-        "bf16": Configuration(CPU_SERVER.format(blocks=32).split(), f"{storm} --block-size 128"),
+        "bf16": Configuration(
+            [*CPU_SERVER.format(blocks=64).split(), "--block-size", "64"],
+            f"{storm} --block-size 64",
+        ),
         "float32": Configuration(
             [*exact, "--enforce-eager"],
             f"{storm} --block-size 32 --distance 0.01",
