@@ -202,7 +202,10 @@ __device__ __forceinline__ int block_of_quad(const Page& page, int quad) {
 // Tokens of a row's context, whatever the caller wrote there.
 template <class Params>
 __device__ __forceinline__ int length_of(const Params& p, int row) {
-  return max(0, min(p.context_lens[row], p.max_context_len));
+  int length = p.context_lens[row];
+  // In this form, which costs attend no register more than none.
+  if (uint32_t(length) > uint32_t(p.max_context_len)) length = length < 0 ? 0 : p.max_context_len;
+  return length;
 }
 
 // Whether a row selects tokens, and how many of the middle (between sinks and recent window).
