@@ -22,7 +22,7 @@ export VLLM_CPU_KVCACHE_SPACE ?= 2
 export ADAMAS_BUILD_CUDA ?= $(if $(wildcard /proc/driver/nvidia/version),auto,0)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native model demo serve test test-gpu sanitize-gpu bench-cpu bench-gpu storm lint \
+.PHONY: help setup native model demo serve test test-gpu sanitize-cpu sanitize-gpu bench-cpu bench-gpu storm lint \
 	vllm-names vllm-tests clean
 
 help: ## list the targets
@@ -54,9 +54,24 @@ test: model ## run the tests that need no GPU
 test-gpu: model ## run the tests that need a GPU
 	@$(PYTHON) -m pytest -m gpu $(ARGS)
 
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1 -O1
+ASAN_LIBRARY := build/sanitized/vllm_adamas/backends/cpu/libadamas_cpu.so
+
+# The runtime comes before everything else, and libstdc++ beside it, or exceptions would not find it. Python and
+# PyTorch never free what lives as long as the process, so leaks are not looked for. The report goes to stderr,
+# which pytest must not catch (-s), because the process ends there.
+sanitize-cpu: $(READY) ## CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+	@ADAMAS_CXX_FLAGS="$(SANITIZE)" ADAMAS_BUILD_CUDA=0 \
+		$(PYTHON) setup.py -q build_ext --build-temp build/sanitized --build-lib build/sanitized
+	@ADAMAS_CPU_LIBRARY=$(ASAN_LIBRARY) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
+		$(PYTHON) -m pytest --noconftest -m "not gpu" tests/test_kernels.py -q -x -s $(ARGS)
+
 # Small cases of every kernel: the tools slow it down a hundredfold.
 SANITIZED := (test_append and e4m3 and not rounds) or test_decode[block16 or test_decode_dense[0-64 or \
-	test_decode_many_rows[100-heads3-96-None-0] or test_gather[block16] or (test_select and 33])
+	test_decode_many_rows[100-heads3-96-None-0] or test_gather[block16] or (test_select and 33]) or \
+	test_append_skips or test_lengths_are_cut or test_surroundings_change_nothing[plain or \
+	test_decode[forced or test_decode[little-budget or test_gather_of_many_rows[None]
 
 sanitize-gpu: $(READY) ## CUDA kernels under compute-sanitizer
 	@for tool in memcheck racecheck; do \

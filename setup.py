@@ -1,10 +1,12 @@
 """Package layout and native libraries; everything else is in pyproject.toml.
 
 Each folder `csrc/<device>` becomes one shared library that is loaded with `tvm_ffi.load_module`. It
-uses no CPython ABI, so one wheel serves every Python version. Objects are kept in `build/native`;
-they are rebuilt when a source, a header or the compiler's command line changes.
+uses no CPython ABI, so one wheel serves every Python version. Objects are kept in `build/native`
+(`--build-temp` names another folder); they are rebuilt when a source, a header or the compiler's
+command line changes.
 
-Environment: CXX, CUDA_HOME, MAX_JOBS, ADAMAS_BUILD_CUDA = auto (default: if nvcc is found), 0 or 1.
+Environment: CXX, ADAMAS_CXX_FLAGS (added to its flags, as in `make sanitize-cpu`), CUDA_HOME, MAX_JOBS,
+ADAMAS_BUILD_CUDA = auto (default: if nvcc is found), 0 or 1.
 """
 
 import os
@@ -112,6 +114,10 @@ def refresh(target: Path, newest_input: float, command: list[str]) -> None:
 class BuildNative(build_ext):
     """Plain compiler calls, because setuptools has no per-file flags, header tracking or nvcc."""
 
+    def initialize_options(self) -> None:
+        super().initialize_options()
+        self.build_temp = os.path.join("build", "native")
+
     def get_ext_filename(self, fullname: str) -> str:
         return f"{fullname.replace('.', os.sep)}.so"
 
@@ -122,11 +128,12 @@ class BuildNative(build_ext):
             # Static, so that the library loads beside any CUDA runtime.
             link_flags = ["-cudart", "static"]
         else:
-            compiler = shlex.split(f"{os.environ.get('CXX', 'c++')} {CXX_FLAGS}")
+            added = os.environ.get("ADAMAS_CXX_FLAGS", "")
+            compiler = shlex.split(f"{os.environ.get('CXX', 'c++')} {CXX_FLAGS} {added}")
             link_flags = []
         compiler.append(f"-I{tvm_ffi / 'include'}")
 
-        folder = Path("build", "native", ext.name.rpartition(".")[2])
+        folder = Path(self.build_temp, ext.name.rpartition(".")[2])
         folder.mkdir(parents=True, exist_ok=True)
         headers = [path.stat().st_mtime for path in Path("csrc").rglob("*.*h")]
 

@@ -15,11 +15,13 @@ from typing import Literal
 import torch
 
 from vllm_adamas.config import AdamasConfig, Coding
+from vllm_adamas.errors import AdamasError
 from vllm_adamas.layout import PageLayout
 
 #: Element types of pages, as native code numbers them (params.h)
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 FP8_ELEMENTS = {"e4m3": 3, "e5m2": 4}
+MOST_TOKENS = 1 << 30  #: of sinks, of windows: kernels add two of them in 32 bits
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,13 @@ class Params:
     v_scale: float = 1.0
     token_budget: int | float = AdamasConfig.model_fields["token_budget"].default
     key_mean: torch.Tensor | None = field(default=None, compare=False)
+
+    def __post_init__(self):
+        for name in ("num_sink_tokens", "recent_window", "sliding_window"):
+            if not 0 <= getattr(self, name) < MOST_TOKENS:
+                raise AdamasError(
+                    f"{name}={getattr(self, name)} is not a number of tokens: give 0 to {MOST_TOKENS - 1}."
+                )
 
     @classmethod
     def of(cls, config: AdamasConfig, layout: PageLayout, **kwargs) -> Params:
@@ -101,6 +110,18 @@ class Params:
         )
 
     @property
+    def least_budget(self) -> int:
+        """Sinks and recent window are kept whatever a row's budget is, and one token at least."""
+        return max(1, self.num_sink_tokens + self.recent_window)
+
+    def attended(self, context_lens: torch.Tensor, budgets: torch.Tensor) -> torch.Tensor:
+        """Tokens that rows attend to without a sliding window: int32 ``[R]``, from int32 ``[R]`` each.
+
+        Budgets count as :attr:`least_budget` at least.
+        """
+        return torch.minimum(budgets.clamp_min(self.least_budget), context_lens).clamp_min(0)
+
+    @property
     def num_score_heads(self) -> int:
         """Token sets per row: Hq or Hkv."""
         return self.num_query_heads if self.selection == "query_head" else self.num_kv_heads
@@ -110,6 +131,16 @@ class Backend(ABC):
     """Operations over pages ``[num_blocks, Hkv, N, C]``; every tensor is on one device.
 
     A backend belongs to one engine. It owns its workspace, and holds no page beyond a call.
+
+    Of a page, what belongs to no token of the batch may hold anything, NaN included: other blocks, and
+    the slots behind a row's context in its last block. Of a block table, so may the columns behind it.
+
+    Lengths, slots and blocks that do not fit the tensors are a caller's error. Where the host can see
+    them (``cpu``, ``reference``) it is raised. On a GPU it is not, since looking would stop the device;
+    what is written stays inside the tensors: a length counts as 0 if it is negative, and as the longest
+    that fits if it is longer; slots behind the last block are skipped. Blocks are not checked there.
+
+    A budget counts as sinks and recent window if it is less, and as one token if it is less than that.
 
     ``stats`` arguments are int64[4] counters that the kernel itself adds to: sparse rows, dense
     rows, context tokens and attended tokens, the last two summed over query heads.
@@ -146,6 +177,9 @@ class Backend(ABC):
         Args:
             key, value: ``[T, Hkv, D]`` after RoPE.
             slot_mapping: int64 ``[T]``, block * N + offset; negative slots are skipped.
+
+        Raises:
+            ValueError, IndexError: the host sees a slot behind the last block.
         """
 
     @abstractmethod
@@ -183,7 +217,8 @@ class Backend(ABC):
             budgets: int32 ``[R]``, tokens to keep; at or above the context everything is kept.
 
         Returns:
-            int32 ``[R, num_score_heads, max(budgets)]``, ascending, padded with -1.
+            int32 ``[R, num_score_heads, K]``, ascending, padded with -1; K is what the row that keeps
+            the most keeps (:meth:`Params.attended`).
         """
 
     @abstractmethod
@@ -207,10 +242,11 @@ class Backend(ABC):
 
         Args:
             query: ``[R, Hq, D]``; more rows than contexts may follow, here and in ``output``.
-            budgets: int32 ``[R]``, positive; below the context, more than sinks and recent window.
+            budgets: int32 ``[R]``.
             output: ``[R, Hq, D]``, written.
             max_context_len: an upper bound of ``context_lens`` that holds for every replay of a
-                captured graph; devices that launch from the lengths themselves ignore it.
+                captured graph, and up to which rows are read; devices that launch from the lengths
+                themselves ignore it.
             overlap: ``block_table``, ``context_lens`` and ``budgets`` were complete before the device
                 began what is queued right in front of this call, so they may be read while it ends.
         """
@@ -228,7 +264,8 @@ class Backend(ABC):
         """Copies the K and V of R contexts, back to back, out of the pages.
 
         Args:
-            key, value: ``[sum(context_lens), Hkv, D]``, written; fp8 planes arrive as real values.
+            key, value: ``[sum(context_lens), Hkv, D]``, written; fp8 planes arrive as real values. What
+                is beyond their end is left out on a GPU, and an error elsewhere.
         """
 
 

@@ -12,7 +12,7 @@ from vllm_adamas.backends.base import Backend, Params
 from vllm_adamas.backends.reference import signature as sig
 from vllm_adamas.backends.reference.ops import FP8, select_tokens
 from vllm_adamas.config import AdamasConfig
-from vllm_adamas.layout import PageLayout
+from vllm_adamas.layout import TILE, PageLayout
 
 #: Largest ||output - exact|| / ||exact|| of one query head, by the element type of the output. The
 #: sums are taken in float32, so bf16 and fp16 are left with the rounding of inputs to the product.
@@ -23,6 +23,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 NEAR = 1e-5
 
 SPARE_BLOCKS = 3  #: never written; the unused part of the block table points at one of them
+NO_BLOCK = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Case:
 
     Args:
         lengths: tokens in the context of each row; 0 is a padded row.
-        budgets: one for all rows, or one per row.
+        budgets: one for all rows, or one per row; of any size.
         heads: query heads and KV heads.
         dtype: of queries, keys and values; of the page too unless ``fp8``.
         data: ``normal``; ``equal`` (all keys of a head are one vector), ``few`` (three vectors) and
@@ -60,6 +61,7 @@ class Case:
     @property
     def params(self) -> Params:
         options = {"num_sink_tokens": self.sinks, "recent_window": self.recent}
+        options["token_budget"] = max(256, self.sinks + self.recent + 1)
         config = AdamasConfig(score=self.score, selection=self.selection, **options)
         scales = {"k_scale": 0.37, "v_scale": 1.3} if self.fp8 else {}
         return Params.of(
@@ -170,6 +172,30 @@ class Batch:
     def rows(self) -> tuple:
         """What scan and decode read."""
         return self.query, self.page, self.block_table, self.context_lens
+
+    def surrounded(self, byte: int) -> Batch:
+        """The same rows where all else holds nothing but ``byte``: other blocks, the slots behind a
+        context in its last block, a neighbour's head; and the columns behind it name no block."""
+        layout, size = self.params.layout, self.params.layout.block_size
+        memory = torch.full_like(self.memory.view(torch.uint8), byte).view(self.memory.dtype)
+        slots = self.slots[self.slots >= 0]
+        block, offset = slots // size, slots % size
+        new, heads = dataclasses.replace(self, memory=memory), self.params.num_kv_heads
+        for plane in (layout.k, layout.v, layout.scale):
+            plane(memory)[block, :heads, offset] = plane(self.memory)[block, :heads, offset]
+        at = (block, slice(heads), offset // TILE, slice(None), offset % TILE)
+        for plane in (layout.hi, layout.lo):
+            plane(memory)[at] = plane(self.memory)[at]
+        column = torch.arange(self.block_table.shape[1], device=memory.device)
+        behind = column >= -(-self.context_lens[:, None] // size)
+        return dataclasses.replace(new, block_table=self.block_table.masked_fill(behind, NO_BLOCK))
+
+    def gathered(self, backend: Backend) -> torch.Tensor:
+        """K and V, ``[2, T, Hkv, D]`` of the queries' type."""
+        shape = (2, sum(self.lengths), self.params.num_kv_heads, self.params.layout.head_size)
+        out = torch.zeros(shape, dtype=self.query.dtype, device=self.query.device)
+        backend.gather(self.params, *self.rows[1:], *out)
+        return out
 
     def stored(self) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V as the page can represent them, float32 ``[T, Hkv, D]``, without padding."""
@@ -286,6 +312,10 @@ CASES = {
     "sinks-all-but-one": Case((300, 65, 40, 0), 13, sinks=4, recent=8, selection="kv_head"),
     "window-only": Case((300, 65, 40, 0), 40, recent=39, score="manhattan"),
     "sliding": Case((300, 1, 99, 100, 101, 0), 16, window=100),
+    "little-budget": Case(MIXED, (0, -1, -(2**31), 0, 1, 2**31 - 1)),
+    "little-budget-kv_head": Case(MIXED, (0, -1, 1, 0, -9, 2), heads=(9, 3), selection="kv_head"),
+    "forced": Case((300, 65, 12, 13, 5, 0), (0, -5, 5, 12, 3, 1), sinks=4, recent=8),
+    "forced-manhattan": Case((300, 41, 40, 99), 8, sinks=40, score="manhattan"),
     "centred": Case(MIXED, MIXED_BUDGETS, centred=True),
     "centred-d256": Case(head_size=256, heads=(4, 1), centred=True, selection="kv_head"),
     "centred-d96-manhattan": Case(head_size=96, score="manhattan", centred=True),
@@ -294,6 +324,18 @@ CASES = {
 }
 
 over_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+
+#: Of every kind of page and row some, for what does not depend on the values.
+KINDS = ("plain", "block48", "mixed-kv_head", "mixed-manhattan", "d96", "d192-manhattan", "fp16")
+KINDS += ("fp32", "e4m3", "e5m2", "forced", "sliding", "long")
+over_kinds = pytest.mark.parametrize("name", KINDS)
+
+
+def many(rows: int, heads: tuple[int, int] = (2, 1)) -> Case:
+    """So many short contexts, empty ones among them."""
+    g = torch.Generator().manual_seed(5)
+    lengths, budgets = (torch.randint(0, n, (rows,), generator=g).tolist() for n in (40, 30))
+    return Case(tuple(lengths), tuple(budgets), heads, 64, 16)
 
 
 def as_bytes(x: torch.Tensor) -> torch.Tensor:
@@ -368,10 +410,60 @@ def check_select(backend, scores, lens, budgets, sinks: int, recent: int) -> Non
     limits = torch.tensor(budgets, dtype=torch.int32, device=scores.device)
     chosen = backend.select(params, scores, lens, limits)
     for row, length in enumerate(lens.tolist()):
-        if sinks + recent >= min(length, budgets[row]) and budgets[row] < length:
-            continue
         for head in range(scores.shape[1]):
             best = scores[row, head, :length].cpu()
             expected = select_tokens(best, budgets[row], sinks, recent).tolist()
             got = chosen[row, head].tolist()
             assert got == expected + [-1] * (len(got) - len(expected))
+
+
+def check_surroundings(backend: Backend, batch: Batch, dtype=None, **kwargs) -> None:
+    """What belongs to no token of the batch changes no bit of a result."""
+    found = []
+    for some in (
+        batch,
+        batch.surrounded(0x00),
+        batch.surrounded(0xFF),
+    ):  # 0xFF: NaN in every format
+        output, stats = some.decode(backend, dtype, **kwargs)
+        results = (some.scan(backend), output, some.gathered(backend))
+        found.append([*(as_bytes(x) for x in results), torch.tensor(stats)])
+    for others in found[1:]:
+        assert all(map(torch.equal, found[0], others))
+
+
+def check_lengths_are_cut(backend: Backend, batch: Batch, dtype=None, **kwargs) -> None:
+    """Rows longer than the launch or the block table count as the longest that fit, and below 0 as 0."""
+    held = batch.block_table.shape[1] * batch.params.layout.block_size
+    wild = torch.tensor([2**31 - 1, -1, -(2**31), held + 1], device=batch.context_lens.device)
+    wrong = batch.context_lens.clone()
+    wrong[-len(wild) :] = wild[-len(wrong) :].to(torch.int32)
+
+    def of(lengths: torch.Tensor) -> Batch:
+        return dataclasses.replace(batch, context_lens=lengths)
+
+    for longest in (max(batch.lengths) // 2 + 1, held):
+        (ours, counted), (theirs, expected) = (
+            of(lengths).decode(backend, dtype, max_context_len=longest, **kwargs)
+            for lengths in (wrong, wrong.clamp(0, longest))
+        )
+        assert counted == expected
+        assert torch.equal(as_bytes(ours), as_bytes(theirs))
+    cut = wrong.clamp(0, held)
+    assert torch.equal(as_bytes(of(wrong).scan(backend)), as_bytes(of(cut).scan(backend)))
+    all_tokens = of(cut).gathered(backend)
+    for room in (all_tokens.shape[1], all_tokens.shape[1] // 2):
+        out = torch.zeros_like(all_tokens)
+        backend.gather(batch.params, *of(wrong).rows[1:], out[0, :room], out[1, :room])
+        assert torch.equal(as_bytes(out[:, :room]), as_bytes(all_tokens[:, :room]))
+        assert not out[:, room:].any(), "written beyond the end"
+
+
+def check_slots_are_skipped(backend: Backend, batch: Batch) -> None:
+    """Slots behind the last block; here more memory follows, which shows what is written there."""
+    page, size = batch.page[:-1], batch.params.layout.block_size
+    before = batch.memory.clone()
+    slots = torch.full_like(batch.slots, len(page) * size)
+    slots[:4] = torch.tensor([slots[0] + size - 1, 2**62, 2**63 - 1, -(2**63)])
+    backend.append(batch.params, batch.key, batch.value, page, slots)
+    assert torch.equal(as_bytes(before), as_bytes(batch.memory))

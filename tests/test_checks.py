@@ -253,9 +253,22 @@ def test_what_the_cuda_kernels_cannot_hold(vllm_config, monkeypatch) -> None:
     model = vllm_config.model_config
     for changes, named in (
         ({"max_model_len": (1 << 20) + 1}, ("1048577", "--max-model-len 1048576", "triton")),
+        (
+            {"max_model_len": 1 << 20, "get_num_kv_heads": lambda parallel: 1 << 16},
+            (str(1 << 37), "--max-num-seqs", "triton"),
+        ),
         ({"get_num_attention_heads": lambda parallel: 51}, ("17 query heads", "16", OTHER)),
     ):
         check_refusal(Changed(vllm_config, model_config=Changed(model, **changes)), named)
+
+
+def test_what_the_cuda_kernels_cannot_count(vllm_config, monkeypatch) -> None:
+    on_gpu(monkeypatch)
+    scheduler = Changed(vllm_config.scheduler_config, max_num_seqs=8193)
+    named = ("8193 rows", "--max-num-seqs 8192", "triton")
+    check_refusal(Changed(vllm_config, scheduler_config=scheduler), named)
+    cache = Changed(vllm_config.cache_config, block_size=(1 << 16) + 64)
+    check_refusal(Changed(vllm_config, cache_config=cache), ("65600", "--block-size", "triton"))
 
 
 def test_other_devices(vllm_config, monkeypatch) -> None:

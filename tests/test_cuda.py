@@ -13,13 +13,18 @@ from cases import (
     Batch,
     Case,
     check_append,
+    check_lengths_are_cut,
     check_select,
+    check_slots_are_skipped,
+    check_surroundings,
+    many,
     relative_error,
 )
 
-from vllm_adamas.backends.cuda import MAX_CONTEXT
+from vllm_adamas.backends.cuda import MAX_CONTEXT, MAX_ROWS
 from vllm_adamas.backends.reference import ReferenceBackend
 from vllm_adamas.backends.reference.ops import select_tokens
+from vllm_adamas.errors import AdamasError
 
 pytestmark = [
     pytest.mark.gpu,
@@ -118,6 +123,10 @@ def test_append_of_nothing_but_padding(backend) -> None:
     assert torch.equal(before.view(torch.uint8), batch.memory.view(torch.uint8))
 
 
+def test_append_skips_slots_behind_the_cache(backend) -> None:
+    check_slots_are_skipped(backend, Case().build(backend, "cuda"))
+
+
 # scan, select
 
 
@@ -138,6 +147,7 @@ def test_select(backend, kind: str, length: int, sinks: int, recent: int) -> Non
     scores = SCORES[kind]((3, 2, length), torch.Generator().manual_seed(length)).cuda()
     lens = torch.tensor([length, length // 2 + 1, 0], dtype=torch.int32, device="cuda")
     check_select(backend, scores, lens, (40, min(1200, length), 7), sinks, recent)
+    check_select(backend, scores, lens, (0, -(2**31), 2**31 - 1), sinks, recent)
 
 
 # decode
@@ -168,7 +178,8 @@ def expected_decode(backend, batch: Batch) -> tuple[torch.Tensor, list[int]]:
     scores = batch.scan(backend)
     lengths, heads = batch.lengths, params.num_query_heads
     out = torch.zeros(len(lengths), heads, params.layout.head_size)
-    for row, (n, budget) in enumerate(zip(lengths, batch.budgets.tolist(), strict=True)):
+    budgets = params.attended(batch.context_lens, batch.budgets).tolist()
+    for row, (n, budget) in enumerate(zip(lengths, budgets, strict=True)):
         if n == 0:
             continue
         visible = min(n, params.sliding_window or n)
@@ -313,14 +324,17 @@ def test_decode_dense_and_sparse(backend, cluster: int) -> None:
         (300, (4, 2), 128, None),
         (100, (4, 2), 128, "e4m3"),
         (100, (4, 2), 96, None),
-        (512, (16, 4), 128, None),  # the largest batch
+        (512, (16, 4), 128, None),
+        (4096, (2, 1), 64, None),
+        (MAX_ROWS, (1, 1), 256, None),  # the largest batch
     ],
 )
 def test_decode_many_rows(backend, rows: int, heads, head_size: int, fp8, cluster: int) -> None:
     """Enough token sets for small blocks, whose rows go through shared memory."""
     g = torch.Generator().manual_seed(3)
-    lengths = tuple(torch.randint(0, 400, (rows,), generator=g).tolist())
-    budgets = tuple(torch.randint(1, 300, (rows,), generator=g).tolist())
+    longest = 400 if rows <= 512 else 40
+    lengths = tuple(torch.randint(0, longest, (rows,), generator=g).tolist())
+    budgets = tuple(torch.randint(1, longest * 3 // 4, (rows,), generator=g).tolist())
     batch = Case(lengths, budgets, heads, head_size, fp8=fp8).build(backend, "cuda")
     skip_unless_fits(backend, batch, cluster)
     check_decode(backend, batch, cluster)
@@ -362,11 +376,40 @@ def test_nan_stays_where_it_is(backend, cluster: int) -> None:
 
 @over_cases
 def test_gather(backend, case: Case) -> None:
-    batch, tokens = case.build(backend, "cuda"), sum(case.lengths)
-    out = torch.zeros(2, tokens, *batch.key.shape[1:], dtype=case.dtype, device="cuda")
-    backend.gather(batch.params, *batch.rows[1:], *out)
-    for got, stored in zip(out, batch.stored(), strict=True):
-        assert torch.equal(got, stored.to(case.dtype))
+    batch = case.build(backend, "cuda")
+    assert torch.equal(batch.gathered(backend), torch.stack(batch.stored()).to(case.dtype))
+
+
+# what the tensors do not hold
+
+
+KINDS = ("plain", "mixed-kv_head", "d192", "e4m3", "forced", "sliding", "group16", "long")
+
+
+@over_clusters
+@pytest.mark.parametrize("name", KINDS)
+def test_surroundings_change_nothing(backend, name: str, cluster: int) -> None:
+    batch = GPU_CASES[name].build(backend, "cuda")
+    skip_unless_fits(backend, batch, cluster)
+    check_surroundings(backend, batch, cluster=cluster)
+
+
+@over_clusters
+@pytest.mark.parametrize("window", [0, 100])
+@pytest.mark.parametrize("budget", [9, 1 << 30])
+def test_lengths_are_cut(backend, budget: int, window: int, cluster: int) -> None:
+    case = Case((200, 65, 300, 129, 40, 0), budget, heads=(4, 2), window=window)
+    batch = case.build(backend, "cuda")
+    held = batch.block_table.shape[1] * case.block_size
+    skip_unless_fits(backend, batch, cluster, held)
+    check_lengths_are_cut(backend, batch, cluster=cluster)
+
+
+@pytest.mark.parametrize("fp8", [None, "e4m3"])
+def test_gather_of_many_rows(backend, fp8: str | None) -> None:
+    case = dataclasses.replace(many(4096), fp8=fp8)
+    batch = case.build(backend, "cuda")
+    assert torch.equal(batch.gathered(backend), torch.stack(batch.stored()).to(case.dtype))
 
 
 # graphs and arguments
@@ -431,6 +474,9 @@ def test_refusals(backend) -> None:
     for wrong in (page[..., :-1], page[:, :, :16], page.transpose(1, 2), page[0]):
         with pytest.raises(ValueError, match=r"^page: "):
             backend.scan(batch.params, query, wrong, table, lens)
+    rows = many(MAX_ROWS + 1).build(backend, "cuda")
+    with pytest.raises(AdamasError, match=f"{MAX_ROWS + 1} rows"):
+        rows.decode(backend)
     for mean in (torch.zeros(2, 64), torch.zeros(2, 128).double(), torch.zeros(128, 2).T):
         params = dataclasses.replace(batch.params, key_mean=mean.cuda())
         with pytest.raises(ValueError, match="key_mean"):

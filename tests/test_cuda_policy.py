@@ -10,17 +10,22 @@ from pathlib import Path
 import pytest
 import torch
 from cases import Batch, Case
+from common import refused
 
 from vllm_adamas.backends import cuda
 from vllm_adamas.backends.cuda import (
+    MAX_BLOCK,
     MAX_CANDIDATES,
     MAX_CONTEXT,
+    MAX_ROWS,
+    MAX_STEP,
     SAMPLES,
     candidate_capacity,
     prefers_fused,
 )
 from vllm_adamas.backends.reference import ReferenceBackend
 from vllm_adamas.errors import AdamasError
+from vllm_adamas.layout import PageLayout
 
 RECORD = Path(__file__).parents[1] / "benchmarks" / "results" / "decode_gpu.json"
 
@@ -170,3 +175,31 @@ def test_contexts_are_not_longer_than_the_kernels_bitmap(backend, batch) -> None
     for longest in (MAX_CONTEXT + 1, 2 * MAX_CONTEXT):
         with pytest.raises(AdamasError, match=f"{longest} tokens"):
             backend.workspace_bytes(batch.params, 1, longest)
+
+
+def test_steps_are_not_larger_than_what_the_kernels_count(backend, batch) -> None:
+    backend.workspace_bytes(batch.params, MAX_ROWS, MAX_CONTEXT)
+    refused(lambda: backend.workspace_bytes(batch.params, MAX_ROWS + 1, 1), "--max-num-seqs 8192")
+    most = MAX_STEP // MAX_ROWS // MAX_CONTEXT
+    cuda.check_step(MAX_ROWS, most, MAX_CONTEXT)
+    refused(
+        lambda: cuda.check_step(MAX_ROWS, most + 1, MAX_CONTEXT), "--max-model-len", str(MAX_ROWS)
+    )
+
+
+def test_blocks_are_not_larger_than_what_the_kernels_divide_by(backend) -> None:
+    for block_size, fits in ((MAX_BLOCK, True), (MAX_BLOCK + 16, False)):
+        layout = PageLayout(64, block_size, torch.bfloat16)
+        params = dataclasses.replace(Case(heads=(1, 1), head_size=64).params, layout=layout)
+        page = torch.zeros(1, 1, block_size, layout.token_bytes // 2, dtype=torch.bfloat16)
+        if fits:
+            backend._page(params, page)
+        else:
+            refused(lambda p=params, x=page: backend._page(p, x), f"{block_size} tokens", "triton")
+
+
+def test_lengths_beyond_the_block_table_are_not_asked_for(backend, batch) -> None:
+    """A scan has as many scores as the block table has tokens; what is longer is cut on the device."""
+    lens = torch.full_like(batch.context_lens, 10**6)
+    scores = backend.scan(batch.params, batch.query, batch.page, batch.block_table, lens)
+    assert scores.shape[2] == batch.block_table.shape[1] * 64

@@ -18,12 +18,17 @@ from cases import (
     as_bytes,
     check_append,
     check_select,
+    check_surroundings,
+    many,
     over_cases,
+    over_kinds,
     relative_error,
 )
+from common import refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from vllm_adamas.backends.base import MOST_TOKENS
 from vllm_adamas.backends.cpu import CpuBackend
 from vllm_adamas.backends.reference import ReferenceBackend
 from vllm_adamas.backends.reference import signature as sig
@@ -169,11 +174,10 @@ def test_select(backend, kind: str, length: int) -> None:
     ]
     if length > 8:
         kept += [(8, 3, 4), (length - 1, 0, 5), (max(8, length // 10), 7, 0)]
+    kept += [(0, 0, 0), (-(2**31), 2, 1), (4, 40, 1), (1, length, length)]
     scores = SCORES[kind]((3, 2, length), torch.Generator().manual_seed(length))
     lens = torch.tensor([length, length // 2 + 1, 0], dtype=torch.int32)
     for budget, sinks, recent in kept:
-        if budget < 1:
-            continue
         check_select(backend, scores, lens, (budget, budget, budget), sinks, recent)
 
 
@@ -253,11 +257,8 @@ def test_counters_add_up(backend) -> None:
 
 @over_cases
 def test_gather(backend, case: Case) -> None:
-    batch, tokens = case.build(backend), sum(case.lengths)
-    out = torch.zeros(2, tokens, *batch.key.shape[1:], dtype=case.dtype)
-    backend.gather(batch.params, *batch.rows[1:], *out)
-    for got, stored in zip(out, batch.stored(), strict=True):
-        assert torch.equal(got, stored.to(case.dtype))
+    batch = case.build(backend)
+    assert torch.equal(batch.gathered(backend), torch.stack(batch.stored()).to(case.dtype))
 
 
 # threads and arguments
@@ -286,6 +287,26 @@ def test_one_thread_and_several_give_the_same_bytes(backend) -> None:
         )
         digests.add(done.stdout)
     assert len(digests) == 1
+
+
+@over_kinds
+def test_surroundings_change_nothing(backend, name: str) -> None:
+    check_surroundings(backend, CASES[name].build(backend))
+
+
+@over_kinds
+def test_surroundings_change_nothing_in_the_reference(name: str) -> None:
+    check_surroundings(REFERENCE, CASES[name].build(REFERENCE))
+
+
+def test_a_thousand_rows(backend) -> None:
+    batch = many(1030).build(backend)
+    ours, counted = batch.decode(backend)
+    theirs, expected = batch.decode(REFERENCE, torch.float32)
+    rows, clear = len(batch.lengths), ~batch.ambiguous()
+    assert counted == expected
+    assert relative_error(ours[:rows], theirs[:rows])[clear].max() <= TOLERANCE[ours.dtype]
+    assert torch.equal(batch.gathered(backend), torch.stack(batch.stored()).to(ours.dtype))
 
 
 def test_spare_blocks_are_never_read(backend) -> None:
@@ -354,6 +375,25 @@ def test_wrong_arguments_are_named(name: str, operation: str, arguments: tuple) 
     backend = CpuBackend()
     with pytest.raises(ValueError, match=f"^{name}: "):
         getattr(backend, operation)(Case().params, *arguments)
+
+
+def test_the_reference_sees_what_does_not_fit() -> None:
+    batch = CASES["plain"].build(REFERENCE)
+    slots = batch.slots.masked_fill(batch.slots == batch.slots.max(), len(batch.memory) * 64)
+    with pytest.raises(IndexError):
+        REFERENCE.append(batch.params, batch.key, batch.value, batch.page, slots)
+    for operation in (batch.scan, batch.decode, batch.gathered):
+        for wrong in (-1, 10**6):
+            batch.context_lens[0] = wrong
+            with pytest.raises(ValueError, match=r"^context_lens: "):
+                operation(REFERENCE)
+
+
+@pytest.mark.parametrize("name", ["num_sink_tokens", "recent_window", "sliding_window"])
+def test_windows_fit_the_kernels_integers(name: str) -> None:
+    for wrong in (-1, MOST_TOKENS):
+        refused(lambda n=wrong: dataclasses.replace(Case().params, **{name: n}), f"{name}={wrong}")
+    dataclasses.replace(Case().params, **{name: MOST_TOKENS - 1})
 
 
 @pytest.mark.parametrize(

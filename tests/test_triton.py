@@ -21,7 +21,11 @@ from cases import (
     Case,
     as_bytes,
     check_append,
+    check_lengths_are_cut,
     check_select,
+    check_slots_are_skipped,
+    check_surroundings,
+    many,
     relative_error,
 )
 from common import is_one_sentence
@@ -58,6 +62,8 @@ SMALL_CASES = {
     "tiny": Case(SMALL, 8, (2, 1), 64, 32, torch.float16, data="tiny", score="manhattan"),
     "sinks": Case((90, 65, 40, 0), 40, (2, 1), 64, sinks=4, recent=8),
     "sliding": Case((90, 1, 39, 40, 41, 0), 16, (4, 2), 64, window=40),
+    "forced": Case((90, 12, 13, 5, 40, 0), (8, 5, 0, 3, -5, 1), (2, 1), 64, sinks=4, recent=8),
+    "little-budget": Case(SMALL, (0, -(2**31), 1, -1, 2**31 - 1), (4, 2), 64, selection="kv_head"),
     "centred": Case(SMALL, 8, (4, 1), 128, centred=True, selection="kv_head"),
     "long": Case((2500,), (300,), (2, 1), 64, selection="kv_head"),
     "empty": Case((0, 0), 4, (2, 1), 64),
@@ -153,6 +159,36 @@ def test_gather(backend, name: str) -> None:
         assert torch.equal(got, stored)
 
 
+@pytest.mark.parametrize("name", ["group3-manhattan", "e4m3", "forced"])
+def test_surroundings_change_nothing(backend, name: str) -> None:
+    check_surroundings(backend, built(name)[1], None if COMPILED else torch.float32)
+
+
+@pytest.mark.parametrize("name", ["group2-shared", "sliding"])
+def test_lengths_are_cut(backend, name: str) -> None:
+    """The rows' buffers follow one another, so that what is written beyond one's end is another's."""
+    check_lengths_are_cut(backend, built(name)[1], None if COMPILED else torch.float32)
+
+
+def test_append_skips_slots_behind_the_cache(backend) -> None:
+    check_slots_are_skipped(backend, built("group2-shared")[1])
+
+
+def test_gather_of_a_thousand_rows(backend) -> None:
+    """More than are added up at a time."""
+    case = many(1030 if not COMPILED else 4096)
+    batch = case.build(REFERENCE)
+    batch = dataclasses.replace(
+        batch,
+        **{
+            n: getattr(batch, n).to(DEVICE)
+            for n in ("memory", "query", "block_table", "context_lens")
+        },
+    )
+    got = batch.gathered(backend).cpu()
+    assert torch.equal(got, torch.stack(batch.stored()).to(got.dtype))
+
+
 def test_rows_in_several_passes(backend, monkeypatch) -> None:
     """Scores of all rows may not fit; then a step takes more than one pass, in any grouping."""
     case, batch, reference = built("group2-shared")
@@ -208,6 +244,7 @@ def test_select(backend, kind: str, length: int) -> None:
         kept |= {(length - 1, 0, 5), (max(8, length // 10), 3, 4)}
     for budget, sinks, recent in kept:
         check_select(backend, scores, lens, (budget, 2 * budget, budget), sinks, recent)
+    check_select(backend, scores, lens, (0, -(2**31), 2), 2, 5)
 
 
 def test_select_when_the_sample_misleads(backend) -> None:

@@ -105,19 +105,24 @@ def _check_kernels(vllm_config, config: AdamasConfig) -> None:
     if group > MAX_GROUP:
         _refuse(f"{group} query heads per KV head on GPUs (at most {MAX_GROUP})", OTHER_BACKEND)
     if gpu_kernels(config.kernels, _capability()) == "cuda":
-        _check_cuda_kernels(model)
+        _check_cuda_kernels(vllm_config)
 
 
-def _check_cuda_kernels(model) -> None:
+def _check_cuda_kernels(vllm_config) -> None:
     if _capability() != HOPPER:
         _refuse(
             "kernels='cuda' on GPUs other than Hopper (compute capability 9.0)",
             "choose auto or triton",
         )
-    from vllm_adamas.backends.cuda import LIBRARY, check_context
+    from vllm_adamas.backends.cuda import LIBRARY, check_block, check_step
+    from vllm_adamas.metadata import max_decode_rows
 
+    model, block_size = vllm_config.model_config, vllm_config.cache_config.block_size
+    if block_size is not None:
+        check_block(block_size)
     if model is not None:
-        check_context(model.max_model_len)
+        kv_heads = model.get_num_kv_heads(vllm_config.parallel_config)
+        check_step(max_decode_rows(vllm_config), kv_heads, model.max_model_len)
     if not LIBRARY.exists():
         raise AdamasError(
             f"the CUDA kernels are not built ({LIBRARY.name} is missing): reinstall the package with "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from pathlib import Path
 
@@ -10,7 +11,8 @@ import torch
 from vllm_adamas.backends.base import Backend
 from vllm_adamas.errors import AdamasError
 
-LIBRARY = Path(__file__).with_name("libadamas_cpu.so")
+#: ADAMAS_CPU_LIBRARY names another build of the same sources (`make sanitize-cpu`).
+LIBRARY = Path(os.environ.get("ADAMAS_CPU_LIBRARY") or Path(__file__).with_name("libadamas_cpu.so"))
 
 
 @cache
@@ -113,7 +115,7 @@ class CpuBackend(Backend):
 
     def select(self, params, scores, context_lens, budgets):
         rows, heads, _ = scores.shape
-        most = int(torch.minimum(budgets, context_lens).max()) if rows else 0
+        most = int(params.attended(context_lens, budgets).max()) if rows else 0
         tokens = torch.full((rows, heads, most), -1, dtype=torch.int32)
         self._lib.select(
             scores, context_lens, budgets, tokens, params.num_sink_tokens, params.recent_window

@@ -17,7 +17,9 @@ from vllm_adamas.errors import AdamasError
 LIBRARY = Path(__file__).with_name("libadamas_cuda.so")
 DTYPES = (torch.bfloat16, torch.float16)
 
-MAX_CONTEXT = 1 << 20  #: tokens; a bitmap of one context has to fit into shared memory
+#: Of csrc/cuda/params.h: tokens of a context (a bitmap of it has to fit into shared memory) and of a block,
+#: rows of a step, and rows * KV heads * tokens of the longest context
+MAX_CONTEXT, MAX_BLOCK, MAX_ROWS, MAX_STEP = 1 << 20, 1 << 16, 8192, 1 << 37
 MAX_CANDIDATES = 32768  #: per token set
 #: Tokens that encode samples, by the longest context (sample_bits of select.cuh)
 SAMPLES = ((1 << 16, 1 << 10), (1 << 18, 1 << 11), (MAX_CONTEXT, 1 << 12))
@@ -98,12 +100,43 @@ def check_context(tokens: int) -> None:
         )
 
 
+def check_block(tokens: int) -> None:
+    """
+    Raises:
+        AdamasError: the kernels do not find a token in blocks of so many.
+    """
+    if tokens > MAX_BLOCK:
+        raise AdamasError(
+            f"blocks of {tokens} tokens are larger than the {MAX_BLOCK} that the CUDA kernels divide by: "
+            f"pass a --block-size of at most {MAX_BLOCK}, or choose kernels=triton."
+        )
+
+
+def check_step(rows: int, kv_heads: int, max_context_len: int) -> None:
+    """
+    Raises:
+        AdamasError: a decode step of so many rows, or of as many of such contexts, does not fit the kernels.
+    """
+    if rows > MAX_ROWS:
+        raise AdamasError(
+            f"decode steps of {rows} rows are larger than the {MAX_ROWS} that the CUDA kernels hold: pass "
+            f"--max-num-seqs {MAX_ROWS}, or choose kernels=triton."
+        )
+    check_context(max_context_len)
+    if rows * kv_heads * max_context_len > MAX_STEP:
+        raise AdamasError(
+            f"{rows} rows of {max_context_len} tokens and {kv_heads} KV heads are more than the {MAX_STEP} "
+            "tokens that the CUDA kernels count in a decode step: pass a smaller --max-num-seqs or "
+            "--max-model-len, or choose kernels=triton."
+        )
+
+
 class CudaBackend(Backend):
     """A decode step is one kernel, or encode, scan and attend; no host synchronisation.
 
     It can be captured in a CUDA graph: launch shapes depend on the number of rows, ``max_context_len``
-    and the configured budget alone, lengths and budgets are read on the device. No context is longer than
-    ``MAX_CONTEXT``.
+    and the configured budget alone, lengths and budgets are read on the device. A step has up to ``MAX_ROWS``
+    rows of up to ``MAX_CONTEXT`` tokens.
     """
 
     name = "cuda"
@@ -138,7 +171,7 @@ class CudaBackend(Backend):
 
     def workspace_bytes(self, params: Params, max_rows: int, max_context_len: int) -> int:
         """Bytes of device memory that decode needs beside its arguments."""
-        check_context(max_context_len)
+        check_step(max_rows, params.num_kv_heads, max_context_len)
         capacity = candidate_capacity(max_context_len, params.budget(max_context_len))
         return self._workspace_bytes(params, max_rows, capacity)
 
@@ -186,7 +219,8 @@ class CudaBackend(Backend):
         signatures.
 
         Args:
-            max_context_len: an upper bound of ``context_lens``; default: what the block table holds.
+            max_context_len: an upper bound of ``context_lens``; default: what the block table and the
+                kernels hold. Longer rows count as that long.
             overlap: as in :meth:`Backend.decode`.
             stages: which of the three kernels run (bits: encode, scan, attend), for measurements.
             cluster: blocks per (row, KV head) of the fused kernel, 0 for the three kernels; default:
@@ -200,10 +234,9 @@ class CudaBackend(Backend):
         typed("budgets", budgets, torch.int32, rows)
         typed("stats", stats, torch.int64, 4)
         together(query=query, page=page, output=output, budgets=budgets, stats=stats)
-        longest = min(block_table.shape[1] * params.layout.block_size, MAX_CONTEXT)
-        if max_context_len is not None:
-            check_context(max_context_len)
-            longest = min(longest, max_context_len)
+        longest = block_table.shape[1] * params.layout.block_size
+        longest = min(longest, MAX_CONTEXT if max_context_len is None else max_context_len)
+        check_step(rows, params.num_kv_heads, longest)
         if cluster is None:
             cluster = self.cluster_size(params, rows, query.dtype, page, longest)
         elif cluster and not self.fused_clusters(params, query.dtype, page, longest, cluster):
@@ -239,7 +272,9 @@ class CudaBackend(Backend):
 
     def scan(self, params, query, page, block_table, context_lens):
         rows, query = self._rows(params, query, block_table, context_lens)
-        longest = int(context_lens.max()) if rows else 0
+        held = block_table.shape[1] * params.layout.block_size
+        longest = max(0, min(int(context_lens.max()), held)) if rows else 0
+        check_step(rows, params.num_kv_heads, longest)
         scores = torch.full(
             (rows, params.num_score_heads, longest),
             float("-inf"),
@@ -271,7 +306,7 @@ class CudaBackend(Backend):
         check_context(longest)
         if rows and int(context_lens.max()) > longest:
             raise ValueError(f"context_lens: a row is longer than the {longest} scores of a row")
-        most = int(torch.minimum(budgets, context_lens).max()) if rows else 0
+        most = int(params.attended(context_lens, budgets).max()) if rows else 0
         tokens = torch.full((rows, heads, most), -1, dtype=torch.int32, device=scores.device)
         self._lib.select(
             scores, context_lens, budgets, tokens, params.num_sink_tokens, params.recent_window
@@ -370,6 +405,7 @@ class CudaBackend(Backend):
     @staticmethod
     def _numbers(params: Params) -> tuple:
         """:attr:`Params.numbers` of pages that the kernels can read."""
+        check_block(params.layout.block_size)
         if not params.fp8 and params.layout.dtype not in DTYPES:
             raise AdamasError(
                 f"the CUDA kernels read bf16, fp16 and fp8 pages, not {params.layout.dtype}."

@@ -15,9 +15,10 @@ def select_tokens(scores: torch.Tensor, budget: int, sinks: int, recent: int) ->
     """The ``budget`` best tokens of one context, ascending int64; ties go to the most recent.
 
     Args:
-        scores: ``[L]``; the first ``sinks`` and last ``recent`` tokens are taken whatever they score.
+        scores: ``[L]``; the first ``sinks`` and last ``recent`` tokens are taken whatever they score,
+            and if the budget is less.
     """
-    length = scores.shape[0]
+    length, budget = scores.shape[0], max(budget, sinks + recent, 1)
     if budget >= length:
         return torch.arange(length)
     middle = scores[sinks : length - recent].flip(0)  # [M], most recent first
@@ -57,7 +58,7 @@ class ReferenceBackend(Backend):
     def scan(self, params, query, page, block_table, context_lens):
         shape = (query.shape[0], params.num_score_heads, _max(context_lens))
         scores = torch.full(shape, float("-inf"))  # [R, num_score_heads, L]
-        for row, length in enumerate(context_lens.tolist()):
+        for row, length in enumerate(_lengths(params, block_table, context_lens)):
             if length:
                 scores[row, :, :length] = self._scan_row(
                     params, query[row], page, block_table[row], length
@@ -84,7 +85,9 @@ class ReferenceBackend(Backend):
 
     def select(self, params, scores, context_lens, budgets):
         rows, heads, _ = scores.shape
-        chosen = torch.full((rows, heads, _max(budgets)), -1, dtype=torch.int32)
+        chosen = torch.full(
+            (rows, heads, _max(params.attended(context_lens, budgets))), -1, dtype=torch.int32
+        )
         for row, (length, budget) in enumerate(
             zip(context_lens.tolist(), budgets.tolist(), strict=True)
         ):
@@ -109,9 +112,9 @@ class ReferenceBackend(Backend):
         max_context_len=None,
         overlap=False,
     ):
-        for row, (length, budget) in enumerate(
-            zip(context_lens.tolist(), budgets.tolist(), strict=True)
-        ):
+        attended = params.attended(context_lens, budgets).tolist()
+        lengths = _lengths(params, block_table, context_lens)
+        for row, (length, budget) in enumerate(zip(lengths, attended, strict=True)):
             output[row] = 0
             if length == 0:
                 continue
@@ -131,13 +134,12 @@ class ReferenceBackend(Backend):
                 k, v = self._tokens(params, page, block_table[row], kv_head, tokens)  # [K, D]
                 p = (k @ query[row, head].float() * params.softmax_scale).softmax(0)  # [K]
                 output[row, head] = (p @ v).to(output.dtype)
-            attended = min(budget, length) if sparse else visible
-            heads = params.num_query_heads
-            stats += torch.tensor([sparse, not sparse, length * heads, attended * heads])
+            seen, heads = budget if sparse else visible, params.num_query_heads
+            stats += torch.tensor([sparse, not sparse, length * heads, seen * heads])
 
     def gather(self, params, page, block_table, context_lens, key, value):
         start = 0
-        for row, length in enumerate(context_lens.tolist()):
+        for row, length in enumerate(_lengths(params, block_table, context_lens)):
             for head in range(params.num_kv_heads):
                 k, v = self._tokens(params, page, block_table[row], head, torch.arange(length))
                 key[start : start + length, head] = k.to(key.dtype)
@@ -164,6 +166,15 @@ class ReferenceBackend(Backend):
         kind = FP8[params.fp8]
         limit = torch.finfo(kind).max
         return (x.float() / scale).clamp(-limit, limit).to(kind).view(torch.uint8)
+
+
+def _lengths(params, block_table: torch.Tensor, context_lens: torch.Tensor) -> list[int]:
+    lengths, held = context_lens.tolist(), block_table.shape[1] * params.layout.block_size
+    if any(not 0 <= length <= held for length in lengths):
+        raise ValueError(
+            f"context_lens: a context has not 0 to {held} tokens, which the block table holds"
+        )
+    return lengths
 
 
 def _max(lengths: torch.Tensor) -> int:

@@ -25,6 +25,7 @@ def append_kernel(
     stored_value,
     slots,  # int64 [T]
     tokens,
+    all_slots,  # slots of the cache; those beyond are skipped, as negative ones are
     key_token,
     key_head,
     stored_key_token,
@@ -54,7 +55,7 @@ def append_kernel(
     head = tl.program_id(1)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     slot = tl.load(slots + token, mask=token < tokens, other=-1)
-    kept = slot >= 0
+    kept = (slot >= 0) & (slot < all_slots)
     block, offset = slot // N, (slot % N).to(tl.int32)
     token = token.to(tl.int64)
     dim = tl.arange(0, PADDED)

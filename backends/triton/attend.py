@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from vllm_adamas.backends import MAX_GROUP
+from vllm_adamas.backends.triton.rows import budget_of, length_of
 
 ROWS = tl.constexpr(MAX_GROUP)  #: query heads of a program, padded to what a tensor core multiplies
 
@@ -46,6 +47,8 @@ def attend_kernel(
     maximum,  # float32 [R, Hq, parts], of logits in units of ln 2
     total,  # float32 [R, Hq, parts]
     factor,
+    longest,
+    least,
     WINDOW: tl.constexpr,  # tokens that a query sees, 0: all
     SPARSE: tl.constexpr,  # rows with a selection, or else the rows without
     HEADS: tl.constexpr,
@@ -58,8 +61,9 @@ def attend_kernel(
     TOKENS: tl.constexpr,
 ):
     """One program: a part of one row's tokens, for HEADS query heads that share them."""
-    row, unit, parts = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(2)
-    length, budget = tl.load(context_lens + row), tl.load(budgets + row)
+    row, unit = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    parts = tl.num_programs(2)
+    length, budget = length_of(context_lens, row, longest), budget_of(budgets, row, least)
     if WINDOW > 0:
         count = tl.minimum(length, WINDOW)
     elif SPARSE:
@@ -123,6 +127,8 @@ def merge_kernel(
     budgets,
     stats,  # int64 [4]: sparse rows, dense rows, context tokens, attended tokens
     factor,
+    longest,
+    least,
     WINDOW: tl.constexpr,
     PARTS: tl.constexpr,
     SIZE: tl.constexpr,
@@ -130,7 +136,7 @@ def merge_kernel(
 ):
     """One program: one row and query head."""
     row, head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    length, budget = tl.load(context_lens + row), tl.load(budgets + row)
+    length, budget = length_of(context_lens, row, longest), budget_of(budgets, row, least)
     part, dim = tl.arange(0, PARTS), tl.arange(0, PADDED)
     unit = (row * heads + head) * PARTS + part
     top = tl.load(maximum + unit, mask=part < tl.where(length > 0, PARTS, 0), other=float("-inf"))

@@ -6,9 +6,12 @@ import triton
 import triton.language as tl
 
 from vllm_adamas.backends.triton.attend import dequantize
+from vllm_adamas.backends.triton.rows import length_of
+
+ROWS = tl.constexpr(1024)  #: whose lengths are added up at a time
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "longest"])  # every step has others
 def gather_kernel(
     k,
     v,
@@ -23,20 +26,24 @@ def gather_kernel(
     key_head,
     value_token,
     value_head,
+    tokens,  # T
+    longest,
     k_scale,
     v_scale,
     N: tl.constexpr,
     SIZE: tl.constexpr,
     PADDED: tl.constexpr,
     FP8: tl.constexpr,
-    ROWS: tl.constexpr,  # a power of two above the number of rows
     TOKENS: tl.constexpr,
 ):
     """One program: TOKENS tokens of one row and KV head."""
-    row, head = tl.program_id(1), tl.program_id(2)
-    others = tl.arange(0, ROWS)
-    before = tl.sum(tl.load(context_lens + others, mask=others < row, other=0).to(tl.int64))
-    length = tl.load(context_lens + row)
+    row, head = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    before = tl.full((), 0, tl.int64)
+    for first in range(0, tl.program_id(1), ROWS):
+        other = first + tl.arange(0, ROWS)
+        lengths = tl.load(context_lens + other, mask=other < row, other=0)
+        before += tl.sum(tl.minimum(tl.maximum(lengths, 0), longest).to(tl.int64))
+    length = tl.minimum(length_of(context_lens, row, longest), tokens - before)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     inside = token < length
     block = tl.load(block_table + row * table_row + token // N, mask=inside, other=0)

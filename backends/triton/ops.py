@@ -96,6 +96,7 @@ class TritonBackend(Backend):
         planes = self._planes(params, page)
         append_kernel[triton.cdiv(tokens, APPEND_TOKENS), heads](
             key, params.key_mean, stored_key, stored_value, slot_mapping, tokens,
+            len(page) * layout.block_size,
             *key.stride()[:2], *stored_key.stride()[:2], *stored_value.stride()[:2],
             planes.k, planes.v, planes.hi, planes.lo, planes.scale, *planes.strides,
             params.coding.threshold, RELATIVE=params.coding.relative, N=layout.block_size,
@@ -104,7 +105,8 @@ class TritonBackend(Backend):
 
     def scan(self, params, query, page, block_table, context_lens):
         rows = self._rows(params, query, block_table, context_lens)
-        longest = int(context_lens.max()) if rows else 0
+        held = block_table.shape[1] * params.layout.block_size
+        longest = max(0, min(int(context_lens.max()), held)) if rows else 0
         shape = (rows, params.num_score_heads, longest)
         scores = torch.full(shape, float("-inf"), dtype=torch.float32, device=query.device)
         if longest:
@@ -120,7 +122,7 @@ class TritonBackend(Backend):
         typed("scores", scores, torch.float32, rows, heads, None)
         typed("context_lens", context_lens, torch.int32, rows)
         typed("budgets", budgets, torch.int32, rows)
-        kept = torch.minimum(budgets, context_lens)
+        kept = params.attended(context_lens.clamp_max(scores.shape[2]), budgets)
         most = int(kept.max()) if rows else 0
         tokens = torch.empty_like(scores, dtype=torch.int32)
         if most:
@@ -167,8 +169,8 @@ class TritonBackend(Backend):
             out = output[some]
             merge_kernel[len(batch[1]), params.num_query_heads](
                 plan.partial, plan.maximum, plan.total, out, *out.stride()[:2], *batch[1:], stats,
-                params.v_scale, WINDOW=params.sliding_window, PARTS=plan.parts,
-                **_sizes(params.layout.head_size),
+                params.v_scale, longest, params.least_budget, WINDOW=params.sliding_window,
+                PARTS=plan.parts, **_sizes(params.layout.head_size),
             )  # fmt: skip
 
     def gather(self, params, page, block_table, context_lens, key, value):
@@ -183,9 +185,9 @@ class TritonBackend(Backend):
         planes = self._planes(params, page)
         gather_kernel[triton.cdiv(longest, GATHER_TOKENS), rows, params.num_kv_heads](
             planes.k, planes.v, *planes.strides[:2], block_table, block_table.stride(0),
-            context_lens, key, value, *key.stride()[:2], *value.stride()[:2],
+            context_lens, key, value, *key.stride()[:2], *value.stride()[:2], len(key), longest,
             params.k_scale, params.v_scale, N=layout.block_size, **_sizes(layout.head_size),
-            FP8=params.fp8, ROWS=triton.next_power_of_2(rows), TOKENS=GATHER_TOKENS,
+            FP8=params.fp8, TOKENS=GATHER_TOKENS,
         )  # fmt: skip
 
     def _scan(self, plan, params, query, page, block_table, context_lens, budgets, scores):
@@ -202,7 +204,7 @@ class TritonBackend(Backend):
         scan_kernel[rows, heads, plan.scan_parts](
             plan.planes, plan.bias, planes.hi, planes.lo, planes.scale, *planes.strides[2:],
             block_table, block_table.stride(0), context_lens, budgets, scores,
-            *scores.stride()[:2], DOT=dot, SHARED=shared, GROUP=params.group,
+            *scores.stride()[:2], scores.shape[2], params.least_budget, DOT=dot, SHARED=shared, GROUP=params.group,
             ROWS=1 if summed else _padded(params.group), N=layout.block_size,
             SIZE=layout.head_size, TOKENS=SCAN_TOKENS,
         )  # fmt: skip
@@ -210,7 +212,8 @@ class TritonBackend(Backend):
     def _select(self, params, scores, tokens, context_lens, budgets, sparse_only):
         select_kernel[len(context_lens), scores.shape[1]](
             scores, tokens, *scores.stride()[:2], *tokens.stride()[:2], context_lens, budgets,
-            params.num_sink_tokens, params.recent_window, SPARSE_ONLY=sparse_only,
+            params.num_sink_tokens, params.recent_window, scores.shape[2], params.least_budget,
+            SPARSE_ONLY=sparse_only,
             SAMPLES=SAMPLES, TOKENS=SELECT_TOKENS, CANDIDATES=CANDIDATES, num_warps=8,
         )  # fmt: skip
 
@@ -226,7 +229,8 @@ class TritonBackend(Backend):
             block_table, block_table.stride(0), context_lens, budgets,
             tokens, *(tokens.stride()[:2] if sparse else (0, 0)),
             plan.partial, plan.maximum, plan.total,
-            params.softmax_scale * params.k_scale / math.log(2), WINDOW=params.sliding_window,
+            params.softmax_scale * params.k_scale / math.log(2), plan.scores.shape[2],
+            params.least_budget, WINDOW=params.sliding_window,
             SPARSE=sparse, HEADS=1 if alone else params.group, GROUP=params.group,
             N=layout.block_size, **_sizes(layout.head_size), FP8=params.fp8, DTYPE=DTYPES[dtype],
             TOKENS=max(16, min(64, 16384 // row_bytes)),

@@ -13,6 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vllm_adamas.backends.triton.rows import budget_of, length_of
 from vllm_adamas.backends.triton.signature import (
     TILE,
     WORD,
@@ -111,6 +112,8 @@ def scan_kernel(
     scores,  # float32 [R, sets, L]
     score_row,
     score_set,
+    longest,
+    least,
     DOT: tl.constexpr,
     SHARED: tl.constexpr,  # one set per KV head
     GROUP: tl.constexpr,
@@ -121,13 +124,13 @@ def scan_kernel(
 ):
     """One program: a part of one row's context, for one KV head."""
     WORDS: tl.constexpr = SIZE // WORD
-    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    length = tl.load(context_lens + row)
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    length = length_of(context_lens, row, longest)
     chunk = tl.cdiv(tl.cdiv(length, tl.num_programs(2)), TOKENS) * TOKENS
     start = tl.program_id(2) * chunk
     end = tl.minimum(start + chunk, length)
     if budgets is not None:
-        end = tl.where(tl.load(budgets + row) < length, end, start)
+        end = tl.where(budget_of(budgets, row, least) < length, end, start)
 
     encoded = tl.arange(0, ROWS)
     unit = (row * tl.num_programs(1) + head) * ROWS + encoded

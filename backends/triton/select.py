@@ -12,6 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from vllm_adamas.backends.triton.rows import budget_of, length_of
+
 
 @triton.jit
 def _keys(scores, token, inside, length, sinks, recent):
@@ -52,14 +54,16 @@ def select_kernel(
     budgets,  # int32 [R]
     sinks,
     recent,
+    longest,
+    least,
     SPARSE_ONLY: tl.constexpr,  # leave rows out whose budget reaches the context
     SAMPLES: tl.constexpr,
     TOKENS: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ):
     """One program: one token set. Ascending tokens; of equal scores the most recent ones."""
-    row, which = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    length, budget = tl.load(context_lens + row), tl.load(budgets + row)
+    row, which = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    length, budget = length_of(context_lens, row, longest), budget_of(budgets, row, least)
     if SPARSE_ONLY:
         length = tl.where(budget < length, length, 0)
     scores += row * score_row + which * score_set

@@ -64,6 +64,7 @@ Page page_of(const TensorView& page, int64_t block_size, int64_t head_size, int6
   expect(page.ndim() == 4 && page.size(2) == block_size && page.size(3) == content &&
              page.stride(2) == content && page.stride(3) == 1,
          "page: expected [blocks, Hkv, N, C] with N and C of the layout, and dense in both");
+  expect(block_size * content * size < int64_t(1) << 31, "page: a block of one KV head spans 2 GiB or more");
   return Page{static_cast<uint8_t*>(page.data_ptr()), page.stride(0) * size, page.stride(1) * size,
               int(block_size), int(head_size), int(page.size(1)), v_offset, hi_offset, lo_offset,
               scale_offset, Element(element), float(k_scale), float(v_scale)};
@@ -191,16 +192,16 @@ void select_op(TensorView scores, TensorView context_lens, TensorView budgets, T
   p.context_lens = row_numbers(context_lens, "context_lens: expected int32 [R]");
   p.num_rows = int(context_lens.size(0));
   p.budgets = row_numbers(budgets, "budgets: expected int32 [R]", p.num_rows);
+  p.num_sink_tokens = int(num_sink_tokens);
+  p.recent_window = int(recent_window);
   check_scores(scores, p);
   bool fits = tokens.ndim() == 3 && is_int(tokens, 32) && tokens.stride(2) == 1 && tokens.size(0) == p.num_rows &&
               tokens.size(1) == scores.size(1);
   for (int row = 0; row < p.num_rows; ++row)
-    fits = fits && std::min(p.context_lens[row], p.budgets[row]) <= tokens.size(2);
+    fits = fits && std::min(p.context_lens[row], p.budget(row)) <= tokens.size(2);
   expect(fits, "tokens: expected int32 [R, heads, tokens] with room for what is selected");
   p.num_query_heads = int(scores.size(1));
   p.per_query_head = true;
-  p.num_sink_tokens = int(num_sink_tokens);
-  p.recent_window = int(recent_window);
   select(*active, p, static_cast<const float*>(scores.data_ptr()), scores.stride(0), scores.stride(1),
          static_cast<int32_t*>(tokens.data_ptr()), tokens.stride(0), tokens.stride(1));
 }

@@ -25,7 +25,11 @@ template <class T>
 class Buffer {
  public:
   T* at_least(int64_t n) {
+#ifdef __SANITIZE_ADDRESS__
+    data_ = std::vector<T>(n);  // no more than that, so that a step beyond it is seen
+#else
     if (int64_t(data_.size()) < n) data_.resize(n + n / 4);
+#endif
     return data_.data();
   }
 
@@ -38,6 +42,7 @@ int parts(int64_t n, int size) { return int((n + size - 1) / size); }
 
 struct RowPlan {
   bool sparse;
+  int budget;
   int first, length;       // tokens [first, length) are visible
   int64_t scores;          // offset into the score buffer (sparse)
   int64_t partials;        // index of the first partial (dense)
@@ -63,7 +68,8 @@ thread_local Scratch scratch;
 RowPlan plan_row(const DecodeParams& p, int row) {
   RowPlan plan{};
   plan.length = p.context_lens[row];
-  plan.sparse = p.budgets[row] < plan.length && p.sliding_window == 0;
+  plan.budget = p.budget(row);
+  plan.sparse = plan.budget < plan.length && p.sliding_window == 0;
   plan.first = p.sliding_window > 0 ? std::max(0, plan.length - p.sliding_window) : 0;
   return plan;
 }
@@ -82,7 +88,8 @@ void merge(Partial* partials, int count, int64_t step, int head_size) {
   }
 }
 
-// Selects into the thread's token list: sinks, the best of the middle, the recent window.
+// Selects into the thread's token list: sinks, the best of the middle, the recent window. budget: of
+// DecodeParams, so sinks and recent window are within it.
 int select_row(const Kernels& kernels, const DecodeParams& p, const float* scores, int length, int budget,
                int32_t* out) {
   if (budget >= length) {
@@ -227,10 +234,10 @@ class Group {
       return;
     }
     const int heads = p_.per_query_head ? 1 : p_.group();
-    const int first_head = item * heads, budget = p_.budgets[row];
-    int32_t* tokens = scratch.tokens.at_least(int64_t(budget) + kTile);
+    const int first_head = item * heads;
+    int32_t* tokens = scratch.tokens.at_least(int64_t(plan.budget) + kTile);
     const int count = select_row(kernels_, p_, scores + plan.scores + item * padded(plan.length), plan.length,
-                                 budget, tokens);
+                                 plan.budget, tokens);
     float* queries = scratch.queries.at_least(int64_t(heads) * head_size);
     Partial* out = scratch.heads(heads, head_size);
     for (int h = 0; h < heads; ++h) kernels_.load_query(p_, row, first_head + h, queries + h * head_size);
@@ -284,7 +291,7 @@ void select(const Kernels& kernels, const DecodeParams& p, const float* scores, 
             int64_t head_stride, int32_t* out, int64_t out_row_stride, int64_t out_head_stride) {
   for (int row = 0; row < p.num_rows; ++row)
     for (int head = 0; head < p.score_heads(); ++head) {
-      const int length = p.context_lens[row], budget = std::min(p.budgets[row], length);
+      const int length = p.context_lens[row], budget = std::min(p.budget(row), length);
       int32_t* tokens = scratch.tokens.at_least(int64_t(budget) + kTile);
       const int count =
           select_row(kernels, p, scores + row * row_stride + head * head_stride, length, budget, tokens);

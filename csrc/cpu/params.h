@@ -64,6 +64,12 @@ struct DecodeParams {
   int num_sink_tokens, recent_window, sliding_window;
   int64_t* stats;  // sparse rows, dense rows, context tokens, attended tokens (over query heads)
 
+  // Tokens that a row attends to, if it is sparse: what is always kept counts, and one at least.
+  int budget(int row) const {
+    const int kept = num_sink_tokens + recent_window, least = kept > 1 ? kept : 1;
+    return budgets[row] > least ? budgets[row] : least;
+  }
+
   int group() const { return num_query_heads / page.num_kv_heads; }
   int score_heads() const { return per_query_head ? num_query_heads : page.num_kv_heads; }
   const int32_t* blocks(int row) const { return block_table + row * blocks_per_row; }

@@ -74,7 +74,7 @@ static inline vf exp_negative(vf x) {
   vf n = x * 1.44269504088896341f;
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23 rounds to the nearest integer
   vf r = n + magic;
-  vi e = (vi)r - (vi)magic;
+  vu e = (vu)r - (vu)magic;  // unsigned: far below -87 it wraps
   r -= magic;
   vf f = x - r * 0.693359375f;
   f = f - r * -2.12194440e-4f;
@@ -85,7 +85,7 @@ static inline vf exp_negative(vf x) {
   p = p * f + 1.6666665459e-1f;
   p = p * f + 5.0000001201e-1f;
   p = p * f * f + f + 1.0f;
-  vf y = (vf)((vi)p + (e << 23));
+  vf y = (vf)((vu)p + (e << 23));
   return x < -87.0f ? vf{} : y;
 }
 

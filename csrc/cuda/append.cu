@@ -56,7 +56,7 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant_
   const int head = int(item % page.num_kv_heads);
   if (token >= p.num_tokens) return;
   const int64_t slot = p.slots[token];
-  if (slot < 0) return;
+  if (uint64_t(slot) >= uint64_t(p.num_slots)) return;
   const int offset = int(slot % page.block_size);
   uint8_t* run = page.base + slot / page.block_size * int64_t(page.block_stride) + head * page.head_stride;
 
@@ -101,12 +101,12 @@ __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant_
 __global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant__ GatherParams p) {
   const Page& page = p.page;
   const int row = blockIdx.y, lane = threadIdx.x % 32;
-  const int length = p.context_lens[row];
   int64_t start = 0;
-  for (int r = lane; r < row; r += 32) start += p.context_lens[r];
+  for (int r = lane; r < row; r += 32) start += length_of(p, r);
 #pragma unroll
   for (int step = 16; step; step /= 2) start += __shfl_xor_sync(kFull, start, step);
   const int row_bytes = page.head_size * (page.fp8() ? 1 : 2);
+  const int length = int(min(int64_t(length_of(p, row)), p.num_tokens - start));
   const int warps = gridDim.x * kThreads / 32, items = length * page.num_kv_heads;
   for (int i = (blockIdx.x * kThreads + threadIdx.x) / 32; i < items; i += warps) {
     const int token = i / page.num_kv_heads, head = i % page.num_kv_heads;

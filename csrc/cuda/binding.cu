@@ -5,6 +5,7 @@
 #include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/function.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 
@@ -46,6 +47,7 @@ Page page_of(const TensorView& cache, int64_t block_size, int64_t head_size, int
   if (uintptr_t(page.base) % 16 || block_stride % 16 || page.head_stride % 16)
     TVM_FFI_THROW(ValueError) << "page: blocks and heads must start at multiples of 16 bytes";
   if (block_stride >> 31) TVM_FFI_THROW(ValueError) << "page: a block of the KV cache spans 2 GiB or more";
+  if (block_size < kTile || block_size > kMaxBlock) TVM_FFI_THROW(ValueError) << "page: a block has 16 to 65536 tokens";
   page.block_stride = uint32_t(block_stride);
   page.block_size = int(block_size);
   const int64_t quads = block_size / kQuad;
@@ -81,6 +83,7 @@ void append_op(TensorView key, TensorView value, TensorView slots, Optional<Tens
   p.value = rows_of(value);
   p.slots = pointer_of<const int64_t>(slots);
   p.num_tokens = slots.size(0);
+  p.num_slots = page.size(0) * block_size;
   p.norm = hadamard_norm(head_size);
   if (key_mean.has_value()) p.key_mean = pointer_of<const float>(key_mean.value());
   append(p, stream_of(key));
@@ -97,7 +100,15 @@ void gather_op(TensorView key, TensorView value, TensorView block_table, TensorV
   p.blocks_per_row = block_table.stride(0);
   p.context_lens = pointer_of<const int32_t>(context_lens);
   p.num_rows = int(context_lens.size(0));
+  p.num_tokens = key.size(0);
+  // So that a row's vectors are fewer than 2^31: more would not fit a device.
+  p.max_context_len = int(std::min({block_table.size(1) * block_size, p.num_tokens, int64_t(INT32_MAX)}));
   gather(p, stream_of(key));
+}
+
+// Sinks and recent window are kept whatever a row's budget is, and one token at least.
+int least_budget(int64_t num_sink_tokens, int64_t recent_window) {
+  return int(std::max(num_sink_tokens + recent_window, int64_t(1)));
 }
 
 // What the head counts and the score decide.
@@ -136,7 +147,11 @@ DecodeParams decode_params(const TensorView& query, const TensorView& block_tabl
   p.block_table = pointer_of<const int32_t>(block_table);
   p.blocks_per_row = block_table.stride(0);
   p.context_lens = pointer_of<const int32_t>(context_lens);
-  p.max_context_len = int(max_context_len);
+  const int64_t longest = std::min(max_context_len, block_table.size(1) * page.block_size);
+  if (p.num_rows > kMaxRows || longest < 0 || longest > kMaxContext ||
+      int64_t(p.num_rows) * page.num_kv_heads * longest > kMaxStep)
+    TVM_FFI_THROW(ValueError) << "the step has more rows or longer contexts than the kernels hold";
+  p.max_context_len = int(longest);
   if (workspace(p, pointer_of<uint8_t>(work)) > work.size(0))
     TVM_FFI_THROW(ValueError) << "the workspace is too small";
   return p;
@@ -159,6 +174,7 @@ void decode_op(TensorView query, TensorView output, TensorView block_table, Tens
   p.softmax_scale = float(softmax_scale * k_scale * 1.4426950408889634);  // logits in base 2
   p.num_sink_tokens = int(num_sink_tokens);
   p.recent_window = int(recent_window);
+  p.least_budget = least_budget(num_sink_tokens, recent_window);
   p.sliding_window = int(sliding_window);
   p.overlap = overlap;
   p.stats = pointer_of<int64_t>(stats);
@@ -216,6 +232,7 @@ void select_op(TensorView scores, TensorView context_lens, TensorView budgets, T
   p.most = int(tokens.size(2));
   p.num_sink_tokens = int(num_sink_tokens);
   p.recent_window = int(recent_window);
+  p.least_budget = least_budget(num_sink_tokens, recent_window);
   select(p, stream_of(scores));
 }
 

@@ -191,9 +191,21 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
-// The block of a token quad: quad / (block_size / 4), exact below 2^20 quads and blocks of 2^12 quads.
+// The block of a token quad: quad / q with q = block_size / 4. The magic number is (2^32 + e) / q with e < q, so
+// the product is quad / q + quad * e / (q * 2^32). A quotient lies 1 / q below the next integer at least, so that
+// rounding it down is exact if quad * e < 2^32.
+static_assert(uint64_t(kMaxContext / kQuad) * (kMaxBlock / kQuad) <= 1ull << 32);
 __device__ __forceinline__ int block_of_quad(const Page& page, int quad) {
   return int(__umulhi(uint32_t(quad), page.quad_magic));
+}
+
+// Tokens of a row's context, whatever the caller wrote there.
+template <class Params>
+__device__ __forceinline__ int length_of(const Params& p, int row) {
+  int length = p.context_lens[row];
+  // In this form, which costs attend no register more than none.
+  if (uint32_t(length) > uint32_t(p.max_context_len)) length = length < 0 ? 0 : p.max_context_len;
+  return length;
 }
 
 // Whether a row selects tokens, and how many of the middle (between sinks and recent window).
@@ -203,13 +215,13 @@ struct RowPlan {
   int budget, middle, need;
 
   __device__ RowPlan(const DecodeParams& p, int row) {
-    length = p.context_lens[row];
-    budget = p.budgets ? p.budgets[row] : 0;
+    length = length_of(p, row);
+    budget = max(p.budgets ? p.budgets[row] : 0, p.least_budget);
     sparse = p.scores || (budget < length && p.sliding_window == 0);
     if (length <= 0) sparse = false;
     first = p.sliding_window > 0 ? max(0, length - p.sliding_window) : 0;
     middle = length - p.num_sink_tokens - p.recent_window;
-    need = max(0, budget - p.num_sink_tokens - p.recent_window);
+    need = budget - p.num_sink_tokens - p.recent_window;
   }
 };
 
@@ -217,7 +229,7 @@ struct RowPlan {
 __device__ __forceinline__ void count_row(const DecodeParams& p, const RowPlan& plan) {
   if (!p.stats || plan.length <= 0) return;
   auto* stats = reinterpret_cast<unsigned long long*>(p.stats);
-  const int attended = plan.sparse ? max(plan.budget, 0) : plan.length - plan.first;
+  const int attended = plan.sparse ? plan.budget : plan.length - plan.first;
   atomicAdd(stats + (plan.sparse ? 0 : 1), 1ull);
   atomicAdd(stats + 2, (unsigned long long)(plan.length) * p.num_query_heads);
   atomicAdd(stats + 3, (unsigned long long)(attended) * p.num_query_heads);

@@ -20,6 +20,10 @@ constexpr int kQueryMax = (1 << (kQueryBits - 1)) - 1;
 // is how the fragments of the binary tensor core fall.
 constexpr int kQuad = 4;
 constexpr int kMaxHeadQuads = 4;
+// What the kernels hold (backends/cuda/__init__.py has the same): tokens of a context and of a block, rows of
+// a step, and rows * KV heads * tokens of the longest context, whose stages scan counts in 32 bits.
+constexpr int kMaxContext = 1 << 20, kMaxBlock = 1 << 16, kMaxRows = 8192;
+constexpr int64_t kMaxStep = int64_t(1) << 37;
 // Planes of an encoded query: 2 with two bits each (dot) or 3 thermometer planes (manhattan).
 constexpr int kMaxQueryPlanes = 3;
 
@@ -60,7 +64,7 @@ struct AppendParams {
   Coding coding;
   Rows key, value;
   const int64_t* slots;
-  int64_t num_tokens;
+  int64_t num_tokens, num_slots;  // num_slots: of the cache; slots beyond are skipped, as negative ones are
   float norm;             // of the Hadamard transform
   const float* key_mean;  // [num_kv_heads, head_size], transformed; null is zero
 };
@@ -71,7 +75,8 @@ struct GatherParams {
   const int32_t* block_table;
   int64_t blocks_per_row;
   const int32_t* context_lens;
-  int num_rows;
+  int num_rows, max_context_len;
+  int64_t num_tokens;  // of key and value
 };
 
 // What encode leaves for scan, scan for attend. `set` is row * score_heads + score head, `group` is
@@ -98,11 +103,12 @@ struct DecodeParams {
   const int32_t* context_lens;  // [rows]
   const int32_t* budgets;       // [rows]
   int num_rows, num_query_heads, group, score_heads_per_kv, head_quads;
-  int max_context_len;
+  int max_context_len;  // no row is longer: what workspaces and the block table hold
   float softmax_scale, norm;
   Mode mode;
   bool per_query_head;
   int num_sink_tokens, recent_window, sliding_window;
+  int least_budget;  // what is always kept, and one token; 0 in scan alone
   bool overlap;  // lengths, budgets and block table were complete before the kernel in front started
   int capacity;  // candidates per set
   int dense_workers;
@@ -121,7 +127,7 @@ struct SelectParams {
   int32_t* tokens;  // [rows, heads, most], filled with -1
   int64_t tokens_row_stride, tokens_head_stride;
   int num_rows, num_heads, max_context_len, most;
-  int num_sink_tokens, recent_window;
+  int num_sink_tokens, recent_window, least_budget;
 };
 
 void append(const AppendParams& p, void* stream);

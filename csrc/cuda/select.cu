@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant_
   uint32_t* bins = memory;
   uint32_t* bitmap = memory + kSelectWords;
   const int row = blockIdx.y, head = blockIdx.x;
-  const int length = p.context_lens[row], budget = min(p.budgets[row], length);
+  const int length = length_of(p, row), budget = min(max(p.budgets[row], p.least_budget), length);
   if (length <= 0) return;
   const bool all = budget >= length;
   const int first = all ? length : p.num_sink_tokens, last = all ? length : length - p.recent_window;
