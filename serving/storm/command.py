@@ -26,6 +26,7 @@ FACTS += ("max_tokens", "burst", "oracle", "distance")
 ENOUGH = 10  #: wrong tokens; then nothing more is checked
 GONE = 20  #: transport errors in a row: nobody is there any more
 WARM_UP = 0.2  #: of the storm; memory may grow in it
+EXACT = 0.1  #: the largest distance that says float32
 PATIENCE = 60.0  #: seconds until a server without clients must be idle
 
 
@@ -203,7 +204,8 @@ class _Storm:
             self._remember("warm")
         lost = (outcome.error or "").startswith("transport")
         self._in_a_row = self._in_a_row + 1 if lost else 0
-        if outcome.request.greedy and not outcome.error and outcome.choices:
+        comparable = not outcome.request.unstable or self.args.distance <= EXACT
+        if outcome.request.greedy and comparable and not outcome.error and outcome.choices:
             self.greedy.append(outcome)
 
     async def _watch(self) -> None:

@@ -85,6 +85,7 @@ class Request:
         body: JSON without ``model``; bytes are sent as they are.
         refused: the status must be 4xx.
         greedy: the tokens are those of the reference; see :mod:`vllm_adamas.serving.storm.reference`.
+        unstable: the model itself is not stable there, so this holds in float32 alone.
         leave_after: tokens after which the client closes a stream.
         drop_after: seconds after which it closes the connection, answered or not.
         guide: name and value of the structured output that the text must match.
@@ -95,6 +96,7 @@ class Request:
     body: dict[str, Any] | bytes
     refused: bool = False
     greedy: bool = False
+    unstable: bool = False
     leave_after: int | None = None
     drop_after: float | None = None
     guide: tuple[str, Any] | None = None
@@ -168,7 +170,9 @@ class Traffic:
         self, kind: str, prompt: list[int], tokens: int, greedy: bool = True, **more: Any
     ) -> Request:
         marks = {
-            key: more.pop(key) for key in ("leave_after", "drop_after", "guide") if key in more
+            key: more.pop(key)
+            for key in ("leave_after", "drop_after", "guide", "unstable")
+            if key in more
         }
         body = {
             "prompt": prompt,
@@ -199,7 +203,7 @@ class Traffic:
         period = self._prompt(rng.choice((1, 1, 2, 3, 7, self.block_size)))
         length = rng.randint(1, min(300, self._limit))
         prompt = (period * length)[:length]
-        return [[self._complete("repeated", prompt, self._outputs())]]
+        return [[self._complete("repeated", prompt, self._outputs(), unstable=True)]]
 
     def _fork(self) -> list[list[Request]]:
         rng = self._random
