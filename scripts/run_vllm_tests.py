@@ -21,13 +21,14 @@ import tempfile
 import urllib.parse
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 
-from vllm_adamas import compat, plugin
-from vllm_adamas.backends import get_backend
+from vllm_adamas import checks, compat, plugin
+from vllm_adamas.config import AdamasConfig
 
 MODULE = "tests/v1/attention/test_attention_backends.py"
 NEEDED = ("tests/__init__.py", "tests/v1/attention/")
@@ -115,9 +116,6 @@ class UnderTest:
     def layer(self, request, monkeypatch):
         name = f"model.layers.{request.param}.self_attn.attn"
         monkeypatch.setattr(request.module.MockAttentionLayer, "layer_name", name, raising=False)
-        yield
-        device = request.module.DEVICE_TYPE
-        get_backend("auto", device)._pages.clear()  # those of a server live as long as it does
 
     @pytest.fixture
     def default_vllm_config(self):
@@ -142,6 +140,7 @@ def adapt(module) -> None:
 
     from vllm_adamas.backend import AdamasBackend
     from vllm_adamas.layout import PageLayout
+    from vllm_adamas.shared import Shared
 
     test, configure = module._test_backend_correctness, module.create_vllm_config
     fill, run = module.create_and_prepopulate_kv_cache, module.run_attention_backend
@@ -169,7 +168,6 @@ def adapt(module) -> None:
         layout = PageLayout(head_size, block_size, stock.dtype)
         content = layout.token_bytes // stock.dtype.itemsize
         page = stock.new_zeros(*stock.shape[:3], content)
-        get_backend("auto", page.device.type).prepare(page)  # drops what the memory holds
         layout.k(page).copy_(stock[..., :head_size])
         layout.v(page).copy_(stock[..., head_size:])
         return page
@@ -181,6 +179,10 @@ def adapt(module) -> None:
             # The expected output is that of such queries, and kernels that take real ones get them too.
             query = query.to(current_platform.fp8_dtype()).to(query.dtype)
         spec = AdamasBackend.customize_spec(kv_cache_spec)
+        # The tests build the layer after the metadata; in an engine it is there before.
+        shared = Shared(AdamasConfig.parse(checks.adamas_options(config)), device.type)
+        layer = SimpleNamespace(impl=SimpleNamespace(shared=shared))
+        compat.layers_of(config).update(dict.fromkeys(names, layer))
         with set_default_torch_dtype(query.dtype):  # as while a model is built
             return run(backend, spec, names, config, device, metadata, query, *args, **kwargs)
 
