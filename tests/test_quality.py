@@ -76,8 +76,9 @@ SPREAD = 0.012  #: three times the largest difference between processors and bat
 
 @pytest.mark.parametrize("name", KEPT)
 def test_the_mass_kept_is_what_it_was(cells: dict, name: str) -> None:
+    dense = 2 if name.startswith("manhattan") else 1
+    assert cells[name]["layers"] == list(range(dense, 30))
     assert abs(mass(cells[name]) - KEPT[name]) < SPREAD
-    assert cells[name]["layers"] == list(range(1, 30))
 
 
 def test_scores_and_budgets_are_ordered(cells: dict) -> None:

@@ -41,10 +41,11 @@ class Spec:
     args: str
 
     def arguments(self) -> tuple:
-        return MODEL, self.backend, json.loads(self.options), self.args.split(), extension.ENV
+        args = (extension.ARGS + self.args).split()
+        return MODEL, self.backend, json.loads(self.options), args, extension.ENV
 
 
-EAGER = "--enforce-eager --max-num-seqs 16 " + extension.ARGS
+EAGER = "--enforce-eager --max-num-seqs 16 "
 # Few blocks: 3,264 tokens, so that four conversations of 820 do not fit.
 FEW = EAGER + "--dtype float32 --block-size 64 --num-gpu-blocks-override 52 --max-model-len 3200"
 SPARSE = json.dumps({"token_budget": BUDGET, "log_interval": 1})
