@@ -200,6 +200,8 @@ class Storms:
         except RuntimeError as error:  # it did not start
             line, record = "", {"ok": False, "problems": [str(error)]}
             print(f"{name}: {error}", flush=True)
+        for place in ("url", "oracle", "model"):  # of this host
+            record.pop(place, None)
         self.result["configurations"][name] = {
             "server": configuration.args,
             "env": configuration.env,
