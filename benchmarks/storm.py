@@ -2,7 +2,8 @@
 
 On GPUs eight servers run side by side, whose six properties meet in all pairs, and a stock server by which
 those with a budget above every context are scored; the others are replayed. A second stock server goes
-through the same storm: its distances say what rounding and batching do alone. On a CPU two servers take turns.
+through the same storm: its distances say what rounding and batching do alone. On a CPU three servers take
+turns.
 The exit status is 0 if all is well.
 
     python benchmarks/storm.py --minutes 20
@@ -104,19 +105,18 @@ def stock_configuration() -> Configuration:
 
 
 def cpu_configurations() -> dict[str, Configuration]:
-    """A server as people start it, and one that computes in float32, where distances are exact."""
+    """A server as people start it, one that computes in float32, where distances are exact, and a stock one."""
     storm = "--max-prompt 400 --max-tokens 24"
+    usual = [*CPU_SERVER.format(blocks=64).split(), "--block-size", "64"]
     exact = [*CPU_SERVER.format(blocks=96).split(), "--dtype", "float32", "--block-size", "32"]
     return {
-        "bf16": Configuration(
-            [*CPU_SERVER.format(blocks=64).split(), "--block-size", "64"],
-            f"{storm} --block-size 64",
-        ),
+        "bf16": Configuration(usual, f"{storm} --block-size 64"),
         "float32": Configuration(
             [*exact, "--enforce-eager"],
             f"{storm} --block-size 32 --distance 0.01",
             options={"token_budget": 128},
         ),
+        "stock": Configuration(usual, f"{storm} --block-size 64", "cpu_attn"),
     }
 
 
