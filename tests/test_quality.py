@@ -71,7 +71,7 @@ KEPT = {
     "manhattan-64": 0.713,
     "manhattan-128": 0.817,
 }
-SPREAD = 0.012  #: three times the largest difference between processors and batch sizes
+SPREAD = 0.012  #: three times the largest difference between processors with and without AMX, and kernels
 
 
 @pytest.mark.parametrize("name", KEPT)
