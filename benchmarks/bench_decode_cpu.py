@@ -55,7 +55,7 @@ from common import hardware, save, spread  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 
 from vllm_adamas.backends.base import Params  # noqa: E402
-from vllm_adamas.backends.cpu import CpuBackend  # noqa: E402
+from vllm_adamas.backends.cpu.backend import CpuBackend  # noqa: E402
 from vllm_adamas.config import AdamasConfig  # noqa: E402
 from vllm_adamas.layout import PageLayout  # noqa: E402
 

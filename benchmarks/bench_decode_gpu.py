@@ -26,9 +26,9 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_adamas.backends import xformers
+from vllm_adamas.backends.registry import xformers
 from vllm_adamas.backends.base import Params
-from vllm_adamas.backends.cuda import CudaBackend
+from vllm_adamas.backends.cuda.backend import CudaBackend
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.layout import PageLayout
 

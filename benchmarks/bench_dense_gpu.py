@@ -18,9 +18,9 @@ from bench_decode_gpu import HEAD_SIZE, KV_HEADS, QUERY_HEADS, Pool, bench_fa3, 
 from common import gpu_hardware, save
 from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
-from vllm_adamas.backends.cuda import CudaBackend
-from vllm_adamas.prefill import PrefillPlan
-from vllm_adamas.prefill_flash import FlashPrefill
+from vllm_adamas.backends.cuda.backend import CudaBackend
+from vllm_adamas.serving.dense.base import PrefillPlan
+from vllm_adamas.serving.dense.flash import FlashPrefill
 
 CELLS = ("1024x1", "1024x32", "8192x1", "8192x8", "32768x1", "32768x8", "32768x22", "131072x5")
 MAX_CONTEXT = 131072

@@ -19,7 +19,7 @@ def hardware() -> dict:
     import torch
 
     import vllm_adamas
-    from vllm_adamas import compat
+    from vllm_adamas.serving import compat
 
     model, flags = platform.machine(), set()
     if os.path.exists("/proc/cpuinfo"):

@@ -27,7 +27,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 
-from vllm_adamas import checks, compat, plugin
+from vllm_adamas.serving import checks, compat, plugin
 from vllm_adamas.config import AdamasConfig
 
 MODULE = "tests/v1/attention/test_attention_backends.py"
@@ -138,9 +138,9 @@ def adapt(module) -> None:
     from vllm.utils.torch_utils import set_default_torch_dtype
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    from vllm_adamas.backend import AdamasBackend
+    from vllm_adamas.serving.backend import AdamasBackend
     from vllm_adamas.layout import PageLayout
-    from vllm_adamas.shared import Shared
+    from vllm_adamas.serving.shared import Shared
 
     test, configure = module._test_backend_correctness, module.create_vllm_config
     fill, run = module.create_and_prepopulate_kv_cache, module.run_attention_backend

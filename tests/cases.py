@@ -10,7 +10,7 @@ import torch
 
 from vllm_adamas.backends.base import Backend, Params
 from vllm_adamas.backends.reference import signature as sig
-from vllm_adamas.backends.reference.ops import FP8, select_tokens
+from vllm_adamas.backends.reference.backend import FP8, select_tokens
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.layout import TILE, PageLayout
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from common import MODEL, refused
 
-from vllm_adamas import backends, checks
+from vllm_adamas.backends import registry as backends
+from vllm_adamas.serving import checks
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
-from vllm_adamas.plugin import register
+from vllm_adamas.serving.plugin import register
 
 
 class Changed:
@@ -198,8 +199,8 @@ def test_layers_that_rewrite_metadata_are_refused() -> None:
     """Chunked, encoder, prefix and sink attention wrap the backend of the layers around them."""
     from vllm.v1.attention.backend import subclass_attention_backend
 
-    from vllm_adamas.backend import AdamasBackend
-    from vllm_adamas.metadata import AdamasMetadataBuilder
+    from vllm_adamas.serving.backend import AdamasBackend
+    from vllm_adamas.serving.metadata import AdamasMetadataBuilder
 
     refused(
         lambda: subclass_attention_backend("Chunked_", AdamasBackend, AdamasMetadataBuilder),
@@ -217,7 +218,7 @@ def test_layers_that_rewrite_metadata_are_refused() -> None:
     ],
 )
 def test_layers_of_other_kinds_are_refused(options: dict, named: str) -> None:
-    from vllm_adamas.impl import AdamasImpl
+    from vllm_adamas.serving.impl import AdamasImpl
 
     refused(lambda: AdamasImpl(9, 64, 0.125, 3, **options), named, OTHER)
 
@@ -327,7 +328,7 @@ def test_a_size_of_blocks_that_vllm_has_yet_to_choose(vllm_config) -> None:
     """vLLM 0.33 asks the backend for the size on CPUs after the check; until then it is 16."""
     from vllm.v1.worker.utils import select_common_block_size
 
-    from vllm_adamas.backend import AdamasBackend
+    from vllm_adamas.serving.backend import AdamasBackend
 
     cache = Changed(vllm_config.cache_config, block_size=16)
     assert not cache.user_specified_block_size

@@ -15,7 +15,7 @@ import torch
 from common import random_gemma, random_llama
 from test_checks import ARGUMENTS, ENVIRONMENT, PARTS
 
-from vllm_adamas.plugin import register
+from vllm_adamas.serving.plugin import register
 from vllm_adamas.serving.launch import Server
 
 TESTS = Path(__file__).parent

@@ -8,7 +8,7 @@ from common import is_one_sentence
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vllm_adamas.backends import get_backend
+from vllm_adamas.backends.registry import get_backend
 from vllm_adamas.config import (
     MAX_LAYERS,
     MAX_SECONDS,
@@ -18,7 +18,7 @@ from vllm_adamas.config import (
     Coding,
 )
 from vllm_adamas.errors import AdamasError
-from vllm_adamas.metadata import token_budgets
+from vllm_adamas.serving.metadata import token_budgets
 
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 DEFAULTS = {

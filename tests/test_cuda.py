@@ -21,9 +21,9 @@ from cases import (
     relative_error,
 )
 
-from vllm_adamas.backends.cuda import MAX_CONTEXT, MAX_ROWS
+from vllm_adamas.backends.cuda.backend import MAX_CONTEXT, MAX_ROWS
 from vllm_adamas.backends.reference import ReferenceBackend
-from vllm_adamas.backends.reference.ops import select_tokens
+from vllm_adamas.backends.reference.backend import select_tokens
 from vllm_adamas.errors import AdamasError
 
 pytestmark = [
@@ -64,7 +64,7 @@ SELECTIONS = pytest.mark.parametrize("selection", ["query_head", "kv_head"])
 
 @pytest.fixture(scope="module")
 def backend():
-    from vllm_adamas.backends.cuda import LIBRARY, CudaBackend
+    from vllm_adamas.backends.cuda.backend import LIBRARY, CudaBackend
 
     if not LIBRARY.exists():
         pytest.skip("the CUDA library is not built")

@@ -12,8 +12,8 @@ import torch
 from cases import Batch, Case
 from common import refused
 
-from vllm_adamas.backends import cuda
-from vllm_adamas.backends.cuda import (
+from vllm_adamas.backends.registry import cuda
+from vllm_adamas.backends.cuda.backend import (
     MAX_BLOCK,
     MAX_CANDIDATES,
     MAX_CONTEXT,

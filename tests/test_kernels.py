@@ -29,7 +29,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vllm_adamas.backends.base import MOST_TOKENS
-from vllm_adamas.backends.cpu import CpuBackend
+from vllm_adamas.backends.cpu.backend import CpuBackend
 from vllm_adamas.backends.reference import ReferenceBackend
 from vllm_adamas.backends.reference import signature as sig
 
@@ -266,7 +266,7 @@ def test_gather(backend, case: Case) -> None:
 DIGEST = """
 import hashlib, sys
 from cases import CASES
-from vllm_adamas.backends.cpu import CpuBackend
+from vllm_adamas.backends.cpu.backend import CpuBackend
 digest, backend = hashlib.sha256(), CpuBackend(sys.argv[1])
 for case in CASES.values():
     batch = case.build(backend)

@@ -11,12 +11,12 @@ import torch
 from cases import CASES, Batch, Case, as_bytes
 from common import refused
 
-from vllm_adamas import impl as impl_module
-from vllm_adamas import metadata, shared
-from vllm_adamas.backends import workspace
-from vllm_adamas.backends.cpu import CpuBackend
+from vllm_adamas.serving import impl as impl_module
+from vllm_adamas.serving import metadata, shared
+from vllm_adamas.backends.registry import workspace
+from vllm_adamas.backends.cpu.backend import CpuBackend
 from vllm_adamas.backends.reference import ReferenceBackend
-from vllm_adamas.backends.triton import TritonBackend, ops
+from vllm_adamas.backends.triton import TritonBackend, backend as ops
 from vllm_adamas.backends.workspace import Workspace
 from vllm_adamas.serving.metrics import FOLDER, read_counters
 

@@ -10,10 +10,10 @@ from common import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_adamas.backend import AdamasBackend
+from vllm_adamas.serving.backend import AdamasBackend
 from vllm_adamas.config import AdamasConfig
-from vllm_adamas.metadata import AdamasMetadata, AdamasMetadataBuilder
-from vllm_adamas.plugin import register
+from vllm_adamas.serving.metadata import AdamasMetadata, AdamasMetadataBuilder
+from vllm_adamas.serving.plugin import register
 from vllm_adamas.serving.metrics import SelectionStats
 
 register()

@@ -194,7 +194,7 @@ def test_installed_wheel_is_self_contained(wheel: Path, tmp_path: Path) -> None:
     ]
     points = metadata.Distribution.at(next(target.glob("*.dist-info"))).entry_points
     assert {(point.group, point.name, point.value) for point in points} == {
-        ("vllm.general_plugins", "adamas", "vllm_adamas.plugin:register"),
+        ("vllm.general_plugins", "adamas", "vllm_adamas.serving.plugin:register"),
         ("console_scripts", "vllm-adamas", "vllm_adamas.cli:main"),
     }
 

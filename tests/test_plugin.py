@@ -9,7 +9,7 @@ import pytest
 import torch
 from common import MODEL, is_one_sentence
 
-from vllm_adamas import compat, plugin
+from vllm_adamas.serving import compat, plugin
 from vllm_adamas.errors import AdamasError
 
 REGISTRY = "vllm.v1.attention.backends.registry"
@@ -44,7 +44,7 @@ def test_the_entry_point_is_register() -> None:
 
 
 def test_importing_the_plugin_is_cheap() -> None:
-    code = "import sys, vllm_adamas.plugin; print({'torch', 'vllm', 'numpy'} & set(sys.modules))"
+    code = "import sys, vllm_adamas.serving.plugin; print({'torch', 'vllm', 'numpy'} & set(sys.modules))"
     assert python(code).strip() == "set()"
 
 
@@ -64,10 +64,10 @@ def test_other_backends_keep_their_paths() -> None:
 from {REGISTRY} import AttentionBackendEnum as Enum, _ATTN_OVERRIDES
 paths = lambda: {{b.name: (b.value, _ATTN_OVERRIDES.get(b)) for b in Enum}}
 before = paths()
-from vllm_adamas.plugin import register
+from vllm_adamas.serving.plugin import register
 register()
 after = paths()
-assert "vllm_adamas.backend.AdamasBackend" in after.pop("ADAMAS")
+assert "vllm_adamas.serving.backend.AdamasBackend" in after.pop("ADAMAS")
 assert after == before
 print("same")
 """

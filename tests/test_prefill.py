@@ -11,8 +11,8 @@ import pytest
 import torch
 from cases import TOLERANCE, Case, relative_error
 
-from vllm_adamas.backends import get_backend
-from vllm_adamas.prefill import PrefillPlan
+from vllm_adamas.backends.registry import get_backend
+from vllm_adamas.serving.dense.base import PrefillPlan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LENGTHS, NEW = (300, 65, 200, 1, 129), (300, 5, 64, 1, 128)  #: contexts, and what of them is new
@@ -52,7 +52,7 @@ def stand_in(*, q, k, v, out, cu_seqlens_q, softmax_scale, causal, window_size, 
 @pytest.fixture
 def flash(monkeypatch):
     """The module under test."""
-    name = "vllm_adamas.prefill_flash"
+    name = "vllm_adamas.serving.dense.flash"
     if DEVICE == "cuda":
         return importlib.import_module(name)
     from vllm.v1.attention.backends import fa_utils
@@ -123,7 +123,7 @@ def test_decode_of_fp8_pages_is_left_to_the_kernels(flash) -> None:
 @pytest.mark.parametrize("held", [300, 366, 10_000])
 def test_cpu_prefill(held: int, shared: bool) -> None:
     """Contexts are copied a few requests at a time, and nothing of those before is seen."""
-    from vllm_adamas.prefill_cpu import CpuPrefill
+    from vllm_adamas.serving.dense.cpu import CpuPrefill
 
     torch.cpu._init_amx()  # permission from the kernel to use tiles, which a vLLM worker also asks for
     backend, prefill = get_backend("cpu"), CpuPrefill()
@@ -159,7 +159,7 @@ def test_cpu_prefill_of_fp8_pages_reads_what_they_hold(monkeypatch) -> None:
     from vllm import _custom_ops as ops
     from vllm.v1.attention.backends import cpu_attn
 
-    from vllm_adamas.prefill_cpu import CpuPrefill
+    from vllm_adamas.serving.dense.cpu import CpuPrefill
 
     given = []
 

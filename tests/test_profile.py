@@ -10,9 +10,10 @@ import pytest
 import torch
 from common import MODEL, refused
 
-from vllm_adamas import checks, profile
+from vllm_adamas.serving import checks
+from vllm_adamas import profile
 from vllm_adamas.evaluate.calibrate import suggest
-from vllm_adamas.impl import AdamasImpl
+from vllm_adamas.serving.impl import AdamasImpl
 
 LAYERS, HEADS, SIZE = 3, 2, 64
 
@@ -246,7 +247,7 @@ def model_profile(tmp_path_factory) -> Path:
     """A profile that fits the real model, with means of zero."""
     from vllm.engine.arg_utils import EngineArgs
 
-    from vllm_adamas.plugin import register
+    from vllm_adamas.serving.plugin import register
 
     register()
     config = EngineArgs(model=str(MODEL)).create_engine_config().model_config
@@ -342,7 +343,7 @@ def test_balanced_attention_is_the_same_attention() -> None:
 
     from cases import CASES
 
-    from vllm_adamas.backends.cpu import CpuBackend
+    from vllm_adamas.backends.cpu.backend import CpuBackend
 
     backend, case = CpuBackend(), CASES["group3"]
     case = dataclasses.replace(case, budgets=tuple(n + 1 for n in case.lengths), padding=0)

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_adamas.backends.reference import signature as sig
-from vllm_adamas.backends.reference.ops import select_tokens
+from vllm_adamas.backends.reference.backend import select_tokens
 from vllm_adamas.config import PAPER_THRESHOLD, AdamasConfig, Coding
 from vllm_adamas.layout import HEAD_SIZES, TILE, WORD
 

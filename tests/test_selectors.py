@@ -7,7 +7,7 @@ import torch
 from cases import CASES, Case, relative_error
 
 from vllm_adamas.backends.reference import ReferenceBackend
-from vllm_adamas.backends.reference.selectors import QUEST_PAGE, STREAMING_SINKS, SelectorBackend
+from vllm_adamas.evaluate.selectors import QUEST_PAGE, STREAMING_SINKS, SelectorBackend
 
 REFERENCE = ReferenceBackend()
 SOME = ["plain", "mixed", "group3", "d96", "e4m3", "sliding", "empty", "single-tokens"]
@@ -77,7 +77,7 @@ def test_decode_attends_to_what_it_selects(selector: str, name: str) -> None:
 
 def test_the_oracle_keeps_the_most_attention() -> None:
     """Its own scores are the dense logits, so its mass bounds that of every other selector."""
-    from vllm_adamas.evaluate.shadow import MassRecord, Shadow
+    from vllm_adamas.evaluate.recorders import MassRecord, Shadow
 
     batch = Case((700, 300), 40, heads=(6, 2), selection="query_head").build(REFERENCE)
     kept = {}
@@ -95,7 +95,7 @@ def test_the_oracle_keeps_the_most_attention() -> None:
 
 def test_shadow_sees_the_error_of_the_output() -> None:
     """Against attention over the appended keys and values."""
-    from vllm_adamas.evaluate.shadow import MassRecord, Shadow
+    from vllm_adamas.evaluate.recorders import MassRecord, Shadow
 
     case = Case((400,), 30, heads=(2, 1), dtype=torch.float32, padding=0)
     batch, record = case.build(REFERENCE), MassRecord()

@@ -30,9 +30,9 @@ from cases import (
 )
 from common import is_one_sentence
 
-from vllm_adamas.backends import get_backend
+from vllm_adamas.backends.registry import get_backend
 from vllm_adamas.backends.reference import ReferenceBackend
-from vllm_adamas.backends.triton import TritonBackend, ops
+from vllm_adamas.backends.triton import TritonBackend, backend as ops
 from vllm_adamas.errors import AdamasError
 
 COMPILED = torch.cuda.is_available()
@@ -335,7 +335,7 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from cases import Case
-from vllm_adamas.backends.triton import ops
+from vllm_adamas.backends.triton import backend as ops
 
 class Compiled:
     \"\"\"Stands in for a kernel: compiles a launch's arguments for every target, and runs nothing.\"\"\"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_adamas import compat
+from vllm_adamas.serving import compat
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 

@@ -7,7 +7,7 @@ import torch
 from cases import CASES, TOLERANCE, Case, relative_error
 from common import is_one_sentence
 
-from vllm_adamas.backends import get_backend, xformers
+from vllm_adamas.backends.registry import get_backend, xformers
 from vllm_adamas.backends.reference import ReferenceBackend
 from vllm_adamas.errors import AdamasError
 

@@ -8,7 +8,8 @@ import json
 import sys
 from pathlib import Path
 
-from vllm_adamas import __version__, compat
+from vllm_adamas import __version__
+from vllm_adamas.serving import compat
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
 
@@ -219,7 +220,7 @@ KERNELS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton")}
 def _kernels(config: AdamasConfig) -> dict[str, str]:
     import torch
 
-    from vllm_adamas.backends import get_backend
+    from vllm_adamas.backends.registry import get_backend
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
 

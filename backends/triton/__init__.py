@@ -1,5 +1,5 @@
 """The Triton backend: the operations for every GPU that Triton compiles for."""
 
-from vllm_adamas.backends.triton.ops import TritonBackend
+from vllm_adamas.backends.triton.backend import TritonBackend
 
 __all__ = ["TritonBackend"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_adamas.backends import MAX_GROUP
+from vllm_adamas.backends.registry import MAX_GROUP
 from vllm_adamas.backends.triton.rows import budget_of, length_of
 
 ROWS = tl.constexpr(MAX_GROUP)  #: query heads of a program, padded to what a tensor core multiplies

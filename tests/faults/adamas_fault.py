@@ -19,7 +19,7 @@ def plant() -> None:
 
 def stale_signature() -> None:
     """A slot that is written again keeps the signature of what it held before."""
-    from vllm_adamas.impl import AdamasImpl
+    from vllm_adamas.serving.impl import AdamasImpl
     from vllm_adamas.layout import TILE, PageLayout
 
     original = AdamasImpl.forward
@@ -70,7 +70,7 @@ def missed_slot() -> None:
 
 
 def _spoil_some_steps(spoil) -> None:
-    from vllm_adamas.metadata import AdamasMetadataBuilder
+    from vllm_adamas.serving.metadata import AdamasMetadataBuilder
 
     original, steps = AdamasMetadataBuilder.build, itertools.count(1)
 

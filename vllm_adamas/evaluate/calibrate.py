@@ -14,7 +14,7 @@ from vllm_adamas import profile as profiles
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.evaluate import texts
 from vllm_adamas.evaluate.engine import Engine, Request
-from vllm_adamas.evaluate.shadow import Capture, ChannelRecord, MassRecord, Shadow
+from vllm_adamas.evaluate.recorders import Capture, ChannelRecord, MassRecord, Shadow
 
 BUDGETS = (32, 64, 128, 256, 512, 1024)
 #: What a profile holds a table of. Options beside the profile; None is without it.

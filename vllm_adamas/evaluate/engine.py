@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from vllm_adamas import compat
+from vllm_adamas.serving import compat
 from vllm_adamas.backends.base import Backend
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError

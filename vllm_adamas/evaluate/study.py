@@ -12,13 +12,14 @@ from pathlib import Path
 
 import torch
 
-from vllm_adamas import __version__, compat
+from vllm_adamas import __version__
+from vllm_adamas.serving import compat
 from vllm_adamas import profile as profiles
-from vllm_adamas.backends.reference.selectors import SelectorBackend
+from vllm_adamas.evaluate.selectors import SelectorBackend
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.evaluate import tasks, texts
 from vllm_adamas.evaluate.engine import Engine, Request
-from vllm_adamas.evaluate.shadow import MassRecord, Shadow
+from vllm_adamas.evaluate.recorders import MassRecord, Shadow
 
 FORMAT, VERSION = "vllm-adamas-eval", 1
 DENSE = "dense"

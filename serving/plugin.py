@@ -14,7 +14,7 @@ def register() -> None:
 
     Under a vLLM outside the supported range, choosing it ends the command; other backends are served.
     """
-    from vllm_adamas import compat
+    from vllm_adamas.serving import compat
 
     problem = compat.unsupported_vllm()
     try:
@@ -28,10 +28,10 @@ def register() -> None:
 
 
 def _check(vllm_config) -> None:
-    from vllm_adamas import compat
+    from vllm_adamas.serving import compat
 
     compat.require_supported_vllm()
-    from vllm_adamas.checks import check_config
+    from vllm_adamas.serving.checks import check_config
     from vllm_adamas.serving import metrics
 
     if check_config(vllm_config).metrics:

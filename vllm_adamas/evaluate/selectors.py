@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 
 from vllm_adamas.backends.base import Backend, Through
-from vllm_adamas.backends.reference.ops import FP8
+from vllm_adamas.backends.reference.backend import FP8
 
 Selector = Literal["oracle", "quest", "streaming_llm"]
 

@@ -8,10 +8,10 @@ from functools import cached_property
 import torch
 from vllm.distributed import get_tensor_model_parallel_rank
 
-from vllm_adamas.backends import get_backend
+from vllm_adamas.backends.registry import get_backend
 from vllm_adamas.backends.base import Backend
 from vllm_adamas.config import AdamasConfig
-from vllm_adamas.prefill import Prefill, get_prefill
+from vllm_adamas.serving.dense.base import Prefill, get_prefill
 from vllm_adamas.serving.metrics import SelectionStats
 
 

@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import pad
 from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
 
-from vllm_adamas.prefill import Prefill, PrefillPlan, runs_of
+from vllm_adamas.serving.dense.base import Prefill, PrefillPlan, runs_of
 
 
 @dataclass

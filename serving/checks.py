@@ -7,7 +7,7 @@ from difflib import get_close_matches
 import torch
 
 from vllm_adamas import profile as profiles
-from vllm_adamas.backends import HOPPER, MAX_GROUP, MIN_CAPABILITY, get_backend, gpu_kernels
+from vllm_adamas.backends.registry import HOPPER, MAX_GROUP, MIN_CAPABILITY, get_backend, gpu_kernels
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.layout import HEAD_SIZES, TILE
@@ -114,8 +114,8 @@ def _check_cuda_kernels(vllm_config) -> None:
             "kernels='cuda' on GPUs other than Hopper (compute capability 9.0)",
             "choose auto or triton",
         )
-    from vllm_adamas.backends.cuda import LIBRARY, check_block, check_step
-    from vllm_adamas.metadata import max_decode_rows
+    from vllm_adamas.backends.cuda.backend import LIBRARY, check_block, check_step
+    from vllm_adamas.serving.metadata import max_decode_rows
 
     model, block_size = vllm_config.model_config, vllm_config.cache_config.block_size
     if block_size is not None:

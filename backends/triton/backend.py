@@ -14,10 +14,10 @@ import triton
 import triton.language as tl
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from vllm_adamas.backends import MAX_GROUP, MIN_CAPABILITY
+from vllm_adamas.backends.registry import MAX_GROUP, MIN_CAPABILITY
 from vllm_adamas.backends.arguments import typed
 from vllm_adamas.backends.base import Backend, Params
-from vllm_adamas.backends.reference.ops import FP8
+from vllm_adamas.backends.reference.backend import FP8
 from vllm_adamas.backends.triton.append import append_kernel
 from vllm_adamas.backends.triton.attend import attend_kernel, merge_kernel
 from vllm_adamas.backends.triton.gather import gather_kernel

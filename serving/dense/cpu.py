@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vllm_adamas.prefill import Prefill, PrefillPlan, runs_of
+from vllm_adamas.serving.dense.base import Prefill, PrefillPlan, runs_of
 
 #: Tokens copied at a time: what is gathered is still in the L2 cache when it is repacked.
 PIECE = 512

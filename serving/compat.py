@@ -14,7 +14,7 @@ from collections.abc import Callable
 from vllm_adamas.errors import AdamasError
 
 NAME = "ADAMAS"
-BACKEND_PATH = "vllm_adamas.backend.AdamasBackend"
+BACKEND_PATH = "vllm_adamas.serving.backend.AdamasBackend"
 
 #: First supported release, and the first that is refused. 0.32 brought ``customize_spec`` with
 #: ``state_content_bytes`` and the LBHNC cache layout, without which a page cannot carry signatures.
@@ -159,7 +159,7 @@ def select_on_cpu() -> None:
         def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=None):
             if getattr(selected_backend, "name", None) != NAME:
                 return original(cls, selected_backend, attn_selector_config, num_heads)
-            from vllm_adamas.backend import AdamasBackend
+            from vllm_adamas.serving.backend import AdamasBackend
 
             reasons = AdamasBackend.validate_configuration(
                 device_capability=None, **attn_selector_config._asdict()

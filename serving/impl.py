@@ -15,17 +15,17 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
-from vllm_adamas import compat
+from vllm_adamas.serving import compat
 from vllm_adamas import profile as profiles
-from vllm_adamas.backend import AdamasBackend
+from vllm_adamas.serving.backend import AdamasBackend
 from vllm_adamas.backends.base import Params
 from vllm_adamas.backends.reference.signature import hadamard
-from vllm_adamas.checks import adamas_options
+from vllm_adamas.serving.checks import adamas_options
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.layout import TILE, PageLayout, overhead
-from vllm_adamas.metadata import AdamasMetadata, max_decode_rows, max_prefill_tokens
-from vllm_adamas.shared import Shared
+from vllm_adamas.serving.metadata import AdamasMetadata, max_decode_rows, max_prefill_tokens
+from vllm_adamas.serving.shared import Shared
 
 logger = init_logger("vllm.adamas")
 FP8 = {"fp8": "e4m3", "fp8_e4m3": "e4m3", "fp8_e5m2": "e5m2"}

@@ -14,11 +14,11 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from vllm_adamas import compat
-from vllm_adamas.checks import OTHER_BACKEND, adamas_options, warnings
+from vllm_adamas.serving import compat
+from vllm_adamas.serving.checks import OTHER_BACKEND, adamas_options, warnings
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
-from vllm_adamas.prefill import PrefillPlan
+from vllm_adamas.serving.dense.base import PrefillPlan
 
 logger = init_logger("vllm.adamas")
 

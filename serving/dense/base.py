@@ -117,9 +117,9 @@ def runs_of(lens: list[int], max_tokens: int) -> list[tuple[int, int]]:
 def get_prefill(device_type: str) -> Prefill:
     """A new one for the device."""
     if device_type == "cpu":
-        from vllm_adamas.prefill_cpu import CpuPrefill
+        from vllm_adamas.serving.dense.cpu import CpuPrefill
 
         return CpuPrefill()
-    from vllm_adamas.prefill_flash import FlashPrefill
+    from vllm_adamas.serving.dense.flash import FlashPrefill
 
     return FlashPrefill()

@@ -9,7 +9,7 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
-from vllm_adamas import checks, compat
+from vllm_adamas.serving import checks, compat
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.layout import HEAD_SIZES, token_bytes
 
@@ -41,13 +41,13 @@ class AdamasBackend(AttentionBackend):
 
     @staticmethod
     def get_impl_cls():
-        from vllm_adamas.impl import AdamasImpl
+        from vllm_adamas.serving.impl import AdamasImpl
 
         return AdamasImpl
 
     @staticmethod
     def get_builder_cls():
-        from vllm_adamas.metadata import AdamasMetadataBuilder
+        from vllm_adamas.serving.metadata import AdamasMetadataBuilder
 
         return AdamasMetadataBuilder
 

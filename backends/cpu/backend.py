@@ -1,0 +1,126 @@
+"""The CPU backend: C++ kernels of ``csrc/cpu``, loaded through tvm-ffi."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from vllm_adamas.backends.base import Backend
+from vllm_adamas.errors import AdamasError
+
+#: ADAMAS_CPU_LIBRARY names another build of the same sources (`make sanitize-cpu`).
+LIBRARY = Path(os.environ.get("ADAMAS_CPU_LIBRARY") or Path(__file__).with_name("libadamas_cpu.so"))
+
+
+@cache
+def _library():
+    if not LIBRARY.exists():
+        raise AdamasError(
+            f"the CPU kernels are not built ({LIBRARY.name} is missing): run `make setup`, or "
+            "reinstall the package on a host with a C++20 compiler."
+        )
+    import tvm_ffi
+
+    return tvm_ffi.load_module(str(LIBRARY))
+
+
+class CpuBackend(Backend):
+    """C++ kernels with AVX-512, AVX2 or portable vectors, chosen by what the processor runs.
+
+    Args:
+        isa: ``auto``, ``avx512``, ``avx2`` or ``portable``. The choice holds for the process.
+    """
+
+    name = "cpu"
+
+    def __init__(self, isa: str = "auto"):
+        self._lib = _library()
+        self.isa = str(self._lib.use_isa(isa))
+
+    @property
+    def description(self) -> str:
+        return f"cpu ({self.isa})"
+
+    def prepare(self, cache):
+        self._lib.advise_huge(torch.empty(0, dtype=torch.uint8).set_(cache.untyped_storage()))
+
+    # Shapes, strides and dtypes are checked in csrc/cpu/binding.cc, where a check costs nanoseconds.
+
+    def append(self, params, key, value, page, slot_mapping):
+        coding = params.coding
+        self._lib.append(
+            key,
+            value,
+            slot_mapping,
+            params.key_mean,
+            coding.threshold,
+            coding.relative,
+            page,
+            *params.numbers,
+        )
+
+    def decode(
+        self,
+        params,
+        query,
+        page,
+        block_table,
+        context_lens,
+        budgets,
+        output,
+        stats,
+        *,
+        max_context_len=None,
+        overlap=False,
+    ):
+        self._lib.decode(
+            query,
+            output,
+            block_table,
+            context_lens,
+            budgets,
+            stats,
+            params.softmax_scale,
+            params.score == "dot",
+            params.selection == "query_head",
+            params.num_sink_tokens,
+            params.recent_window,
+            params.sliding_window,
+            params.coding.threshold,
+            params.coding.relative,
+            page,
+            *params.numbers,
+        )
+
+    def scan(self, params, query, page, block_table, context_lens):
+        rows = context_lens.shape[0]
+        longest = int(context_lens.max()) if rows else 0
+        scores = torch.full((rows, params.num_score_heads, longest), float("-inf"))
+        self._lib.scan(
+            query,
+            block_table,
+            context_lens,
+            scores,
+            params.score == "dot",
+            params.selection == "query_head",
+            params.coding.threshold,
+            params.coding.relative,
+            page,
+            *params.numbers,
+        )
+        return scores
+
+    def select(self, params, scores, context_lens, budgets):
+        rows, heads, _ = scores.shape
+        most = int(params.attended(context_lens, budgets).max()) if rows else 0
+        tokens = torch.full((rows, heads, most), -1, dtype=torch.int32)
+        self._lib.select(
+            scores, context_lens, budgets, tokens, params.num_sink_tokens, params.recent_window
+        )
+        return tokens
+
+    def gather(self, params, page, block_table, context_lens, key, value):
+        self._lib.gather(key, value, block_table, context_lens, page, *params.numbers)

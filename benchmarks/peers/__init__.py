@@ -1,0 +1,1 @@
+"""Other attention kernels, timed beside the project's own: one file each."""

@@ -1,0 +1,1 @@
+"""Dense attention: prompts, and layers that decode densely."""
