@@ -6,7 +6,6 @@ D = head_size, N = block_size, L = the longest context of the batch. A score is 
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,13 +13,15 @@ from typing import Literal
 
 import torch
 
+from vllm_adamas.budget import TokenBudget
 from vllm_adamas.config import AdamasConfig, Coding
+from vllm_adamas.dtypes import element_of
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.layout import PageLayout
 
-#: Element types of pages, as native code numbers them (params.h)
-ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-FP8_ELEMENTS = {"e4m3": 3, "e5m2": 4}
+HOPPER = (9, 0)  #: the compute capability that the CUDA library has code for
+MIN_CAPABILITY = (8, 0)  #: of the Triton kernels, and of vLLM's FlashAttention
+MAX_GROUP = 16  #: query heads per KV head that fit the fragments of GPU kernels
 MOST_TOKENS = 1 << 30  #: of sinks, of windows: kernels add two of them in 32 bits
 
 
@@ -39,8 +40,7 @@ class Params:
         sliding_window: tokens visible to a query (its own included), 0 = all. Such rows are dense.
         fp8: ``e4m3`` or ``e5m2`` when the K and V planes hold fp8 bytes.
         k_scale, v_scale: factors from fp8 to real values.
-        token_budget: as configured, tokens or a share of the context: what launches are sized for,
-            while decode obeys the budgets that it is given.
+        budget: as configured: what launches are sized for, while decode obeys the budgets that it is given.
         key_mean: float32 ``[Hkv, D]`` on the device of the pages, the layer's mean key after the
             Hadamard transform; keys are coded less this mean. It moves all scores of a query alike,
             so it never changes the true ranking. None is zero.
@@ -59,7 +59,7 @@ class Params:
     fp8: Literal["e4m3", "e5m2"] | None = None
     k_scale: float = 1.0
     v_scale: float = 1.0
-    token_budget: int | float = AdamasConfig.model_fields["token_budget"].default
+    budget: TokenBudget = AdamasConfig().budget
     key_mean: torch.Tensor | None = field(default=None, compare=False)
 
     def __post_init__(self):
@@ -79,7 +79,7 @@ class Params:
             selection=config.selection,
             num_sink_tokens=config.num_sink_tokens,
             recent_window=config.recent_window,
-            token_budget=config.token_budget,
+            budget=config.budget,
             **kwargs,
         )
 
@@ -87,11 +87,6 @@ class Params:
     def group(self) -> int:
         """Query heads per KV head."""
         return self.num_query_heads // self.num_kv_heads
-
-    def budget(self, context_len: int) -> int:
-        """The configured budget in tokens, for a context of this length."""
-        share = isinstance(self.token_budget, float)
-        return math.ceil(self.token_budget * context_len) if share else self.token_budget
 
     @cached_property
     def numbers(self) -> tuple[int | float, ...]:
@@ -104,7 +99,7 @@ class Params:
             layout.hi_offset,
             layout.lo_offset,
             layout.scale_offset,
-            FP8_ELEMENTS[self.fp8] if self.fp8 else ELEMENTS[layout.dtype],
+            element_of(layout.dtype, self.fp8).code,
             self.k_scale if self.fp8 else 1.0,
             self.v_scale if self.fp8 else 1.0,
         )
@@ -114,12 +109,12 @@ class Params:
         """Sinks and recent window are kept whatever a row's budget is, and one token at least."""
         return max(1, self.num_sink_tokens + self.recent_window)
 
-    def attended(self, context_lens: torch.Tensor, budgets: torch.Tensor) -> torch.Tensor:
+    def attended(self, seq_lens: torch.Tensor, budgets: torch.Tensor) -> torch.Tensor:
         """Tokens that rows attend to without a sliding window: int32 ``[R]``, from int32 ``[R]`` each.
 
         Budgets count as :attr:`least_budget` at least.
         """
-        return torch.minimum(budgets.clamp_min(self.least_budget), context_lens).clamp_min(0)
+        return torch.minimum(budgets.clamp_min(self.least_budget), seq_lens).clamp_min(0)
 
     @property
     def num_score_heads(self) -> int:
@@ -159,7 +154,7 @@ class Backend(ABC):
         What has been written there stays.
         """
 
-    def reserve(self, params: Params, max_rows: int, max_context_len: int) -> int:
+    def reserve(self, params: Params, max_rows: int, max_seq_len: int) -> int:
         """Allocates what decode steps need beside their arguments; returns its size in bytes."""
         return 0
 
@@ -189,14 +184,14 @@ class Backend(ABC):
         query: torch.Tensor,
         page: torch.Tensor,
         block_table: torch.Tensor,
-        context_lens: torch.Tensor,
+        seq_lens: torch.Tensor,
     ) -> torch.Tensor:
         """Scores of every context token from the signatures alone (paper, section 3.2).
 
         Args:
             query: ``[R, Hq, D]``.
             block_table: int32 ``[R, blocks]``.
-            context_lens: int32 ``[R]``, the row's own token included.
+            seq_lens: int32 ``[R]``, the row's own token included.
 
         Returns:
             float32 ``[R, num_score_heads, L]``; beyond a row's context the value is -inf.
@@ -207,7 +202,7 @@ class Backend(ABC):
         self,
         params: Params,
         scores: torch.Tensor,
-        context_lens: torch.Tensor,
+        seq_lens: torch.Tensor,
         budgets: torch.Tensor,
     ) -> torch.Tensor:
         """The exact top-k tokens of each row and score head; ties go to the most recent token.
@@ -228,12 +223,12 @@ class Backend(ABC):
         query: torch.Tensor,
         page: torch.Tensor,
         block_table: torch.Tensor,
-        context_lens: torch.Tensor,
+        seq_lens: torch.Tensor,
         budgets: torch.Tensor,
         output: torch.Tensor,
         stats: torch.Tensor,
         *,
-        max_context_len: int | None = None,
+        max_seq_len: int | None = None,
         overlap: bool = False,
     ) -> None:
         """Attention of R query tokens over their selected tokens: scan, select, exact softmax.
@@ -244,10 +239,10 @@ class Backend(ABC):
             query: ``[R, Hq, D]``; more rows than contexts may follow, here and in ``output``.
             budgets: int32 ``[R]``.
             output: ``[R, Hq, D]``, written.
-            max_context_len: an upper bound of ``context_lens`` that holds for every replay of a
+            max_seq_len: an upper bound of ``seq_lens`` that holds for every replay of a
                 captured graph, and up to which rows are read; devices that launch from the lengths
                 themselves ignore it.
-            overlap: ``block_table``, ``context_lens`` and ``budgets`` were complete before the device
+            overlap: ``block_table``, ``seq_lens`` and ``budgets`` were complete before the device
                 began what is queued right in front of this call, so they may be read while it ends.
         """
 
@@ -257,14 +252,14 @@ class Backend(ABC):
         params: Params,
         page: torch.Tensor,
         block_table: torch.Tensor,
-        context_lens: torch.Tensor,
+        seq_lens: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
     ) -> None:
         """Copies the K and V of R contexts, back to back, out of the pages.
 
         Args:
-            key, value: ``[sum(context_lens), Hkv, D]``, written; fp8 planes arrive as real values. What
+            key, value: ``[sum(seq_lens), Hkv, D]``, written; fp8 planes arrive as real values. What
                 is beyond their end is left out on a GPU, and an error elsewhere.
         """
 
@@ -283,20 +278,20 @@ class Through(Backend):
     def prepare(self, cache):
         self.inner.prepare(cache)
 
-    def reserve(self, params, max_rows, max_context_len):
-        return self.inner.reserve(params, max_rows, max_context_len)
+    def reserve(self, params, max_rows, max_seq_len):
+        return self.inner.reserve(params, max_rows, max_seq_len)
 
     def append(self, params, key, value, page, slot_mapping):
         self.inner.append(params, key, value, page, slot_mapping)
 
-    def scan(self, params, query, page, block_table, context_lens):
-        return self.inner.scan(params, query, page, block_table, context_lens)
+    def scan(self, params, query, page, block_table, seq_lens):
+        return self.inner.scan(params, query, page, block_table, seq_lens)
 
-    def select(self, params, scores, context_lens, budgets):
-        return self.inner.select(params, scores, context_lens, budgets)
+    def select(self, params, scores, seq_lens, budgets):
+        return self.inner.select(params, scores, seq_lens, budgets)
 
     def decode(self, params, *args, **kwargs):
         self.inner.decode(params, *args, **kwargs)
 
-    def gather(self, params, page, block_table, context_lens, key, value):
-        self.inner.gather(params, page, block_table, context_lens, key, value)
+    def gather(self, params, page, block_table, seq_lens, key, value):
+        self.inner.gather(params, page, block_table, seq_lens, key, value)

@@ -1,13 +1,9 @@
-"""Compute backends, one folder each, behind the operations of :mod:`vllm_adamas.backends.base`."""
+"""Which compute backend runs where."""
 
 from __future__ import annotations
 
-from vllm_adamas.backends.base import Backend
+from vllm_adamas.backends.base import HOPPER, Backend
 from vllm_adamas.errors import AdamasError
-
-HOPPER = (9, 0)  #: the compute capability that the CUDA library has code for
-MIN_CAPABILITY = (8, 0)  #: of the Triton kernels, and of vLLM's FlashAttention
-MAX_GROUP = 16  #: query heads per KV head that fit the fragments of GPU kernels
 
 
 def gpu_kernels(name: str, capability: tuple[int, int]) -> str:
@@ -32,7 +28,7 @@ def get_backend(name: str, device_type: str = "cpu") -> Backend:
 
         return CudaBackend()
     if device_type == "cuda" and name == "triton":
-        from vllm_adamas.backends.triton import TritonBackend
+        from vllm_adamas.backends.triton.backend import TritonBackend
 
         return TritonBackend()
     if device_type == "cpu" and name in ("auto", "cpu"):
@@ -40,7 +36,7 @@ def get_backend(name: str, device_type: str = "cpu") -> Backend:
 
         return CpuBackend()
     if device_type == "cpu" and name == "reference":
-        from vllm_adamas.backends.reference import ReferenceBackend
+        from vllm_adamas.backends.reference.backend import ReferenceBackend
 
         return ReferenceBackend()
     raise AdamasError(

@@ -144,7 +144,7 @@ class Sparse:
             num_kv_heads=KV_HEADS,
             softmax_scale=HEAD_SIZE**-0.5,
         )
-        self.budgets = torch.full_like(self.batch.lens, config.budget(self.batch.context))
+        self.budgets = torch.full_like(self.batch.lens, config.budget.of(self.batch.context))
 
     def step(self):
         b = self.batch

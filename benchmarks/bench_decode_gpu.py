@@ -26,7 +26,6 @@ import torch
 import triton
 import triton.language as tl
 
-from vllm_adamas.backends.registry import xformers
 from vllm_adamas.backends.base import Params
 from vllm_adamas.backends.cuda.backend import CudaBackend
 from vllm_adamas.config import AdamasConfig
@@ -214,7 +213,7 @@ def bench_adamas(backend, pool, length, rows, copies, score, selection, budget, 
     def calls(**how):
         return [
             lambda q=q, t=t, o=o: backend.decode(
-                params, q, pool.pages, t, lens, budgets, o, stats, max_context_len=length,
+                params, q, pool.pages, t, lens, budgets, o, stats, max_seq_len=length,
                 overlap=True, **how,
             )
             for q, t, o in zip(queries, tables, outputs, strict=True)

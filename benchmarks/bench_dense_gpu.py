@@ -20,7 +20,7 @@ from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
 from vllm_adamas.backends.cuda.backend import CudaBackend
 from vllm_adamas.serving.dense.base import PrefillPlan
-from vllm_adamas.serving.dense.flash import FlashPrefill
+from vllm_adamas.serving.dense.flash import FlashAttention
 
 CELLS = ("1024x1", "1024x32", "8192x1", "8192x8", "32768x1", "32768x8", "32768x22", "131072x5")
 MAX_CONTEXT = 131072
@@ -45,7 +45,7 @@ def measure(backend, flash, pool, length: int, rows: int) -> dict:
     args = list(zip(queries, tables, outputs["kernels"], outputs["flash"], strict=True))
 
     def kernels(q, t, o):
-        backend.decode(params, q, pool.pages, t, lens, lens, o, stats, max_context_len=MAX_CONTEXT)
+        backend.decode(params, q, pool.pages, t, lens, lens, o, stats, max_seq_len=MAX_CONTEXT)
 
     def through_page(q, t, o):
         flash.decode(params, q, pool.pages, t, lens, starts, o, MAX_CONTEXT)
@@ -114,7 +114,7 @@ def main():
     parser.add_argument("--name", default="dense_gpu", help="result file")
     args = parser.parse_args()
     torch.manual_seed(0)
-    backend, flash = CudaBackend(), FlashPrefill()
+    backend, flash = CudaBackend(), FlashAttention()
     pool = Pool(backend)
     cells = [measure(backend, flash, pool, *map(int, cell.split("x"))) for cell in args.cells]
     pools = {"bf16": pool, "fp8": Pool(backend, tokens=MAX_CONTEXT, dense=False, fp8="e4m3")}

@@ -187,7 +187,7 @@ def floors(context: int, rows: int, config: dict, read_rate: float) -> tuple[flo
     sets = 4 if options.selection == "query_head" else 1
     token = KV_BYTES // layers
     signature = m["num_key_value_heads"] * (m["head_dim"] // 4 + 2)
-    sparse = signature * context + sets * token * options.budget(context)
+    sparse = signature * context + sets * token * options.budget.of(context)
     dense = weights + rows * layers * token * context
     ours = weights + rows * (dense_layers * token * context + (layers - dense_layers) * sparse)
     return 1e3 * dense / read_rate, 1e3 * ours / read_rate

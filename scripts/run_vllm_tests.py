@@ -27,8 +27,8 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
 
-from vllm_adamas.serving import checks, compat, plugin
 from vllm_adamas.config import AdamasConfig
+from vllm_adamas.serving import checks, compat, plugin
 
 MODULE = "tests/v1/attention/test_attention_backends.py"
 NEEDED = ("tests/__init__.py", "tests/v1/attention/")
@@ -138,8 +138,8 @@ def adapt(module) -> None:
     from vllm.utils.torch_utils import set_default_torch_dtype
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
-    from vllm_adamas.serving.backend import AdamasBackend
     from vllm_adamas.layout import PageLayout
+    from vllm_adamas.serving.backend import AdamasBackend
     from vllm_adamas.serving.shared import Shared
 
     test, configure = module._test_backend_correctness, module.create_vllm_config

@@ -5,23 +5,23 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
-from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionBackend, MultipleOf
 from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheLayout
 
-from vllm_adamas.serving import checks, compat
+from vllm_adamas.dtypes import KV_CACHE_DTYPES, MODEL_DTYPES
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.layout import HEAD_SIZES, token_bytes
+from vllm_adamas.serving import checks, compat
 
 
 class AdamasBackend(AttentionBackend):
     """Dense prefill, sparse decode over pages that carry key signatures."""
 
-    supported_dtypes: ClassVar[list[torch.dtype]] = list(checks.DTYPES)
-    supported_kv_cache_dtypes: ClassVar[list[str]] = list(checks.KV_CACHE_DTYPES)
+    supported_dtypes: ClassVar[list[torch.dtype]] = list(MODEL_DTYPES["cpu"])
+    supported_kv_cache_dtypes: ClassVar[list[str]] = list(KV_CACHE_DTYPES)
     # Where the kernels are not part of a graph, a call of its own for each layer's keys costs more than
     # it brings: 30 of them are a fiftieth of a small model's decode step on a CPU.
-    forward_includes_kv_cache_update = current_platform.is_cpu()
+    forward_includes_kv_cache_update = compat.on_cpu()
 
     def __init_subclass__(cls, **kwargs) -> None:
         """Layers of another kind, such as chunked or encoder attention, derive a backend whose builder

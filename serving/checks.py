@@ -6,16 +6,17 @@ from difflib import get_close_matches
 
 import torch
 
+from vllm_adamas import identity
 from vllm_adamas import profile as profiles
-from vllm_adamas.backends.registry import HOPPER, MAX_GROUP, MIN_CAPABILITY, get_backend, gpu_kernels
+from vllm_adamas.backends.base import HOPPER, MAX_GROUP, MIN_CAPABILITY
+from vllm_adamas.backends.registry import get_backend, gpu_kernels
 from vllm_adamas.config import AdamasConfig
+from vllm_adamas.dtypes import KV_CACHE_DTYPES, MODEL_DTYPES, fp8_element
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.layout import HEAD_SIZES, TILE
+from vllm_adamas.serving import compat
 
 OTHER_BACKEND = "serve this model with another --attention-backend"
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-KV_CACHE_DTYPES = ("auto", "bfloat16", "float16", "fp8", "fp8_e4m3", "fp8_e5m2")
-CUDA_DTYPES = (torch.bfloat16, torch.float16)
 
 
 def check_config(vllm_config) -> AdamasConfig:
@@ -38,8 +39,8 @@ def _pin_profile(vllm_config, config: AdamasConfig) -> AdamasConfig:
     if config.profile is None or vllm_config.model_config is None:
         return config
     profile = profiles.load(config.profile)
-    identity = profiles.identify(vllm_config.model_config)
-    profiles.check_fits(profile, config.profile.partition("#")[0], identity)
+    model = identity.identify(vllm_config.model_config)
+    profiles.check_fits(profile, config.profile.partition("#")[0], model)
     pinned = profiles.pin(config.profile)
     options = {**adamas_options(vllm_config), "profile": pinned}
     vllm_config.additional_config = {**vllm_config.additional_config, "adamas": options}
@@ -49,7 +50,7 @@ def _pin_profile(vllm_config, config: AdamasConfig) -> AdamasConfig:
 def warnings(vllm_config, config: AdamasConfig) -> list[str]:
     """What is served, but known to be served badly: one sentence each, with the better setting."""
     model, found = vllm_config.model_config, []
-    if model is not None and config.profile is None and profiles.has_qk_norm(model):
+    if model is not None and config.profile is None and identity.has_qk_norm(model):
         also = " and score dot" if config.score == "manhattan" else ""
         found.append(
             "This model normalises its keys (QK-norm), so they share a large mean that 2-bit codes "
@@ -115,14 +116,13 @@ def _check_cuda_kernels(vllm_config) -> None:
             "choose auto or triton",
         )
     from vllm_adamas.backends.cuda.backend import LIBRARY, check_block, check_step
-    from vllm_adamas.serving.metadata import max_decode_rows
 
     model, block_size = vllm_config.model_config, vllm_config.cache_config.block_size
     if block_size is not None:
         check_block(block_size)
     if model is not None:
         kv_heads = model.get_num_kv_heads(vllm_config.parallel_config)
-        check_step(max_decode_rows(vllm_config), kv_heads, model.max_model_len)
+        check_step(compat.max_decode_rows(vllm_config), kv_heads, model.max_model_len)
     if not LIBRARY.exists():
         raise AdamasError(
             f"the CUDA kernels are not built ({LIBRARY.name} is missing): reinstall the package with "
@@ -216,7 +216,7 @@ def _check_model(vllm_config) -> None:
         _refuse("soft-capped attention logits", OTHER_BACKEND)
     if _uses_sinks(text):
         _refuse("learned attention sinks", OTHER_BACKEND)
-    dtypes = DTYPES if _on_cpu() else CUDA_DTYPES
+    dtypes = MODEL_DTYPES["cpu" if _on_cpu() else "cuda"]
     if model.dtype not in dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         _refuse(f"dtype {model.dtype} on this device", f"pass --dtype {names}")
@@ -288,7 +288,7 @@ def _check_cache(vllm_config) -> None:
             "pass --kv-cache-dtype auto",
         )
     if (
-        kind.startswith("fp8")
+        fp8_element(kind)
         and _on_cpu()
         and not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported())
     ):

@@ -142,13 +142,16 @@ def _one_sentence_errors() -> None:
     sys.excepthook = hook
 
 
-def select_on_cpu() -> None:
+def select_on_cpu(problems: Callable[..., list[str]]) -> None:
     """Patch 2: let the CPU platform honour ``--attention-backend adamas``.
 
     Reason: ``CpuPlatform.get_attn_backend_cls`` ignores the selected backend and returns CPU_ATTN.
     An out-of-tree platform would replace the whole platform, of which only one can be active;
     overriding the CPU_ATTN entry would take encoder layers along. Goes when the CPU platform
     resolves registered backends as the CUDA platform does.
+
+    Args:
+        problems: why the backend cannot serve a layer, from what vLLM's selector knows of it.
     """
     from vllm.platforms import current_platform
 
@@ -159,11 +162,7 @@ def select_on_cpu() -> None:
         def get_attn_backend_cls(cls, selected_backend, attn_selector_config, num_heads=None):
             if getattr(selected_backend, "name", None) != NAME:
                 return original(cls, selected_backend, attn_selector_config, num_heads)
-            from vllm_adamas.serving.backend import AdamasBackend
-
-            reasons = AdamasBackend.validate_configuration(
-                device_capability=None, **attn_selector_config._asdict()
-            )
+            reasons = problems(**attn_selector_config._asdict())
             if reasons:
                 raise AdamasError(
                     f"the adamas backend cannot serve a layer of this model ({'; '.join(reasons)}): "
@@ -185,6 +184,25 @@ def page_spec(spec, content_bytes: int):
     import dataclasses
 
     return dataclasses.replace(spec, state_content_bytes=content_bytes)
+
+
+def on_cpu() -> bool:
+    """Whether vLLM's platform is the CPU."""
+    from vllm.platforms import current_platform
+
+    return current_platform.is_cpu()
+
+
+def max_decode_rows(vllm_config) -> int:
+    """Rows of the largest decode step, the padding of captured graphs included."""
+    captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
+    return max(vllm_config.scheduler_config.max_num_seqs, captured)
+
+
+def max_prefill_tokens(vllm_config) -> int:
+    """Tokens of the longest context, or of the largest step if that is more."""
+    step = vllm_config.scheduler_config.max_num_batched_tokens
+    return max(vllm_config.model_config.max_model_len, step)
 
 
 def layers_of(vllm_config) -> dict:

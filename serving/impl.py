@@ -15,20 +15,19 @@ from vllm.model_executor.models.utils import extract_layer_index
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
-from vllm_adamas.serving import compat
 from vllm_adamas import profile as profiles
-from vllm_adamas.serving.backend import AdamasBackend
 from vllm_adamas.backends.base import Params
 from vllm_adamas.backends.reference.signature import hadamard
-from vllm_adamas.serving.checks import adamas_options
 from vllm_adamas.config import AdamasConfig
+from vllm_adamas.dtypes import fp8_element, page_dtype
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.layout import TILE, PageLayout, overhead
-from vllm_adamas.serving.metadata import AdamasMetadata, max_decode_rows, max_prefill_tokens
+from vllm_adamas.serving import compat
+from vllm_adamas.serving.checks import adamas_options
+from vllm_adamas.serving.metadata import AdamasMetadata
 from vllm_adamas.serving.shared import Shared
 
 logger = init_logger("vllm.adamas")
-FP8 = {"fp8": "e4m3", "fp8_e4m3": "e4m3", "fp8_e5m2": "e5m2"}
 
 
 class Balance(NamedTuple):
@@ -80,23 +79,24 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         layers, device = compat.layers_of(vllm_config), current_platform.device_type
         self.shared = Shared.among(layers.values(), self.config, device)
         self.backend = self.shared.backend(self.config.kernels)
-        self.prefill = self.shared.prefill
+        self.dense = self.shared.dense
         self.max_model_len = vllm_config.model_config.max_model_len
         self.dtype = vllm_config.model_config.dtype
-        self._appends = (
-            AdamasBackend.forward_includes_kv_cache_update and not kv_sharing_target_layer_name
-        )
+        self._appends = compat.on_cpu() and not kv_sharing_target_layer_name
         self._params: Params | None = None
         self._dense = False
         self._balance: Balance | None = None
-        self._largest_step = max_decode_rows(vllm_config), max_prefill_tokens(vllm_config)
+        self._largest_step = (
+            compat.max_decode_rows(vllm_config),
+            compat.max_prefill_tokens(vllm_config),
+        )
         self._reserved = False
         logger.info_once(
             "Using ADAMAS attention backend: score %s (thresholds %s), token budget %s per %s, "
             "%d dense layers, profile %s, pages +%.1f%%, kernels %s.",
             self.config.score,
             self.config.coding(head_size),
-            self.config.budget_text(),
+            self.config.budget,
             self.config.selection.replace("_", " "),
             self.config.dense_layers,
             self.config.profile or "none",
@@ -150,9 +150,9 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         if self._appends:
             self.backend.append(params, key, value, kv_cache, attn_metadata.slot_mapping)
         rows = attn_metadata.num_decodes
-        lens = attn_metadata.context_lens
-        if rows and self._dense and self.prefill.decodes(params):
-            self.prefill.decode(
+        lens = attn_metadata.seq_lens
+        if rows and self._dense and self.dense.decodes(params):
+            self.dense.decode(
                 params,
                 query[:rows],
                 kv_cache,
@@ -172,11 +172,11 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
                 lens if self._dense else attn_metadata.budgets,
                 output,
                 self.shared.stats.counters(dense_layer=self._dense),
-                max_context_len=self.max_model_len,
+                max_seq_len=self.max_model_len,
                 overlap=True,  # the projections of the step lie between
             )
         if attn_metadata.prefill is not None:
-            self.prefill.run(
+            self.dense.run(
                 self.backend,
                 params,
                 attn_metadata.prefill,
@@ -224,7 +224,7 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
 
     @property
     def _cache_dtype(self) -> torch.dtype:
-        return torch.uint8 if self.kv_cache_dtype in FP8 else self.dtype
+        return page_dtype(self.kv_cache_dtype, self.dtype)
 
     def _reserve(self) -> None:
         """Allocates what the largest step needs, once, before a graph is captured.
@@ -237,7 +237,7 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         rows, tokens = self._largest_step
         params = self._make_params(PageLayout(self.head_size, TILE, self._cache_dtype))
         workspace = self.backend.reserve(params, rows, self.max_model_len)
-        workspace += self.prefill.reserve(params, self.dtype, tokens)
+        workspace += self.dense.reserve(params, self.dtype, tokens)
         if workspace:
             logger.info_once("The ADAMAS workspace takes %.0f MiB.", workspace / 2**20)
 
@@ -274,6 +274,6 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
             num_kv_heads=self.num_kv_heads,
             softmax_scale=self.scale,
             sliding_window=self.sliding_window or 0,
-            fp8=FP8.get(self.kv_cache_dtype),
+            fp8=fp8_element(self.kv_cache_dtype),
             **scales,
         )

@@ -14,10 +14,11 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
-from vllm_adamas.serving import compat
-from vllm_adamas.serving.checks import OTHER_BACKEND, adamas_options, warnings
+from vllm_adamas.budget import TokenBudget
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
+from vllm_adamas.serving import compat
+from vllm_adamas.serving.checks import OTHER_BACKEND, adamas_options, warnings
 from vllm_adamas.serving.dense.base import PrefillPlan
 
 logger = init_logger("vllm.adamas")
@@ -29,7 +30,7 @@ class AdamasMetadata(AttentionMetadata):
 
     Args:
         num_decodes: requests with one query token, R.
-        context_lens: int32 ``[R]``, tokens in the context, the query's own included.
+        seq_lens: int32 ``[R]``, tokens in the context, the query's own included.
         budgets: int32 ``[R]``, tokens that a sparse layer attends; the context length where the
             step is dense: prompts (a prefill's last token too) and contexts within the budget.
         block_table: int32 ``[R, blocks]``.
@@ -39,7 +40,7 @@ class AdamasMetadata(AttentionMetadata):
     """
 
     num_decodes: int
-    context_lens: torch.Tensor
+    seq_lens: torch.Tensor
     budgets: torch.Tensor
     block_table: torch.Tensor
     query_start_loc: torch.Tensor
@@ -47,43 +48,23 @@ class AdamasMetadata(AttentionMetadata):
     slot_mapping: torch.Tensor
 
 
-def max_decode_rows(vllm_config) -> int:
-    """Rows of the largest decode step, the padding of captured graphs included."""
-    captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
-    return max(vllm_config.scheduler_config.max_num_seqs, captured)
-
-
-def max_prefill_tokens(vllm_config) -> int:
-    """Tokens of the longest context, or of the largest step if that is more."""
-    step = vllm_config.scheduler_config.max_num_batched_tokens
-    return max(vllm_config.model_config.max_model_len, step)
-
-
-def token_budgets(
-    config: AdamasConfig,
-    context_lens: torch.Tensor,
+def row_budgets(
+    budget: TokenBudget,
+    seq_lens: torch.Tensor,
     prefilling: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
-    """:meth:`AdamasConfig.budget` of every row, on the rows' device and without a host sync.
+    """The budget of every row, on the rows' device and without a host sync.
 
     Args:
-        context_lens, out: int32 ``[R]``, the padding of a captured graph included.
+        seq_lens, out: int32 ``[R]``, the padding of a captured graph included.
         prefilling: bool on the host, of the first rows: Model Runner V2 pads lengths to the size of a
             graph but not this mask. Rows that belong to a prompt are dense.
     """
-    if isinstance(config.token_budget, float):
-        wanted = (
-            (context_lens.double() * config.token_budget).ceil().clamp_(min=config.min_token_budget)
-        )
-        torch.minimum(context_lens, wanted.to(torch.int32), out=out)
-    else:
-        torch.clamp(context_lens, max=config.token_budget, out=out)
-    if config.min_context:
-        out.copy_(torch.where(context_lens < config.min_context, context_lens, out))
+    budget.fill(seq_lens, out)
     if prefilling is not None and bool(prefilling.any()):
         rows, whole = len(prefilling), prefilling.to(out.device, non_blocking=True)
-        out[:rows] = torch.where(whole, context_lens[:rows], out[:rows])
+        out[:rows] = torch.where(whole, seq_lens[:rows], out[:rows])
 
 
 def require_supported(common: CommonAttentionMetadata) -> None:
@@ -115,7 +96,7 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
         for warning in warnings(vllm_config, self.config):
             logger.warning_once(warning)
         # Captured graphs read budgets and starts from here.
-        rows = max_decode_rows(vllm_config)
+        rows = compat.max_decode_rows(vllm_config)
         self._budgets = torch.zeros(rows, dtype=torch.int32, device=device)
         self._starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
 
@@ -124,9 +105,9 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
         self.stats.warming_up = True
         return metadata
 
-    def set_budgets(self, context_lens, prefilling, out) -> None:
-        """:func:`token_budgets` under the configuration; an evaluation gives each row its own."""
-        token_budgets(self.config, context_lens, prefilling, out)
+    def set_budgets(self, seq_lens, prefilling, out) -> None:
+        """Budgets under the configuration; an evaluation gives each row its own."""
+        row_budgets(self.config.budget, seq_lens, prefilling, out)
 
     def build(
         self,
@@ -140,10 +121,10 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
             split_decodes_and_prefills(common)
         )
         seq_lens = common.seq_lens[: common.num_reqs]
-        context_lens, budgets = seq_lens[:num_decodes], self._budgets[:num_decodes]
+        seq_lens, budgets = seq_lens[:num_decodes], self._budgets[:num_decodes]
         prefilling = common.is_prefilling
         self.set_budgets(
-            context_lens, None if prefilling is None else prefilling[:num_decodes], budgets
+            seq_lens, None if prefilling is None else prefilling[:num_decodes], budgets
         )
         plan = None
         if num_prefills:
@@ -162,7 +143,7 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
         self.stats.tick()
         return AdamasMetadata(
             num_decodes=num_decodes,
-            context_lens=context_lens,
+            seq_lens=seq_lens,
             budgets=budgets,
             block_table=common.block_table_tensor[:num_decodes],
             query_start_loc=self._starts[: num_decodes + 1],

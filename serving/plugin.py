@@ -20,7 +20,7 @@ def register() -> None:
     try:
         compat.register_backend()
         compat.check_config_with(_check)
-        compat.select_on_cpu()
+        compat.select_on_cpu(_problems)
     except Exception:
         if problem is None:
             raise
@@ -31,8 +31,14 @@ def _check(vllm_config) -> None:
     from vllm_adamas.serving import compat
 
     compat.require_supported_vllm()
-    from vllm_adamas.serving.checks import check_config
     from vllm_adamas.serving import metrics
+    from vllm_adamas.serving.checks import check_config
 
     if check_config(vllm_config).metrics:
         metrics.announce()
+
+
+def _problems(**layer) -> list[str]:
+    from vllm_adamas.serving.backend import AdamasBackend
+
+    return AdamasBackend.validate_configuration(device_capability=None, **layer)

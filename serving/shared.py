@@ -8,10 +8,11 @@ from functools import cached_property
 import torch
 from vllm.distributed import get_tensor_model_parallel_rank
 
-from vllm_adamas.backends.registry import get_backend
 from vllm_adamas.backends.base import Backend
+from vllm_adamas.backends.registry import get_backend
 from vllm_adamas.config import AdamasConfig
-from vllm_adamas.serving.dense.base import Prefill, get_prefill
+from vllm_adamas.serving.dense import get_dense_attention
+from vllm_adamas.serving.dense.base import DenseAttention
 from vllm_adamas.serving.metrics import SelectionStats
 
 
@@ -26,7 +27,7 @@ class Shared:
         self._device_type = device_type
         self._backends: dict[str, Backend] = {}
         self._prepared = False
-        self.prefill: Prefill = get_prefill(device_type)
+        self.dense: DenseAttention = get_dense_attention(device_type)
 
     @classmethod
     def among(cls, layers: Iterable, config: AdamasConfig, device_type: str) -> Shared:

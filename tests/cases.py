@@ -10,8 +10,9 @@ import torch
 
 from vllm_adamas.backends.base import Backend, Params
 from vllm_adamas.backends.reference import signature as sig
-from vllm_adamas.backends.reference.backend import FP8, select_tokens
+from vllm_adamas.backends.reference.backend import select_tokens
 from vllm_adamas.config import AdamasConfig
+from vllm_adamas.dtypes import ELEMENTS
 from vllm_adamas.layout import TILE, PageLayout
 
 #: Largest ||output - exact|| / ||exact|| of one query head, by the element type of the output. The
@@ -104,7 +105,7 @@ class Case:
             memory=_garbage(params, len(order), g).to(device),
             query=query.to(self.dtype).to(device),
             block_table=block_table.to(device),
-            context_lens=torch.tensor(self.lengths, dtype=torch.int32, device=device),
+            seq_lens=torch.tensor(self.lengths, dtype=torch.int32, device=device),
             budgets=torch.tensor(budgets, dtype=torch.int32, device=device),
         )
         backend.append(params, batch.key, batch.value, batch.page, batch.slots)
@@ -149,7 +150,7 @@ class Batch:
     memory: torch.Tensor  # [blocks, Hkv + 1, N, C]
     query: torch.Tensor  # [R, Hq, D]
     block_table: torch.Tensor
-    context_lens: torch.Tensor
+    seq_lens: torch.Tensor
     budgets: torch.Tensor
 
     @property
@@ -166,12 +167,12 @@ class Batch:
 
     @property
     def lengths(self) -> list[int]:
-        return self.context_lens.tolist()
+        return self.seq_lens.tolist()
 
     @property
     def rows(self) -> tuple:
         """What scan and decode read."""
-        return self.query, self.page, self.block_table, self.context_lens
+        return self.query, self.page, self.block_table, self.seq_lens
 
     def surrounded(self, byte: int) -> Batch:
         """The same rows where all else holds nothing but ``byte``: other blocks, the slots behind a
@@ -187,7 +188,7 @@ class Batch:
         for plane in (layout.hi, layout.lo):
             plane(memory)[at] = plane(self.memory)[at]
         column = torch.arange(self.block_table.shape[1], device=memory.device)
-        behind = column >= -(-self.context_lens[:, None] // size)
+        behind = column >= -(-self.seq_lens[:, None] // size)
         return dataclasses.replace(new, block_table=self.block_table.masked_fill(behind, NO_BLOCK))
 
     def gathered(self, backend: Backend) -> torch.Tensor:
@@ -204,7 +205,7 @@ class Batch:
         planes = (self.key[:tokens].float(), self.value[:tokens].float())
         if not self.params.fp8:
             return planes
-        kind = FP8[self.params.fp8]
+        kind = ELEMENTS[self.params.fp8].values
         top = torch.finfo(kind).max
         return tuple(
             (x / scale).clamp(-top, top).to(kind).float() * scale
@@ -435,16 +436,16 @@ def check_surroundings(backend: Backend, batch: Batch, dtype=None, **kwargs) -> 
 def check_lengths_are_cut(backend: Backend, batch: Batch, dtype=None, **kwargs) -> None:
     """Rows longer than the launch or the block table count as the longest that fit, and below 0 as 0."""
     held = batch.block_table.shape[1] * batch.params.layout.block_size
-    wild = torch.tensor([2**31 - 1, -1, -(2**31), held + 1], device=batch.context_lens.device)
-    wrong = batch.context_lens.clone()
+    wild = torch.tensor([2**31 - 1, -1, -(2**31), held + 1], device=batch.seq_lens.device)
+    wrong = batch.seq_lens.clone()
     wrong[-len(wild) :] = wild[-len(wrong) :].to(torch.int32)
 
     def of(lengths: torch.Tensor) -> Batch:
-        return dataclasses.replace(batch, context_lens=lengths)
+        return dataclasses.replace(batch, seq_lens=lengths)
 
     for longest in (max(batch.lengths) // 2 + 1, held):
         (ours, counted), (theirs, expected) = (
-            of(lengths).decode(backend, dtype, max_context_len=longest, **kwargs)
+            of(lengths).decode(backend, dtype, max_seq_len=longest, **kwargs)
             for lengths in (wrong, wrong.clamp(0, longest))
         )
         assert counted == expected

@@ -8,9 +8,9 @@ import torch
 from common import MODEL, refused
 
 from vllm_adamas.backends import registry as backends
-from vllm_adamas.serving import checks
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
+from vllm_adamas.serving import checks
 from vllm_adamas.serving.plugin import register
 
 
@@ -239,7 +239,7 @@ def on_gpu(monkeypatch, **changes) -> None:
     hopper["get_device_capability"] = lambda: SimpleNamespace(major=9, minor=0)
     platform = SimpleNamespace(**{**hopper, **changes})
     monkeypatch.setattr("vllm.platforms.current_platform", platform)
-    monkeypatch.setattr("vllm_adamas.backends.cuda.LIBRARY", Path(__file__))
+    monkeypatch.setattr("vllm_adamas.backends.cuda.backend.LIBRARY", Path(__file__))
 
 
 def test_a_hopper_gpu_passes(vllm_config, monkeypatch) -> None:
@@ -295,7 +295,7 @@ def test_other_gpus_take_the_triton_kernels(vllm_config, monkeypatch, major, min
 
 def test_gpu_kernels_that_are_not_built(vllm_config, monkeypatch) -> None:
     on_gpu(monkeypatch)
-    monkeypatch.setattr("vllm_adamas.backends.cuda.LIBRARY", Path("/no/libadamas_cuda.so"))
+    monkeypatch.setattr("vllm_adamas.backends.cuda.backend.LIBRARY", Path("/no/libadamas_cuda.so"))
     check_refusal(vllm_config, ("libadamas_cuda.so", "ADAMAS_BUILD_CUDA=1", "kernels=triton"))
     triton = Changed(vllm_config, additional_config={"adamas": {"kernels": "triton"}})
     checks.check_config(triton)

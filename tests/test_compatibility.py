@@ -15,8 +15,8 @@ import torch
 from common import random_gemma, random_llama
 from test_checks import ARGUMENTS, ENVIRONMENT, PARTS
 
-from vllm_adamas.serving.plugin import register
 from vllm_adamas.serving.launch import Server
+from vllm_adamas.serving.plugin import register
 
 TESTS = Path(__file__).parent
 DOCUMENT = TESTS.parent / "docs" / "compatibility.md"

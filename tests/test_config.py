@@ -18,7 +18,7 @@ from vllm_adamas.config import (
     Coding,
 )
 from vllm_adamas.errors import AdamasError
-from vllm_adamas.serving.metadata import token_budgets
+from vllm_adamas.serving.metadata import row_budgets
 
 UNHURRIED = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 DEFAULTS = {
@@ -154,8 +154,8 @@ def test_any_json_is_a_configuration_or_one_sentence(options) -> None:
     # What was accepted fits the int32 tensors that hold lengths and budgets.
     lens = torch.tensor([0, 1, 2**31 - 1], dtype=torch.int32)
     out = torch.empty_like(lens)
-    token_budgets(config, lens, None, out)
-    assert out.tolist() == [config.budget(n) for n in lens.tolist()]
+    row_budgets(config.budget, lens, None, out)
+    assert out.tolist() == [config.budget.of(n) for n in lens.tolist()]
 
 
 @pytest.mark.parametrize("key", DEFAULTS)
@@ -172,26 +172,26 @@ def test_any_value_of_any_option(key: str, value) -> None:
 @given(st.integers(1, 10**6), st.integers(0, 2 * 10**6))
 def test_budget_in_tokens(budget: int, context: int) -> None:
     """Within the budget a context is dense."""
-    assert AdamasConfig(token_budget=budget).budget(context) == min(budget, context)
+    assert AdamasConfig(token_budget=budget).budget.of(context) == min(budget, context)
 
 
 @UNHURRIED
 @given(st.floats(1e-6, 1.0), st.integers(1, 1000), st.integers(0, 10**6))
 def test_budget_as_a_fraction_has_a_floor(fraction: float, floor: int, context: int) -> None:
     config = AdamasConfig(token_budget=fraction, min_token_budget=floor)
-    tokens = config.budget(context)
+    tokens = config.budget.of(context)
     assert min(floor, context) <= tokens <= context
     assert tokens >= fraction * context
     assert tokens < fraction * context + 1 or tokens == min(floor, context)
 
 
 def test_the_whole_context_as_a_fraction_is_dense() -> None:
-    assert AdamasConfig(token_budget=1.0).budget(5000) == 5000
+    assert AdamasConfig(token_budget=1.0).budget.of(5000) == 5000
 
 
 def test_short_contexts_are_dense() -> None:
     config = AdamasConfig(token_budget=64, min_context=1000)
-    assert [config.budget(n) for n in (999, 1000, 1001)] == [999, 64, 64]
+    assert [config.budget.of(n) for n in (999, 1000, 1001)] == [999, 64, 64]
 
 
 @pytest.mark.parametrize(
@@ -221,10 +221,10 @@ def test_budgets_of_a_batch(options: dict, rows: list[tuple[int, bool]]) -> None
     config = AdamasConfig(**options)
     context = torch.tensor([n for n, _ in rows], dtype=torch.int32)
     out = torch.empty_like(context)
-    token_budgets(config, context, torch.tensor([prompt for _, prompt in rows]), out)
-    assert out.tolist() == [n if prompt else config.budget(n) for n, prompt in rows]
-    token_budgets(config, context, None, out)
-    assert out.tolist() == [config.budget(n) for n, _ in rows]
+    row_budgets(config.budget, context, torch.tensor([prompt for _, prompt in rows]), out)
+    assert out.tolist() == [n if prompt else config.budget.of(n) for n, prompt in rows]
+    row_budgets(config.budget, context, None, out)
+    assert out.tolist() == [config.budget.of(n) for n, _ in rows]
 
 
 @pytest.mark.parametrize(

@@ -178,7 +178,7 @@ def expected_decode(backend, batch: Batch) -> tuple[torch.Tensor, list[int]]:
     scores = batch.scan(backend)
     lengths, heads = batch.lengths, params.num_query_heads
     out = torch.zeros(len(lengths), heads, params.layout.head_size)
-    budgets = params.attended(batch.context_lens, batch.budgets).tolist()
+    budgets = params.attended(batch.seq_lens, batch.budgets).tolist()
     for row, (n, budget) in enumerate(zip(lengths, budgets, strict=True)):
         if n == 0:
             continue
@@ -429,7 +429,7 @@ def test_graph_replay_with_other_rows(backend, cluster: int, selection: str, sco
     output = torch.zeros_like(batch.query)
     stats = torch.zeros(4, dtype=torch.int64, device="cuda")
     args = (batch.params, *batch.rows, batch.budgets, output, stats)
-    how = {"max_context_len": longest, "overlap": True, "cluster": cluster}
+    how = {"max_seq_len": longest, "overlap": True, "cluster": cluster}
     backend.reserve(batch.params, 3, longest)
     backend.decode(*args, **how)
     graph = torch.cuda.CUDAGraph()
@@ -441,7 +441,7 @@ def test_graph_replay_with_other_rows(backend, cluster: int, selection: str, sco
         ((40, 2300, 9000), (16, 100, 64), (2, 1, 0)),
     ]:
         batch.block_table.copy_(batch.block_table[torch.tensor(order)].clone())
-        batch.context_lens.copy_(torch.tensor(lengths))
+        batch.seq_lens.copy_(torch.tensor(lengths))
         batch.budgets.copy_(torch.tensor(limits))
         output.fill_(float("nan"))
         stats.zero_()
@@ -465,7 +465,7 @@ def test_a_dropped_cache_is_freed(backend) -> None:
 def test_refusals(backend) -> None:
     batch = Case((64,), 1).build(backend, "cuda")
     query, page, table, lens = batch.rows
-    with pytest.raises(ValueError, match="context_lens"):
+    with pytest.raises(ValueError, match="seq_lens"):
         backend.scan(batch.params, query, page, table, lens.long())
     with pytest.raises(ValueError, match="query"):
         backend.scan(batch.params, query.half(), page, table, lens)

@@ -12,7 +12,7 @@ import torch
 from cases import Batch, Case
 from common import refused
 
-from vllm_adamas.backends.registry import cuda
+from vllm_adamas.backends.cuda import backend as cuda
 from vllm_adamas.backends.cuda.backend import (
     MAX_BLOCK,
     MAX_CANDIDATES,
@@ -24,6 +24,7 @@ from vllm_adamas.backends.cuda.backend import (
     prefers_fused,
 )
 from vllm_adamas.backends.reference import ReferenceBackend
+from vllm_adamas.budget import TokenBudget
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.layout import PageLayout
 
@@ -66,8 +67,8 @@ def test_choice_of_the_fused_kernel_is_the_measured_one() -> None:
 @pytest.mark.parametrize("budget, fused", [(256, True), (512, False), (0.01, True), (0.5, False)])
 def test_choice_follows_the_budget(budget: int | float, fused: bool) -> None:
     """The fused kernel lists every score when there are more tokens to select than groups of them."""
-    params = dataclasses.replace(Case().params, token_budget=budget)
-    assert prefers_fused(3, 8192, 1, params.budget(8192)) == fused
+    params = dataclasses.replace(Case().params, budget=TokenBudget(budget))
+    assert prefers_fused(3, 8192, 1, params.budget.most(8192)) == fused
 
 
 @pytest.mark.parametrize("budget", [1, 64, 2048, 100000])
@@ -115,9 +116,9 @@ def call(backend, batch: Batch, operation: str, **changes) -> None:
     """An operation with some of its tensors changed."""
     names = {
         "append": ("key", "value", "page", "slots"),
-        "scan": ("query", "page", "block_table", "context_lens"),
-        "decode": ("query", "page", "block_table", "context_lens", "budgets", "output", "stats"),
-        "gather": ("page", "block_table", "context_lens", "key", "value"),
+        "scan": ("query", "page", "block_table", "seq_lens"),
+        "decode": ("query", "page", "block_table", "seq_lens", "budgets", "output", "stats"),
+        "gather": ("page", "block_table", "seq_lens", "key", "value"),
     }[operation]
     tensors = {name: getattr(batch, name, None) for name in names}
     tensors |= {"output": torch.empty_like(batch.query), "stats": torch.zeros(4, dtype=torch.int64)}
@@ -143,7 +144,7 @@ def test_fitting_arguments_reach_the_kernel(backend, batch, operation: str) -> N
         (("decode",), "output", torch.Tensor.float),
         (("decode",), "budgets", torch.Tensor.long),
         (("decode",), "stats", torch.Tensor.int),
-        (("scan", "decode", "gather"), "context_lens", torch.Tensor.long),
+        (("scan", "decode", "gather"), "seq_lens", torch.Tensor.long),
         (("scan", "decode", "gather"), "block_table", torch.Tensor.long),
         (("scan", "decode", "gather"), "block_table", lambda table: table[:1]),
         (("append",), "value", lambda value: value.to("meta")),
@@ -160,11 +161,11 @@ def test_arguments_that_do_not_fit(backend, batch, operations, name: str, change
 
 
 def test_scores_of_select_hold_the_contexts(backend, batch) -> None:
-    lens, budgets = batch.context_lens, batch.budgets
+    lens, budgets = batch.seq_lens, batch.budgets
     scores = torch.zeros(2, 8, 200)
     backend.select(batch.params, scores, lens, budgets)
     for wrong in ((scores[..., :199], lens, budgets), (scores, lens.long(), budgets)):
-        with pytest.raises(ValueError, match="context_lens"):
+        with pytest.raises(ValueError, match="seq_lens"):
             backend.select(batch.params, *wrong)
     with pytest.raises(ValueError, match="budgets"):
         backend.select(batch.params, scores, lens, budgets.long())
@@ -199,6 +200,6 @@ def test_blocks_are_not_larger_than_what_the_kernels_divide_by(backend) -> None:
 
 def test_lengths_beyond_the_block_table_are_not_asked_for(backend, batch) -> None:
     """A scan has as many scores as the block table has tokens; what is longer is cut on the device."""
-    lens = torch.full_like(batch.context_lens, 10**6)
+    lens = torch.full_like(batch.seq_lens, 10**6)
     scores = backend.scan(batch.params, batch.query, batch.page, batch.block_table, lens)
     assert scores.shape[2] == batch.block_table.shape[1] * 64

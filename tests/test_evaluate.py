@@ -248,7 +248,7 @@ def test_every_family_is_a_valid_configuration(family: str) -> None:
         arm = Arm.of(family, budget)
         assert arm.fits() == (family != "manhattan-window" or budget > 36)
         if arm.fits():
-            assert AdamasConfig.parse(arm.options).budget(10_000) == budget
+            assert AdamasConfig.parse(arm.options).budget.of(10_000) == budget
 
 
 # the engine
@@ -261,8 +261,8 @@ def test_pages_whose_keys_are_unknown_are_forgotten(tensors: int, kind: str, for
     """Layers of several kinds share memory: coding all of it again would spoil another layer's keys."""
     from cases import Case
 
-    from vllm_adamas.backends.registry import get_backend
     from vllm_adamas.backends.cpu.backend import CpuBackend
+    from vllm_adamas.backends.registry import get_backend
     from vllm_adamas.evaluate.engine import Engine
 
     batch = Case((70, 20), 8, heads=(2, 2), head_size=64).build(CpuBackend())

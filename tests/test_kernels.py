@@ -204,7 +204,7 @@ def test_decode(backend, case: Case) -> None:
     assert counted == expected
     assert ours[:rows].isfinite().all()
     assert ours[rows:].isnan().all(), "padding was written"
-    assert (ours[:rows][batch.context_lens == 0] == 0).all()
+    assert (ours[:rows][batch.seq_lens == 0] == 0).all()
     clear = ~batch.ambiguous().repeat_interleave(case.heads[0] // batch.params.num_score_heads, 1)
     assert relative_error(ours[:rows], theirs[:rows])[clear].max() <= TOLERANCE[case.dtype]
 
@@ -331,7 +331,7 @@ def bad_arguments():
     swapped = key.transpose(1, 2)
 
     def decode(**kwargs):
-        names = ("query", "page", "block_table", "context_lens", "budgets", "output", "stats")
+        names = ("query", "page", "block_table", "seq_lens", "budgets", "output", "stats")
         given = dict(zip(names, (*batch.rows, budgets, out, stats), strict=True))
         return "decode", tuple({**given, **kwargs}.values())
 
@@ -347,7 +347,7 @@ def bad_arguments():
         "query": (query[:1], query[..., :64], query[:, :7], query[0], query.double()),
         "output": (out[:1], out[:, :4], out.transpose(1, 2), out.int()),
         "block_table": (table.long(), table[:1], table[0], table[:, :0], table + 10**8, table - 99),
-        "context_lens": (lens.long(), lens.view(1, -1), lens.float(), lens - 9000),
+        "seq_lens": (lens.long(), lens.view(1, -1), lens.float(), lens - 9000),
         "budgets": (budgets.long(), budgets[:1], budgets.view(-1, 1)),
         "stats": (stats[:3], stats.int(), stats.view(2, 2)),
     }.items():
@@ -355,17 +355,17 @@ def bad_arguments():
             yield (name, *decode(**{name: value_}))
     yield "query", "scan", (query[:1], page, table, lens)
     yield "block_table", "scan", (query, page, table.long(), lens)
-    yield "context_lens", "scan", (query, page, table, lens.long())
+    yield "seq_lens", "scan", (query, page, table, lens.long())
     yield "scores", "select", (scores.double(), lens, budgets)
     yield "scores", "select", (scores[:1], lens, budgets)
     yield "scores", "select", (scores[..., :39], lens, budgets)
-    yield "context_lens", "select", (scores, lens.long(), budgets)
+    yield "seq_lens", "select", (scores, lens.long(), budgets)
     yield "budgets", "select", (scores, lens, budgets.long())
     yield "budgets", "select", (scores, lens, budgets[:1])
     yield "key", "gather", (page, table, lens, kv[:44], kv)
     yield "value", "gather", (page, table, lens, kv, kv[..., :64])
     yield "value", "gather", (page, table, lens, kv, kv.float())
-    yield "context_lens", "gather", (page, table, lens * torch.tensor([1, -1]).int(), kv, kv)
+    yield "seq_lens", "gather", (page, table, lens * torch.tensor([1, -1]).int(), kv, kv)
     yield "block_table", "gather", (page, table.long(), lens, kv, kv)
 
 
@@ -384,8 +384,8 @@ def test_the_reference_sees_what_does_not_fit() -> None:
         REFERENCE.append(batch.params, batch.key, batch.value, batch.page, slots)
     for operation in (batch.scan, batch.decode, batch.gathered):
         for wrong in (-1, 10**6):
-            batch.context_lens[0] = wrong
-            with pytest.raises(ValueError, match=r"^context_lens: "):
+            batch.seq_lens[0] = wrong
+            with pytest.raises(ValueError, match=r"^seq_lens: "):
                 operation(REFERENCE)
 
 

@@ -11,13 +11,14 @@ import torch
 from cases import CASES, Batch, Case, as_bytes
 from common import refused
 
-from vllm_adamas.serving import impl as impl_module
-from vllm_adamas.serving import metadata, shared
-from vllm_adamas.backends.registry import workspace
+from vllm_adamas.backends import workspace
 from vllm_adamas.backends.cpu.backend import CpuBackend
 from vllm_adamas.backends.reference import ReferenceBackend
-from vllm_adamas.backends.triton import TritonBackend, backend as ops
+from vllm_adamas.backends.triton import TritonBackend
+from vllm_adamas.backends.triton import backend as ops
 from vllm_adamas.backends.workspace import Workspace
+from vllm_adamas.serving import impl as impl_module
+from vllm_adamas.serving import metadata, shared
 from vllm_adamas.serving.metrics import FOLDER, read_counters
 
 BACKENDS = {"cpu": CpuBackend, "reference": ReferenceBackend}
@@ -71,7 +72,7 @@ def test_a_page_may_be_an_allocation_of_its_own(kernels: str) -> None:
     array = batch.page.contiguous().numpy()
     page, memory = torch.from_numpy(array), weakref.ref(array)
     del array
-    seen = (batch.block_table, batch.context_lens)
+    seen = (batch.block_table, batch.seq_lens)
     backend.gather(batch.params, page, *seen, batch.key.clone(), batch.value.clone())
     del page
     assert is_free(memory, kernels)
@@ -216,7 +217,7 @@ class Engine:
         nowhere = torch.full((len(batch.lengths),), -1)
         made = metadata.AdamasMetadata(
             num_decodes=len(batch.lengths),
-            context_lens=batch.context_lens,
+            seq_lens=batch.seq_lens,
             budgets=batch.budgets,
             block_table=batch.block_table,
             query_start_loc=torch.arange(len(batch.lengths) + 1).int(),
@@ -286,8 +287,8 @@ class Reserving(ReferenceBackend):
     def __init__(self):
         self.asked = []
 
-    def reserve(self, params, max_rows, max_context_len):
-        self.asked.append((params.layout.dtype, max_rows, max_context_len))
+    def reserve(self, params, max_rows, max_seq_len):
+        self.asked.append((params.layout.dtype, max_rows, max_seq_len))
         return 1 << 20
 
 

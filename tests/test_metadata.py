@@ -10,11 +10,11 @@ from common import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vllm_adamas.serving.backend import AdamasBackend
 from vllm_adamas.config import AdamasConfig
+from vllm_adamas.serving.backend import AdamasBackend
 from vllm_adamas.serving.metadata import AdamasMetadata, AdamasMetadataBuilder
-from vllm_adamas.serving.plugin import register
 from vllm_adamas.serving.metrics import SelectionStats
+from vllm_adamas.serving.plugin import register
 
 register()
 
@@ -199,9 +199,9 @@ def check(metadata: AdamasMetadata, options: dict, requests: list[Request], rows
     single = [request for request in requests if request.new == 1]
     decodes = rows if len(single) == len(requests) else len(single)
     padding = [0] * (decodes - len(single))
-    budgets = [x.context if x.prefilling else config.budget(x.context) for x in single]
+    budgets = [x.context if x.prefilling else config.budget.of(x.context) for x in single]
     assert metadata.num_decodes == decodes
-    assert metadata.context_lens.tolist() == [x.context for x in single] + padding
+    assert metadata.seq_lens.tolist() == [x.context for x in single] + padding
     assert metadata.budgets.tolist() == budgets + padding
     assert metadata.query_start_loc.tolist() == list(range(decodes + 1))
     tables = block_tables(rows)
@@ -284,7 +284,7 @@ def test_micro_batches_have_their_own_rows() -> None:
     first, second = build_v1(group_of(options, 2), requests, len(requests), ubatches=slices)
     assert first.budgets.tolist() == [BUDGET, BUDGET]
     assert (first.prefill, second.num_decodes) == (None, 1)
-    assert second.context_lens.tolist() == [requests[2].context]
+    assert second.seq_lens.tolist() == [requests[2].context]
     assert second.prefill.num_tokens == 30
     assert torch.equal(second.prefill.block_table, block_tables(4)[3:])
 
@@ -359,7 +359,7 @@ def test_a_step_without_requests() -> None:
         ),
     )
     assert (metadata.num_decodes, metadata.prefill) == (0, None)
-    assert len(metadata.context_lens) == len(metadata.budgets) == len(metadata.block_table) == 0
+    assert len(metadata.seq_lens) == len(metadata.budgets) == len(metadata.block_table) == 0
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,8 @@ import pytest
 import torch
 from common import MODEL, is_one_sentence
 
-from vllm_adamas.serving import compat, plugin
 from vllm_adamas.errors import AdamasError
+from vllm_adamas.serving import compat, plugin
 
 REGISTRY = "vllm.v1.attention.backends.registry"
 PATCHED = ("check_and_update_config", "get_attn_backend_cls")

@@ -71,10 +71,10 @@ def make_plan(batch) -> PrefillPlan:
         first_token=FIRST,
         num_tokens=sum(NEW),
         query_start_loc=starts.to(DEVICE),
-        seq_lens=batch.context_lens,
+        seq_lens=batch.seq_lens,
         block_table=batch.block_table,
         query_start_loc_cpu=starts + FIRST,
-        seq_lens_cpu=batch.context_lens.cpu(),
+        seq_lens_cpu=batch.seq_lens.cpu(),
         max_query_len=max(NEW),
         max_seq_len=max(LENGTHS),
     )
@@ -86,7 +86,7 @@ def make_plan(batch) -> PrefillPlan:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_flash_prefill(flash, case: Case, held: int) -> None:
     backend = get_backend("auto" if DEVICE == "cuda" else "reference", DEVICE)
-    batch, prefill = case.build(backend, DEVICE), flash.FlashPrefill(DEVICE)
+    batch, prefill = case.build(backend, DEVICE), flash.FlashAttention(DEVICE)
     params, plan = batch.params, make_plan(batch)
     if not case.fp8:  # FlashAttention gives what it masks a weight of zero; pages in use are finite
         params.layout.v(batch.page).nan_to_num_(0, 0, 0)
@@ -113,7 +113,7 @@ def test_flash_prefill(flash, case: Case, held: int) -> None:
 
 
 def test_decode_of_fp8_pages_is_left_to_the_kernels(flash) -> None:
-    prefill = flash.FlashPrefill(DEVICE)
+    prefill = flash.FlashAttention(DEVICE)
     assert prefill.decodes(CASES["bf16"].params)
     assert not prefill.decodes(CASES["e4m3"].params)
 
@@ -123,10 +123,10 @@ def test_decode_of_fp8_pages_is_left_to_the_kernels(flash) -> None:
 @pytest.mark.parametrize("held", [300, 366, 10_000])
 def test_cpu_prefill(held: int, shared: bool) -> None:
     """Contexts are copied a few requests at a time, and nothing of those before is seen."""
-    from vllm_adamas.serving.dense.cpu import CpuPrefill
+    from vllm_adamas.serving.dense.cpu import CpuAttention
 
     torch.cpu._init_amx()  # permission from the kernel to use tiles, which a vLLM worker also asks for
-    backend, prefill = get_backend("cpu"), CpuPrefill()
+    backend, prefill = get_backend("cpu"), CpuAttention()
     batch = Case(LENGTHS).build(backend)
     params, plan = batch.params, make_plan(batch)
     prefill.reserve(params, torch.bfloat16, held)
@@ -159,7 +159,7 @@ def test_cpu_prefill_of_fp8_pages_reads_what_they_hold(monkeypatch) -> None:
     from vllm import _custom_ops as ops
     from vllm.v1.attention.backends import cpu_attn
 
-    from vllm_adamas.serving.dense.cpu import CpuPrefill
+    from vllm_adamas.serving.dense.cpu import CpuAttention
 
     given = []
 
@@ -170,7 +170,7 @@ def test_cpu_prefill_of_fp8_pages_reads_what_they_hold(monkeypatch) -> None:
     monkeypatch.setattr(ops, "cpu_attn_reshape_and_cache", keep)
     for name in ("cpu_attn_get_scheduler_metadata", "cpu_attention_with_kv_cache"):
         monkeypatch.setattr(ops, name, lambda **kwargs: None)
-    backend, prefill = get_backend("cpu"), CpuPrefill()
+    backend, prefill = get_backend("cpu"), CpuAttention()
     batch = CASES["e4m3"].build(backend)
     query = torch.randn(FIRST + sum(NEW), *batch.query.shape[1:]).bfloat16()
     key, value = torch.randn(2, len(query), *batch.key.shape[1:]).bfloat16()

@@ -10,16 +10,17 @@ import pytest
 import torch
 from common import MODEL, refused
 
-from vllm_adamas.serving import checks
+from vllm_adamas import identity as models
 from vllm_adamas import profile
 from vllm_adamas.evaluate.calibrate import suggest
+from vllm_adamas.serving import checks
 from vllm_adamas.serving.impl import AdamasImpl
 
 LAYERS, HEADS, SIZE = 3, 2, 64
 
 
-def identity(**changes) -> profile.ModelIdentity:
-    return profile.ModelIdentity(
+def identity(**changes) -> models.ModelIdentity:
+    return models.ModelIdentity(
         **{
             "name": "some-model",
             "fingerprint": "abc",
@@ -166,7 +167,7 @@ def test_a_fingerprint_sees_one_changed_weight_and_no_changed_layout(tmp_path: P
         folder.mkdir()
         for part, tensors in enumerate(files):
             save_file(tensors, folder / f"model-{part}.safetensors", {"version": str(number)})
-        prints.append(profile.fingerprint(folder))
+        prints.append(models.fingerprint(folder))
     assert prints[0] == prints[1] != prints[2]
 
 
@@ -204,14 +205,14 @@ def test_files_that_only_bear_the_name_are_left_out_with_a_warning(
     monkeypatch.setattr(profile, "logger", logging.getLogger("test"))  # vLLM's does not propagate
     (tmp_path / "model.safetensors").write_bytes(safetensors({"k_norm.a": TENSOR}, bytes(8)))
     (tmp_path / "config.json").write_text("{}")
-    alone = profile.fingerprint(tmp_path)
+    alone = models.fingerprint(tmp_path)
     assert alone
     assert not caplog.records
     beside = tmp_path / "consolidated.safetensors"
     beside.mkdir() if content is None else beside.write_bytes(content)
     model = SimpleNamespace(model=str(tmp_path), revision=None)
-    assert profile.fingerprint(tmp_path) == alone
-    assert profile.has_qk_norm(model)
+    assert models.fingerprint(tmp_path) == alone
+    assert models.has_qk_norm(model)
     assert all(str(beside) in record.getMessage() for record in caplog.records)
     assert caplog.records
 
@@ -219,9 +220,9 @@ def test_files_that_only_bear_the_name_are_left_out_with_a_warning(
 def test_a_header_is_read_within_the_limit_of_the_format(tmp_path: Path, monkeypatch) -> None:
     header = {"a": TENSOR}
     (tmp_path / "model.safetensors").write_bytes(safetensors(header, bytes(8)))
-    assert profile.fingerprint(tmp_path)
+    assert models.fingerprint(tmp_path)
     monkeypatch.setattr(profile, "MAX_HEADER_BYTES", len(json.dumps(header)) - 1)
-    assert not profile.fingerprint(tmp_path)
+    assert not models.fingerprint(tmp_path)
 
 
 def test_the_suggestion_is_the_smallest_budget_that_keeps_enough() -> None:
@@ -251,7 +252,7 @@ def model_profile(tmp_path_factory) -> Path:
 
     register()
     config = EngineArgs(model=str(MODEL)).create_engine_config().model_config
-    found = profile.identify(config)
+    found = models.identify(config)
     mean = torch.zeros(found.num_kv_heads, found.head_size)
     path = tmp_path_factory.mktemp("profile") / "p.json"
     means = {"key_mean": profile.encode_mean(mean), "balance": profile.encode_balance(mean)}

@@ -57,7 +57,7 @@ def test_decode_attends_to_what_it_selects(selector: str, name: str) -> None:
     backend = SelectorBackend(REFERENCE, selector)
     output, stats = batch.decode(backend)
     assert stats[0] == 0  # counters are of the backend's own decode
-    dense, _ = dataclasses.replace(batch, budgets=batch.context_lens).decode(REFERENCE)
+    dense, _ = dataclasses.replace(batch, budgets=batch.seq_lens).decode(REFERENCE)
     value = batch.stored()[1].split(batch.lengths)
     for row, (length, budget) in enumerate(zip(batch.lengths, batch.budgets.tolist(), strict=True)):
         if budget >= length or batch.params.sliding_window:

@@ -30,9 +30,10 @@ from cases import (
 )
 from common import is_one_sentence
 
-from vllm_adamas.backends.registry import get_backend
 from vllm_adamas.backends.reference import ReferenceBackend
-from vllm_adamas.backends.triton import TritonBackend, backend as ops
+from vllm_adamas.backends.registry import get_backend
+from vllm_adamas.backends.triton import TritonBackend
+from vllm_adamas.backends.triton import backend as ops
 from vllm_adamas.errors import AdamasError
 
 COMPILED = torch.cuda.is_available()
@@ -123,7 +124,7 @@ def check_decode(backend, case: Case, batch, reference, **kwargs) -> None:
     ours = ours.cpu()
     assert ours[:rows].isfinite().all()
     assert ours[rows:].isnan().all(), "padding was written"
-    assert (ours[:rows][reference.context_lens == 0] == 0).all()
+    assert (ours[:rows][reference.seq_lens == 0] == 0).all()
     per_set = case.heads[0] // reference.params.num_score_heads
     clear = ~reference.ambiguous().repeat_interleave(per_set, 1)
     error = relative_error(ours[:rows], theirs[:rows])[clear]
@@ -180,10 +181,7 @@ def test_gather_of_a_thousand_rows(backend) -> None:
     batch = case.build(REFERENCE)
     batch = dataclasses.replace(
         batch,
-        **{
-            n: getattr(batch, n).to(DEVICE)
-            for n in ("memory", "query", "block_table", "context_lens")
-        },
+        **{n: getattr(batch, n).to(DEVICE) for n in ("memory", "query", "block_table", "seq_lens")},
     )
     got = batch.gathered(backend).cpu()
     assert torch.equal(got, torch.stack(batch.stored()).to(got.dtype))
@@ -204,7 +202,7 @@ def test_decode_of_dense_rows_alone(backend) -> None:
     """Budgets that are the lengths themselves: the layer selects nothing, the result is the same."""
     _, batch, _ = built("group2-shared")
     outputs = []
-    for budgets in (batch.context_lens, batch.context_lens.clone()):
+    for budgets in (batch.seq_lens, batch.seq_lens.clone()):
         outputs += [dataclasses.replace(batch, budgets=budgets).decode(backend)]
     (ours, counted), (theirs, expected) = outputs
     assert counted == expected
@@ -224,14 +222,14 @@ def test_reserve_covers_every_step(backend) -> None:
             batch,
             query=batch.query[:rows],
             block_table=batch.block_table[:rows],
-            context_lens=batch.context_lens[:rows],
+            seq_lens=batch.seq_lens[:rows],
             budgets=batch.budgets[:rows],
         )
-        some.decode(backend, max_context_len=100)
+        some.decode(backend, max_seq_len=100)
     assert before == {
         device: memory.data_ptr() for device, memory in backend._workspace.buffers.items()
     }
-    check_decode(backend, case, batch, reference, max_context_len=100)
+    check_decode(backend, case, batch, reference, max_seq_len=100)
 
 
 @pytest.mark.parametrize("length", [1, 3001])
@@ -277,7 +275,7 @@ def wrong_arguments():
                 "query": batch.query,
                 "page": batch.page,
                 "block_table": batch.block_table,
-                "context_lens": batch.context_lens,
+                "seq_lens": batch.seq_lens,
                 "budgets": batch.budgets,
                 "output": batch.query.clone(),
                 "stats": torch.zeros(4, dtype=torch.int64, device=DEVICE),
@@ -289,7 +287,7 @@ def wrong_arguments():
     yield "query", decode(query=lambda batch: batch.query.double())
     yield "output", decode(output=lambda batch: batch.query[:2])
     yield "block_table", decode(block_table=lambda batch: batch.block_table.long())
-    yield "context_lens", decode(context_lens=lambda batch: batch.context_lens.long())
+    yield "seq_lens", decode(seq_lens=lambda batch: batch.seq_lens.long())
     yield "budgets", decode(budgets=lambda batch: batch.budgets[:1])
     yield "stats", decode(stats=lambda batch: torch.zeros(3, dtype=torch.int64))
 
@@ -405,22 +403,22 @@ if COMPILED:
         output = torch.zeros_like(batch.query)
         stats = torch.zeros(4, dtype=torch.int64, device=DEVICE)
         arguments = (batch.params, *batch.rows, batch.budgets, output, stats)
-        backend.decode(*arguments, max_context_len=4096)  # compiles
+        backend.decode(*arguments, max_seq_len=4096)  # compiles
         with (
             pytest.raises(AdamasError, match="reserve"),
             torch.cuda.graph(torch.cuda.CUDAGraph()),
         ):
-            TritonBackend().decode(*arguments, max_context_len=4096)
+            TritonBackend().decode(*arguments, max_seq_len=4096)
         backend.reserve(batch.params, len(MIXED), 4096)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            backend.decode(*arguments, max_context_len=4096)
+            backend.decode(*arguments, max_seq_len=4096)
         for lengths, budgets in (
             ((180, 1, 0, 0, 20, 100), (64, 4, 9, 9, 1 << 30, 99)),
             (MIXED, MIXED_BUDGETS),
         ):
             for now in (batch, reference):
-                now.context_lens.copy_(torch.tensor(lengths))
+                now.seq_lens.copy_(torch.tensor(lengths))
                 now.budgets.copy_(torch.tensor(budgets))
             output.fill_(float("nan"))
             stats.zero_()

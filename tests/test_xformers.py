@@ -6,9 +6,10 @@ import pytest
 import torch
 from cases import CASES, TOLERANCE, Case, relative_error
 from common import is_one_sentence
+from peers import xformers
 
-from vllm_adamas.backends.registry import get_backend, xformers
 from vllm_adamas.backends.reference import ReferenceBackend
+from vllm_adamas.backends.registry import get_backend
 from vllm_adamas.errors import AdamasError
 
 
@@ -65,7 +66,7 @@ def test_a_triton_without_block_pointers_is_named(no_cache, monkeypatch) -> None
 
 @pytest.mark.parametrize("lengths", [[0], [65], [3, 3]])
 def test_lengths_must_fit_the_block_table(lengths: list[int]) -> None:
-    with pytest.raises(ValueError, match=r"^(context_lens|block_table): "):
+    with pytest.raises(ValueError, match=r"^(seq_lens|block_table): "):
         xformers.attention_bias(lengths, torch.zeros(1, 1).int(), 64)
 
 

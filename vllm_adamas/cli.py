@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 from vllm_adamas import __version__
-from vllm_adamas.serving import compat
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
+from vllm_adamas.serving import compat
 
 DTYPES = ("bfloat16", "float16", "float32", "fp8")
 

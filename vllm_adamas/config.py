@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from vllm_adamas.budget import TokenBudget
 from vllm_adamas.errors import AdamasError
 
 #: Step of a 4-level uniform quantiser for unit-variance data: thresholds at -t, 0 and t times the
@@ -178,25 +179,10 @@ class AdamasConfig(BaseModel):
             return Coding(PAPER_THRESHOLD / math.sqrt(head_size), relative=False)
         return Coding(float(chosen), relative=False)
 
-    def budget(self, context_len: int) -> int:
-        """Tokens that a sparse layer attends for one row with this context length.
-
-        Returns ``context_len`` (every token) when the context is below ``min_context`` or not
-        longer than the budget.
-        """
-        if context_len < self.min_context:
-            return context_len
-        if isinstance(self.token_budget, float):
-            tokens = max(self.min_token_budget, math.ceil(self.token_budget * context_len))
-        else:
-            tokens = self.token_budget
-        return min(tokens, context_len)
-
-    def budget_text(self) -> str:
-        """The token budget as a person would write it."""
-        if isinstance(self.token_budget, float):
-            return f"{self.token_budget:g} of the context, at least {self.min_token_budget} tokens"
-        return f"{self.token_budget} tokens"
+    @property
+    def budget(self) -> TokenBudget:
+        """The budget of a decode row."""
+        return TokenBudget(self.token_budget, self.min_token_budget, self.min_context)
 
 
 def _sentence(err: ValidationError) -> str:

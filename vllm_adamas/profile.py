@@ -13,16 +13,15 @@ import base64
 import hashlib
 import json
 import logging
-import re
-from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from vllm_adamas.errors import AdamasError
+from vllm_adamas.identity import ModelIdentity
 
 logger = logging.getLogger("vllm.adamas")
 FORMAT = "vllm-adamas-profile"
@@ -34,27 +33,9 @@ MAX_BYTES = 64 * 2**20
 #: Of the balance: fp16 keys and queries still have room for such factors.
 MAX_EXPONENT = 4
 
-#: What a fingerprint reads: bytes of a tensor, and places in a file that is no safetensors.
-SAMPLE_BYTES, SAMPLES = 1024, 64
-
-#: Bytes of a safetensors header: the format's own limit.
-MAX_HEADER_BYTES = 100_000_000
-
 
 class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-class ModelIdentity(_Part):
-    """The model that was measured; ``fingerprint`` is :func:`fingerprint` of its files."""
-
-    name: str
-    fingerprint: str
-    num_layers: int = Field(ge=1)
-    num_query_heads: int = Field(ge=1)
-    num_kv_heads: int = Field(ge=1)
-    head_size: int = Field(ge=1)
-    rope: str = Field(description="Parameters of the position encoding, as JSON.")
 
 
 class LayerProfile(_Part):
@@ -247,128 +228,3 @@ def _refuse(path: str, made_for: ModelIdentity, identity: ModelIdentity, why: st
         f"the profile {path} was made for {made_for.name} and does not fit {identity.name} ({why}): "
         "calibrate this model with `vllm-adamas calibrate`, or remove the option."
     )
-
-
-def identify(model_config) -> ModelIdentity:
-    """The identity of the model of a vLLM ModelConfig."""
-    text = model_config.hf_text_config
-    rope = getattr(text, "rope_parameters", None) or {
-        "rope_theta": getattr(text, "rope_theta", None),
-        "rope_scaling": getattr(text, "rope_scaling", None),
-    }
-    folder = model_folder(model_config.model, model_config.revision)
-    name = Path(model_config.model).name if folder else model_config.model
-    return ModelIdentity(
-        name=name.rpartition("/")[2],
-        fingerprint=fingerprint(folder) if folder else "",
-        num_layers=text.num_hidden_layers,
-        num_query_heads=text.num_attention_heads,
-        num_kv_heads=model_config.get_total_num_kv_heads(),
-        head_size=model_config.get_head_size(),
-        rope=json.dumps(rope, sort_keys=True, default=str),
-    )
-
-
-def model_folder(model: str, revision: str | None = None) -> Path | None:
-    """Where the files of a model lie on this host; None when they are not here (yet)."""
-    if (Path(model) / "config.json").is_file():
-        return Path(model)
-    from huggingface_hub import try_to_load_from_cache
-    from huggingface_hub.errors import HFValidationError
-
-    try:
-        found = try_to_load_from_cache(model, "config.json", revision=revision)
-    except HFValidationError:
-        return None
-    return Path(found).parent if isinstance(found, str) else None
-
-
-def fingerprint(folder: Path) -> str:
-    """sha256 over name, dtype, shape and some bytes of every tensor, however files are cut.
-
-    A fine-tuned or requantised model has another one; reading it takes milliseconds. Weights in other
-    files than safetensors count with their size and 64 KiB spread over each.
-    """
-    tensors = []
-    for path, start, header in _safetensors(folder):
-        with path.open("rb") as file:
-            for name, tensor in header.items():
-                first, last = tensor.data_offsets
-                file.seek(start + first + max(0, (last - first - SAMPLE_BYTES) // 2))
-                sample = file.read(min(SAMPLE_BYTES, last - first))
-                tensors.append((name, tensor.dtype, tensor.shape, sample.hex()))
-    for path in () if tensors else sorted(filter(Path.is_file, folder.glob("*.bin"))):
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            for sample in range(SAMPLES):
-                file.seek(max(0, (size - SAMPLE_BYTES) * sample // (SAMPLES - 1)))
-                tensors.append((path.name, size, file.read(SAMPLE_BYTES).hex()))
-    return _digest(json.dumps(sorted(tensors)).encode()) if tensors else ""
-
-
-class _Tensor(BaseModel):
-    """What a safetensors header says of one tensor; offsets in bytes, from the end of the header."""
-
-    dtype: str
-    shape: list[int]
-    data_offsets: tuple[int, int]
-
-
-_TENSORS = TypeAdapter(dict[str, _Tensor])
-
-
-def _safetensors(folder: Path) -> Iterator[tuple[Path, int, dict[str, _Tensor]]]:
-    """Every safetensors file, where its data start, and what its header says of each tensor.
-
-    Files that only bear the name, such as the pointers of Git LFS, are left out with a warning: a model
-    need not use every file of its folder, and vLLM refuses to load those that it does use.
-    """
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            yield path, *_header(path)
-        except (OSError, ValueError) as error:
-            logger.warning("%s is left out of what tells models apart (%s).", path, error)
-
-
-def _header(path: Path) -> tuple[int, dict[str, _Tensor]]:
-    """Where the data of a safetensors file start, and the tensors of its header.
-
-    Raises:
-        OSError, ValueError: it cannot be read; it is no complete safetensors file.
-    """
-    if not path.is_file():
-        raise ValueError("it is no regular file")
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        start = 8 + int.from_bytes(file.read(8), "little")
-        if not 8 < start <= min(size, 8 + MAX_HEADER_BYTES):
-            raise ValueError("it has no safetensors header")
-        try:
-            header = json.loads(file.read(start - 8))
-        except RecursionError:
-            raise ValueError("its header is nested too deeply") from None
-    if isinstance(header, dict):
-        header.pop("__metadata__", None)
-    try:
-        tensors = _TENSORS.validate_python(header)
-    except ValidationError:
-        raise ValueError("its header describes no tensors") from None
-    for name, tensor in tensors.items():
-        first, last = tensor.data_offsets
-        if not 0 <= first <= last <= size - start:
-            raise ValueError(f"the data of {name} lie beyond its end")
-    return start, tensors
-
-
-#: Families whose attention normalises queries and keys, for models whose weights are not here yet.
-QK_NORM_TYPES = ("gemma3", "gemma3_text", "qwen3", "qwen3_moe", "qwen3_next", "olmo2", "olmo3")
-QK_NORM_TENSOR = re.compile(r"\b(k_norm|k_layernorm|key_layernorm)\.")
-
-
-def has_qk_norm(model_config) -> bool:
-    """Whether the model normalises its keys: by its tensors' names, or by its family."""
-    folder = model_folder(model_config.model, model_config.revision)
-    names = [name for _, _, header in _safetensors(folder) for name in header] if folder else []
-    if names:
-        return any(map(QK_NORM_TENSOR.search, names))
-    return model_config.hf_text_config.model_type in QK_NORM_TYPES

@@ -68,19 +68,19 @@ class CpuBackend(Backend):
         query,
         page,
         block_table,
-        context_lens,
+        seq_lens,
         budgets,
         output,
         stats,
         *,
-        max_context_len=None,
+        max_seq_len=None,
         overlap=False,
     ):
         self._lib.decode(
             query,
             output,
             block_table,
-            context_lens,
+            seq_lens,
             budgets,
             stats,
             params.softmax_scale,
@@ -95,14 +95,14 @@ class CpuBackend(Backend):
             *params.numbers,
         )
 
-    def scan(self, params, query, page, block_table, context_lens):
-        rows = context_lens.shape[0]
-        longest = int(context_lens.max()) if rows else 0
+    def scan(self, params, query, page, block_table, seq_lens):
+        rows = seq_lens.shape[0]
+        longest = int(seq_lens.max()) if rows else 0
         scores = torch.full((rows, params.num_score_heads, longest), float("-inf"))
         self._lib.scan(
             query,
             block_table,
-            context_lens,
+            seq_lens,
             scores,
             params.score == "dot",
             params.selection == "query_head",
@@ -113,14 +113,14 @@ class CpuBackend(Backend):
         )
         return scores
 
-    def select(self, params, scores, context_lens, budgets):
+    def select(self, params, scores, seq_lens, budgets):
         rows, heads, _ = scores.shape
-        most = int(params.attended(context_lens, budgets).max()) if rows else 0
+        most = int(params.attended(seq_lens, budgets).max()) if rows else 0
         tokens = torch.full((rows, heads, most), -1, dtype=torch.int32)
         self._lib.select(
-            scores, context_lens, budgets, tokens, params.num_sink_tokens, params.recent_window
+            scores, seq_lens, budgets, tokens, params.num_sink_tokens, params.recent_window
         )
         return tokens
 
-    def gather(self, params, page, block_table, context_lens, key, value):
-        self._lib.gather(key, value, block_table, context_lens, page, *params.numbers)
+    def gather(self, params, page, block_table, seq_lens, key, value):
+        self._lib.gather(key, value, block_table, seq_lens, page, *params.numbers)

@@ -8,9 +8,8 @@ from pathlib import Path
 
 import torch
 
-from vllm_adamas.backends.registry import MAX_GROUP
 from vllm_adamas.backends.arguments import together, typed
-from vllm_adamas.backends.base import Backend, Params
+from vllm_adamas.backends.base import MAX_GROUP, Backend, Params
 from vllm_adamas.backends.workspace import Workspace
 from vllm_adamas.errors import AdamasError
 
@@ -34,22 +33,22 @@ SCORES_PER_BLOCK = 12288
 GROUPS_PER_BLOCK = 128
 
 
-def prefers_fused(cluster: int, context_len: int, sets: int, budget: int) -> bool:
+def prefers_fused(cluster: int, seq_len: int, sets: int, budget: int) -> bool:
     """Whether the fused kernel in ``cluster`` blocks per (row, KV head) beats the three kernels.
 
     Args:
-        context_len: the longest of the batch.
+        seq_len: the longest of the batch.
         sets: token sets of a KV head.
         budget: tokens of a set.
     """
     return (
         cluster >= MIN_CLUSTER
-        and context_len * sets <= SCORES_PER_BLOCK * cluster
+        and seq_len * sets <= SCORES_PER_BLOCK * cluster
         and budget * sets <= GROUPS_PER_BLOCK * cluster
     )
 
 
-def candidate_capacity(max_context_len: int, budget: int) -> int:
+def candidate_capacity(max_seq_len: int, budget: int) -> int:
     """Candidates that a token set may keep before its scores are computed again.
 
     A pivot ranks `rank` to half as many more in a sample (sample_rank and find_pivot of csrc/cuda), so
@@ -58,11 +57,11 @@ def candidate_capacity(max_context_len: int, budget: int) -> int:
     """
     wanted = 4096
     for limit, sample in SAMPLES:
-        stride = min(max_context_len, limit) / sample
+        stride = min(max_seq_len, limit) / sample
         expected = budget / stride
         most = 1.5 * (expected + 6 * math.sqrt(1.5 * expected) + 3)
         wanted = max(wanted, int(stride * (most + 6 * math.sqrt(1.5 * most))))
-        if max_context_len <= limit:
+        if max_seq_len <= limit:
             break
     return min(MAX_CANDIDATES, -(-wanted // 1024) * 1024)
 
@@ -112,7 +111,7 @@ def check_block(tokens: int) -> None:
         )
 
 
-def check_step(rows: int, kv_heads: int, max_context_len: int) -> None:
+def check_step(rows: int, kv_heads: int, max_seq_len: int) -> None:
     """
     Raises:
         AdamasError: a decode step of so many rows, or of as many of such contexts, does not fit the kernels.
@@ -122,10 +121,10 @@ def check_step(rows: int, kv_heads: int, max_context_len: int) -> None:
             f"decode steps of {rows} rows are larger than the {MAX_ROWS} that the CUDA kernels hold: pass "
             f"--max-num-seqs {MAX_ROWS}, or choose kernels=triton."
         )
-    check_context(max_context_len)
-    if rows * kv_heads * max_context_len > MAX_STEP:
+    check_context(max_seq_len)
+    if rows * kv_heads * max_seq_len > MAX_STEP:
         raise AdamasError(
-            f"{rows} rows of {max_context_len} tokens and {kv_heads} KV heads are more than the {MAX_STEP} "
+            f"{rows} rows of {max_seq_len} tokens and {kv_heads} KV heads are more than the {MAX_STEP} "
             "tokens that the CUDA kernels count in a decode step: pass a smaller --max-num-seqs or "
             "--max-model-len, or choose kernels=triton."
         )
@@ -134,7 +133,7 @@ def check_step(rows: int, kv_heads: int, max_context_len: int) -> None:
 class CudaBackend(Backend):
     """A decode step is one kernel, or encode, scan and attend; no host synchronisation.
 
-    It can be captured in a CUDA graph: launch shapes depend on the number of rows, ``max_context_len``
+    It can be captured in a CUDA graph: launch shapes depend on the number of rows, ``max_seq_len``
     and the configured budget alone, lengths and budgets are read on the device. A step has up to ``MAX_ROWS``
     rows of up to ``MAX_CONTEXT`` tokens.
     """
@@ -159,20 +158,20 @@ class CudaBackend(Backend):
     def description(self) -> str:
         return f"cuda (sm_90a, {torch.cuda.get_device_name()})"
 
-    def reserve(self, params: Params, max_rows: int, max_context_len: int) -> int:
+    def reserve(self, params: Params, max_rows: int, max_seq_len: int) -> int:
         """Allocates the workspace for the largest decode step; returns its size in bytes.
 
         Call it before CUDA graphs are captured. Decode steps on one device share the workspace, so
         they must run on one stream.
         """
         device = torch.empty(0, device="cuda").device
-        size = self.workspace_bytes(params, max_rows, max_context_len)
+        size = self.workspace_bytes(params, max_rows, max_seq_len)
         return self._workspace.at_least(device, size).numel()
 
-    def workspace_bytes(self, params: Params, max_rows: int, max_context_len: int) -> int:
+    def workspace_bytes(self, params: Params, max_rows: int, max_seq_len: int) -> int:
         """Bytes of device memory that decode needs beside its arguments."""
-        check_step(max_rows, params.num_kv_heads, max_context_len)
-        capacity = candidate_capacity(max_context_len, params.budget(max_context_len))
+        check_step(max_rows, params.num_kv_heads, max_seq_len)
+        capacity = candidate_capacity(max_seq_len, params.budget.most(max_seq_len))
         return self._workspace_bytes(params, max_rows, capacity)
 
     def append(self, params, key, value, page, slot_mapping):
@@ -205,12 +204,12 @@ class CudaBackend(Backend):
         query,
         page,
         block_table,
-        context_lens,
+        seq_lens,
         budgets,
         output,
         stats,
         *,
-        max_context_len: int | None = None,
+        max_seq_len: int | None = None,
         overlap: bool = False,
         stages: int = ALL_STAGES,
         cluster: int | None = None,
@@ -219,14 +218,14 @@ class CudaBackend(Backend):
         signatures.
 
         Args:
-            max_context_len: an upper bound of ``context_lens``; default: what the block table and the
+            max_seq_len: an upper bound of ``seq_lens``; default: what the block table and the
                 kernels hold. Longer rows count as that long.
             overlap: as in :meth:`Backend.decode`.
             stages: which of the three kernels run (bits: encode, scan, attend), for measurements.
             cluster: blocks per (row, KV head) of the fused kernel, 0 for the three kernels; default:
                 what :meth:`cluster_size` says.
         """
-        rows, query = self._rows(params, query, block_table, context_lens)
+        rows, query = self._rows(params, query, block_table, seq_lens)
         output = output[:rows]
         heads, size = params.num_query_heads, params.layout.head_size
         typed("output", output, query.dtype, rows, heads, size)
@@ -235,7 +234,7 @@ class CudaBackend(Backend):
         typed("stats", stats, torch.int64, 4)
         together(query=query, page=page, output=output, budgets=budgets, stats=stats)
         longest = block_table.shape[1] * params.layout.block_size
-        longest = min(longest, MAX_CONTEXT if max_context_len is None else max_context_len)
+        longest = min(longest, MAX_CONTEXT if max_seq_len is None else max_seq_len)
         check_step(rows, params.num_kv_heads, longest)
         if cluster is None:
             cluster = self.cluster_size(params, rows, query.dtype, page, longest)
@@ -243,13 +242,13 @@ class CudaBackend(Backend):
             raise ValueError(
                 f"cluster: the fused kernel does not take this step in {cluster} blocks"
             )
-        capacity = candidate_capacity(longest, params.budget(longest))
+        capacity = candidate_capacity(longest, params.budget.most(longest))
         work = self._work(query.device, params, rows, capacity)
         self._lib.decode(
             query,
             output,
             block_table,
-            context_lens,
+            seq_lens,
             budgets,
             stats,
             work,
@@ -270,10 +269,10 @@ class CudaBackend(Backend):
             *self._numbers(params),
         )
 
-    def scan(self, params, query, page, block_table, context_lens):
-        rows, query = self._rows(params, query, block_table, context_lens)
+    def scan(self, params, query, page, block_table, seq_lens):
+        rows, query = self._rows(params, query, block_table, seq_lens)
         held = block_table.shape[1] * params.layout.block_size
-        longest = max(0, min(int(context_lens.max()), held)) if rows else 0
+        longest = max(0, min(int(seq_lens.max()), held)) if rows else 0
         check_step(rows, params.num_kv_heads, longest)
         scores = torch.full(
             (rows, params.num_score_heads, longest),
@@ -285,7 +284,7 @@ class CudaBackend(Backend):
         self._lib.scan(
             query,
             block_table,
-            context_lens,
+            seq_lens,
             scores,
             work,
             params.score == "dot",
@@ -297,45 +296,43 @@ class CudaBackend(Backend):
         )
         return scores
 
-    def select(self, params, scores, context_lens, budgets):
+    def select(self, params, scores, seq_lens, budgets):
         rows, heads, longest = scores.shape
         typed("scores", scores, torch.float32, rows, heads, None)
-        typed("context_lens", context_lens, torch.int32, rows)
+        typed("seq_lens", seq_lens, torch.int32, rows)
         typed("budgets", budgets, torch.int32, rows)
-        together(scores=scores, context_lens=context_lens, budgets=budgets)
+        together(scores=scores, seq_lens=seq_lens, budgets=budgets)
         check_context(longest)
-        if rows and int(context_lens.max()) > longest:
-            raise ValueError(f"context_lens: a row is longer than the {longest} scores of a row")
-        most = int(params.attended(context_lens, budgets).max()) if rows else 0
+        if rows and int(seq_lens.max()) > longest:
+            raise ValueError(f"seq_lens: a row is longer than the {longest} scores of a row")
+        most = int(params.attended(seq_lens, budgets).max()) if rows else 0
         tokens = torch.full((rows, heads, most), -1, dtype=torch.int32, device=scores.device)
         self._lib.select(
-            scores, context_lens, budgets, tokens, params.num_sink_tokens, params.recent_window
+            scores, seq_lens, budgets, tokens, params.num_sink_tokens, params.recent_window
         )
         return tokens
 
-    def gather(self, params, page, block_table, context_lens, key, value):
+    def gather(self, params, page, block_table, seq_lens, key, value):
         dtype = self._dtype(params, key)
         typed("key", key, dtype, None, params.num_kv_heads, params.layout.head_size)
         typed("value", value, dtype, *key.shape)
-        typed("context_lens", context_lens, torch.int32, None)
-        typed("block_table", block_table, torch.int32, *context_lens.shape, None)
-        together(
-            key=key, value=value, page=page, block_table=block_table, context_lens=context_lens
-        )
+        typed("seq_lens", seq_lens, torch.int32, None)
+        typed("block_table", block_table, torch.int32, *seq_lens.shape, None)
+        together(key=key, value=value, page=page, block_table=block_table, seq_lens=seq_lens)
         for name, rows in (("key", key), ("value", value)):
             _aligned(name, rows, 4)
-        self._lib.gather(key, value, block_table, context_lens, page, *self._numbers(params))
+        self._lib.gather(key, value, block_table, seq_lens, page, *self._numbers(params))
 
-    def _rows(self, params, query, block_table, context_lens) -> tuple[int, torch.Tensor]:
+    def _rows(self, params, query, block_table, seq_lens) -> tuple[int, torch.Tensor]:
         """The number of rows, and their queries: vLLM pads queries, not contexts."""
-        rows = context_lens.shape[0]
-        typed("context_lens", context_lens, torch.int32, rows)
+        rows = seq_lens.shape[0]
+        typed("seq_lens", seq_lens, torch.int32, rows)
         typed("block_table", block_table, torch.int32, rows, None)
         query = query[:rows]
         heads, size = params.num_query_heads, params.layout.head_size
         typed("query", query, self._dtype(params, query), rows, heads, size)
         _aligned("query", query)
-        together(query=query, block_table=block_table, context_lens=context_lens)
+        together(query=query, block_table=block_table, seq_lens=seq_lens)
         return rows, query
 
     @staticmethod
@@ -378,7 +375,7 @@ class CudaBackend(Backend):
         if found is None:
             found = self.largest_cluster(params, rows, dtype, page, longest)
             sets = params.num_score_heads // params.num_kv_heads
-            if not prefers_fused(found, longest, sets, params.budget(longest)):
+            if not prefers_fused(found, longest, sets, params.budget.most(longest)):
                 found = 0
             self._clusters[key] = found
         return found

@@ -6,9 +6,8 @@ import torch
 
 from vllm_adamas.backends.base import Backend
 from vllm_adamas.backends.reference import signature as sig
+from vllm_adamas.dtypes import ELEMENTS
 from vllm_adamas.layout import TILE
-
-FP8 = {"e4m3": torch.float8_e4m3fn, "e5m2": torch.float8_e5m2}
 
 
 def select_tokens(scores: torch.Tensor, budget: int, sinks: int, recent: int) -> torch.Tensor:
@@ -55,10 +54,10 @@ class ReferenceBackend(Backend):
         layout.lo(page)[block, :, tile, :, lane] = sig.pack(codes & 1)
         layout.scale(page)[block, :, offset] = sig.code_scale(x, codes)  # [T, Hkv]
 
-    def scan(self, params, query, page, block_table, context_lens):
-        shape = (query.shape[0], params.num_score_heads, _max(context_lens))
+    def scan(self, params, query, page, block_table, seq_lens):
+        shape = (query.shape[0], params.num_score_heads, _max(seq_lens))
         scores = torch.full(shape, float("-inf"))  # [R, num_score_heads, L]
-        for row, length in enumerate(_lengths(params, block_table, context_lens)):
+        for row, length in enumerate(_lengths(params, block_table, seq_lens)):
             if length:
                 scores[row, :, :length] = self._scan_row(
                     params, query[row], page, block_table[row], length
@@ -83,13 +82,13 @@ class ReferenceBackend(Backend):
                 scores = scores.sum(1, keepdim=True)  # [Hkv, 1, L]
         return scores.flatten(0, 1)  # [num_score_heads, L]
 
-    def select(self, params, scores, context_lens, budgets):
+    def select(self, params, scores, seq_lens, budgets):
         rows, heads, _ = scores.shape
         chosen = torch.full(
-            (rows, heads, _max(params.attended(context_lens, budgets))), -1, dtype=torch.int32
+            (rows, heads, _max(params.attended(seq_lens, budgets))), -1, dtype=torch.int32
         )
         for row, (length, budget) in enumerate(
-            zip(context_lens.tolist(), budgets.tolist(), strict=True)
+            zip(seq_lens.tolist(), budgets.tolist(), strict=True)
         ):
             for head in range(heads):
                 tokens = select_tokens(
@@ -104,16 +103,16 @@ class ReferenceBackend(Backend):
         query,
         page,
         block_table,
-        context_lens,
+        seq_lens,
         budgets,
         output,
         stats,
         *,
-        max_context_len=None,
+        max_seq_len=None,
         overlap=False,
     ):
-        attended = params.attended(context_lens, budgets).tolist()
-        lengths = _lengths(params, block_table, context_lens)
+        attended = params.attended(seq_lens, budgets).tolist()
+        lengths = _lengths(params, block_table, seq_lens)
         for row, (length, budget) in enumerate(zip(lengths, attended, strict=True)):
             output[row] = 0
             if length == 0:
@@ -137,9 +136,9 @@ class ReferenceBackend(Backend):
             seen, heads = budget if sparse else visible, params.num_query_heads
             stats += torch.tensor([sparse, not sparse, length * heads, seen * heads])
 
-    def gather(self, params, page, block_table, context_lens, key, value):
+    def gather(self, params, page, block_table, seq_lens, key, value):
         start = 0
-        for row, length in enumerate(_lengths(params, block_table, context_lens)):
+        for row, length in enumerate(_lengths(params, block_table, seq_lens)):
             for head in range(params.num_kv_heads):
                 k, v = self._tokens(params, page, block_table[row], head, torch.arange(length))
                 key[start : start + length, head] = k.to(key.dtype)
@@ -156,23 +155,23 @@ class ReferenceBackend(Backend):
         k = params.layout.k(page)[block, kv_head, offset]  # [K, D]
         v = params.layout.v(page)[block, kv_head, offset]
         if params.fp8:
-            k, v = k.view(FP8[params.fp8]), v.view(FP8[params.fp8])
+            k, v = k.view(ELEMENTS[params.fp8].values), v.view(ELEMENTS[params.fp8].values)
         return k.float() * params.k_scale, v.float() * params.v_scale
 
     @staticmethod
     def _to_plane(params, x, scale):
         if not params.fp8:
             return x.to(params.layout.dtype)
-        kind = FP8[params.fp8]
+        kind = ELEMENTS[params.fp8].values
         limit = torch.finfo(kind).max
         return (x.float() / scale).clamp(-limit, limit).to(kind).view(torch.uint8)
 
 
-def _lengths(params, block_table: torch.Tensor, context_lens: torch.Tensor) -> list[int]:
-    lengths, held = context_lens.tolist(), block_table.shape[1] * params.layout.block_size
+def _lengths(params, block_table: torch.Tensor, seq_lens: torch.Tensor) -> list[int]:
+    lengths, held = seq_lens.tolist(), block_table.shape[1] * params.layout.block_size
     if any(not 0 <= length <= held for length in lengths):
         raise ValueError(
-            f"context_lens: a context has not 0 to {held} tokens, which the block table holds"
+            f"seq_lens: a context has not 0 to {held} tokens, which the block table holds"
         )
     return lengths
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from vllm_adamas.backends.registry import MAX_GROUP
+from vllm_adamas.backends.base import MAX_GROUP
 from vllm_adamas.backends.triton.rows import budget_of, length_of
 
 ROWS = tl.constexpr(MAX_GROUP)  #: query heads of a program, padded to what a tensor core multiplies
@@ -38,7 +38,7 @@ def attend_kernel(
     kv_head,
     block_table,  # int32 [R, blocks]
     table_row,
-    context_lens,  # int32 [R]
+    seq_lens,  # int32 [R]
     budgets,  # int32 [R]
     tokens,  # int32 [R, sets, L]
     token_row,
@@ -63,7 +63,7 @@ def attend_kernel(
     """One program: a part of one row's tokens, for HEADS query heads that share them."""
     row, unit = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     parts = tl.num_programs(2)
-    length, budget = length_of(context_lens, row, longest), budget_of(budgets, row, least)
+    length, budget = length_of(seq_lens, row, longest), budget_of(budgets, row, least)
     if WINDOW > 0:
         count = tl.minimum(length, WINDOW)
     elif SPARSE:
@@ -123,7 +123,7 @@ def merge_kernel(
     output,  # [R, Hq, D]
     output_row,
     output_head,
-    context_lens,
+    seq_lens,
     budgets,
     stats,  # int64 [4]: sparse rows, dense rows, context tokens, attended tokens
     factor,
@@ -136,7 +136,7 @@ def merge_kernel(
 ):
     """One program: one row and query head."""
     row, head, heads = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.num_programs(1)
-    length, budget = length_of(context_lens, row, longest), budget_of(budgets, row, least)
+    length, budget = length_of(seq_lens, row, longest), budget_of(budgets, row, least)
     part, dim = tl.arange(0, PARTS), tl.arange(0, PADDED)
     unit = (row * heads + head) * PARTS + part
     top = tl.load(maximum + unit, mask=part < tl.where(length > 0, PARTS, 0), other=float("-inf"))

@@ -1,6 +1,6 @@
 """The host side: argument checks, launch shapes, workspaces.
 
-Launch shapes depend on the number of rows and on ``max_context_len`` alone; lengths and budgets are
+Launch shapes depend on the number of rows and on ``max_seq_len`` alone; lengths and budgets are
 read on the device. So a decode step never synchronises and can be captured in a CUDA graph.
 """
 
@@ -14,16 +14,15 @@ import triton
 import triton.language as tl
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from vllm_adamas.backends.registry import MAX_GROUP, MIN_CAPABILITY
 from vllm_adamas.backends.arguments import typed
-from vllm_adamas.backends.base import Backend, Params
-from vllm_adamas.backends.reference.backend import FP8
+from vllm_adamas.backends.base import MAX_GROUP, MIN_CAPABILITY, Backend, Params
 from vllm_adamas.backends.triton.append import append_kernel
 from vllm_adamas.backends.triton.attend import attend_kernel, merge_kernel
 from vllm_adamas.backends.triton.gather import gather_kernel
 from vllm_adamas.backends.triton.scan import PLANES, encode_kernel, scan_kernel
 from vllm_adamas.backends.triton.select import select_kernel
 from vllm_adamas.backends.workspace import Workspace
+from vllm_adamas.dtypes import ELEMENTS
 from vllm_adamas.errors import AdamasError
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
@@ -71,13 +70,13 @@ class TritonBackend(Backend):
         where = "interpreted" if INTERPRETED else torch.cuda.get_device_name()
         return f"triton {triton.__version__} ({where})"
 
-    def reserve(self, params, max_rows, max_context_len):
+    def reserve(self, params, max_rows, max_seq_len):
         """As :meth:`Backend.reserve`. Steps of one device share the workspace: run them on one stream."""
         device = torch.device("cpu" if INTERPRETED else torch.cuda.current_device())
-        key = (params, max_rows, max_context_len)
+        key = (params, max_rows, max_seq_len)
         if key not in self._reserved:  # the layers of a model ask alike
             self._reserved[key] = max(
-                Plan(params, rows + 1, max_context_len, device).nbytes for rows in range(max_rows)
+                Plan(params, rows + 1, max_seq_len, device).nbytes for rows in range(max_rows)
             )
         return self._workspace.at_least(device, self._reserved[key]).nbytes
 
@@ -103,30 +102,30 @@ class TritonBackend(Backend):
             **_sizes(layout.head_size), BLOCK=_block(layout.head_size), TOKENS=APPEND_TOKENS,
         )  # fmt: skip
 
-    def scan(self, params, query, page, block_table, context_lens):
-        rows = self._rows(params, query, block_table, context_lens)
+    def scan(self, params, query, page, block_table, seq_lens):
+        rows = self._rows(params, query, block_table, seq_lens)
         held = block_table.shape[1] * params.layout.block_size
-        longest = max(0, min(int(context_lens.max()), held)) if rows else 0
+        longest = max(0, min(int(seq_lens.max()), held)) if rows else 0
         shape = (rows, params.num_score_heads, longest)
         scores = torch.full(shape, float("-inf"), dtype=torch.float32, device=query.device)
         if longest:
             plan = self._plan(params, rows, longest, query.device)
             for first in range(0, rows, plan.rows):
                 some = slice(first, first + plan.rows)
-                batch = (block_table[some], context_lens[some], None, scores[some])
+                batch = (block_table[some], seq_lens[some], None, scores[some])
                 self._scan(plan, params, query[some], page, *batch)
         return scores
 
-    def select(self, params, scores, context_lens, budgets):
+    def select(self, params, scores, seq_lens, budgets):
         rows, heads, _ = scores.shape
         typed("scores", scores, torch.float32, rows, heads, None)
-        typed("context_lens", context_lens, torch.int32, rows)
+        typed("seq_lens", seq_lens, torch.int32, rows)
         typed("budgets", budgets, torch.int32, rows)
-        kept = params.attended(context_lens.clamp_max(scores.shape[2]), budgets)
+        kept = params.attended(seq_lens.clamp_max(scores.shape[2]), budgets)
         most = int(kept.max()) if rows else 0
         tokens = torch.empty_like(scores, dtype=torch.int32)
         if most:
-            self._select(params, scores, tokens, context_lens, budgets, sparse_only=False)
+            self._select(params, scores, tokens, seq_lens, budgets, sparse_only=False)
         index = torch.arange(most, device=scores.device)
         return tokens[..., :most].masked_fill(index >= kept[:, None, None], -1)
 
@@ -136,31 +135,31 @@ class TritonBackend(Backend):
         query,
         page,
         block_table,
-        context_lens,
+        seq_lens,
         budgets,
         output,
         stats,
         *,
-        max_context_len=None,
+        max_seq_len=None,
         overlap=False,
     ):
-        """As :meth:`Backend.decode`; ``budgets`` being ``context_lens`` says that every row is dense."""
-        rows = context_lens.shape[0]
+        """As :meth:`Backend.decode`; ``budgets`` being ``seq_lens`` says that every row is dense."""
+        rows = seq_lens.shape[0]
         query, output = query[:rows], output[:rows]  # padding may follow
-        self._rows(params, query, block_table, context_lens)
+        self._rows(params, query, block_table, seq_lens)
         typed("output", output, output.dtype, *query.shape)
         typed("budgets", budgets, torch.int32, rows)
         typed("stats", stats, torch.int64, 4)
         if not rows:
             return
         longest = block_table.shape[1] * params.layout.block_size
-        if max_context_len is not None:
-            longest = min(longest, max_context_len)
-        dense = params.sliding_window > 0 or budgets is context_lens
+        if max_seq_len is not None:
+            longest = min(longest, max_seq_len)
+        dense = params.sliding_window > 0 or budgets is seq_lens
         plan = self._plan(params, rows, longest, query.device)
         for first in range(0, rows, plan.rows):
             some = slice(first, first + plan.rows)
-            batch = (block_table[some], context_lens[some], budgets[some])
+            batch = (block_table[some], seq_lens[some], budgets[some])
             if not dense:
                 self._scan(plan, params, query[some], page, *batch, plan.scores)
                 self._select(params, plan.scores, plan.tokens, *batch[1:], sparse_only=True)
@@ -173,11 +172,11 @@ class TritonBackend(Backend):
                 PARTS=plan.parts, **_sizes(params.layout.head_size),
             )  # fmt: skip
 
-    def gather(self, params, page, block_table, context_lens, key, value):
-        layout, rows = params.layout, context_lens.shape[0]
+    def gather(self, params, page, block_table, seq_lens, key, value):
+        layout, rows = params.layout, seq_lens.shape[0]
         typed("key", key, key.dtype, None, params.num_kv_heads, layout.head_size)
         typed("value", value, key.dtype, *key.shape)
-        typed("context_lens", context_lens, torch.int32, rows)
+        typed("seq_lens", seq_lens, torch.int32, rows)
         typed("block_table", block_table, torch.int32, rows, None)
         longest = min(len(key), block_table.shape[1] * layout.block_size)
         if not rows or not longest:
@@ -185,12 +184,12 @@ class TritonBackend(Backend):
         planes = self._planes(params, page)
         gather_kernel[triton.cdiv(longest, GATHER_TOKENS), rows, params.num_kv_heads](
             planes.k, planes.v, *planes.strides[:2], block_table, block_table.stride(0),
-            context_lens, key, value, *key.stride()[:2], *value.stride()[:2], len(key), longest,
+            seq_lens, key, value, *key.stride()[:2], *value.stride()[:2], len(key), longest,
             params.k_scale, params.v_scale, N=layout.block_size, **_sizes(layout.head_size),
             FP8=params.fp8, TOKENS=GATHER_TOKENS,
         )  # fmt: skip
 
-    def _scan(self, plan, params, query, page, block_table, context_lens, budgets, scores):
+    def _scan(self, plan, params, query, page, block_table, seq_lens, budgets, scores):
         rows, heads, layout = len(query), params.num_kv_heads, params.layout
         planes, dot = self._planes(params, page), params.score == "dot"
         shared = params.selection == "kv_head"
@@ -203,21 +202,21 @@ class TritonBackend(Backend):
         )  # fmt: skip
         scan_kernel[rows, heads, plan.scan_parts](
             plan.planes, plan.bias, planes.hi, planes.lo, planes.scale, *planes.strides[2:],
-            block_table, block_table.stride(0), context_lens, budgets, scores,
+            block_table, block_table.stride(0), seq_lens, budgets, scores,
             *scores.stride()[:2], scores.shape[2], params.least_budget, DOT=dot, SHARED=shared, GROUP=params.group,
             ROWS=1 if summed else _padded(params.group), N=layout.block_size,
             SIZE=layout.head_size, TOKENS=SCAN_TOKENS,
         )  # fmt: skip
 
-    def _select(self, params, scores, tokens, context_lens, budgets, sparse_only):
-        select_kernel[len(context_lens), scores.shape[1]](
-            scores, tokens, *scores.stride()[:2], *tokens.stride()[:2], context_lens, budgets,
+    def _select(self, params, scores, tokens, seq_lens, budgets, sparse_only):
+        select_kernel[len(seq_lens), scores.shape[1]](
+            scores, tokens, *scores.stride()[:2], *tokens.stride()[:2], seq_lens, budgets,
             params.num_sink_tokens, params.recent_window, scores.shape[2], params.least_budget,
             SPARSE_ONLY=sparse_only,
             SAMPLES=SAMPLES, TOKENS=SELECT_TOKENS, CANDIDATES=CANDIDATES, num_warps=8,
         )  # fmt: skip
 
-    def _attend(self, plan, params, query, page, block_table, context_lens, budgets, tokens):
+    def _attend(self, plan, params, query, page, block_table, seq_lens, budgets, tokens):
         """Partial attention of the rows with a selection, or where ``tokens`` is None of the others."""
         layout, planes, sparse = params.layout, self._planes(params, page), tokens is not None
         alone = sparse and params.selection == "query_head"
@@ -226,7 +225,7 @@ class TritonBackend(Backend):
         row_bytes = _padded(layout.head_size) * dtype.itemsize
         attend_kernel[len(query), units, plan.parts](
             query, *query.stride()[:2], planes.k, planes.v, *planes.strides[:2],
-            block_table, block_table.stride(0), context_lens, budgets,
+            block_table, block_table.stride(0), seq_lens, budgets,
             tokens, *(tokens.stride()[:2] if sparse else (0, 0)),
             plan.partial, plan.maximum, plan.total,
             params.softmax_scale * params.k_scale / math.log(2), plan.scores.shape[2],
@@ -236,9 +235,9 @@ class TritonBackend(Backend):
             TOKENS=max(16, min(64, 16384 // row_bytes)),
         )  # fmt: skip
 
-    def _rows(self, params, query, block_table, context_lens) -> int:
-        rows = context_lens.shape[0]
-        typed("context_lens", context_lens, torch.int32, rows)
+    def _rows(self, params, query, block_table, seq_lens) -> int:
+        rows = seq_lens.shape[0]
+        typed("seq_lens", seq_lens, torch.int32, rows)
         typed("block_table", block_table, torch.int32, rows, None)
         dtype = query.dtype if params.fp8 else params.layout.dtype
         typed("query", query, dtype, rows, params.num_query_heads, params.layout.head_size)
@@ -347,5 +346,5 @@ def _sizes(size: int) -> dict[str, int]:
 
 def _to_fp8(x: torch.Tensor, kind: str, scale: float) -> torch.Tensor:
     """As the reference does it; rounding is PyTorch's, since not every GPU converts to fp8."""
-    top = torch.finfo(FP8[kind]).max
-    return (x.float() / scale).clamp(-top, top).to(FP8[kind]).view(torch.uint8)
+    top = torch.finfo(ELEMENTS[kind].values).max
+    return (x.float() / scale).clamp(-top, top).to(ELEMENTS[kind].values).view(torch.uint8)

@@ -19,7 +19,7 @@ def gather_kernel(
     kv_head,
     block_table,  # int32 [R, blocks]
     table_row,
-    context_lens,  # int32 [R]
+    seq_lens,  # int32 [R]
     key,  # [T, Hkv, D] with the strides out_*
     value,
     key_token,
@@ -41,9 +41,9 @@ def gather_kernel(
     before = tl.full((), 0, tl.int64)
     for first in range(0, tl.program_id(1), ROWS):
         other = first + tl.arange(0, ROWS)
-        lengths = tl.load(context_lens + other, mask=other < row, other=0)
+        lengths = tl.load(seq_lens + other, mask=other < row, other=0)
         before += tl.sum(tl.minimum(tl.maximum(lengths, 0), longest).to(tl.int64))
-    length = tl.minimum(length_of(context_lens, row, longest), tokens - before)
+    length = tl.minimum(length_of(seq_lens, row, longest), tokens - before)
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     inside = token < length
     block = tl.load(block_table + row * table_row + token // N, mask=inside, other=0)

@@ -7,9 +7,9 @@ import triton.language as tl
 
 
 @triton.jit
-def length_of(context_lens, row, longest):
+def length_of(seq_lens, row, longest):
     """Tokens of a row's context, no more than buffers and block tables hold."""
-    return tl.minimum(tl.maximum(tl.load(context_lens + row), 0), longest)
+    return tl.minimum(tl.maximum(tl.load(seq_lens + row), 0), longest)
 
 
 @triton.jit

@@ -107,7 +107,7 @@ def scan_kernel(
     scale_head,
     block_table,  # int32 [R, blocks]
     table_row,
-    context_lens,  # int32 [R]
+    seq_lens,  # int32 [R]
     budgets,  # int32 [R]; rows whose budget reaches the context are left out. None: all are in
     scores,  # float32 [R, sets, L]
     score_row,
@@ -125,7 +125,7 @@ def scan_kernel(
     """One program: a part of one row's context, for one KV head."""
     WORDS: tl.constexpr = SIZE // WORD
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    length = length_of(context_lens, row, longest)
+    length = length_of(seq_lens, row, longest)
     chunk = tl.cdiv(tl.cdiv(length, tl.num_programs(2)), TOKENS) * TOKENS
     start = tl.program_id(2) * chunk
     end = tl.minimum(start + chunk, length)

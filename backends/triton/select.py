@@ -50,7 +50,7 @@ def select_kernel(
     score_set,
     token_row,
     token_set,
-    context_lens,  # int32 [R]
+    seq_lens,  # int32 [R]
     budgets,  # int32 [R]
     sinks,
     recent,
@@ -63,7 +63,7 @@ def select_kernel(
 ):
     """One program: one token set. Ascending tokens; of equal scores the most recent ones."""
     row, which = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
-    length, budget = length_of(context_lens, row, longest), budget_of(budgets, row, least)
+    length, budget = length_of(seq_lens, row, longest), budget_of(budgets, row, least)
     if SPARSE_ONLY:
         length = tl.where(budget < length, length, 0)
     scores += row * score_row + which * score_set

@@ -55,11 +55,11 @@ def planes(params: Params, page: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
     return key, value
 
 
-def attention_bias(context_lens: list[int], block_table: torch.Tensor, block_size: int):
+def attention_bias(seq_lens: list[int], block_table: torch.Tensor, block_size: int):
     """xformers' description of a decode step: which tokens of which pages each row sees.
 
     Args:
-        context_lens: tokens of each row, at least 1, on the host.
+        seq_lens: tokens of each row, at least 1, on the host.
         block_table: int32 ``[R, blocks]``.
         block_size: N, a multiple of ``BLOCK_MULTIPLE``.
     """
@@ -68,15 +68,15 @@ def attention_bias(context_lens: list[int], block_table: torch.Tensor, block_siz
             f"xformers' split-K operator walks pages in steps of {BLOCK_MULTIPLE} tokens: block_size "
             f"{block_size} is not a multiple of it."
         )
-    rows = len(context_lens)
+    rows = len(seq_lens)
     typed("block_table", block_table, torch.int32, rows, None)
     capacity = block_table.shape[1] * block_size
-    if not all(1 <= length <= capacity for length in context_lens):
-        raise ValueError(f"context_lens: expected 1 to {capacity} tokens each, got {context_lens}")
+    if not all(1 <= length <= capacity for length in seq_lens):
+        raise ValueError(f"seq_lens: expected 1 to {capacity} tokens each, got {seq_lens}")
     _operator()
     from xformers.ops.fmha import attn_bias as bias
 
-    dense = bias.BlockDiagonalPaddedKeysMask.from_seqlens([1] * rows, capacity, context_lens)
+    dense = bias.BlockDiagonalPaddedKeysMask.from_seqlens([1] * rows, capacity, seq_lens)
     paged = dense.make_paged(block_table, block_size, bias.PagedBlockDiagonalPaddedKeysMask)
     return paged.to(block_table.device)
 

@@ -22,7 +22,7 @@ void append(const Kernels& kernels, const AppendParams& p) {
 void gather(const Kernels& kernels, const DecodeParams& p, const Rows& key, const Rows& value) {
   int64_t first = 0;
   for (int row = 0; row < p.num_rows; ++row) {
-    const int length = p.context_lens[row], size = p.page.block_size;
+    const int length = p.seq_lens[row], size = p.page.block_size;
     const int num_blocks = (length + size - 1) / size;
 #pragma omp parallel for collapse(2) schedule(static)
     for (int block = 0; block < num_blocks; ++block)

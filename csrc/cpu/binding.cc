@@ -99,9 +99,9 @@ void append_op(TensorView key, TensorView value, TensorView slots, Optional<Tens
 struct DecodeArgs {
   DecodeParams p{};
 
-  DecodeArgs(TensorView block_table, TensorView context_lens, const Page& page, int64_t num_blocks) {
-    p.context_lens = row_numbers(context_lens, "context_lens: expected int32 [R]");
-    p.num_rows = int(context_lens.size(0));
+  DecodeArgs(TensorView block_table, TensorView seq_lens, const Page& page, int64_t num_blocks) {
+    p.seq_lens = row_numbers(seq_lens, "seq_lens: expected int32 [R]");
+    p.num_rows = int(seq_lens.size(0));
     expect(block_table.ndim() == 2 && is_int(block_table, 32) && block_table.stride(1) == 1 &&
                block_table.size(0) == p.num_rows,
            "block_table: expected int32 [R, blocks] with contiguous rows");
@@ -109,8 +109,8 @@ struct DecodeArgs {
     p.block_table = static_cast<const int32_t*>(block_table.data_ptr());
     p.blocks_per_row = block_table.stride(0);
     for (int row = 0; row < p.num_rows; ++row) {
-      const int64_t length = p.context_lens[row], used = (length + page.block_size - 1) / page.block_size;
-      expect(length >= 0, "context_lens: a context has a negative length");
+      const int64_t length = p.seq_lens[row], used = (length + page.block_size - 1) / page.block_size;
+      expect(length >= 0, "seq_lens: a context has a negative length");
       expect(used <= block_table.size(1), "block_table: has fewer blocks than a context needs");
       const int32_t* blocks = p.block_table + row * p.blocks_per_row;
       for (int64_t i = 0; i < used; ++i)
@@ -137,16 +137,16 @@ void check_scores(const TensorView& scores, const DecodeParams& p) {
              scores.stride(2) == 1 && scores.size(0) == p.num_rows,
          constraint);
   for (int row = 0; row < p.num_rows; ++row)
-    expect(p.context_lens[row] >= 0 && p.context_lens[row] <= scores.size(2), constraint);
+    expect(p.seq_lens[row] >= 0 && p.seq_lens[row] <= scores.size(2), constraint);
 }
 
-void decode_op(TensorView query, TensorView output, TensorView block_table, TensorView context_lens,
+void decode_op(TensorView query, TensorView output, TensorView block_table, TensorView seq_lens,
                TensorView budgets, TensorView stats, double softmax_scale, bool dot, bool per_query_head,
                int64_t num_sink_tokens, int64_t recent_window, int64_t sliding_window, double threshold,
                bool relative, TensorView page, int64_t block_size, int64_t head_size, int64_t v_offset,
                int64_t hi_offset, int64_t lo_offset, int64_t scale_offset, int64_t element, double k_scale,
                double v_scale) {
-  DecodeArgs args(block_table, context_lens,
+  DecodeArgs args(block_table, seq_lens,
                   page_of(page, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element,
                           k_scale, v_scale),
                   page.size(0));
@@ -167,11 +167,11 @@ void decode_op(TensorView query, TensorView output, TensorView block_table, Tens
   decode(*active, p);
 }
 
-void scan_op(TensorView query, TensorView block_table, TensorView context_lens, TensorView scores, bool dot,
+void scan_op(TensorView query, TensorView block_table, TensorView seq_lens, TensorView scores, bool dot,
              bool per_query_head, double threshold, bool relative, TensorView page, int64_t block_size,
              int64_t head_size, int64_t v_offset, int64_t hi_offset, int64_t lo_offset, int64_t scale_offset,
              int64_t element, double k_scale, double v_scale) {
-  DecodeArgs args(block_table, context_lens,
+  DecodeArgs args(block_table, seq_lens,
                   page_of(page, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element,
                           k_scale, v_scale),
                   page.size(0));
@@ -186,11 +186,11 @@ void scan_op(TensorView query, TensorView block_table, TensorView context_lens, 
   scan(*active, p, static_cast<float*>(scores.data_ptr()), scores.stride(0), scores.stride(1));
 }
 
-void select_op(TensorView scores, TensorView context_lens, TensorView budgets, TensorView tokens,
+void select_op(TensorView scores, TensorView seq_lens, TensorView budgets, TensorView tokens,
                int64_t num_sink_tokens, int64_t recent_window) {
   DecodeParams p{};
-  p.context_lens = row_numbers(context_lens, "context_lens: expected int32 [R]");
-  p.num_rows = int(context_lens.size(0));
+  p.seq_lens = row_numbers(seq_lens, "seq_lens: expected int32 [R]");
+  p.num_rows = int(seq_lens.size(0));
   p.budgets = row_numbers(budgets, "budgets: expected int32 [R]", p.num_rows);
   p.num_sink_tokens = int(num_sink_tokens);
   p.recent_window = int(recent_window);
@@ -198,7 +198,7 @@ void select_op(TensorView scores, TensorView context_lens, TensorView budgets, T
   bool fits = tokens.ndim() == 3 && is_int(tokens, 32) && tokens.stride(2) == 1 && tokens.size(0) == p.num_rows &&
               tokens.size(1) == scores.size(1);
   for (int row = 0; row < p.num_rows; ++row)
-    fits = fits && std::min(p.context_lens[row], p.budget(row)) <= tokens.size(2);
+    fits = fits && std::min(p.seq_lens[row], p.budget(row)) <= tokens.size(2);
   expect(fits, "tokens: expected int32 [R, heads, tokens] with room for what is selected");
   p.num_query_heads = int(scores.size(1));
   p.per_query_head = true;
@@ -206,16 +206,16 @@ void select_op(TensorView scores, TensorView context_lens, TensorView budgets, T
          static_cast<int32_t*>(tokens.data_ptr()), tokens.stride(0), tokens.stride(1));
 }
 
-void gather_op(TensorView key, TensorView value, TensorView block_table, TensorView context_lens,
+void gather_op(TensorView key, TensorView value, TensorView block_table, TensorView seq_lens,
                TensorView page, int64_t block_size, int64_t head_size, int64_t v_offset, int64_t hi_offset,
                int64_t lo_offset, int64_t scale_offset, int64_t element, double k_scale, double v_scale) {
-  DecodeArgs args(block_table, context_lens,
+  DecodeArgs args(block_table, seq_lens,
                   page_of(page, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element,
                           k_scale, v_scale),
                   page.size(0));
   const int heads = args.p.page.num_kv_heads;
   int64_t tokens = 0;
-  for (int row = 0; row < args.p.num_rows; ++row) tokens += args.p.context_lens[row];
+  for (int row = 0; row < args.p.num_rows; ++row) tokens += args.p.seq_lens[row];
   const DLDataType kind = key.dtype(), other = value.dtype();
   expect(kind.code == other.code && kind.bits == other.bits, "value: expected the dtype of key");
   gather(*active, args.p, rows_of(key, tokens, heads, head_size, "key: expected float32, float16 or bfloat16 [tokens, Hkv, D] with a contiguous D"),

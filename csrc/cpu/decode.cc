@@ -67,7 +67,7 @@ thread_local Scratch scratch;
 
 RowPlan plan_row(const DecodeParams& p, int row) {
   RowPlan plan{};
-  plan.length = p.context_lens[row];
+  plan.length = p.seq_lens[row];
   plan.budget = p.budget(row);
   plan.sparse = plan.budget < plan.length && p.sliding_window == 0;
   plan.first = p.sliding_window > 0 ? std::max(0, plan.length - p.sliding_window) : 0;
@@ -156,7 +156,7 @@ class Group {
     int64_t floats = 0;
     int row = first_row;
     for (; row < p_.num_rows; ++row) {
-      floats += padded(std::max(p_.context_lens[row], 0)) * p_.score_heads();
+      floats += padded(std::max(p_.seq_lens[row], 0)) * p_.score_heads();
       if (row > first_row && floats > kGroupFloats) break;
     }
     return row;
@@ -277,7 +277,7 @@ void scan(const Kernels& kernels, const DecodeParams& p, float* scores, int64_t 
   std::vector<QueryCode> codes(p.num_query_heads);
   std::vector<float> row_scores;
   for (int row = 0; row < p.num_rows; ++row) {
-    const int length = p.context_lens[row];
+    const int length = p.seq_lens[row];
     const int64_t stride = padded(length);
     row_scores.resize(stride * p.score_heads() + 1);
     kernels.encode_queries(p, row, codes.data());
@@ -291,7 +291,7 @@ void select(const Kernels& kernels, const DecodeParams& p, const float* scores, 
             int64_t head_stride, int32_t* out, int64_t out_row_stride, int64_t out_head_stride) {
   for (int row = 0; row < p.num_rows; ++row)
     for (int head = 0; head < p.score_heads(); ++head) {
-      const int length = p.context_lens[row], budget = std::min(p.budget(row), length);
+      const int length = p.seq_lens[row], budget = std::min(p.budget(row), length);
       int32_t* tokens = scratch.tokens.at_least(int64_t(budget) + kTile);
       const int count =
           select_row(kernels, p, scores + row * row_stride + head * head_stride, length, budget, tokens);

@@ -56,7 +56,7 @@ struct DecodeParams {
   Rows query, output;
   const int32_t* block_table;  // [rows, blocks_per_row]
   int64_t blocks_per_row;
-  const int32_t* context_lens;  // [rows]
+  const int32_t* seq_lens;  // [rows]
   const int32_t* budgets;       // [rows]
   int num_rows, num_query_heads;
   float softmax_scale;

@@ -166,7 +166,7 @@ static void scan_as(const DecodeParams& p, int row, int first_head, int heads, c
   const int32_t* blocks = p.blocks(row);
   const int sets = sum ? 1 : count;
   // The next chunk is read next, most likely by this thread: its first signatures are asked for too.
-  Prefetcher<D, kDot> ahead(page, blocks, first_head, heads, first, p.context_lens[row]);
+  Prefetcher<D, kDot> ahead(page, blocks, first_head, heads, first, p.seq_lens[row]);
   for (int start = first; start < last;) {
     const int offset = start % page.block_size;
     int end = start - offset + page.block_size;

@@ -89,7 +89,7 @@ void append_op(TensorView key, TensorView value, TensorView slots, Optional<Tens
   append(p, stream_of(key));
 }
 
-void gather_op(TensorView key, TensorView value, TensorView block_table, TensorView context_lens,
+void gather_op(TensorView key, TensorView value, TensorView block_table, TensorView seq_lens,
                TensorView page, int64_t block_size, int64_t head_size, int64_t v_offset, int64_t hi_offset,
                int64_t lo_offset, int64_t scale_offset, int64_t element, double k_scale, double v_scale) {
   GatherParams p{};
@@ -98,11 +98,11 @@ void gather_op(TensorView key, TensorView value, TensorView block_table, TensorV
   p.value = rows_of(value);
   p.block_table = pointer_of<const int32_t>(block_table);
   p.blocks_per_row = block_table.stride(0);
-  p.context_lens = pointer_of<const int32_t>(context_lens);
-  p.num_rows = int(context_lens.size(0));
+  p.seq_lens = pointer_of<const int32_t>(seq_lens);
+  p.num_rows = int(seq_lens.size(0));
   p.num_tokens = key.size(0);
   // So that a row's vectors are fewer than 2^31: more would not fit a device.
-  p.max_context_len = int(std::min({block_table.size(1) * block_size, p.num_tokens, int64_t(INT32_MAX)}));
+  p.max_seq_len = int(std::min({block_table.size(1) * block_size, p.num_tokens, int64_t(INT32_MAX)}));
   gather(p, stream_of(key));
 }
 
@@ -136,22 +136,22 @@ int64_t workspace_bytes_op(int64_t num_rows, int64_t num_query_heads, int64_t nu
   return workspace(p, nullptr);
 }
 
-DecodeParams decode_params(const TensorView& query, const TensorView& block_table, const TensorView& context_lens,
-                           const TensorView& work, int64_t max_context_len, int64_t capacity, bool dot,
+DecodeParams decode_params(const TensorView& query, const TensorView& block_table, const TensorView& seq_lens,
+                           const TensorView& work, int64_t max_seq_len, int64_t capacity, bool dot,
                            bool per_query_head, double threshold, bool relative, const Page& page) {
-  DecodeParams p = shape_of(context_lens.size(0), query.size(1), page.num_kv_heads, page.head_size, dot,
+  DecodeParams p = shape_of(seq_lens.size(0), query.size(1), page.num_kv_heads, page.head_size, dot,
                             per_query_head, capacity);
   p.page = page;
   p.coding = Coding{float(threshold), relative};
   p.query = rows_of(query);
   p.block_table = pointer_of<const int32_t>(block_table);
   p.blocks_per_row = block_table.stride(0);
-  p.context_lens = pointer_of<const int32_t>(context_lens);
-  const int64_t longest = std::min(max_context_len, block_table.size(1) * page.block_size);
+  p.seq_lens = pointer_of<const int32_t>(seq_lens);
+  const int64_t longest = std::min(max_seq_len, block_table.size(1) * page.block_size);
   if (p.num_rows > kMaxRows || longest < 0 || longest > kMaxContext ||
       int64_t(p.num_rows) * page.num_kv_heads * longest > kMaxStep)
     TVM_FFI_THROW(ValueError) << "the step has more rows or longer contexts than the kernels hold";
-  p.max_context_len = int(longest);
+  p.max_seq_len = int(longest);
   if (workspace(p, pointer_of<uint8_t>(work)) > work.size(0))
     TVM_FFI_THROW(ValueError) << "the workspace is too small";
   return p;
@@ -159,15 +159,15 @@ DecodeParams decode_params(const TensorView& query, const TensorView& block_tabl
 
 // cluster: blocks per (row, KV head) of the fused kernel, 0 for the three kernels; of those, stages: bit
 // 0 encode, bit 1 scan, bit 2 attend (the benchmark times them one by one).
-void decode_op(TensorView query, TensorView output, TensorView block_table, TensorView context_lens,
-               TensorView budgets, TensorView stats, TensorView work, int64_t max_context_len, int64_t capacity,
+void decode_op(TensorView query, TensorView output, TensorView block_table, TensorView seq_lens,
+               TensorView budgets, TensorView stats, TensorView work, int64_t max_seq_len, int64_t capacity,
                double softmax_scale, bool dot, bool per_query_head, int64_t num_sink_tokens,
                int64_t recent_window, int64_t sliding_window, double threshold, bool relative, int64_t stages,
                int64_t cluster, bool overlap, TensorView page, int64_t block_size, int64_t head_size, int64_t v_offset,
                int64_t hi_offset, int64_t lo_offset, int64_t scale_offset, int64_t element, double k_scale,
                double v_scale) {
   DecodeParams p = decode_params(
-      query, block_table, context_lens, work, max_context_len, capacity, dot, per_query_head, threshold, relative,
+      query, block_table, seq_lens, work, max_seq_len, capacity, dot, per_query_head, threshold, relative,
       page_of(page, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element, k_scale, v_scale));
   p.output = rows_of(output);
   p.budgets = pointer_of<const int32_t>(budgets);
@@ -186,12 +186,12 @@ void decode_op(TensorView query, TensorView output, TensorView block_table, Tens
   if (stages & 4) attend(p, stream);
 }
 
-void scan_op(TensorView query, TensorView block_table, TensorView context_lens, TensorView scores, TensorView work,
+void scan_op(TensorView query, TensorView block_table, TensorView seq_lens, TensorView scores, TensorView work,
              bool dot, bool per_query_head, double threshold, bool relative, TensorView page, int64_t block_size,
              int64_t head_size, int64_t v_offset, int64_t hi_offset, int64_t lo_offset, int64_t scale_offset,
              int64_t element, double k_scale, double v_scale) {
   DecodeParams p = decode_params(
-      query, block_table, context_lens, work, scores.size(2), 1, dot, per_query_head, threshold, relative,
+      query, block_table, seq_lens, work, scores.size(2), 1, dot, per_query_head, threshold, relative,
       page_of(page, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element, k_scale, v_scale));
   p.scores = pointer_of<float>(scores);
   p.scores_row_stride = scores.stride(0);
@@ -202,7 +202,7 @@ void scan_op(TensorView query, TensorView block_table, TensorView context_lens, 
 }
 
 // Clusters of the fused kernel that run at once, 0 if it does not take the shape.
-int64_t fused_clusters_op(int64_t num_query_heads, int64_t max_context_len, bool dot, bool per_query_head, bool half,
+int64_t fused_clusters_op(int64_t num_query_heads, int64_t max_seq_len, bool dot, bool per_query_head, bool half,
                           int64_t cluster, TensorView page, int64_t block_size, int64_t head_size, int64_t v_offset,
                           int64_t hi_offset, int64_t lo_offset, int64_t scale_offset, int64_t element, double k_scale,
                           double v_scale) {
@@ -211,24 +211,24 @@ int64_t fused_clusters_op(int64_t num_query_heads, int64_t max_context_len, bool
   DecodeParams p = shape_of(1, num_query_heads, pages.num_kv_heads, head_size, dot, per_query_head, 1);
   p.page = pages;
   p.query.element = half ? Element::f16 : Element::bf16;
-  p.max_context_len = int(max_context_len);
+  p.max_seq_len = int(max_seq_len);
   return fused_clusters(p, int(cluster));
 }
 
-void select_op(TensorView scores, TensorView context_lens, TensorView budgets, TensorView tokens,
+void select_op(TensorView scores, TensorView seq_lens, TensorView budgets, TensorView tokens,
                int64_t num_sink_tokens, int64_t recent_window) {
   SelectParams p{};
   p.scores = pointer_of<const float>(scores);
   p.row_stride = scores.stride(0);
   p.head_stride = scores.stride(1);
-  p.context_lens = pointer_of<const int32_t>(context_lens);
+  p.seq_lens = pointer_of<const int32_t>(seq_lens);
   p.budgets = pointer_of<const int32_t>(budgets);
   p.tokens = pointer_of<int32_t>(tokens);
   p.tokens_row_stride = tokens.stride(0);
   p.tokens_head_stride = tokens.stride(1);
   p.num_rows = int(scores.size(0));
   p.num_heads = int(scores.size(1));
-  p.max_context_len = int(scores.size(2));
+  p.max_seq_len = int(scores.size(2));
   p.most = int(tokens.size(2));
   p.num_sink_tokens = int(num_sink_tokens);
   p.recent_window = int(recent_window);

@@ -202,9 +202,9 @@ __device__ __forceinline__ int block_of_quad(const Page& page, int quad) {
 // Tokens of a row's context, whatever the caller wrote there.
 template <class Params>
 __device__ __forceinline__ int length_of(const Params& p, int row) {
-  int length = p.context_lens[row];
+  int length = p.seq_lens[row];
   // In this form, which costs attend no register more than none.
-  if (uint32_t(length) > uint32_t(p.max_context_len)) length = length < 0 ? 0 : p.max_context_len;
+  if (uint32_t(length) > uint32_t(p.max_seq_len)) length = length < 0 ? 0 : p.max_seq_len;
   return length;
 }
 

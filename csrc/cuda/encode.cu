@@ -188,7 +188,7 @@ void encode(const DecodeParams& p, void* stream) {
   with_scan_types(p, [&](auto chunks, auto mode, auto quads) {
     constexpr int kChunks = decltype(chunks)::value;
     constexpr Mode kMode = decltype(mode)::value;
-    int bits = sample_bits(p.max_context_len);
+    int bits = sample_bits(p.max_seq_len);
     auto words_with = [&](int bits) {
       return p.head_quads * query_planes(kMode) * kChunks * 32 + 4 * kMaxHeadQuads + p.score_heads_per_kv * kPivotWords +
              std::max(p.score_heads_per_kv << bits, p.group * kChunks * 4 * 32);

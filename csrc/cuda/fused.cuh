@@ -179,7 +179,7 @@ struct Fused {
     // The row's length is still on the way.
     uint32_t block[kFusedStages];
 #pragma unroll
-    for (int i = 0; i < kFusedStages; ++i) block[i] = block_of(first_token(warp) + i * stride, p.max_context_len);
+    for (int i = 0; i < kFusedStages; ++i) block[i] = block_of(first_token(warp) + i * stride, p.max_seq_len);
     QueryMemory queries{m.planes, m.bias, m.scores};
     clear_queries<kChunks, kMode>(p, queries);
     for (int i = threadIdx.x; i < sets * kEdgeWords; i += kFusedThreads) m.counts[i] = 0;

@@ -74,8 +74,8 @@ struct GatherParams {
   Rows key, value;
   const int32_t* block_table;
   int64_t blocks_per_row;
-  const int32_t* context_lens;
-  int num_rows, max_context_len;
+  const int32_t* seq_lens;
+  int num_rows, max_seq_len;
   int64_t num_tokens;  // of key and value
 };
 
@@ -100,10 +100,10 @@ struct DecodeParams {
   Rows query, output;
   const int32_t* block_table;  // [rows, blocks_per_row]
   int64_t blocks_per_row;
-  const int32_t* context_lens;  // [rows]
+  const int32_t* seq_lens;  // [rows]
   const int32_t* budgets;       // [rows]
   int num_rows, num_query_heads, group, score_heads_per_kv, head_quads;
-  int max_context_len;  // no row is longer: what workspaces and the block table hold
+  int max_seq_len;  // no row is longer: what workspaces and the block table hold
   float softmax_scale, norm;
   Mode mode;
   bool per_query_head;
@@ -120,13 +120,13 @@ struct DecodeParams {
 };
 
 struct SelectParams {
-  const float* scores;  // [rows, heads, max_context_len]
+  const float* scores;  // [rows, heads, max_seq_len]
   int64_t row_stride, head_stride;
-  const int32_t* context_lens;
+  const int32_t* seq_lens;
   const int32_t* budgets;
   int32_t* tokens;  // [rows, heads, most], filled with -1
   int64_t tokens_row_stride, tokens_head_stride;
-  int num_rows, num_heads, max_context_len, most;
+  int num_rows, num_heads, max_seq_len, most;
   int num_sink_tokens, recent_window, least_budget;
 };
 

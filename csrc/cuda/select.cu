@@ -50,7 +50,7 @@ __global__ void __launch_bounds__(kThreads) select_kernel(const __grid_constant_
 
 void select(const SelectParams& p, void* stream) {
   if (p.num_rows == 0 || p.num_heads == 0) return;
-  const int smem = (kSelectWords + bitmap_words(p.max_context_len)) * 4;
+  const int smem = (kSelectWords + bitmap_words(p.max_seq_len)) * 4;
   launch(select_kernel, dim3(p.num_heads, p.num_rows), kThreads, smem, stream, false, "select", p);
 }
 

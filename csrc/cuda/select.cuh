@@ -127,8 +127,8 @@ __device__ uint64_t block_threshold(uint32_t* bins, int bits, uint32_t need, Eac
 }
 
 // log2 of the tokens of a context that encode samples.
-__host__ __device__ inline int sample_bits(int max_context_len) {
-  return max_context_len <= 65536 ? 10 : max_context_len <= 1 << 18 ? 11 : 12;
+__host__ __device__ inline int sample_bits(int max_seq_len) {
+  return max_seq_len <= 65536 ? 10 : max_seq_len <= 1 << 18 ? 11 : 12;
 }
 // What a pivot ranks in the sample, at least: six standard deviations below the k-th best. It ranks half as
 // much again at most, or twice where scores tie (find_pivot); candidate_capacity() of

@@ -44,7 +44,7 @@ class PrefillPlan:
         return slice(self.first_token, self.first_token + self.num_tokens)
 
 
-class Prefill(ABC):
+class DenseAttention(ABC):
     """Dense causal attention of a :class:`PrefillPlan`."""
 
     def reserve(self, params: Params, dtype: torch.dtype, max_tokens: int) -> int:
@@ -87,18 +87,18 @@ class Prefill(ABC):
         query: torch.Tensor,
         page: torch.Tensor,
         block_table: torch.Tensor,
-        context_lens: torch.Tensor,
+        seq_lens: torch.Tensor,
         query_start_loc: torch.Tensor,
         output: torch.Tensor,
-        max_context_len: int,
+        max_seq_len: int,
     ) -> None:
         """Decode of R rows in a dense layer; can be captured in a CUDA graph.
 
         Args:
             query, output: ``[R, Hq, D]``; output is written, with zeros where the context is 0.
-            block_table, context_lens: as in :meth:`Backend.decode`.
+            block_table, seq_lens: as in :meth:`Backend.decode`.
             query_start_loc: int32 ``[R + 1]``, 0 to R.
-            max_context_len: an upper bound of ``context_lens`` for every replay.
+            max_seq_len: an upper bound of ``seq_lens`` for every replay.
         """
         raise NotImplementedError(f"{type(self).__name__} decodes nothing")
 
@@ -112,14 +112,3 @@ def runs_of(lens: list[int], max_tokens: int) -> list[tuple[int, int]]:
             held = 0
         held += length
     return list(pairwise([*cuts, len(lens)]))
-
-
-def get_prefill(device_type: str) -> Prefill:
-    """A new one for the device."""
-    if device_type == "cpu":
-        from vllm_adamas.serving.dense.cpu import CpuPrefill
-
-        return CpuPrefill()
-    from vllm_adamas.serving.dense.flash import FlashPrefill
-
-    return FlashPrefill()

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vllm_adamas.serving.dense.base import Prefill, PrefillPlan, runs_of
+from vllm_adamas.serving.dense.base import DenseAttention, PrefillPlan, runs_of
 
 #: Tokens copied at a time: what is gathered is still in the L2 cache when it is repacked.
 PIECE = 512
@@ -104,7 +104,7 @@ def pieces(
     ]
 
 
-class CpuPrefill(Prefill):
+class CpuAttention(DenseAttention):
     """Owns the scratch buffers: shared by all layers, grown to the largest step, and never beyond the
     contexts that a step of ``max_tokens`` needs: more requests take several passes."""
 

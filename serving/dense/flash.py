@@ -14,7 +14,7 @@ import torch
 from torch.nn.functional import pad
 from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
 
-from vllm_adamas.serving.dense.base import Prefill, PrefillPlan, runs_of
+from vllm_adamas.serving.dense.base import DenseAttention, PrefillPlan, runs_of
 
 
 @dataclass
@@ -23,13 +23,13 @@ class Part:
 
     Args:
         tokens: their slice of the step's tokens.
-        block_table, context_lens: of them; num_context_tokens: the sum.
+        block_table, seq_lens: of them; num_context_tokens: the sum.
         batch: what FlashAttention wants to know of them.
     """
 
     tokens: slice
     block_table: torch.Tensor
-    context_lens: torch.Tensor
+    seq_lens: torch.Tensor
     num_context_tokens: int
     batch: dict
 
@@ -39,11 +39,11 @@ def parts(plan: PrefillPlan, max_tokens: int) -> list[Part]:
     starts, lens = plan.query_start_loc_cpu.tolist(), plan.seq_lens_cpu.tolist()
     found = []
     for first, last in runs_of(lens, max_tokens):
-        context_lens = plan.seq_lens[first:last]
+        seq_lens = plan.seq_lens[first:last]
         query_starts = plan.query_start_loc[first : last + 1]
         batch = {
             "cu_seqlens_q": query_starts - query_starts[0],
-            "cu_seqlens_k": pad(context_lens.cumsum(0, dtype=torch.int32), (1, 0)),
+            "cu_seqlens_k": pad(seq_lens.cumsum(0, dtype=torch.int32), (1, 0)),
             "max_seqlen_q": max(b - a for a, b in pairwise(starts[first : last + 1])),
             "max_seqlen_k": max(lens[first:last]),
         }
@@ -51,7 +51,7 @@ def parts(plan: PrefillPlan, max_tokens: int) -> list[Part]:
             Part(
                 slice(starts[first], starts[last]),
                 plan.block_table[first:last],
-                context_lens,
+                seq_lens,
                 sum(lens[first:last]),
                 batch,
             )
@@ -59,7 +59,7 @@ def parts(plan: PrefillPlan, max_tokens: int) -> list[Part]:
     return found
 
 
-class FlashPrefill(Prefill):
+class FlashAttention(DenseAttention):
     """K and V planes are passed as they lie: FlashAttention takes any page and token stride.
 
     Decode leaves the schedule to the kernel itself, which works it out on the device: a captured
@@ -102,7 +102,7 @@ class FlashPrefill(Prefill):
         for part in plan.prepared:
             shape = (2, part.num_context_tokens, heads, size)
             k, v = rows[: torch.Size(shape).numel()].view(shape)
-            backend.gather(params, page, part.block_table, part.context_lens, k, v)
+            backend.gather(params, page, part.block_table, part.seq_lens, k, v)
             _attend(params, k, v, q=query[part.tokens], out=output[part.tokens], **part.batch)
 
     def decodes(self, params):
@@ -114,10 +114,10 @@ class FlashPrefill(Prefill):
         query,
         page,
         block_table,
-        context_lens,
+        seq_lens,
         query_start_loc,
         output,
-        max_context_len,
+        max_seq_len,
     ):
         _attend(
             params,
@@ -126,8 +126,8 @@ class FlashPrefill(Prefill):
             out=output,
             cu_seqlens_q=query_start_loc,
             max_seqlen_q=1,
-            seqused_k=context_lens,
-            max_seqlen_k=max_context_len,
+            seqused_k=seq_lens,
+            max_seqlen_k=max_seq_len,
             block_table=block_table,
         )
 

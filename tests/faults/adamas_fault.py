@@ -19,8 +19,8 @@ def plant() -> None:
 
 def stale_signature() -> None:
     """A slot that is written again keeps the signature of what it held before."""
-    from vllm_adamas.serving.impl import AdamasImpl
     from vllm_adamas.layout import TILE, PageLayout
+    from vllm_adamas.serving.impl import AdamasImpl
 
     original = AdamasImpl.forward
 

@@ -15,6 +15,7 @@ from vllm_adamas.errors import AdamasError
 from vllm_adamas.evaluate import texts
 from vllm_adamas.evaluate.engine import Engine, Request
 from vllm_adamas.evaluate.recorders import Capture, ChannelRecord, MassRecord, Shadow
+from vllm_adamas.identity import identify
 
 BUDGETS = (32, 64, 128, 256, 512, 1024)
 #: What a profile holds a table of. Options beside the profile; None is without it.
@@ -62,7 +63,7 @@ def calibrate(
     channels = ChannelRecord()
     engine.use({"token_budget": 1.0, "num_dense_layers": 0}, partial(Capture, record=channels))
     engine.run(windows, progress="channels of keys and queries")
-    identity = profiles.identify(engine.model_config)
+    identity = identify(engine.model_config)
     layers = [_layer(channels, layer) for layer in sorted(channels.tokens)]
     made = profiles.Profile(
         created_by=f"vllm-adamas {__version__}",

@@ -17,10 +17,10 @@ from pathlib import Path
 
 import torch
 
-from vllm_adamas.serving import compat
 from vllm_adamas.backends.base import Backend
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
+from vllm_adamas.serving import compat
 
 #: The engine runs in the process that evaluates it.
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
@@ -173,10 +173,10 @@ class Engine:
                 slots = torch.arange(some.start * size, some.stop * size, device=page.device)
                 backend.append(params, key * ratio, value, page, slots)
 
-    def _set_budgets(self, builder, by_config, context_lens, prefilling, out) -> None:
+    def _set_budgets(self, builder, by_config, seq_lens, prefilling, out) -> None:
         """Rows of requests with a budget of their own get that."""
-        by_config(context_lens, prefilling, out)
-        rows = len(context_lens)
+        by_config(seq_lens, prefilling, out)
+        rows = len(seq_lens)
         own = [extra.get(self.forcing.BUDGET) for extra in self._extra_args(rows)]
         if len(own) < rows or all(budget is None for budget in own):
             return  # a warm-up step has rows without requests
@@ -186,7 +186,7 @@ class Engine:
             everything if prompt or budget is None else budget
             for prompt, budget in zip(prompts, own, strict=True)
         ]
-        torch.minimum(context_lens, torch.tensor(wanted, dtype=torch.int32).to(out.device), out=out)
+        torch.minimum(seq_lens, torch.tensor(wanted, dtype=torch.int32).to(out.device), out=out)
 
     def run(
         self,

@@ -52,16 +52,14 @@ class Shadow(Through):
         self.layer, self.record, self.stride = layer, record, stride
         self._steps = 0
 
-    def decode(
-        self, params, query, page, block_table, context_lens, budgets, output, stats, **kwargs
-    ):
-        arguments = (query, page, block_table, context_lens, budgets, output, stats)
+    def decode(self, params, query, page, block_table, seq_lens, budgets, output, stats, **kwargs):
+        arguments = (query, page, block_table, seq_lens, budgets, output, stats)
         self.inner.decode(params, *arguments, **kwargs)
         self._steps += 1
         if params.sliding_window or self._steps % self.stride:
             return
         by_budget = defaultdict(list)
-        lengths = context_lens.tolist()
+        lengths = seq_lens.tolist()
         for row, (budget, length) in enumerate(zip(budgets.tolist(), lengths, strict=True)):
             if budget < length or (self.record.budgets and max(self.record.budgets) < length):
                 by_budget[budget].append(row)
@@ -69,7 +67,7 @@ class Shadow(Through):
             turn = self._steps // self.stride * ROWS % len(rows)
             for row in (rows[turn:] + rows[:turn])[:ROWS]:
                 one = slice(row, row + 1)
-                seen = (query[one], page, block_table[one], context_lens[one])
+                seen = (query[one], page, block_table[one], seq_lens[one])
                 self._look(params, *seen, output[row], budget, lengths[row])
 
     def _look(self, params: Params, query, page, table, lens, output, budget, length) -> None:

@@ -11,11 +11,11 @@ from typing import Literal
 import torch
 
 from vllm_adamas.backends.base import Backend, Through
-from vllm_adamas.backends.reference.backend import FP8
+from vllm_adamas.dtypes import ELEMENTS
 
 Selector = Literal["oracle", "quest", "streaming_llm"]
 
-ELEMENTS = 1 << 27  #: of keys in float32 at a time
+KEYS_AT_ONCE = 1 << 27  #: elements in float32
 QUEST_PAGE = 16  #: tokens per page of Quest (arXiv 2406.10774)
 STREAMING_SINKS = 4  #: first tokens that StreamingLLM keeps (arXiv 2309.17453)
 
@@ -35,12 +35,12 @@ class SelectorBackend(Through):
     def description(self) -> str:
         return f"{self.selector} (PyTorch)"
 
-    def scan(self, params, query, page, block_table, context_lens):
+    def scan(self, params, query, page, block_table, seq_lens):
         rows = query.shape[0]
-        longest = int(context_lens.max()) if rows else 0
+        longest = int(seq_lens.max()) if rows else 0
         q = query.float().unflatten(1, (params.num_kv_heads, params.group))  # [R, Hkv, G, D]
         position = torch.arange(longest, device=query.device)
-        beyond = (position >= context_lens.view(-1, 1))[:, None]  # [R, 1, L]
+        beyond = (position >= seq_lens.view(-1, 1))[:, None]  # [R, 1, L]
         key = (
             None
             if self.selector == "streaming_llm"
@@ -66,15 +66,15 @@ class SelectorBackend(Through):
             scores = recency.expand(len(query), params.num_query_heads, longest)
         return scores.masked_fill(beyond, -torch.inf)
 
-    def select(self, params, scores, context_lens, budgets):
+    def select(self, params, scores, seq_lens, budgets):
         longest = scores.shape[-1]
-        wanted = torch.minimum(budgets, context_lens).view(-1, 1, 1)  # [R, 1, 1]
+        wanted = torch.minimum(budgets, seq_lens).view(-1, 1, 1)  # [R, 1, 1]
         most = int(wanted.max()) if len(scores) else 0
         best = scores.topk(most).values  # [R, heads, most]
         last = best.gather(-1, (wanted - 1).clamp_min(0).expand(*best.shape[:2], 1).long())
         position = torch.arange(longest, device=scores.device)
         above = scores > last
-        equal = (scores == last) & (position < context_lens.view(-1, 1, 1))
+        equal = (scores == last) & (position < seq_lens.view(-1, 1, 1))
         rank = equal.flip(-1).cumsum(-1).flip(-1)  # 1 is the most recent of the equal ones
         chosen = above | (equal & (rank <= wanted - above.sum(-1, keepdim=True)))
         slot = torch.where(chosen, chosen.cumsum(-1) - 1, most)
@@ -87,16 +87,16 @@ class SelectorBackend(Through):
         query,
         page,
         block_table,
-        context_lens,
+        seq_lens,
         budgets,
         output,
         stats,
         *,
-        max_context_len=None,
+        max_seq_len=None,
         overlap=False,
     ):
-        sparse = (budgets < context_lens) & (params.sliding_window == 0)
-        dense = context_lens.masked_fill(sparse, 0)
+        sparse = (budgets < seq_lens) & (params.sliding_window == 0)
+        dense = seq_lens.masked_fill(sparse, 0)
         self.inner.decode(
             params,
             query,
@@ -106,15 +106,15 @@ class SelectorBackend(Through):
             budgets,
             output,
             stats,
-            max_context_len=max_context_len,
+            max_seq_len=max_seq_len,
         )
         if not bool(sparse.any()):
             return
-        elements = int(context_lens.max()) * params.num_kv_heads * params.layout.head_size
-        for rows in sparse.nonzero().flatten().split(max(1, ELEMENTS // elements)):
-            some = (page, block_table[rows], context_lens[rows])
+        elements = int(seq_lens.max()) * params.num_kv_heads * params.layout.head_size
+        for rows in sparse.nonzero().flatten().split(max(1, KEYS_AT_ONCE // elements)):
+            some = (page, block_table[rows], seq_lens[rows])
             tokens = self.select(
-                params, self.scan(params, query[rows], *some), context_lens[rows], budgets[rows]
+                params, self.scan(params, query[rows], *some), seq_lens[rows], budgets[rows]
             )
             found = self._attend(params, query[rows].float(), page, block_table[rows], tokens)
             output[rows] = found.to(output.dtype)
@@ -143,4 +143,4 @@ class SelectorBackend(Through):
 
     @staticmethod
     def _real(params, x):
-        return (x.view(FP8[params.fp8]) if params.fp8 else x).float()
+        return (x.view(ELEMENTS[params.fp8].values) if params.fp8 else x).float()

@@ -13,13 +13,13 @@ from pathlib import Path
 import torch
 
 from vllm_adamas import __version__
-from vllm_adamas.serving import compat
-from vllm_adamas import profile as profiles
-from vllm_adamas.evaluate.selectors import SelectorBackend
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.evaluate import tasks, texts
 from vllm_adamas.evaluate.engine import Engine, Request
 from vllm_adamas.evaluate.recorders import MassRecord, Shadow
+from vllm_adamas.evaluate.selectors import SelectorBackend
+from vllm_adamas.identity import identify
+from vllm_adamas.serving import compat
 
 FORMAT, VERSION = "vllm-adamas-eval", 1
 DENSE = "dense"
@@ -211,7 +211,7 @@ class Study:
         engine = Engine(
             settings.model, settings.max_model_len, options=settings.options, **engine_options
         )
-        self.result["model"] = profiles.identify(engine.model_config).model_dump()
+        self.result["model"] = identify(engine.model_config).model_dump()
         windows = texts.windows(
             engine.tokenizer, self.sources, settings.context, settings.steps, settings.windows
         )
