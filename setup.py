@@ -1,7 +1,7 @@
 """Package layout and native libraries; everything else is in pyproject.toml.
 
-Each folder `csrc/<device>` becomes one shared library that is loaded with `tvm_ffi.load_module`. It
-uses no CPython ABI, so one wheel serves every Python version. Objects are kept in `build/native`
+`csrc/cpu` and `csrc/sm90` become one shared library each, which is loaded with `tvm_ffi.load_module`. They
+use no CPython ABI, so one wheel serves every Python version. Objects are kept in `build/native`
 (`--build-temp` names another folder); they are rebuilt when a source, a header or the compiler's
 command line changes.
 
@@ -52,7 +52,7 @@ def packages() -> list[str]:
 
 def sources(folder: str, suffix: str) -> list[str]:
     is_x86 = platform.machine() in ("x86_64", "AMD64")
-    found = sorted(Path(folder).glob(f"*{suffix}"))
+    found = sorted(Path(folder).rglob(f"*{suffix}"))
     return [str(path) for path in found if is_x86 or isa(path) is None]
 
 
@@ -73,7 +73,7 @@ def libraries() -> list[Extension]:
     if wanted == "1" and find_nvcc() is None:
         raise SystemExit("ADAMAS_BUILD_CUDA=1 needs nvcc: put it on PATH or set CUDA_HOME.")
     if wanted == "1" or (wanted == "auto" and find_nvcc()):
-        found["cuda"] = sources("csrc/cuda", ".cu")
+        found["cuda"] = sources("csrc/sm90", ".cu")
     return [
         Extension(f"vllm_adamas.backends.{device}.libadamas_{device}", files)
         for device, files in found.items()
@@ -131,7 +131,7 @@ class BuildNative(build_ext):
             added = os.environ.get("ADAMAS_CXX_FLAGS", "")
             compiler = shlex.split(f"{os.environ.get('CXX', 'c++')} {CXX_FLAGS} {added}")
             link_flags = []
-        compiler.append(f"-I{tvm_ffi / 'include'}")
+        compiler += ["-Icsrc", f"-I{tvm_ffi / 'include'}"]
 
         folder = Path(self.build_temp, ext.name.rpartition(".")[2])
         folder.mkdir(parents=True, exist_ok=True)

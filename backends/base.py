@@ -6,8 +6,9 @@ D = head_size, N = block_size, L = the longest context of the batch. A score is 
 
 from __future__ import annotations
 
+import weakref
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal
 
@@ -122,10 +123,69 @@ class Params:
         return self.num_query_heads if self.selection == "query_head" else self.num_kv_heads
 
 
-class Backend(ABC):
-    """Operations over pages ``[num_blocks, Hkv, N, C]``; every tensor is on one device.
+@dataclass(eq=False)
+class DecodeBatch:
+    """The decode rows of one step, one query token each; all layers of a kind share it.
 
-    A backend belongs to one engine. It owns its workspace, and holds no page beyond a call.
+    Args:
+        block_table: int32 ``[R, blocks]``.
+        seq_lens: int32 ``[R]``, tokens in the context, the query's own included.
+        budgets: int32 ``[R]``, tokens that a sparse layer attends to.
+        max_seq_len: an upper bound of ``seq_lens``, which holds for every replay of a captured graph; rows are
+            read up to there. Default: what the block table and the kernels hold.
+        overlap: the three tensors were complete before the device began the work that precedes this
+            step's, so they may be read while that runs.
+    """
+
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    budgets: torch.Tensor
+    max_seq_len: int | None = None
+    overlap: bool = False
+
+    @cached_property
+    def dense(self) -> DecodeBatch:
+        """The same rows, each attending to its whole context."""
+        return replace(self, budgets=self.seq_lens)
+
+
+class Layer:
+    """One attention layer as a backend sees it: parameters and pages. :meth:`Backend.bind` makes it.
+
+    It does not keep the KV cache alive: a server drops the one that it profiles with.
+
+    Args:
+        kv_cache: ``[num_blocks, Hkv, N, C]``.
+
+    Raises:
+        AdamasError: the tensor has not the layout of the parameters.
+    """
+
+    def __init__(self, params: Params, kv_cache: torch.Tensor):
+        params.layout.check(kv_cache)
+        self.params = params
+        self._kv_cache = weakref.ref(kv_cache)
+
+    def is_bound_to(self, kv_cache: torch.Tensor) -> bool:
+        """Whether this very tensor was bound."""
+        return self._kv_cache() is kv_cache
+
+    @property
+    def kv_cache(self) -> torch.Tensor:
+        """
+        Raises:
+            RuntimeError: it has been dropped.
+        """
+        found = self._kv_cache()
+        if found is None:
+            raise RuntimeError("the KV cache that the layer was bound to is gone: bind it again")
+        return found
+
+
+class Backend(ABC):
+    """Operations over pages; every tensor is on one device.
+
+    A backend belongs to one engine. It owns its workspace, and holds no page.
 
     Of a page, what belongs to no token of the batch may hold anything, NaN included: other blocks, and
     the slots behind a row's context in its last block. Of a block table, so may the columns behind it.
@@ -136,9 +196,6 @@ class Backend(ABC):
     that fits if it is longer; slots behind the last block are skipped. Blocks are not checked there.
 
     A budget counts as sinks and recent window if it is less, and as one token if it is less than that.
-
-    ``stats`` arguments are int64[4] counters that the kernel itself adds to: sparse rows, dense
-    rows, context tokens and attended tokens, the last two summed over query heads.
     """
 
     name: str
@@ -148,7 +205,7 @@ class Backend(ABC):
     def description(self) -> str:
         """Name and instruction set, for the log."""
 
-    def prepare(self, cache: torch.Tensor) -> None:  # noqa: B027 (an optional step)
+    def prepare(self, kv_cache: torch.Tensor) -> None:  # noqa: B027 (an optional step)
         """Called with a KV cache before it is used, for the whole allocation that it is part of.
 
         What has been written there stays.
@@ -158,19 +215,25 @@ class Backend(ABC):
         """Allocates what decode steps need beside their arguments; returns its size in bytes."""
         return 0
 
+    def bind(self, params: Params, kv_cache: torch.Tensor) -> Layer:
+        """What the other operations need of a layer, worked out once.
+
+        Args:
+            kv_cache: ``[num_blocks, Hkv, N, C]``; the caller keeps it while it uses the layer.
+
+        Raises:
+            AdamasError: the kernels do not read such pages, or serve such heads.
+        """
+        return Layer(params, kv_cache)
+
     @abstractmethod
     def append(
-        self,
-        params: Params,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        page: torch.Tensor,
-        slot_mapping: torch.Tensor,
+        self, layer: Layer, key: torch.Tensor, value: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
         """Writes K, V and signatures of T tokens (paper, section 3.1; codes from the unquantised key).
 
         Args:
-            key, value: ``[T, Hkv, D]`` after RoPE.
+            key, value: ``[T, Hkv, D]`` after RoPE; more tokens than slots may follow.
             slot_mapping: int64 ``[T]``, block * N + offset; negative slots are skipped.
 
         Raises:
@@ -178,79 +241,28 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def scan(
-        self,
-        params: Params,
-        query: torch.Tensor,
-        page: torch.Tensor,
-        block_table: torch.Tensor,
-        seq_lens: torch.Tensor,
-    ) -> torch.Tensor:
-        """Scores of every context token from the signatures alone (paper, section 3.2).
-
-        Args:
-            query: ``[R, Hq, D]``.
-            block_table: int32 ``[R, blocks]``.
-            seq_lens: int32 ``[R]``, the row's own token included.
-
-        Returns:
-            float32 ``[R, num_score_heads, L]``; beyond a row's context the value is -inf.
-        """
-
-    @abstractmethod
-    def select(
-        self,
-        params: Params,
-        scores: torch.Tensor,
-        seq_lens: torch.Tensor,
-        budgets: torch.Tensor,
-    ) -> torch.Tensor:
-        """The exact top-k tokens of each row and score head; ties go to the most recent token.
-
-        Args:
-            scores: as :meth:`scan` returns.
-            budgets: int32 ``[R]``, tokens to keep; at or above the context everything is kept.
-
-        Returns:
-            int32 ``[R, num_score_heads, K]``, ascending, padded with -1; K is what the row that keeps
-            the most keeps (:meth:`Params.attended`).
-        """
-
-    @abstractmethod
     def decode(
         self,
-        params: Params,
+        layer: Layer,
         query: torch.Tensor,
-        page: torch.Tensor,
-        block_table: torch.Tensor,
-        seq_lens: torch.Tensor,
-        budgets: torch.Tensor,
+        batch: DecodeBatch,
         output: torch.Tensor,
         stats: torch.Tensor,
-        *,
-        max_seq_len: int | None = None,
-        overlap: bool = False,
     ) -> None:
         """Attention of R query tokens over their selected tokens: scan, select, exact softmax.
 
         Rows whose budget reaches the context attend to every token. A row with context 0 gives 0.
 
         Args:
-            query: ``[R, Hq, D]``; more rows than contexts may follow, here and in ``output``.
-            budgets: int32 ``[R]``.
-            output: ``[R, Hq, D]``, written.
-            max_seq_len: an upper bound of ``seq_lens`` that holds for every replay of a
-                captured graph, and up to which rows are read; devices that launch from the lengths
-                themselves ignore it.
-            overlap: ``block_table``, ``seq_lens`` and ``budgets`` were complete before the device
-                began what is queued right in front of this call, so they may be read while it ends.
+            query, output: ``[R, Hq, D]``; more rows than the batch has may follow, and are left alone.
+            stats: int64 ``[4]`` counters that the kernel adds to: sparse rows, dense rows, context tokens
+                and attended tokens, the last two summed over query heads.
         """
 
     @abstractmethod
     def gather(
         self,
-        params: Params,
-        page: torch.Tensor,
+        layer: Layer,
         block_table: torch.Tensor,
         seq_lens: torch.Tensor,
         key: torch.Tensor,
@@ -262,36 +274,3 @@ class Backend(ABC):
             key, value: ``[sum(seq_lens), Hkv, D]``, written; fp8 planes arrive as real values. What
                 is beyond their end is left out on a GPU, and an error elsewhere.
         """
-
-
-class Through(Backend):
-    """A backend seen through something that changes or records one operation; the rest passes."""
-
-    def __init__(self, inner: Backend):
-        self.inner = inner
-        self.name = inner.name
-
-    @property
-    def description(self) -> str:
-        return self.inner.description
-
-    def prepare(self, cache):
-        self.inner.prepare(cache)
-
-    def reserve(self, params, max_rows, max_seq_len):
-        return self.inner.reserve(params, max_rows, max_seq_len)
-
-    def append(self, params, key, value, page, slot_mapping):
-        self.inner.append(params, key, value, page, slot_mapping)
-
-    def scan(self, params, query, page, block_table, seq_lens):
-        return self.inner.scan(params, query, page, block_table, seq_lens)
-
-    def select(self, params, scores, seq_lens, budgets):
-        return self.inner.select(params, scores, seq_lens, budgets)
-
-    def decode(self, params, *args, **kwargs):
-        self.inner.decode(params, *args, **kwargs)
-
-    def gather(self, params, page, block_table, seq_lens, key, value):
-        self.inner.gather(params, page, block_table, seq_lens, key, value)

@@ -25,6 +25,7 @@ from pathlib import Path
 import torch
 import triton
 import triton.language as tl
+from peers import xformers
 
 from vllm_adamas.backends.base import Params
 from vllm_adamas.backends.cuda.backend import CudaBackend

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from functools import cached_property
 
 import pytest
 import torch
 
-from vllm_adamas.backends.base import Backend, Params
+from vllm_adamas.backends.base import Backend, DecodeBatch, Layer, Params
+from vllm_adamas.backends.inspect import Inspectable
 from vllm_adamas.backends.reference import signature as sig
 from vllm_adamas.backends.reference.backend import select_tokens
 from vllm_adamas.config import AdamasConfig
@@ -108,7 +110,7 @@ class Case:
             seq_lens=torch.tensor(self.lengths, dtype=torch.int32, device=device),
             budgets=torch.tensor(budgets, dtype=torch.int32, device=device),
         )
-        backend.append(params, batch.key, batch.value, batch.page, batch.slots)
+        backend.append(batch.bound(backend), batch.key, batch.value, batch.slots)
         return batch
 
     def _keys_and_values(self, tokens: int, mean: torch.Tensor, g) -> torch.Tensor:
@@ -161,18 +163,20 @@ class Batch:
     def value(self) -> torch.Tensor:
         return self.kv[:, self.params.num_kv_heads :]
 
-    @property
-    def page(self) -> torch.Tensor:
+    @cached_property
+    def kv_cache(self) -> torch.Tensor:
         return self.memory[:, : self.params.num_kv_heads]
+
+    def bound(self, backend: Backend) -> Layer:
+        return backend.bind(self.params, self.kv_cache)
 
     @property
     def lengths(self) -> list[int]:
         return self.seq_lens.tolist()
 
-    @property
-    def rows(self) -> tuple:
-        """What scan and decode read."""
-        return self.query, self.page, self.block_table, self.seq_lens
+    def step(self, **changes) -> DecodeBatch:
+        """What a decode step is given of the rows."""
+        return DecodeBatch(self.block_table, self.seq_lens, self.budgets, **changes)
 
     def surrounded(self, byte: int) -> Batch:
         """The same rows where all else holds nothing but ``byte``: other blocks, the slots behind a
@@ -195,7 +199,7 @@ class Batch:
         """K and V, ``[2, T, Hkv, D]`` of the queries' type."""
         shape = (2, sum(self.lengths), self.params.num_kv_heads, self.params.layout.head_size)
         out = torch.zeros(shape, dtype=self.query.dtype, device=self.query.device)
-        backend.gather(self.params, *self.rows[1:], *out)
+        backend.gather(self.bound(backend), self.block_table, self.seq_lens, *out)
         return out
 
     def stored(self) -> tuple[torch.Tensor, torch.Tensor]:
@@ -217,15 +221,23 @@ class Batch:
         x = sig.hadamard(self.key[: sum(self.lengths)])
         return x if self.params.key_mean is None else x - self.params.key_mean
 
-    def scan(self, backend: Backend) -> torch.Tensor:
+    def scan(self, backend: Inspectable) -> torch.Tensor:
         query = self.query[: len(self.lengths)]
-        return backend.scan(self.params, query, *self.rows[1:])
+        return backend.scan(self.bound(backend), query, self.block_table, self.seq_lens)
 
     def decode(self, backend: Backend, dtype: torch.dtype | None = None, **kwargs):
-        """Output ``[R, Hq, D]`` with padding, NaN where nothing was written, and the counters."""
+        """Output ``[R, Hq, D]`` with padding, NaN where nothing was written, and the counters.
+
+        Args:
+            kwargs: of the step (:class:`DecodeBatch`), or of this backend's decode.
+        """
+        about_step = {
+            name: kwargs.pop(name) for name in ("max_seq_len", "overlap") if name in kwargs
+        }
         output = torch.full_like(self.query, torch.nan, dtype=dtype)
         stats = torch.zeros(4, dtype=torch.int64, device=output.device)
-        backend.decode(self.params, *self.rows, self.budgets, output, stats, **kwargs)
+        step = self.step(**about_step)
+        backend.decode(self.bound(backend), self.query, step, output, stats, **kwargs)
         return output, stats.tolist()
 
     def ambiguous(self) -> torch.Tensor:
@@ -455,16 +467,18 @@ def check_lengths_are_cut(backend: Backend, batch: Batch, dtype=None, **kwargs) 
     all_tokens = of(cut).gathered(backend)
     for room in (all_tokens.shape[1], all_tokens.shape[1] // 2):
         out = torch.zeros_like(all_tokens)
-        backend.gather(batch.params, *of(wrong).rows[1:], out[0, :room], out[1, :room])
+        some = of(wrong)
+        layer = some.bound(backend)
+        backend.gather(layer, some.block_table, some.seq_lens, out[0, :room], out[1, :room])
         assert torch.equal(as_bytes(out[:, :room]), as_bytes(all_tokens[:, :room]))
         assert not out[:, room:].any(), "written beyond the end"
 
 
 def check_slots_are_skipped(backend: Backend, batch: Batch) -> None:
     """Slots behind the last block; here more memory follows, which shows what is written there."""
-    page, size = batch.page[:-1], batch.params.layout.block_size
+    pages, size = batch.kv_cache[:-1], batch.params.layout.block_size
     before = batch.memory.clone()
-    slots = torch.full_like(batch.slots, len(page) * size)
+    slots = torch.full_like(batch.slots, len(pages) * size)
     slots[:4] = torch.tensor([slots[0] + size - 1, 2**62, 2**63 - 1, -(2**63)])
-    backend.append(batch.params, batch.key, batch.value, page, slots)
+    backend.append(backend.bind(batch.params, pages), batch.key, batch.value, slots)
     assert torch.equal(as_bytes(before), as_bytes(batch.memory))

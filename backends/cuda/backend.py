@@ -1,4 +1,4 @@
-"""The CUDA backend: kernels of ``csrc/cuda`` for Hopper GPUs (sm_90a), loaded through tvm-ffi."""
+"""The CUDA backend: kernels of ``csrc/sm90`` for Hopper GPUs (sm_90a), loaded through tvm-ffi."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from vllm_adamas.errors import AdamasError
 LIBRARY = Path(__file__).with_name("libadamas_cuda.so")
 DTYPES = (torch.bfloat16, torch.float16)
 
-#: Of csrc/cuda/params.h: tokens of a context (a bitmap of it has to fit into shared memory) and of a block,
+#: Of csrc/sm90/params.h: tokens of a context (a bitmap of it has to fit into shared memory) and of a block,
 #: rows of a step, and rows * KV heads * tokens of the longest context
 MAX_CONTEXT, MAX_BLOCK, MAX_ROWS, MAX_STEP = 1 << 20, 1 << 16, 8192, 1 << 37
 MAX_CANDIDATES = 32768  #: per token set
@@ -51,7 +51,7 @@ def prefers_fused(cluster: int, seq_len: int, sets: int, budget: int) -> bool:
 def candidate_capacity(max_seq_len: int, budget: int) -> int:
     """Candidates that a token set may keep before its scores are computed again.
 
-    A pivot ranks `rank` to half as many more in a sample (sample_rank and find_pivot of csrc/cuda), so
+    A pivot ranks `rank` to half as many more in a sample (sample_rank and find_pivot of csrc/sm90), so
     that many times the stride are expected to reach it; six standard deviations more fit, and mostly
     the twice as many that tied scores may bring. Never less than for a shorter context.
     """

@@ -9,7 +9,7 @@
 
 #include <string>
 
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 namespace adamas {
 namespace {

@@ -11,7 +11,7 @@
 #include <cmath>
 #include <vector>
 
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 namespace adamas {
 namespace {

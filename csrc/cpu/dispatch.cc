@@ -1,7 +1,7 @@
 // Chooses the kernel table for the processor at hand.
 #include <cstring>
 
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 namespace adamas {
 

@@ -6,18 +6,18 @@
 #include <immintrin.h>
 #endif
 
-#include "kernels.h"
+#include "cpu/kernels.h"
 
 namespace adamas {
 namespace ADAMAS_ISA {
 namespace {
 
-#include "simd.h"
-#include "signature.h"
-#include "append.h"
-#include "scan.h"
-#include "select.h"
-#include "attend.h"
+#include "cpu/simd.h"
+#include "cpu/signature.h"
+#include "cpu/append.h"
+#include "cpu/scan.h"
+#include "cpu/select.h"
+#include "cpu/attend.h"
 
 // Calls run.template operator()<D>() with the head size as a constant.
 #define ADAMAS_FOR_HEAD_SIZE(size, call)        \

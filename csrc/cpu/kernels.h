@@ -1,7 +1,7 @@
 // The table of inner kernels; one instance per instruction set, chosen once at run time.
 // Inner kernels are single-threaded; decode.cc and append.cc spread them over OpenMP threads.
 #pragma once
-#include "params.h"
+#include "cpu/params.h"
 
 namespace adamas {
 

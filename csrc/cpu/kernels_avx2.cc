@@ -2,7 +2,7 @@
 #define ADAMAS_ISA avx2
 #define ADAMAS_ISA_NAME "avx2"
 #define ADAMAS_LANES 8
-#include "isa.h"
+#include "cpu/isa.h"
 
 namespace adamas {
 const Kernels* avx2_kernels() { return &avx2::kTable; }

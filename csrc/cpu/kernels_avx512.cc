@@ -2,7 +2,7 @@
 #define ADAMAS_ISA avx512
 #define ADAMAS_ISA_NAME "avx512"
 #define ADAMAS_LANES 16
-#include "isa.h"
+#include "cpu/isa.h"
 
 namespace adamas {
 const Kernels* avx512_kernels() { return &avx512::kTable; }

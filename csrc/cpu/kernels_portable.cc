@@ -2,7 +2,7 @@
 #define ADAMAS_ISA portable
 #define ADAMAS_ISA_NAME "portable"
 #define ADAMAS_LANES 4
-#include "isa.h"
+#include "cpu/isa.h"
 
 namespace adamas {
 const Kernels& portable_kernels() { return portable::kTable; }

@@ -12,7 +12,7 @@
 //
 // A 16-byte load brings one word of four tokens, so a lane's own quad of tokens is what it loads.
 #pragma once
-#include "common.cuh"
+#include "sm90/common.cuh"
 
 namespace adamas {
 

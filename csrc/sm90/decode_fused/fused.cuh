@@ -9,11 +9,11 @@
 #pragma once
 #include <cfloat>
 
-#include "attend.cuh"
-#include "cluster.cuh"
-#include "encode.cuh"
-#include "pipeline.cuh"
-#include "select.cuh"
+#include "sm90/softmax.cuh"
+#include "sm90/cluster.cuh"
+#include "sm90/query.cuh"
+#include "sm90/pipeline.cuh"
+#include "sm90/select.cuh"
 
 namespace adamas {
 

@@ -1,5 +1,5 @@
 // select: the exact top-k of given scores, ascending; one block per (row, head).
-#include "select.cuh"
+#include "sm90/select.cuh"
 
 namespace adamas {
 namespace {

@@ -7,7 +7,7 @@
 // tokens g and g + 8; of V, the dimensions 64h + 8g .. + 7 of tokens 2c, 2c + 1, 2c + 8, 2c + 9
 // (g = lane / 4, c = lane % 4). P^T needs one transposition of 8x8 values per 8 tokens (movmatrix).
 #pragma once
-#include "common.cuh"
+#include "sm90/common.cuh"
 
 namespace adamas {
 

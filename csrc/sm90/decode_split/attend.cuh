@@ -2,10 +2,10 @@
 // attends to; then the blocks in front share the tokens of the dense rows as workers, and the last worker of
 // a (row, KV head) merges.
 #pragma once
-#include "attend.cuh"
-#include "pipeline.cuh"
-#include "scan.cuh"
-#include "select.cuh"
+#include "sm90/softmax.cuh"
+#include "sm90/pipeline.cuh"
+#include "sm90/score.cuh"
+#include "sm90/select.cuh"
 
 namespace adamas {
 

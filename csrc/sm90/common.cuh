@@ -8,7 +8,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "params.h"
+#include "sm90/params.h"
 
 namespace adamas {
 

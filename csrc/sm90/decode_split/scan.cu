@@ -5,8 +5,8 @@
 // free: multiprocessors get unequal shares of the bandwidth, and warps unequal ones of theirs.
 #include <algorithm>
 
-#include "pipeline.cuh"
-#include "scan.cuh"
+#include "sm90/pipeline.cuh"
+#include "sm90/score.cuh"
 
 namespace adamas {
 namespace {

@@ -1,6 +1,6 @@
 // Clusters of blocks: their barrier, and each other's shared memory.
 #pragma once
-#include "common.cuh"
+#include "sm90/common.cuh"
 
 namespace adamas {
 

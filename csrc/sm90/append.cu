@@ -1,6 +1,6 @@
 // append: K, V and signature of each token into its slot; one warp per (token, KV head).
 // gather: K and V of whole contexts out of the pages.
-#include "signature.cuh"
+#include "sm90/signature.cuh"
 
 namespace adamas {
 namespace {

@@ -1,8 +1,8 @@
 // Queries to bit planes: 4-bit two's complement (dot) or the thermometer planes of 2-bit codes
 // (manhattan), in the order of the tensor core's fragments.
 #pragma once
-#include "scan.cuh"
-#include "signature.cuh"
+#include "sm90/score.cuh"
+#include "sm90/signature.cuh"
 
 namespace adamas {
 

@@ -1,7 +1,7 @@
 // Exact top-k by radix selection over (score, token): every value is distinct, so the k-th best is
 // one value, and equal scores go to the most recent token.
 #pragma once
-#include "common.cuh"
+#include "sm90/common.cuh"
 
 namespace adamas {
 

@@ -9,7 +9,7 @@
 #include <cmath>
 #include <limits>
 
-#include "common.cuh"
+#include "sm90/common.cuh"
 
 namespace adamas {
 namespace {

@@ -1,4 +1,4 @@
-#include "decode.cuh"
+#include "sm90/decode_split/attend.cuh"
 
 namespace adamas {
 

@@ -4,8 +4,8 @@
 // candidates scan writes; attend checks their number and is exact in every case.
 #include <algorithm>
 
-#include "encode.cuh"
-#include "select.cuh"
+#include "sm90/query.cuh"
+#include "sm90/select.cuh"
 
 namespace adamas {
 namespace {

@@ -1,5 +1,5 @@
 // The three kernels of a decode step and their workspace.
-#include "decode.cuh"
+#include "sm90/decode_split/attend.cuh"
 
 namespace adamas {
 

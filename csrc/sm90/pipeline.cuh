@@ -4,7 +4,7 @@
 // 64 tokens is one copy. Plain loads in fragment order would ask for the planes in halves of cache
 // lines, which costs a third of the bandwidth; the copy engine reads whole lines.
 #pragma once
-#include "scan.cuh"
+#include "sm90/score.cuh"
 
 namespace adamas {
 

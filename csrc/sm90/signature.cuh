@@ -1,7 +1,7 @@
 // Hadamard transform, 2-bit codes and query planes (arXiv 2510.18413, section 3.1), one warp per
 // vector: lane i holds dimension 32*w + i of word w in x[w].
 #pragma once
-#include "common.cuh"
+#include "sm90/common.cuh"
 
 namespace adamas {
 

@@ -1,4 +1,4 @@
-#include "fused.cuh"
+#include "sm90/decode_fused/fused.cuh"
 
 namespace adamas {
 

@@ -1,0 +1,75 @@
+"""What a decode step does inside, as operations of their own: for studies and tests, never for serving."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+
+from vllm_adamas.backends.base import Layer, Params
+
+
+class Inspectable(ABC):
+    """A backend whose scores and selected tokens can be looked at."""
+
+    @abstractmethod
+    def scan(
+        self,
+        layer: Layer,
+        query: torch.Tensor,
+        block_table: torch.Tensor,
+        seq_lens: torch.Tensor,
+    ) -> torch.Tensor:
+        """Scores of every context token from the signatures alone (paper, section 3.2).
+
+        Args:
+            query: ``[R, Hq, D]``.
+            block_table: int32 ``[R, blocks]``.
+            seq_lens: int32 ``[R]``, the row's own token included.
+
+        Returns:
+            float32 ``[R, num_score_heads, L]`` with L the longest context; beyond a row's context the
+            value is -inf.
+        """
+
+    def select(
+        self,
+        params: Params,
+        scores: torch.Tensor,
+        seq_lens: torch.Tensor,
+        budgets: torch.Tensor,
+    ) -> torch.Tensor:
+        """The exact top-k tokens of each row and score head; ties go to the most recent token.
+
+        Args:
+            scores: as :meth:`scan` returns; no NaN.
+            budgets: int32 ``[R]``, tokens to keep; at or above the context everything is kept.
+
+        Returns:
+            int32 ``[R, num_score_heads, K]``, ascending, padded with -1; K is what the row that keeps
+            the most keeps (:meth:`Params.attended`).
+        """
+        return select_tokens(params, scores, seq_lens, budgets)
+
+
+def select_tokens(
+    params: Params, scores: torch.Tensor, seq_lens: torch.Tensor, budgets: torch.Tensor
+) -> torch.Tensor:
+    """:meth:`Inspectable.select` in plain PyTorch, on any device."""
+    rows, heads, longest = scores.shape
+    position = torch.arange(longest, device=scores.device)
+    lens = seq_lens.clamp(0, longest).view(-1, 1, 1)
+    kept = params.attended(lens, budgets.view(-1, 1, 1))  # [R, 1, 1]
+    most = int(kept.max()) if rows else 0
+    forced = (position < params.num_sink_tokens) | (position >= lens - params.recent_window)
+    # By rank: what is always kept, then the scores, the most recent of equal ones first; nothing behind a context.
+    order = scores.masked_fill(forced, torch.inf).masked_fill(position >= lens, -torch.inf)
+    inside = (position < lens).expand_as(scores)
+    by_score = order.flip(-1).sort(-1, descending=True, stable=True).indices
+    index = longest - 1 - by_score  # [R, heads, L] best first
+    # A score of -inf ranks with what lies behind the context, which goes last.
+    behind = (~inside.gather(-1, index)).sort(-1, stable=True).indices
+    index = index.gather(-1, behind)[..., :most]
+    rank = torch.arange(most, device=scores.device)
+    index = index.masked_fill(rank >= kept, longest).sort(-1).values
+    return index.masked_fill(index == longest, -1).to(torch.int32)
