@@ -10,8 +10,12 @@ import functools
 import re
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from vllm_adamas.errors import AdamasError
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backend import AttentionLayer
 
 NAME = "ADAMAS"
 BACKEND_PATH = "vllm_adamas.serving.backend.AdamasBackend"
@@ -202,7 +206,7 @@ def cpu_attention() -> tuple:
     return _custom_ops, _get_attn_isa
 
 
-def kv_scales(layer) -> tuple[float, float]:
+def kv_scales(layer: AttentionLayer) -> tuple[float, float]:
     """Factors from the fp8 K and V of a layer's pages to real values."""
     return layer._k_scale_float, layer._v_scale_float
 
