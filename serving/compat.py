@@ -12,6 +12,8 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+import torch
+
 from vllm_adamas.errors import AdamasError
 
 if TYPE_CHECKING:
@@ -204,6 +206,11 @@ def cpu_attention() -> tuple:
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
     return _custom_ops, _get_attn_isa
+
+
+def cpu_prefills_fp8() -> bool:
+    """Whether vLLM's CPU kernel reads an fp8 cache on this processor."""
+    return torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def kv_scales(layer: AttentionLayer) -> tuple[float, float]:
