@@ -49,10 +49,13 @@ int run(const DecodeParams& p, const FusedShape& s, void* stream, bool count) {
 
 }  // namespace
 
+bool fused_fits(const DecodeParams& p, int cluster) {
+  if ((p.page.head_size != 64 && p.page.head_size != 128) || p.group > kFusedGroup) return false;
+  return cluster > 0 && cluster <= kMaxCluster && shape_of(p, cluster).bytes <= max_block_memory();
+}
+
 int fused_clusters(const DecodeParams& p, int cluster) {
-  if ((p.page.head_size != 64 && p.page.head_size != 128) || p.group > kFusedGroup || cluster > kMaxCluster) return 0;
-  const FusedShape s = shape_of(p, cluster);
-  return s.bytes <= max_block_memory() ? run(p, s, nullptr, true) : 0;
+  return fused_fits(p, cluster) ? run(p, shape_of(p, cluster), nullptr, true) : 0;
 }
 
 void fused(const DecodeParams& p, int cluster, void* stream) { run(p, shape_of(p, cluster), stream, false); }
