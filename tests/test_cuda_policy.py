@@ -371,8 +371,10 @@ def test_kv_caches_that_the_kernels_do_not_read(layer, batch) -> None:
     shifted = torch.zeros(pages.numel() + 1, dtype=layout.dtype)[1:].view(pages.shape)
     with pytest.raises(ValueError, match=r"^kv_cache: .* 16 bytes$"):
         backend.bind(params, shifted)
-    large = torch.empty(1, dtype=layout.dtype).expand(1 << 16)
-    large = large.as_strided((2, 2, 64, pages.shape[3]), (1 << 30, 1 << 20, pages.shape[3], 1))
+    # Memory that nothing touches.
+    memory = torch.empty((1 << 30) + (1 << 22), dtype=layout.dtype)
+    strides = (1 << 30, 1 << 20, pages.shape[3], 1)
+    large = memory.as_strided((2, 2, 64, pages.shape[3]), strides)
     with pytest.raises(ValueError, match="2 GiB"):
         backend.bind(params, large)
 

@@ -100,20 +100,13 @@ struct Argument {
   }
 };
 
-// The layout in the numbers that Python passes (Params.numbers).
-inline PageLayout page_layout(int64_t block_size, int64_t head_size, int64_t v_offset, int64_t hi_offset,
-                              int64_t lo_offset, int64_t scale_offset, int64_t element, double k_scale,
-                              double v_scale) {
-  return PageLayout{int(block_size), int(head_size), v_offset, hi_offset, lo_offset, scale_offset,
-                    Element(element), float(k_scale), float(v_scale)};
-}
-
-// [num_blocks, num_kv_heads, block_size, C] in which every page is dense and has the layout's size.
-inline void expect_pages(const Argument& kv_cache, const PageLayout& layout, int64_t num_kv_heads) {
+// kv_cache: [num_blocks, num_kv_heads, block_size, C] in which every page is dense and has the layout's size.
+inline void expect_pages(const Argument& kv_cache, const PageLayout& layout, int64_t num_kv_heads,
+                         int64_t block_size) {
   const TensorView& t = kv_cache.tensor;
-  const int64_t size = t.dtype().bits / 8, token_bytes = layout.scale_offset / layout.block_size + 2;
+  const int64_t size = t.dtype().bits / 8, token_bytes = layout.scale_offset / block_size + 2;
   const int64_t content = (token_bytes + size - 1) / size;
-  kv_cache.expect_shape({-1, num_kv_heads, layout.block_size, content});
+  kv_cache.expect_shape({-1, num_kv_heads, block_size, content});
   kv_cache.expect(t.stride(2) == content && is_element(t, layout.element));
 }
 

@@ -10,10 +10,9 @@ namespace adamas {
 constexpr int kTile = 16;
 constexpr int kWord = 32;
 
-// Where K, V and the signature planes of a page lie, and what K and V are made of. Offsets are bytes from the
-// start of the page, K has none. Each device adds how it finds a page.
+// Where the planes of a page lie, and what K and V are made of. Offsets are bytes from the start of the page, K
+// has none. Each device adds how it finds a page and a token.
 struct PageLayout {
-  int block_size, head_size;
   int64_t v_offset, hi_offset, lo_offset, scale_offset;
   Element element;
   float k_scale, v_scale;  // real values per stored value; 1 but for fp8

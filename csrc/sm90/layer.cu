@@ -11,34 +11,26 @@ namespace {
 
 constexpr double kLog2E = 1.4426950408889634;
 
-Page page_in(const TensorView& kv_cache, const PageLayout& layout) {
+Page page_in(const TensorView& kv_cache, const PageLayout& layout, int64_t head_size) {
   Page page{};
   static_cast<PageLayout&>(page) = layout;
-  const int64_t size = kv_cache.dtype().bits / 8, content = kv_cache.size(3);
+  const int64_t size = kv_cache.dtype().bits / 8, block_size = kv_cache.size(2), content = kv_cache.size(3);
   page.base = pointer_of<uint8_t>(kv_cache);
   page.num_kv_heads = int(kv_cache.size(1));
   // The stride of a single head or block may be anything.
-  page.head_stride = page.num_kv_heads > 1 ? kv_cache.stride(1) * size : layout.block_size * content * size;
+  page.head_stride = page.num_kv_heads > 1 ? kv_cache.stride(1) * size : block_size * content * size;
   const int64_t block_stride =
       kv_cache.size(0) > 1 ? kv_cache.stride(0) * size : page.num_kv_heads * page.head_stride;
   expect(uintptr_t(page.base) % 16 == 0 && block_stride % 16 == 0 && page.head_stride % 16 == 0,
          "kv_cache: blocks and heads must start at multiples of 16 bytes");
   expect(block_stride >= 0 && block_stride >> 31 == 0, "kv_cache: a block must span less than 2 GiB");
   page.block_stride = uint32_t(block_stride);
-  const int64_t quads = layout.block_size / kQuad;
+  page.block_size = int(block_size);
+  const int64_t quads = block_size / kQuad;
   page.quad_magic = uint32_t(((int64_t(1) << 32) + quads - 1) / quads);
-  page.words = layout.head_size / kWord;
+  page.head_size = int(head_size);
+  page.words = int(head_size / kWord);
   return page;
-}
-
-void expect_layout(const PageLayout& layout) {
-  const int size = layout.head_size;
-  expect(size == 64 || size == 96 || size == 128 || size == 192 || size == 256,
-         "head_size: expected 64, 96, 128, 192 or 256");
-  expect(layout.block_size >= kTile && layout.block_size <= kMaxBlock && layout.block_size % kTile == 0,
-         "block_size: expected a multiple of 16 up to 65536");
-  expect(layout.element == Element::bf16 || layout.element == Element::f16 || layout.fp8(),
-         "element: expected bfloat16, float16, e4m3 or e5m2 pages");
 }
 
 }  // namespace
@@ -67,19 +59,24 @@ Layer bind(TensorView kv_cache, int64_t block_size, int64_t head_size, int64_t v
            tvm::ffi::Optional<tvm::ffi::Tensor> key_mean, int64_t num_query_heads, int64_t num_kv_heads, bool dot,
            bool per_query_head, double threshold, bool relative, double softmax_scale, int64_t num_sink_tokens,
            int64_t recent_window, int64_t sliding_window) {
-  const PageLayout layout = page_layout(block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset,
-                                        element, k_scale, v_scale);
-  expect_layout(layout);
+  expect(head_size == 64 || head_size == 96 || head_size == 128 || head_size == 192 || head_size == 256,
+         "head_size: expected 64, 96, 128, 192 or 256");
+  expect(block_size >= kTile && block_size <= kMaxBlock && block_size % kTile == 0,
+         "block_size: expected a multiple of 16 up to 65536");
+  const PageLayout layout{v_offset,         hi_offset,      lo_offset,     scale_offset,
+                          Element(element), float(k_scale), float(v_scale)};
+  expect(layout.element == Element::bf16 || layout.element == Element::f16 || layout.fp8(),
+         "element: expected bfloat16, float16, e4m3 or e5m2 pages");
   const DLDevice device = kv_cache.device();
   const Argument pages{"kv_cache", "[blocks, Hkv, N, C] of the layout, dense in N and C", kv_cache, device};
-  expect_pages(pages, layout, num_kv_heads);
+  expect_pages(pages, layout, num_kv_heads, block_size);
 
   auto layer = tvm::ffi::make_object<LayerObj>();
   layer->device = device;
   layer->num_slots = kv_cache.size(0) * block_size;
   layer->decode = decode_shape(num_query_heads, num_kv_heads, head_size, dot, per_query_head);
   DecodeParams& p = layer->decode;
-  p.page = page_in(kv_cache, layout);
+  p.page = page_in(kv_cache, layout, head_size);
   p.coding = Coding{float(threshold), relative};
   p.softmax_scale = float(softmax_scale * k_scale * kLog2E);  // logits in base 2
   p.num_sink_tokens = int(num_sink_tokens);

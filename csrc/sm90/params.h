@@ -24,14 +24,18 @@ constexpr int kMaxQueryPlanes = 3;
 // dot; manhattan per query head; manhattan summed over the query heads of a KV head.
 enum class Mode : int { dot, manhattan, manhattan_sum };
 
-// The pages of one layer.
-struct Page : PageLayout {
+// How a page and a token in it are found.
+struct PageAddress {
   uint8_t* base;
   uint32_t block_stride;  // bytes
   int64_t head_stride;    // bytes
-  uint32_t quad_magic;    // ceil(2^32 / token quads of a block)
-  int words, num_kv_heads;
+  int block_size;
+  uint32_t quad_magic;  // ceil(2^32 / token quads of a block)
+  int head_size, words, num_kv_heads;
 };
+
+// The pages of one layer.
+struct Page : PageAddress, PageLayout {};
 
 struct AppendParams {
   Page page;
@@ -84,9 +88,9 @@ struct DecodeParams {
   int num_sink_tokens, recent_window, sliding_window;
   int least_budget;  // what is always kept, and one token; 0 in scan alone
   bool overlap;  // lengths, budgets and block table were complete before the preceding kernel started
-  int sample_bits;  // log2 of the tokens of a context that encode samples
   int capacity;  // candidates per set
   int dense_workers;
+  int sample_bits;  // log2 of the tokens of a context that encode samples
   int64_t* stats;  // sparse rows, dense rows, context tokens, attended tokens (over query heads)
   // scan alone: every score, no candidates
   float* scores;
