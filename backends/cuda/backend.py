@@ -86,7 +86,7 @@ class CudaBackend(Backend, Inspectable):
             AdamasError: the kernels do not read such pages, or serve such heads.
             ValueError: the KV cache is not aligned, or ``key_mean`` does not fit.
         """
-        layout, coding = params.layout, params.coding
+        layout = params.layout
         check_block(layout.block_size)
         if not params.fp8 and layout.dtype not in MODEL_DTYPES["cuda"]:
             raise AdamasError(
@@ -100,21 +100,7 @@ class CudaBackend(Backend, Inspectable):
                 "kernels handle: serve this model with another backend."
             )
         layout.check(kv_cache)
-        native = self._library.bind(
-            kv_cache,
-            *params.numbers,
-            params.key_mean,
-            params.num_query_heads,
-            params.num_kv_heads,
-            params.score == "dot",
-            params.selection == "query_head",
-            coding.threshold,
-            coding.relative,
-            params.softmax_scale,
-            params.num_sink_tokens,
-            params.recent_window,
-            params.sliding_window,
-        )
+        native = self._library.bind(kv_cache, params.native, params.key_mean)
         kind = (layout, params.fp8, *_shape(params), params.budget)
         return CudaLayer(params, kv_cache, native, self._plans.setdefault(kind, {}))
 

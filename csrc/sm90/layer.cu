@@ -9,6 +9,12 @@
 namespace adamas {
 namespace {
 
+using tvm::ffi::Any;
+using tvm::ffi::Map;
+using tvm::ffi::Optional;
+using tvm::ffi::String;
+using tvm::ffi::Tensor;
+
 constexpr double kLog2E = 1.4426950408889634;
 
 Page page_in(const TensorView& kv_cache, const PageLayout& layout, int64_t head_size) {
@@ -54,17 +60,25 @@ DecodeParams decode_shape(int64_t num_query_heads, int64_t num_kv_heads, int64_t
   return p;
 }
 
-Layer bind(TensorView kv_cache, int64_t block_size, int64_t head_size, int64_t v_offset, int64_t hi_offset,
-           int64_t lo_offset, int64_t scale_offset, int64_t element, double k_scale, double v_scale,
-           tvm::ffi::Optional<tvm::ffi::Tensor> key_mean, int64_t num_query_heads, int64_t num_kv_heads, bool dot,
-           bool per_query_head, double threshold, bool relative, double softmax_scale, int64_t num_sink_tokens,
-           int64_t recent_window, int64_t sliding_window) {
+Layer bind(TensorView kv_cache, Map<String, Any> description, Optional<Tensor> key_mean) {
+  auto number = [&](const char* name) { return description.at(String(name)).cast<double>(); };
+  auto integer = [&](const char* name) { return description.at(String(name)).cast<int64_t>(); };
+  auto flag = [&](const char* name) { return description.at(String(name)).cast<bool>(); };
+
+  const int64_t head_size = integer("head_size"), block_size = integer("block_size");
+  const int64_t num_kv_heads = integer("num_kv_heads");
   expect(head_size == 64 || head_size == 96 || head_size == 128 || head_size == 192 || head_size == 256,
          "head_size: expected 64, 96, 128, 192 or 256");
   expect(block_size >= kTile && block_size <= kMaxBlock && block_size % kTile == 0,
          "block_size: expected a multiple of 16 up to 65536");
-  const PageLayout layout{v_offset,         hi_offset,      lo_offset,     scale_offset,
-                          Element(element), float(k_scale), float(v_scale)};
+  PageLayout layout{};
+  layout.v_offset = integer("v_offset");
+  layout.hi_offset = integer("hi_offset");
+  layout.lo_offset = integer("lo_offset");
+  layout.scale_offset = integer("scale_offset");
+  layout.element = Element(integer("element"));
+  layout.k_scale = float(number("k_scale"));
+  layout.v_scale = float(number("v_scale"));
   expect(layout.element == Element::bf16 || layout.element == Element::f16 || layout.fp8(),
          "element: expected bfloat16, float16, e4m3 or e5m2 pages");
   const DLDevice device = kv_cache.device();
@@ -73,25 +87,23 @@ Layer bind(TensorView kv_cache, int64_t block_size, int64_t head_size, int64_t v
 
   auto layer = tvm::ffi::make_object<LayerObj>();
   layer->device = device;
-  layer->num_slots = kv_cache.size(0) * block_size;
-  layer->decode = decode_shape(num_query_heads, num_kv_heads, head_size, dot, per_query_head);
   DecodeParams& p = layer->decode;
+  p = decode_shape(integer("num_query_heads"), num_kv_heads, head_size, flag("dot"), flag("per_query_head"));
   p.page = page_in(kv_cache, layout, head_size);
-  p.coding = Coding{float(threshold), relative};
-  p.softmax_scale = float(softmax_scale * k_scale * kLog2E);  // logits in base 2
-  p.num_sink_tokens = int(num_sink_tokens);
-  p.recent_window = int(recent_window);
-  // Sinks and recent window are kept whatever a row's budget is, and one token at least.
-  p.least_budget = int(std::max(num_sink_tokens + recent_window, int64_t(1)));
-  p.sliding_window = int(sliding_window);
+  p.coding = Coding{float(number("threshold")), flag("relative")};
+  p.softmax_scale = float(number("softmax_scale") * number("k_scale") * kLog2E);  // logits in base 2
+  p.num_sink_tokens = int(integer("num_sink_tokens"));
+  p.recent_window = int(integer("recent_window"));
+  p.least_budget = std::max(p.num_sink_tokens + p.recent_window, 1);
+  p.sliding_window = int(integer("sliding_window"));
 
   AppendParams& a = layer->append;
   a.page = p.page;
   a.coding = p.coding;
   a.norm = p.norm;
-  a.num_slots = layer->num_slots;
+  a.num_slots = kv_cache.size(0) * block_size;
   if (key_mean.has_value()) {
-    const tvm::ffi::Tensor tensor = key_mean.value();
+    const Tensor tensor = key_mean.value();
     const TensorView view(tensor);
     const Argument mean{"key_mean", "contiguous float32 [Hkv, D]", view, device};
     mean.expect_device();

@@ -86,7 +86,7 @@ struct DecodeParams {
   Mode mode;
   bool per_query_head;
   int num_sink_tokens, recent_window, sliding_window;
-  int least_budget;  // what is always kept, and one token; 0 in scan alone
+  int least_budget;  // sinks and recent window, which are always kept, and one token; 0 in scan alone
   bool overlap;  // lengths, budgets and block table were complete before the preceding kernel started
   int capacity;  // candidates per set
   int dense_workers;
