@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 
 from vllm_adamas.backends.cuda.library import limits, load
 from vllm_adamas.errors import AdamasError
@@ -43,6 +44,7 @@ class LaunchPlan:
     workspace_bytes: int
 
 
+@lru_cache(maxsize=1024)
 def rounded_context(max_seq_len: int) -> int:
     """The next of 1, 1.25, 1.5 and 1.75 times a power of two: contexts that grow seldom need a new plan."""
     tokens = max(max_seq_len, LEAST_CONTEXT)

@@ -7,7 +7,7 @@
 #include <tvm/ffi/string.h>
 
 #include <algorithm>
-#include <limits>
+#include <cstdint>
 
 #include "common/arguments.h"
 #include "sm90/layer.h"
@@ -19,19 +19,23 @@ namespace {
 using tvm::ffi::Map;
 using tvm::ffi::String;
 
+constexpr char kKeyOrValue[] = "[T, Hkv, D] of the pages' dtype (bfloat16 or float16 for fp8 pages), D contiguous";
+constexpr char kQuery[] = "[R, Hq, D] of the pages' dtype (bfloat16 or float16 for fp8 pages), D contiguous";
+
 // Where the operation runs. Everything else has been checked by then: the checks need no GPU.
 void* stream_of(const Layer& layer) {
   expect(layer->device.device_type == kDLCUDA, "kv_cache: expected a layer that is bound on a CUDA device");
   return TVMFFIEnvGetStream(layer->device.device_type, layer->device.device_id);
 }
 
-int64_t expect_count(const TensorView& t, const char* name, const char* wanted, int bits, DLDevice device,
-                     int64_t size = -1) {
+// A contiguous vector of integers, of so many elements unless the size is negative.
+template <class T>
+T* vector_of(const TensorView& t, const char* name, const char* wanted, DLDevice device, int64_t size = -1) {
   const Argument argument{name, wanted, t, device};
   argument.expect_device();
-  argument.expect(is_dtype(t, kDLInt, bits));
+  argument.expect(is_dtype(t, kDLInt, int(sizeof(T)) * 8));
   argument.expect_shape({size});
-  return t.size(0);
+  return pointer_of<T>(t);
 }
 
 const int32_t* block_table_of(const TensorView& t, int64_t rows, DLDevice device) {
@@ -61,13 +65,11 @@ void expect_same_type(const TensorView& t, const char* name, const char* wanted,
 
 void append_op(Layer layer, TensorView key, TensorView value, TensorView slot_mapping) {
   AppendParams p = layer->append;
-  p.num_tokens = expect_count(slot_mapping, "slot_mapping", "contiguous int64 [T]", 64, layer->device);
-  p.slots = pointer_of<const int64_t>(slot_mapping);
+  p.slots = vector_of<const int64_t>(slot_mapping, "slot_mapping", "contiguous int64 [T]", layer->device);
+  p.num_tokens = slot_mapping.size(0);
   const int heads = p.page.num_kv_heads;
-  p.key = rows_of(key, "key", "[T, Hkv, D] of the pages' dtype (bfloat16 or float16 for fp8 pages), D contiguous",
-                  layer, p.num_tokens, heads);
-  p.value = rows_of(value, "value", "[T, Hkv, D] of the pages' dtype (bfloat16 or float16 for fp8 pages), D contiguous",
-                    layer, p.num_tokens, heads);
+  p.key = rows_of(key, "key", kKeyOrValue, layer, p.num_tokens, heads);
+  p.value = rows_of(value, "value", kKeyOrValue, layer, p.num_tokens, heads);
   expect_same_type(value, "value", "the dtype of key", key);
   append(p, stream_of(layer));
 }
@@ -75,21 +77,19 @@ void append_op(Layer layer, TensorView key, TensorView value, TensorView slot_ma
 void gather_op(Layer layer, TensorView block_table, TensorView seq_lens, TensorView key, TensorView value) {
   GatherParams p{};
   p.page = layer->append.page;
-  p.num_rows = int(expect_count(seq_lens, "seq_lens", "contiguous int32 [R]", 32, layer->device));
-  p.seq_lens = pointer_of<const int32_t>(seq_lens);
+  p.seq_lens = vector_of<const int32_t>(seq_lens, "seq_lens", "contiguous int32 [R]", layer->device);
+  p.num_rows = int(seq_lens.size(0));
   p.block_table = block_table_of(block_table, p.num_rows, layer->device);
   p.blocks_per_row = block_table.stride(0);
   const int heads = p.page.num_kv_heads;
   p.num_tokens = key.ndim() ? key.size(0) : 0;
-  p.key = rows_of(key, "key", "[T, Hkv, D] of the pages' dtype (bfloat16 or float16 for fp8 pages), D contiguous",
-                  layer, 0, heads);
+  p.key = rows_of(key, "key", kKeyOrValue, layer, 0, heads);
   p.value = rows_of(value, "value", "[T, Hkv, D] like key, D contiguous", layer, p.num_tokens, heads);
   expect_same_type(value, "value", "the dtype of key", key);
   const Argument outputs[] = {{"key", "", key, layer->device}, {"value", "", value, layer->device}};
   for (const Argument& output : outputs) output.expect_aligned(4);
   // So that a row's vectors are fewer than 2^31: more would not fit a device.
-  p.max_seq_len =
-      int(std::min({block_table.size(1) * p.page.block_size, p.num_tokens, int64_t(std::numeric_limits<int32_t>::max())}));
+  p.max_seq_len = int(std::min({block_table.size(1) * p.page.block_size, p.num_tokens, int64_t(INT32_MAX)}));
   gather(p, stream_of(layer));
 }
 
@@ -97,17 +97,17 @@ void gather_op(Layer layer, TensorView block_table, TensorView seq_lens, TensorV
 DecodeParams step_of(const Layer& layer, const TensorView& query, const TensorView& block_table,
                      const TensorView& seq_lens, int64_t max_seq_len, int64_t sample_bits, int64_t capacity) {
   DecodeParams p = layer->decode;
-  const int64_t rows = expect_count(seq_lens, "seq_lens", "contiguous int32 [R]", 32, layer->device);
-  p.seq_lens = pointer_of<const int32_t>(seq_lens);
+  p.seq_lens = vector_of<const int32_t>(seq_lens, "seq_lens", "contiguous int32 [R]", layer->device);
+  const int64_t rows = seq_lens.size(0);
   p.block_table = block_table_of(block_table, rows, layer->device);
   p.blocks_per_row = block_table.stride(0);
-  p.query = rows_of(query, "query", "[R, Hq, D] of the pages' dtype (bfloat16 or float16 for fp8 pages), D contiguous",
-                    layer, rows, p.num_query_heads);
+  p.query = rows_of(query, "query", kQuery, layer, rows, p.num_query_heads);
   Argument{"query", "", query, layer->device}.expect_aligned(16);
   const int64_t longest = std::min(max_seq_len, block_table.size(1) * p.page.block_size);
   expect(rows <= kMaxRows, "seq_lens: more rows than the kernels hold");
   expect(longest >= 0 && longest <= kMaxContext, "max_seq_len: longer than the contexts that the kernels hold");
-  expect(rows * p.page.num_kv_heads * longest <= kMaxStep, "max_seq_len: the step has more tokens than the kernels count");
+  expect(rows * p.page.num_kv_heads * longest <= kMaxStep,
+         "max_seq_len: the step has more tokens than the kernels count");
   p.num_rows = int(rows);
   p.max_seq_len = int(longest);
   p.sample_bits = int(sample_bits);
@@ -134,14 +134,13 @@ void decode_op(Layer layer, TensorView query, TensorView output, TensorView bloc
                      p.num_query_heads);
   expect_same_type(output, "output", "the dtype of query", query);
   Argument{"output", "", output, device}.expect_aligned(16);
-  expect_count(budgets, "budgets", "contiguous int32 [R]", 32, device, p.num_rows);
-  p.budgets = pointer_of<const int32_t>(budgets);
-  expect_count(stats, "stats", "contiguous int64 [4]", 64, device, 4);
-  p.stats = pointer_of<int64_t>(stats);
+  p.budgets = vector_of<const int32_t>(budgets, "budgets", "contiguous int32 [R]", device, p.num_rows);
+  p.stats = vector_of<int64_t>(stats, "stats", "contiguous int64 [4]", device, 4);
   p.overlap = overlap;
   void* stream = stream_of(layer);
   use_workspace(p, work, device);
-  expect(cluster == 0 || fused_fits(p, int(cluster)), "cluster: the fused kernel does not take this step in so many blocks");
+  expect(cluster == 0 || fused_fits(p, int(cluster)),
+         "cluster: the fused kernel does not take this step in so many blocks");
   if (p.num_rows == 0) return;
   if (cluster) return fused(p, int(cluster), stream);
   if (stages & 1) encode(p, stream);
