@@ -19,12 +19,12 @@ inline void expect(bool holds, const char* constraint) {
   if (!holds) TVM_FFI_THROW(ValueError) << constraint;
 }
 
-inline std::string name_of(DLDevice device) {
+inline std::string to_string(DLDevice device) {
   const char* kind = device.device_type == kDLCUDA ? "cuda" : device.device_type == kDLCPU ? "cpu" : "device";
   return std::string(kind) + ":" + std::to_string(device.device_id);
 }
 
-inline std::string name_of(DLDataType type) {
+inline std::string to_string(DLDataType type) {
   const char* kind = type.code == kDLInt      ? "int"
                      : type.code == kDLUInt   ? "uint"
                      : type.code == kDLFloat  ? "float"
@@ -61,13 +61,13 @@ struct Argument {
   void expect_device() const {
     const DLDevice found = tensor.device();
     if (found.device_type != device.device_type || found.device_id != device.device_id)
-      TVM_FFI_THROW(ValueError) << name << ": expected a tensor on " << name_of(device) << ", got one on "
-                                << name_of(found);
+      TVM_FFI_THROW(ValueError) << name << ": expected a tensor on " << to_string(device) << ", got one on "
+                                << to_string(found);
   }
 
   void fail() const {
     std::ostringstream text;
-    text << name << ": expected " << wanted << ", got " << name_of(tensor.dtype());
+    text << name << ": expected " << wanted << ", got " << to_string(tensor.dtype());
     auto list = [&](auto number) {
       text << '[';
       for (int i = 0; i < tensor.ndim(); ++i) text << (i ? ", " : "") << number(i);
@@ -95,7 +95,8 @@ struct Argument {
   void expect_aligned(int64_t bytes) const {
     bool fits = reinterpret_cast<uintptr_t>(tensor.data_ptr()) % bytes == 0;
     const int64_t size = tensor.dtype().bits / 8;
-    for (int i = 0; i + 1 < tensor.ndim(); ++i) fits = fits && (tensor.size(i) <= 1 || tensor.stride(i) * size % bytes == 0);
+    for (int i = 0; i + 1 < tensor.ndim(); ++i)
+      fits = fits && (tensor.size(i) <= 1 || tensor.stride(i) * size % bytes == 0);
     if (!fits) TVM_FFI_THROW(ValueError) << name << ": rows must start at multiples of " << bytes << " bytes";
   }
 };
@@ -111,7 +112,7 @@ inline void expect_pages(const Argument& kv_cache, const PageLayout& layout, int
 }
 
 template <class T>
-T* pointer_of(const TensorView& t) {
+T* data(const TensorView& t) {
   return static_cast<T*>(t.data_ptr());
 }
 

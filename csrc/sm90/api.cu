@@ -23,31 +23,31 @@ constexpr char kKeyOrValue[] = "[T, Hkv, D] of the pages' dtype (bfloat16 or flo
 constexpr char kQuery[] = "[R, Hq, D] of the pages' dtype (bfloat16 or float16 for fp8 pages), D contiguous";
 
 // Where the operation runs. Everything else has been checked by then: the checks need no GPU.
-void* stream_of(const Layer& layer) {
+void* current_stream(const Layer& layer) {
   expect(layer->device.device_type == kDLCUDA, "kv_cache: expected a layer that is bound on a CUDA device");
   return TVMFFIEnvGetStream(layer->device.device_type, layer->device.device_id);
 }
 
 // A contiguous vector of integers, of so many elements unless the size is negative.
 template <class T>
-T* vector_of(const TensorView& t, const char* name, const char* wanted, DLDevice device, int64_t size = -1) {
+T* as_vector(const TensorView& t, const char* name, const char* wanted, DLDevice device, int64_t size = -1) {
   const Argument argument{name, wanted, t, device};
   argument.expect_device();
   argument.expect(is_dtype(t, kDLInt, int(sizeof(T)) * 8));
   argument.expect_shape({size});
-  return pointer_of<T>(t);
+  return data<T>(t);
 }
 
-const int32_t* block_table_of(const TensorView& t, int64_t rows, DLDevice device) {
+const int32_t* as_block_table(const TensorView& t, int64_t rows, DLDevice device) {
   const Argument argument{"block_table", "int32 [R, blocks] with contiguous rows", t, device};
   argument.expect_device();
   argument.expect(is_dtype(t, kDLInt, 32));
   argument.expect_shape({rows, -1});
-  return pointer_of<const int32_t>(t);
+  return data<const int32_t>(t);
 }
 
 // [tokens, heads, head_size], at least so many tokens, of the type that goes with the pages.
-Rows rows_of(const TensorView& t, const char* name, const char* wanted, const Layer& layer, int64_t tokens,
+Rows as_rows(const TensorView& t, const char* name, const char* wanted, const Layer& layer, int64_t tokens,
              int64_t heads) {
   const Page& page = layer->append.page;
   const Argument argument{name, wanted, t, layer->device};
@@ -65,43 +65,43 @@ void expect_same_type(const TensorView& t, const char* name, const char* wanted,
 
 void append_op(Layer layer, TensorView key, TensorView value, TensorView slot_mapping) {
   AppendParams p = layer->append;
-  p.slots = vector_of<const int64_t>(slot_mapping, "slot_mapping", "contiguous int64 [T]", layer->device);
+  p.slots = as_vector<const int64_t>(slot_mapping, "slot_mapping", "contiguous int64 [T]", layer->device);
   p.num_tokens = slot_mapping.size(0);
   const int heads = p.page.num_kv_heads;
-  p.key = rows_of(key, "key", kKeyOrValue, layer, p.num_tokens, heads);
-  p.value = rows_of(value, "value", kKeyOrValue, layer, p.num_tokens, heads);
+  p.key = as_rows(key, "key", kKeyOrValue, layer, p.num_tokens, heads);
+  p.value = as_rows(value, "value", kKeyOrValue, layer, p.num_tokens, heads);
   expect_same_type(value, "value", "the dtype of key", key);
-  append(p, stream_of(layer));
+  append(p, current_stream(layer));
 }
 
 void gather_op(Layer layer, TensorView block_table, TensorView seq_lens, TensorView key, TensorView value) {
   GatherParams p{};
   p.page = layer->append.page;
-  p.seq_lens = vector_of<const int32_t>(seq_lens, "seq_lens", "contiguous int32 [R]", layer->device);
+  p.seq_lens = as_vector<const int32_t>(seq_lens, "seq_lens", "contiguous int32 [R]", layer->device);
   p.num_rows = int(seq_lens.size(0));
-  p.block_table = block_table_of(block_table, p.num_rows, layer->device);
+  p.block_table = as_block_table(block_table, p.num_rows, layer->device);
   p.blocks_per_row = block_table.stride(0);
   const int heads = p.page.num_kv_heads;
   p.num_tokens = key.ndim() ? key.size(0) : 0;
-  p.key = rows_of(key, "key", kKeyOrValue, layer, 0, heads);
-  p.value = rows_of(value, "value", "[T, Hkv, D] like key, D contiguous", layer, p.num_tokens, heads);
+  p.key = as_rows(key, "key", kKeyOrValue, layer, 0, heads);
+  p.value = as_rows(value, "value", "[T, Hkv, D] like key, D contiguous", layer, p.num_tokens, heads);
   expect_same_type(value, "value", "the dtype of key", key);
   const Argument outputs[] = {{"key", "", key, layer->device}, {"value", "", value, layer->device}};
   for (const Argument& output : outputs) output.expect_aligned(4);
   // So that a row's vectors are fewer than 2^31: more would not fit a device.
   p.max_seq_len = int(std::min({block_table.size(1) * p.page.block_size, p.num_tokens, int64_t(INT32_MAX)}));
-  gather(p, stream_of(layer));
+  gather(p, current_stream(layer));
 }
 
 // What scan and decode have in common: the rows of a step.
-DecodeParams step_of(const Layer& layer, const TensorView& query, const TensorView& block_table,
+DecodeParams make_step(const Layer& layer, const TensorView& query, const TensorView& block_table,
                      const TensorView& seq_lens, int64_t max_seq_len, int64_t sample_bits, int64_t capacity) {
   DecodeParams p = layer->decode;
-  p.seq_lens = vector_of<const int32_t>(seq_lens, "seq_lens", "contiguous int32 [R]", layer->device);
+  p.seq_lens = as_vector<const int32_t>(seq_lens, "seq_lens", "contiguous int32 [R]", layer->device);
   const int64_t rows = seq_lens.size(0);
-  p.block_table = block_table_of(block_table, rows, layer->device);
+  p.block_table = as_block_table(block_table, rows, layer->device);
   p.blocks_per_row = block_table.stride(0);
-  p.query = rows_of(query, "query", kQuery, layer, rows, p.num_query_heads);
+  p.query = as_rows(query, "query", kQuery, layer, rows, p.num_query_heads);
   Argument{"query", "", query, layer->device}.expect_aligned(16);
   const int64_t longest = std::min(max_seq_len, block_table.size(1) * p.page.block_size);
   expect(rows <= kMaxRows, "seq_lens: more rows than the kernels hold");
@@ -120,7 +120,7 @@ void use_workspace(DecodeParams& p, const TensorView& work, DLDevice device) {
   argument.expect_device();
   argument.expect(is_dtype(work, kDLUInt, 8));
   argument.expect_shape({-1});
-  argument.expect(workspace(p, pointer_of<uint8_t>(work)) <= work.size(0));
+  argument.expect(workspace(p, data<uint8_t>(work)) <= work.size(0));
 }
 
 // cluster: blocks per (row, KV head) of the fused kernel, 0 for the three kernels; of those, stages: bit
@@ -129,15 +129,15 @@ void decode_op(Layer layer, TensorView query, TensorView output, TensorView bloc
                TensorView budgets, TensorView stats, TensorView work, int64_t max_seq_len, int64_t cluster,
                int64_t sample_bits, int64_t capacity, bool overlap, int64_t stages) {
   const DLDevice device = layer->device;
-  DecodeParams p = step_of(layer, query, block_table, seq_lens, max_seq_len, sample_bits, capacity);
-  p.output = rows_of(output, "output", "[R, Hq, D] of the dtype of query, D contiguous", layer, p.num_rows,
+  DecodeParams p = make_step(layer, query, block_table, seq_lens, max_seq_len, sample_bits, capacity);
+  p.output = as_rows(output, "output", "[R, Hq, D] of the dtype of query, D contiguous", layer, p.num_rows,
                      p.num_query_heads);
   expect_same_type(output, "output", "the dtype of query", query);
   Argument{"output", "", output, device}.expect_aligned(16);
-  p.budgets = vector_of<const int32_t>(budgets, "budgets", "contiguous int32 [R]", device, p.num_rows);
-  p.stats = vector_of<int64_t>(stats, "stats", "contiguous int64 [4]", device, 4);
+  p.budgets = as_vector<const int32_t>(budgets, "budgets", "contiguous int32 [R]", device, p.num_rows);
+  p.stats = as_vector<int64_t>(stats, "stats", "contiguous int64 [4]", device, 4);
   p.overlap = overlap;
-  void* stream = stream_of(layer);
+  void* stream = current_stream(layer);
   use_workspace(p, work, device);
   expect(cluster == 0 || fused_fits(p, int(cluster)),
          "cluster: the fused kernel does not take this step in so many blocks");
@@ -153,15 +153,15 @@ void scan_op(Layer layer, TensorView query, TensorView block_table, TensorView s
              TensorView work) {
   const Argument argument{"scores", "float32 [R, score heads, L], L contiguous", scores, layer->device};
   const int64_t longest = scores.ndim() == 3 ? scores.size(2) : 0;
-  DecodeParams p = step_of(layer, query, block_table, seq_lens, longest, 0, 0);
+  DecodeParams p = make_step(layer, query, block_table, seq_lens, longest, 0, 0);
   argument.expect_device();
   argument.expect(is_dtype(scores, kDLFloat, 32));
   argument.expect_shape({p.num_rows, p.score_heads_per_kv * p.page.num_kv_heads, -1});
-  p.scores = pointer_of<float>(scores);
+  p.scores = data<float>(scores);
   p.scores_row_stride = scores.stride(0);
   p.scores_head_stride = scores.stride(1);
   p.num_sink_tokens = p.recent_window = p.sliding_window = p.least_budget = 0;
-  void* stream = stream_of(layer);
+  void* stream = current_stream(layer);
   use_workspace(p, work, layer->device);
   if (p.num_rows == 0) return;
   encode(p, stream);

@@ -17,11 +17,11 @@ using tvm::ffi::Tensor;
 
 constexpr double kLog2E = 1.4426950408889634;
 
-Page page_in(const TensorView& kv_cache, const PageLayout& layout, int64_t head_size) {
+Page make_page(const TensorView& kv_cache, const PageLayout& layout, int64_t head_size) {
   Page page{};
   static_cast<PageLayout&>(page) = layout;
   const int64_t size = kv_cache.dtype().bits / 8, block_size = kv_cache.size(2), content = kv_cache.size(3);
-  page.base = pointer_of<uint8_t>(kv_cache);
+  page.base = data<uint8_t>(kv_cache);
   page.num_kv_heads = int(kv_cache.size(1));
   // The stride of a single head or block may be anything.
   page.head_stride = page.num_kv_heads > 1 ? kv_cache.stride(1) * size : block_size * content * size;
@@ -89,7 +89,7 @@ Layer bind(TensorView kv_cache, Map<String, Any> description, Optional<Tensor> k
   layer->device = device;
   DecodeParams& p = layer->decode;
   p = decode_shape(integer("num_query_heads"), num_kv_heads, head_size, flag("dot"), flag("per_query_head"));
-  p.page = page_in(kv_cache, layout, head_size);
+  p.page = make_page(kv_cache, layout, head_size);
   p.coding = Coding{float(number("threshold")), flag("relative")};
   p.softmax_scale = float(number("softmax_scale") * number("k_scale") * kLog2E);  // logits in base 2
   p.num_sink_tokens = int(integer("num_sink_tokens"));
@@ -111,7 +111,7 @@ Layer bind(TensorView kv_cache, Map<String, Any> description, Optional<Tensor> k
     mean.expect_shape({num_kv_heads, head_size});
     mean.expect(view.size(0) == 1 || view.stride(0) == head_size);
     layer->key_mean = key_mean;
-    a.key_mean = pointer_of<const float>(view);
+    a.key_mean = data<const float>(view);
   }
   return Layer(layer);
 }
