@@ -49,7 +49,7 @@ def measure(backend, flash, pool, length: int, rows: int) -> dict:
         backend.decode(layer, q, DecodeBatch(t, lens, lens, MAX_CONTEXT), o, stats)
 
     def through_page(q, t, o):
-        flash.decode(layer.params, q, pool.pages, t, lens, starts, o, MAX_CONTEXT)
+        flash.decode(layer, q, DecodeBatch(t, lens, lens, MAX_CONTEXT), starts, o)
 
     cell = {"context": length, "rows": rows}
     cell["kernels"] = timed([lambda q=q, t=t, o=o: kernels(q, t, o) for q, t, o, _ in args])
@@ -80,15 +80,14 @@ def prefill(backend, flash, pools: dict, length: int) -> dict:
     query = torch.randn(NEW, QUERY_HEADS, HEAD_SIZE, device="cuda").bfloat16()
     output, row = torch.empty_like(query), {"context": length, "new": NEW}
     for name, pool in pools.items():
-        params = pool.params("dot", "kv_head")
-        flash.reserve(params, query.dtype, length)
+        layer = pool.layer(backend, "dot", "kv_head")
+        flash.reserve(layer.params, query.dtype, length)
         table = pool.tables(length, 1, 1, pool.layout.block_size)[0]
         plan = PrefillPlan(0, NEW, starts.cuda(), lens.cuda(), table, starts, lens, NEW, length)
-        args = (backend, params, plan, "", query, None, None, pool.pages, output)
-        row[name] = timed([lambda args=args: flash.run(*args)], replays=9)
+        args = (backend, layer, plan, query, None, None, output)
+        row[name] = timed([lambda args=args: flash.prefill(*args)], replays=9)
     rows = torch.empty(2, length, KV_HEADS, HEAD_SIZE, dtype=query.dtype, device="cuda")
-    layer = backend.bind(params, pool.pages)  # of the fp8 pool, the last one
-    args = (layer, table, plan.seq_lens, *rows)
+    args = (layer, table, plan.seq_lens, *rows)  # of the fp8 pool, the last one
     row["copy"] = timed([lambda: backend.gather(*args)], replays=9)
     k, v = fp8_cache(length)
     one, q = torch.ones(1, KV_HEADS, device="cuda"), query.to(torch.float8_e4m3fn)

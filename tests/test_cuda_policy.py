@@ -13,6 +13,7 @@ import torch
 from cases import Batch, Case
 from common import refused
 
+from vllm_adamas.backends.base import MAX_GROUP
 from vllm_adamas.backends.cuda import backend as cuda
 from vllm_adamas.backends.cuda import policy
 from vllm_adamas.backends.cuda.library import LIBRARY, Limits, limits, load
@@ -397,6 +398,11 @@ def test_a_layer_keeps_its_key_mean_and_not_its_pages(layer, batch) -> None:
     assert gone() is None
     with pytest.raises(RuntimeError, match="bind it again"):
         held.kv_cache  # noqa: B018
+
+
+@needs_library
+def test_groups_that_serving_accepts_are_held() -> None:
+    assert limits().max_group >= MAX_GROUP
 
 
 def test_blocks_as_large_as_the_kernels_divide_by(layer) -> None:
