@@ -51,7 +51,7 @@ QUERY_HEADS, KV_HEADS = args.query_heads, args.kv_heads
 os.environ["OMP_NUM_THREADS"] = str(args.threads)
 
 import torch  # noqa: E402
-from common import hardware, save, spread  # noqa: E402
+from common import environment, save, spread  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 
 from vllm_adamas.backends.base import Params  # noqa: E402
@@ -216,7 +216,7 @@ def main():
         }
         print(
             "wrote",
-            save(args.name, {"hardware": hardware(), "model": model, **peers, "rows": rows}),
+            save(args.name, {"environment": environment(), "model": model, **peers, "rows": rows}),
         )
 
 

@@ -15,7 +15,7 @@ import argparse
 
 import torch
 from bench_decode_gpu import HEAD_SIZE, KV_HEADS, QUERY_HEADS, Pool, bench_fa3, params_of, timed
-from common import gpu_hardware, save
+from common import environment, save
 from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
 from vllm_adamas.backends.cuda.backend import CudaBackend
@@ -118,7 +118,7 @@ def main():
     pool = Pool(backend)
     cells = [measure(backend, flash, pool, *map(int, cell.split("x"))) for cell in args.cells]
     pools = {"bf16": pool, "fp8": Pool(backend, tokens=MAX_CONTEXT, dense=False, fp8="e4m3")}
-    result = {"hardware": gpu_hardware(), "max_context": MAX_CONTEXT, "cells": cells}
+    result = {"environment": environment(), "max_context": MAX_CONTEXT, "cells": cells}
     result["prefill"] = [prefill(backend, flash, pools, length) for length in CONTEXTS]
     print("wrote", save(args.name, result))
 

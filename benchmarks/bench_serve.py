@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import RESULTS, hardware, save, spread
+from common import RESULTS, environment, save, spread
 
 from vllm_adamas.serving.launch import Server
 
@@ -132,9 +132,9 @@ def plot(rows: list[dict], path: Path, title: str) -> None:
 def main():
     args = parse_args()
     rows, line = measure(args)
-    facts = hardware()
+    facts = environment()
     result = {
-        "hardware": facts,
+        "environment": facts,
         "model": Path(args.model).name,
         "adamas": line.partition("backend: ")[2],
         "output_len": args.output_len,
@@ -144,7 +144,7 @@ def main():
     plot(
         rows,
         RESULTS / f"{args.name}.png",
-        f"{Path(args.model).name}, {facts['processor']}, 1 worker thread",
+        f"{Path(args.model).name}, {facts['cpu']}, 1 worker thread",
     )
 
 

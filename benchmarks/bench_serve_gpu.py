@@ -26,7 +26,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from bench_serve import MODEL
-from common import RESULTS, gpu_hardware, save, spread
+from common import RESULTS, environment, save, spread
 
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.serving.launch import Server
@@ -265,7 +265,7 @@ class Bench:
 
     def __init__(self, args, model: Path):
         self.args, self.model = args, model
-        self.facts: dict = {"hardware": gpu_hardware(), "devices": args.devices or ["0", "0"]}
+        self.facts: dict = {"environment": environment(), "devices": args.devices or ["0", "0"]}
         self.loads: list[Load] = []
 
     def start(

@@ -7,10 +7,11 @@ With --check nothing is written; the exit status is 1 when the document differs 
 
 from __future__ import annotations
 
-import json
 import sys
 
-from common import RESULTS, update_document
+from common import RESULTS, load, update_document
+
+from vllm_adamas.environment import Environment
 
 DOCUMENT = RESULTS.parent.parent / "docs" / "kernels.md"
 PLOT = RESULTS / "decode_gpu.png"
@@ -103,11 +104,11 @@ def part(result: dict, name: str, first: str) -> list[str]:
     return table(f"context x rows{first} | FA3 µs | set per query head | set per KV head", rows)
 
 
-def render(result: dict) -> list[str]:
-    e = result["environment"]
+def render(result: dict, environment: Environment) -> list[str]:
+    versions = environment.versions
     lines = [
-        f"One run: {e['gpu']}, driver {e['driver']}, CUDA {e['cuda']}, torch {e['torch']}, "
-        f"vLLM {e.get('vllm', '-')}. Microseconds of a decode step of one layer, speed-up over FlashAttention 3.",
+        f"One run: {environment.gpu}, driver {environment.driver}, CUDA {environment.cuda}, "
+        f"torch {versions['torch']}, vLLM {versions.get('vllm', '-')}. Microseconds of a decode step of one layer, speed-up over FlashAttention 3.",
         "",
         *cells(result),
         "Dense decode kernels over one cache, µs (as a multiple of FlashAttention 3):",
@@ -165,7 +166,7 @@ def plot(result: dict) -> None:
 
 
 if __name__ == "__main__":
-    record = json.loads((RESULTS / "decode_gpu.json").read_text())
+    record, environment = load("decode_gpu")
     if "--check" not in sys.argv:
         plot(record)
-    sys.exit(update_document(DOCUMENT, "update_kernels", render(record)))
+    sys.exit(update_document(DOCUMENT, "update_kernels", render(record, environment)))

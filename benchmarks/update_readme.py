@@ -7,26 +7,26 @@ With --check nothing is written; the exit status is 1 when README.md differs fro
 
 from __future__ import annotations
 
-import json
 import sys
 
-from common import RESULTS, update_document
+from common import RESULTS, load, update_document
+
+from vllm_adamas.environment import Environment
 
 README = RESULTS.parent.parent / "README.md"
-
-
-def load(name: str) -> dict:
-    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def times(stat: dict, digits: int = 2) -> str:
     return f"{stat['median']:.{digits}f} ({stat['q1']:.{digits}f}–{stat['q3']:.{digits}f})"
 
 
-def where(result: dict) -> str:
-    h = result["hardware"]
-    sets = ", ".join(h["instruction_sets"])
-    return f"{h['processor']} ({sets}), vLLM {h['vllm']}, PyTorch {h['torch']}, {h['date']}"
+def software(environment: Environment) -> str:
+    return f"vLLM {environment.versions['vllm']}, PyTorch {environment.versions['torch']}"
+
+
+def where(environment: Environment) -> str:
+    sets = ", ".join(environment.instruction_sets)
+    return f"{environment.cpu} ({sets}), {software(environment)}, {environment.date}"
 
 
 def decode_table(result: dict) -> list[str]:
@@ -78,10 +78,9 @@ def serve_row(load: str, row: dict) -> str:
     return f"| {load} | {arrow(row, 'tpot')} | {arrow(row, 'itl')} | {row['ttft_ratio']:.3f}x |"
 
 
-def gpu_tables(serve: dict, decode: dict) -> list[str]:
-    h = serve["hardware"]
+def gpu_tables(serve: dict, environment: Environment, decode: dict) -> list[str]:
     lines = [
-        f"**On GPUs**: {h['gpu']}, driver {h['driver']}, vLLM {h['vllm']}, PyTorch {h['torch']}, Llama-3.1-8B's shape, "
+        f"**On GPUs**: {environment.gpu}, driver {environment.driver}, {software(environment)}, Llama-3.1-8B's shape, "
         f"bfloat16, CUDA graphs, over HTTP, against FLASH_ATTN (FlashAttention 3), {serve['output_len']} output "
         "tokens, cached prompts ([method](docs/benchmarks.md)); "
         f"{serve['adamas'].partition(', profile')[0]}.",
@@ -120,17 +119,17 @@ def gpu_tables(serve: dict, decode: dict) -> list[str]:
 
 
 def render() -> list[str]:
-    serve, decode = load("serve_cpu"), load("decode_cpu")
+    serve, environment = load("serve_cpu")
     lines = ["Ratios are dense / adamas: above 1 is faster.", ""]
-    lines += gpu_tables(load("serve_gpu"), load("decode_gpu"))
-    lines += [f"**On a CPU**: {where(serve)}.", ""]
+    lines += gpu_tables(*load("serve_gpu"), load("decode_gpu")[0])
+    lines += [f"**On a CPU**: {where(environment)}.", ""]
     lines += [
         *serve_table(serve),
         "",
         "![TPOT against context length](benchmarks/results/serve_cpu.png)",
         "",
     ]
-    return lines + decode_table(decode)
+    return lines + decode_table(load("decode_cpu")[0])
 
 
 if __name__ == "__main__":

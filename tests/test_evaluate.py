@@ -142,7 +142,11 @@ def results() -> dict:
     return {
         "model": {"name": "some-model"},
         "settings": {"context": 64, "free_tokens": 8, "seed": 0, "texts": {"a.txt": "00"}},
-        "environment": {"device": "x", "vllm-adamas": "1", "vllm": "2", "torch": "3", "date": "d"},
+        "environment": {
+            "gpu": "x",
+            "versions": {"vllm-adamas": "1", "vllm": "2", "torch": "3"},
+            "date": "d",
+        },
         "cells": {
             DENSE: cell(DENSE, 0, 0.0),
             "dot-64": cell("dot", 64, 0.1),
@@ -154,6 +158,7 @@ def results() -> dict:
 def test_the_report_states_differences_and_sample_sizes() -> None:
     table = report.markdown(results())
     assert "some-model" in table
+    assert "\nx, vllm-adamas 1, vllm 2, torch 3, d. Texts: a.txt.\n" in table
     assert "2 windows of 64 tokens" in table
     assert "16 scored tokens" in table
     assert "2 passkey" in table
@@ -231,7 +236,7 @@ def test_parts_of_a_study_are_put_together(tmp_path: Path) -> None:
     assert load(tmp_path / "merged.json") == merged
     found["settings"]["prompts"] += 1
     refused(lambda: merge([text, found]), "settings", "prompts")
-    again["environment"]["device"] = "another"
+    again["environment"]["gpu"] = "another"
     refused(lambda: merge([text, again]), "environment", "device")
 
 

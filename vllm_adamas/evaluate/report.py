@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from vllm_adamas.environment import Environment
 from vllm_adamas.evaluate import tasks
 from vllm_adamas.evaluate.study import AGREEMENT, DENSE, PERPLEXITY
 
@@ -109,9 +110,11 @@ def _counts(cells: dict, names: list[str]) -> str:
 
 
 def _setting(result: dict) -> str:
-    environment, texts = result["environment"], ", ".join(result["settings"]["texts"])
-    versions = ", ".join(f"{k} {environment[k]}" for k in ("vllm-adamas", "vllm", "torch"))
-    return f"{environment['device']}, {versions}, {environment['date']}. Texts: {texts}."
+    environment = Environment.model_validate(result["environment"])
+    texts = ", ".join(result["settings"]["texts"])
+    device, *versions = environment.compared().items()
+    software = ", ".join(f"{name} {version}" for name, version in versions)
+    return f"{device[1]}, {software}, {environment.date}. Texts: {texts}."
 
 
 def _triple(value: tuple[float, float, float] | None, form: str) -> str:
