@@ -14,8 +14,9 @@ from __future__ import annotations
 import argparse
 
 import torch
-from bench_decode_gpu import HEAD_SIZE, KV_HEADS, QUERY_HEADS, Pool, bench_fa3, params_of, timed
+from bench_decode_gpu import HEAD_SIZE, KV_HEADS, QUERY_HEADS, Pool, bench_peer, params_of, timed
 from common import environment, save
+from peers import flash_attention
 from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
 from vllm_adamas.backends.cuda.backend import CudaBackend
@@ -53,7 +54,7 @@ def measure(backend, flash, pool, length: int, rows: int) -> dict:
     cell = {"context": length, "rows": rows}
     cell["kernels"] = timed([lambda q=q, t=t, o=o: kernels(q, t, o) for q, t, o, _ in args])
     cell["flash"] = timed([lambda q=q, t=t, o=o: through_page(q, t, o) for q, t, _, o in args])
-    cell["flash_own_layout"] = bench_fa3(pool, length, rows, copies)
+    cell["flash_own_layout"] = bench_peer(flash_attention.PEER, pool, length, rows, copies)
     for a, b in zip(*outputs.values(), strict=True):
         torch.testing.assert_close(a, b, atol=2e-3, rtol=2e-2)
     for name in ("kernels", "flash"):
