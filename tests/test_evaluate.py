@@ -162,12 +162,10 @@ def test_the_report_states_differences_and_sample_sizes() -> None:
     assert "2 windows of 64 tokens" in table
     assert "16 scored tokens" in table
     assert "2 passkey" in table
-    (dot,) = [line for line in table.splitlines() if line.startswith("| dot-64 | +")]
-    assert dot == (
-        "| dot-64 | +0.1000 [+0.1000, +0.1000] | 0.1000 [0.1000, 0.1000] | 0.800 | 0.900 | 0.100 | "
-        "4.0 [3.0, 5.0] |"
-    )
-    assert "| quest-64 | 50.0 [-100.0, +0.0] |" in table
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    dot = ["+0.1000 [+0.1000, +0.1000]", "0.1000 [0.1000, 0.1000]", "0.800", "0.900", "0.100"]
+    assert ["dot-64", *dot, "4.0 [3.0, 5.0]"] in rows
+    assert ["quest-64", "50.0 [-100.0, +0.0]"] in rows
 
 
 def test_the_plot_is_drawn(tmp_path: Path) -> None:

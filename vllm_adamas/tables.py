@@ -10,7 +10,7 @@ from tabulate import tabulate
 
 def markdown(headers: Sequence[object], rows: Sequence[Sequence[object]]) -> list[str]:
     """The lines of a table in GitHub's Markdown; cells are shown as ``str`` gives them."""
-    table = tabulate(rows, headers, tablefmt="github", disable_numparse=True)
+    table = tabulate(rows, headers, tablefmt="github", disable_numparse=True, missingval="None")
     return table.splitlines()
 
 
@@ -27,4 +27,11 @@ def plain(
     """
     columns = len(headers) or max(map(len, rows), default=0)
     alignment = ("left", *(align for _ in range(columns - 1)))[:columns]
-    return tabulate(rows, headers, tablefmt="plain", disable_numparse=True, colalign=alignment)
+    return tabulate(
+        rows,
+        headers,
+        tablefmt="plain",
+        disable_numparse=True,
+        colalign=alignment,
+        missingval="None",
+    )
