@@ -197,6 +197,20 @@ def on_cpu() -> bool:
     return current_platform.is_cpu()
 
 
+def cpu_attention() -> tuple:
+    """vLLM's CPU attention: its operations, and the function that names the kernel for a dtype, a block
+    size, a head size and a KV cache dtype."""
+    from vllm import _custom_ops
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    return _custom_ops, _get_attn_isa
+
+
+def kv_scales(layer) -> tuple[float, float]:
+    """Factors from the fp8 K and V of a layer's pages to real values."""
+    return layer._k_scale_float, layer._v_scale_float
+
+
 def max_decode_rows(vllm_config) -> int:
     """Rows of the largest decode step, the padding of captured graphs included."""
     captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0

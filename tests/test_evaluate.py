@@ -270,14 +270,14 @@ def test_pages_whose_keys_are_unknown_are_forgotten(tensors: int, kind: str, for
 
     batch = Case((70, 20), 8, heads=(2, 2), head_size=64).build(CpuBackend())
     params = dataclasses.replace(batch.params, coding=Coding(0.3, relative=False))
-    shape = (2, *batch.page.shape)
-    pages = torch.zeros(shape, dtype=batch.page.dtype) + batch.page.nan_to_num()
+    shape = (2, *batch.kv_cache.shape)
+    pages = torch.zeros(shape, dtype=batch.kv_cache.dtype) + batch.kv_cache.nan_to_num()
     impl = SimpleNamespace(
         kv_cache_dtype=kind,
         config=SimpleNamespace(kernels="cpu"),
         shared=SimpleNamespace(backend=get_backend),
         key_factor=lambda: torch.full((2, 64), 4.0, dtype=pages.dtype),
-        _of=lambda layer, page: params,
+        bind=lambda layer, kv_cache: CpuBackend().bind(params, kv_cache),
     )
     forgotten = []
     engine = object.__new__(Engine)
@@ -297,7 +297,8 @@ def test_pages_whose_keys_are_unknown_are_forgotten(tensors: int, kind: str, for
         assert torch.equal(layout.v(page), layout.v(old))
         key = layout.k(page).transpose(1, 2).flatten(0, 1)
         fresh = page.clone()
-        CpuBackend().append(params, key, key, fresh, torch.arange(len(key)))
+        backend = CpuBackend()
+        backend.append(backend.bind(params, fresh), key, key, torch.arange(len(key)))
         assert torch.equal(layout.hi(page), layout.hi(fresh))
         assert torch.equal(layout.scale(page), layout.scale(fresh))
 

@@ -357,7 +357,7 @@ def test_balanced_attention_is_the_same_attention() -> None:
     kv = torch.cat((batch.key * factor, batch.value), 1)
     query = batch.query / factor.repeat_interleave(batch.params.group, 0)
     other = dataclasses.replace(batch, kv=kv, query=query)
-    backend.append(other.params, other.key, other.value, other.page, other.slots)
+    backend.append(other.bound(backend), other.key, other.value, other.slots)
     assert torch.equal(other.decode(backend)[0], plain)
 
 

@@ -16,7 +16,7 @@ import torch
 from packaging.version import Version
 
 from peers.base import Call, Cell, Peer
-from vllm_adamas.backends.arguments import typed
+from vllm_adamas.backends.arguments import check_tensor
 from vllm_adamas.backends.base import Params
 from vllm_adamas.errors import AdamasError
 
@@ -73,7 +73,7 @@ def attention_bias(seq_lens: list[int], block_table: torch.Tensor, block_size: i
             f"{block_size} is not a multiple of it."
         )
     rows = len(seq_lens)
-    typed("block_table", block_table, torch.int32, rows, None)
+    check_tensor("block_table", block_table, torch.int32, rows, None)
     capacity = block_table.shape[1] * block_size
     if not all(1 <= length <= capacity for length in seq_lens):
         raise ValueError(f"seq_lens: expected 1 to {capacity} tokens each, got {seq_lens}")
@@ -109,8 +109,8 @@ def dense_decode(
         raise AdamasError(
             f"xformers' split-K operator has no {query.dtype}: it has float16 and bfloat16."
         )
-    typed("key", key, query.dtype, blocks, bias.page_size, heads, size)
-    typed("value", value, query.dtype, *key.shape)
+    check_tensor("key", key, query.dtype, blocks, bias.page_size, heads, size)
+    check_tensor("value", value, query.dtype, *key.shape)
     if query.device.type != "cuda" or torch.cuda.get_device_capability(query.device) < (8, 0):
         raise AdamasError(
             "xformers' split-K operator needs an NVIDIA GPU of compute capability 8.0 or newer."

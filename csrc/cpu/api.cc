@@ -1,9 +1,11 @@
-// The functions that Python sees (backends/cpu/__init__.py checks shapes and fills the arguments).
+// The functions that Python sees (backends/cpu/backend.py). Arguments are checked here, where a check costs nanoseconds.
 // tvm-ffi passes tensors by DLPack, so one library serves every CPython and PyTorch.
 #include <algorithm>
+#include <tvm/ffi/container/map.h>
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/error.h>
 #include <tvm/ffi/function.h>
+#include <tvm/ffi/object.h>
 #include <tvm/ffi/optional.h>
 #include <tvm/ffi/string.h>
 
@@ -14,8 +16,14 @@
 namespace adamas {
 namespace {
 
+using tvm::ffi::Any;
+using tvm::ffi::Map;
+using tvm::ffi::Object;
+using tvm::ffi::ObjectPtr;
+using tvm::ffi::ObjectRef;
 using tvm::ffi::Optional;
 using tvm::ffi::String;
+using tvm::ffi::Tensor;
 using tvm::ffi::TensorView;
 
 const Kernels* active = find_kernels("auto");
@@ -55,57 +63,113 @@ Rows rows_of(const TensorView& t, int64_t tokens, int64_t heads, int64_t head_si
   return Rows{t.data_ptr(), t.stride(0), t.stride(1), element_of(t, constraint)};
 }
 
-// page: [num_blocks, num_kv_heads, block_size, content], each (block, head) one run; offsets: V, hi, lo, scale.
-Page page_of(const TensorView& page, int64_t block_size, int64_t head_size, int64_t v_offset,
-             int64_t hi_offset, int64_t lo_offset, int64_t scale_offset, int64_t element, double k_scale,
-             double v_scale) {
-  const int64_t size = page.dtype().bits / 8, token_bytes = scale_offset / block_size + 2;
-  const int64_t content = (token_bytes + size - 1) / size;
-  expect(page.ndim() == 4 && page.size(2) == block_size && page.size(3) == content &&
-             page.stride(2) == content && page.stride(3) == 1,
-         "page: expected [blocks, Hkv, N, C] with N and C of the layout, and dense in both");
-  expect(block_size * content * size < int64_t(1) << 31, "page: a block of one KV head spans 2 GiB or more");
-  return Page{static_cast<uint8_t*>(page.data_ptr()), page.stride(0) * size, page.stride(1) * size,
-              int(block_size), int(head_size), int(page.size(1)), v_offset, hi_offset, lo_offset,
-              scale_offset, Element(element), float(k_scale), float(v_scale)};
+// A number of the description that a layer is bound with (backends/base.py, Params.native).
+template <class T>
+T number_of(const Map<String, Any>& description, const char* name) {
+  return description.at(String(name)).cast<T>();
 }
 
-void append_op(TensorView key, TensorView value, TensorView slots, Optional<TensorView> key_mean,
-               double threshold, bool relative,
-               TensorView page, int64_t block_size, int64_t head_size, int64_t v_offset, int64_t hi_offset,
-               int64_t lo_offset, int64_t scale_offset, int64_t element, double k_scale, double v_scale) {
+// kv_cache: [num_blocks, num_kv_heads, block_size, content], each (block, head) one run.
+Page page_of(const TensorView& kv_cache, const Map<String, Any>& description) {
+  auto integer = [&](const char* name) { return number_of<int64_t>(description, name); };
+  const int64_t size = kv_cache.dtype().bits / 8, block_size = integer("block_size");
+  const int64_t token_bytes = integer("scale_offset") / block_size + 2, content = (token_bytes + size - 1) / size;
+  expect(kv_cache.ndim() == 4 && kv_cache.size(2) == block_size && kv_cache.size(3) == content &&
+             kv_cache.stride(2) == content && kv_cache.stride(3) == 1,
+         "kv_cache: expected [blocks, Hkv, N, C] with N and C of the layout, and dense in both");
+  expect(kv_cache.size(1) == integer("num_kv_heads"), "kv_cache: expected as many KV heads as the layer has");
+  expect(block_size * content * size < int64_t(1) << 31, "kv_cache: a block of one KV head spans 2 GiB or more");
+  return Page{static_cast<uint8_t*>(kv_cache.data_ptr()),
+              kv_cache.stride(0) * size,
+              kv_cache.stride(1) * size,
+              int(block_size),
+              int(integer("head_size")),
+              int(kv_cache.size(1)),
+              integer("v_offset"),
+              integer("hi_offset"),
+              integer("lo_offset"),
+              integer("scale_offset"),
+              Element(integer("element")),
+              float(number_of<double>(description, "k_scale")),
+              float(number_of<double>(description, "v_scale"))};
+}
+
+// One attention layer. It knows where its pages lie and does not keep them alive.
+struct LayerObj : public Object {
+  Page page;
+  int64_t num_blocks;
+  Coding coding;
+  int num_query_heads, num_sink_tokens, recent_window, sliding_window;
+  float softmax_scale;
+  bool dot, per_query_head;
+  Optional<Tensor> key_mean;
+
+  TVM_FFI_DECLARE_OBJECT_INFO_FINAL("vllm_adamas.cpu.Layer", LayerObj, Object);
+};
+
+struct Layer : public ObjectRef {
+  TVM_FFI_DEFINE_OBJECT_REF_METHODS_NOTNULLABLE(Layer, ObjectRef, LayerObj);
+  explicit Layer(ObjectPtr<LayerObj> layer) : ObjectRef(std::move(layer)) {}
+};
+
+Layer bind(TensorView kv_cache, Map<String, Any> description, Optional<Tensor> key_mean) {
+  auto layer = tvm::ffi::make_object<LayerObj>();
+  auto integer = [&](const char* name) { return int(number_of<int64_t>(description, name)); };
+  auto flag = [&](const char* name) { return number_of<bool>(description, name); };
+  layer->page = page_of(kv_cache, description);
+  layer->num_blocks = kv_cache.size(0);
+  layer->coding = Coding{float(number_of<double>(description, "threshold")), flag("relative")};
+  layer->num_query_heads = integer("num_query_heads");
+  layer->num_sink_tokens = integer("num_sink_tokens");
+  layer->recent_window = integer("recent_window");
+  layer->sliding_window = integer("sliding_window");
+  layer->softmax_scale = float(number_of<double>(description, "softmax_scale"));
+  layer->dot = flag("dot");
+  layer->per_query_head = flag("per_query_head");
+  if (key_mean.has_value()) {
+    const Tensor mean = key_mean.value();
+    expect(mean.ndim() == 2 && mean.dtype().code == kDLFloat && mean.dtype().bits == 32 &&
+               mean.size(0) == layer->page.num_kv_heads && mean.size(1) == layer->page.head_size && mean.IsContiguous(),
+           "key_mean: expected contiguous float32 [Hkv, D]");
+    layer->key_mean = mean;
+  }
+  return Layer(std::move(layer));
+}
+
+void append_op(Layer layer, TensorView key, TensorView value, TensorView slots) {
   AppendParams p{};
-  p.page = page_of(page, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element,
-                   k_scale, v_scale);
-  p.coding = Coding{float(threshold), relative};
+  p.page = layer->page;
+  p.coding = layer->coding;
   expect(slots.ndim() == 1 && is_int(slots, 64) && slots.stride(0) == 1, "slot_mapping: expected int64 [T]");
   p.num_tokens = slots.size(0);
   p.slots = static_cast<const int64_t*>(slots.data_ptr());
   for (int64_t i = 0; i < p.num_tokens; ++i)
-    expect(p.slots[i] < page.size(0) * block_size, "slot_mapping: a slot lies behind the last block");
-  const int heads = p.page.num_kv_heads;
+    expect(p.slots[i] < layer->num_blocks * p.page.block_size, "slot_mapping: a slot lies behind the last block");
+  const int heads = p.page.num_kv_heads, head_size = p.page.head_size;
   p.key = rows_of(key, p.num_tokens, heads, head_size, "key: expected float32, float16 or bfloat16 [T, Hkv, D] with a contiguous D");
   p.value = rows_of(value, p.num_tokens, heads, head_size, "value: expected float32, float16 or bfloat16 [T, Hkv, D] with a contiguous D");
-  if (key_mean.has_value()) {
-    const TensorView& mean = key_mean.value();
-    expect(mean.ndim() == 2 && mean.dtype().code == kDLFloat && mean.dtype().bits == 32 && mean.size(0) == heads &&
-               mean.size(1) == head_size && mean.stride(0) == head_size && mean.stride(1) == 1,
-           "key_mean: expected contiguous float32 [Hkv, D]");
-    p.key_mean = static_cast<const float*>(mean.data_ptr());
-  }
+  if (layer->key_mean.has_value()) p.key_mean = static_cast<const float*>(layer->key_mean.value().data_ptr());
   append(*active, p);
 }
 
 struct DecodeArgs {
   DecodeParams p{};
 
-  DecodeArgs(TensorView block_table, TensorView seq_lens, const Page& page, int64_t num_blocks) {
+  DecodeArgs(const Layer& layer, const TensorView& block_table, const TensorView& seq_lens) {
+    const Page& page = p.page = layer->page;
+    p.coding = layer->coding;
+    p.num_query_heads = layer->num_query_heads;
+    p.softmax_scale = layer->softmax_scale;
+    p.dot = layer->dot;
+    p.per_query_head = layer->per_query_head;
+    p.num_sink_tokens = layer->num_sink_tokens;
+    p.recent_window = layer->recent_window;
+    p.sliding_window = layer->sliding_window;
     p.seq_lens = row_numbers(seq_lens, "seq_lens: expected int32 [R]");
     p.num_rows = int(seq_lens.size(0));
     expect(block_table.ndim() == 2 && is_int(block_table, 32) && block_table.stride(1) == 1 &&
                block_table.size(0) == p.num_rows,
            "block_table: expected int32 [R, blocks] with contiguous rows");
-    p.page = page;
     p.block_table = static_cast<const int32_t*>(block_table.data_ptr());
     p.blocks_per_row = block_table.stride(0);
     for (int row = 0; row < p.num_rows; ++row) {
@@ -114,14 +178,11 @@ struct DecodeArgs {
       expect(used <= block_table.size(1), "block_table: has fewer blocks than a context needs");
       const int32_t* blocks = p.block_table + row * p.blocks_per_row;
       for (int64_t i = 0; i < used; ++i)
-        expect(blocks[i] >= 0 && blocks[i] < num_blocks, "block_table: a block does not exist");
+        expect(blocks[i] >= 0 && blocks[i] < layer->num_blocks, "block_table: a block does not exist");
     }
   }
 
   void query(const TensorView& query) {
-    expect(query.ndim() == 3 && query.size(1) % p.page.num_kv_heads == 0,
-           "query: expected [R, Hq, D] with Hq a multiple of Hkv");
-    p.num_query_heads = int(query.size(1));
     p.query = rows_of(query, p.num_rows, p.num_query_heads, p.page.head_size,
                       "query: expected float32, float16 or bfloat16 [R, Hq, D] with a contiguous D");
   }
@@ -140,50 +201,25 @@ void check_scores(const TensorView& scores, const DecodeParams& p) {
     expect(p.seq_lens[row] >= 0 && p.seq_lens[row] <= scores.size(2), constraint);
 }
 
-void decode_op(TensorView query, TensorView output, TensorView block_table, TensorView seq_lens,
-               TensorView budgets, TensorView stats, double softmax_scale, bool dot, bool per_query_head,
-               int64_t num_sink_tokens, int64_t recent_window, int64_t sliding_window, double threshold,
-               bool relative, TensorView page, int64_t block_size, int64_t head_size, int64_t v_offset,
-               int64_t hi_offset, int64_t lo_offset, int64_t scale_offset, int64_t element, double k_scale,
-               double v_scale) {
-  DecodeArgs args(block_table, seq_lens,
-                  page_of(page, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element,
-                          k_scale, v_scale),
-                  page.size(0));
+void decode_op(Layer layer, TensorView query, TensorView block_table, TensorView seq_lens, TensorView budgets,
+               TensorView output, TensorView stats) {
+  DecodeArgs args(layer, block_table, seq_lens);
   DecodeParams& p = args.p;
-  p.coding = Coding{float(threshold), relative};
   args.query(query);
   args.budgets(budgets);
-  p.output = rows_of(output, p.num_rows, p.num_query_heads, head_size,
+  p.output = rows_of(output, p.num_rows, p.num_query_heads, p.page.head_size,
                      "output: expected float32, float16 or bfloat16 [R, Hq, D] with a contiguous D");
   expect(stats.ndim() == 1 && is_int(stats, 64) && stats.size(0) == 4, "stats: expected int64 [4]");
-  p.softmax_scale = float(softmax_scale);
-  p.dot = dot;
-  p.per_query_head = per_query_head;
-  p.num_sink_tokens = int(num_sink_tokens);
-  p.recent_window = int(recent_window);
-  p.sliding_window = int(sliding_window);
   p.stats = static_cast<int64_t*>(stats.data_ptr());
   decode(*active, p);
 }
 
-void scan_op(TensorView query, TensorView block_table, TensorView seq_lens, TensorView scores, bool dot,
-             bool per_query_head, double threshold, bool relative, TensorView page, int64_t block_size,
-             int64_t head_size, int64_t v_offset, int64_t hi_offset, int64_t lo_offset, int64_t scale_offset,
-             int64_t element, double k_scale, double v_scale) {
-  DecodeArgs args(block_table, seq_lens,
-                  page_of(page, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element,
-                          k_scale, v_scale),
-                  page.size(0));
-  DecodeParams& p = args.p;
-  p.coding = Coding{float(threshold), relative};
+void scan_op(Layer layer, TensorView query, TensorView block_table, TensorView seq_lens, TensorView scores) {
+  DecodeArgs args(layer, block_table, seq_lens);
   args.query(query);
-  p.dot = dot;
-  p.per_query_head = per_query_head;
-  check_scores(scores, p);
-  expect(scores.size(1) == (per_query_head ? p.num_query_heads : p.page.num_kv_heads),
-         "scores: expected as many score heads as the query has token sets");
-  scan(*active, p, static_cast<float*>(scores.data_ptr()), scores.stride(0), scores.stride(1));
+  check_scores(scores, args.p);
+  expect(scores.size(1) == args.p.score_heads(), "scores: expected as many score heads as the query has token sets");
+  scan(*active, args.p, static_cast<float*>(scores.data_ptr()), scores.stride(0), scores.stride(1));
 }
 
 void select_op(TensorView scores, TensorView seq_lens, TensorView budgets, TensorView tokens,
@@ -206,14 +242,9 @@ void select_op(TensorView scores, TensorView seq_lens, TensorView budgets, Tenso
          static_cast<int32_t*>(tokens.data_ptr()), tokens.stride(0), tokens.stride(1));
 }
 
-void gather_op(TensorView key, TensorView value, TensorView block_table, TensorView seq_lens,
-               TensorView page, int64_t block_size, int64_t head_size, int64_t v_offset, int64_t hi_offset,
-               int64_t lo_offset, int64_t scale_offset, int64_t element, double k_scale, double v_scale) {
-  DecodeArgs args(block_table, seq_lens,
-                  page_of(page, block_size, head_size, v_offset, hi_offset, lo_offset, scale_offset, element,
-                          k_scale, v_scale),
-                  page.size(0));
-  const int heads = args.p.page.num_kv_heads;
+void gather_op(Layer layer, TensorView block_table, TensorView seq_lens, TensorView key, TensorView value) {
+  DecodeArgs args(layer, block_table, seq_lens);
+  const int heads = args.p.page.num_kv_heads, head_size = args.p.page.head_size;
   int64_t tokens = 0;
   for (int row = 0; row < args.p.num_rows; ++row) tokens += args.p.seq_lens[row];
   const DLDataType kind = key.dtype(), other = value.dtype();
@@ -228,6 +259,7 @@ bool advise_huge_op(TensorView bytes) { return advise_huge(bytes.data_ptr(), byt
 }  // namespace adamas
 
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(use_isa, adamas::use_isa)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(bind, adamas::bind)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(append, adamas::append_op)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(decode, adamas::decode_op)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(scan, adamas::scan_op)
