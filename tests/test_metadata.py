@@ -78,7 +78,12 @@ def group_of(options: dict, micro_batches: int = 1) -> AttentionGroup:
         ),
         scheduler_config=SimpleNamespace(max_num_seqs=MAX_ROWS, max_num_batched_tokens=MAX_TOKENS),
         parallel_config=SimpleNamespace(decode_context_parallel_size=1),
-        model_config=None,
+        model_config=SimpleNamespace(
+            max_model_len=MAX_MODEL_LEN,
+            model="",
+            revision=None,
+            hf_text_config=SimpleNamespace(model_type="llama"),
+        ),
         speculative_config=None,
     )
     builders = [
@@ -204,6 +209,8 @@ def check(metadata: AdamasMetadata, options: dict, requests: list[Request], rows
     assert metadata.decode.seq_lens.tolist() == [x.context for x in single] + padding
     assert metadata.decode.budgets.tolist() == budgets + padding
     assert metadata.query_start_loc.tolist() == list(range(decodes + 1))
+    longest = max((request.context for request in requests), default=0)
+    assert longest <= metadata.decode.max_seq_len <= min(1.25 * longest + 1, MAX_MODEL_LEN)
     tables = block_tables(rows)
     assert torch.equal(metadata.decode.block_table[: len(single)], tables[: len(single)])
     several = requests[len(single) :]
@@ -297,6 +304,7 @@ def test_a_capture_and_the_steps_that_replay_it_share_their_buffers(runner: str,
     captured = make(group, [Request(1, 0)] * rows, rows, capture=True)
     assert captured.num_decodes == rows
     replayed = make(group, [decoding(300)], rows)
+    assert captured.decode.max_seq_len == MAX_MODEL_LEN
     assert replayed.decode.budgets.data_ptr() == captured.decode.budgets.data_ptr()
     assert captured.decode.budgets.tolist() == [BUDGET] + [0] * (rows - 1)
 

@@ -221,7 +221,7 @@ def test_a_header_is_read_within_the_limit_of_the_format(tmp_path: Path, monkeyp
     header = {"a": TENSOR}
     (tmp_path / "model.safetensors").write_bytes(safetensors(header, bytes(8)))
     assert models.fingerprint(tmp_path)
-    monkeypatch.setattr(profile, "MAX_HEADER_BYTES", len(json.dumps(header)) - 1)
+    monkeypatch.setattr(models, "MAX_HEADER_BYTES", len(json.dumps(header)) - 1)
     assert not models.fingerprint(tmp_path)
 
 
