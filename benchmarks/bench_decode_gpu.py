@@ -151,7 +151,7 @@ class Pool:
         return backend.bind(self.params(score, selection, budget), self.pages)
 
     def signature_bytes(self, length: int, rows: int) -> int:
-        return signature_bytes(length, rows, self.kv_heads)
+        return length * rows * self.kv_heads * (HEAD_SIZE // 4 + 2)
 
     def attended_bytes(self, rows: int, selection: str, budget: int) -> int:
         sets = QUERY_HEADS if selection == "query_head" else self.kv_heads
@@ -180,10 +180,6 @@ class Pool:
             at = i * need % (len(order) - need + 1)
             tables.append(order[at : at + need].view(rows, per_row).contiguous())
         return tables
-
-
-def signature_bytes(length: int, rows: int, kv_heads: int = KV_HEADS) -> int:
-    return length * rows * kv_heads * (HEAD_SIZE // 4 + 2)
 
 
 def bench_read(pool, length, rows, copies):
