@@ -12,7 +12,7 @@ import argparse
 import time
 
 import torch
-from common import gpu_hardware, hardware, save, spread
+from common import environment, save, spread
 
 from vllm_adamas.backends.base import Backend, DecodeBatch, Params
 from vllm_adamas.backends.registry import get_backend
@@ -73,8 +73,7 @@ def main():
             found[name] = host_time(backend, device) | {"description": backend.description}
             print(f"{name:>7} {found[name]['median']:8.2f} us", flush=True)
     if args.name:
-        about = gpu_hardware() if "cuda" in devices else hardware()
-        result = {"hardware": about, "context": CONTEXT, "calls": CALLS, "us": found}
+        result = {"environment": environment(), "context": CONTEXT, "calls": CALLS, "us": found}
         print("wrote", save(args.name, result))
 
 

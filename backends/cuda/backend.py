@@ -10,6 +10,7 @@ from vllm_adamas.backends.cuda.library import LIBRARY as LIBRARY
 from vllm_adamas.backends.cuda.library import limits, load
 from vllm_adamas.backends.cuda.policy import LaunchPlan, check_block, check_step
 from vllm_adamas.backends.inspect import Inspectable
+from vllm_adamas.backends.launch import rounded_context
 from vllm_adamas.backends.workspace import Workspace
 from vllm_adamas.dtypes import MODEL_DTYPES
 from vllm_adamas.errors import AdamasError
@@ -173,7 +174,7 @@ class CudaBackend(Backend, Inspectable):
         Raises:
             AdamasError: the kernels do not hold such a step.
         """
-        longest = policy.rounded_context(max_seq_len)
+        longest = rounded_context(max_seq_len)
         key = (rows, dtype, longest)
         found = layer.plans.get(key)
         if found is None:
@@ -210,7 +211,7 @@ class CudaBackend(Backend, Inspectable):
 
     def _sampling(self, params: Params, max_seq_len: int) -> tuple[int, int]:
         """Sample bits and capacity of a step."""
-        longest = policy.rounded_context(max_seq_len)
+        longest = rounded_context(max_seq_len)
         most = self._library.max_sample_bits(*_shape(params))
         capacity = policy.candidate_capacity(longest, params.budget.most(longest), most)
         return policy.sample_bits(longest, most), capacity

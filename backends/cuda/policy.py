@@ -9,12 +9,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 
 from vllm_adamas.backends.cuda.library import limits, load
+from vllm_adamas.backends.launch import LEAST_CONTEXT, rounded_context
 from vllm_adamas.errors import AdamasError
 
-LEAST_CONTEXT = 1024  #: steps of shorter contexts are launched alike
 #: Tokens that encode samples (log2), by the longest context; the last entry is for all longer ones
 SAMPLE_BITS = ((1 << 16, 10), (1 << 18, 11), (None, 12))
 LEAST_CANDIDATES, MOST_CANDIDATES = 4096, 32768  #: per token set
@@ -42,14 +41,6 @@ class LaunchPlan:
     sample_bits: int
     capacity: int
     workspace_bytes: int
-
-
-@lru_cache(maxsize=1024)
-def rounded_context(max_seq_len: int) -> int:
-    """The next of 1, 1.25, 1.5 and 1.75 times a power of two: contexts that grow seldom need a new plan."""
-    tokens = max(max_seq_len, LEAST_CONTEXT)
-    step = 1 << ((tokens - 1).bit_length() - 3)
-    return -(-tokens // step) * step
 
 
 def rounded_contexts(max_seq_len: int) -> Iterator[int]:
