@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 
-def together(**tensors: torch.Tensor) -> None:
+def check_same_device(**tensors: torch.Tensor) -> None:
     """Checks that tensors are on one device, that of the first one.
 
     Raises:
@@ -17,7 +17,7 @@ def together(**tensors: torch.Tensor) -> None:
             raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}")
 
 
-def typed(name: str, x: torch.Tensor, dtype: torch.dtype, *shape: int | None) -> None:
+def check_tensor(name: str, x: torch.Tensor, dtype: torch.dtype, *shape: int | None) -> None:
     """Checks the dtype, the shape (None fits any size) and a contiguous last dimension.
 
     Raises:

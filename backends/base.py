@@ -90,20 +90,30 @@ class Params:
         return self.num_query_heads // self.num_kv_heads
 
     @cached_property
-    def numbers(self) -> tuple[int | float, ...]:
-        """What native code is told of a page beside the tensor itself, which it reads in each call."""
+    def native(self) -> dict[str, int | float | bool]:
+        """What native code is told of a layer, beside the KV cache and the mean key."""
         layout = self.layout
-        return (
-            layout.block_size,
-            layout.head_size,
-            layout.v_offset,
-            layout.hi_offset,
-            layout.lo_offset,
-            layout.scale_offset,
-            element_of(layout.dtype, self.fp8).code,
-            self.k_scale if self.fp8 else 1.0,
-            self.v_scale if self.fp8 else 1.0,
-        )
+        return {
+            "block_size": layout.block_size,
+            "head_size": layout.head_size,
+            "v_offset": layout.v_offset,
+            "hi_offset": layout.hi_offset,
+            "lo_offset": layout.lo_offset,
+            "scale_offset": layout.scale_offset,
+            "element": element_of(layout.dtype, self.fp8).code,
+            "k_scale": float(self.k_scale if self.fp8 else 1),
+            "v_scale": float(self.v_scale if self.fp8 else 1),
+            "num_query_heads": self.num_query_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "softmax_scale": self.softmax_scale,
+            "dot": self.score == "dot",
+            "per_query_head": self.selection == "query_head",
+            "num_sink_tokens": self.num_sink_tokens,
+            "recent_window": self.recent_window,
+            "sliding_window": self.sliding_window,
+            "threshold": self.coding.threshold,
+            "relative": self.coding.relative,
+        }
 
     @property
     def least_budget(self) -> int:

@@ -56,7 +56,7 @@ def select_tokens(
     params: Params, scores: torch.Tensor, seq_lens: torch.Tensor, budgets: torch.Tensor
 ) -> torch.Tensor:
     """:meth:`Inspectable.select` in plain PyTorch, on any device."""
-    rows, heads, longest = scores.shape
+    rows, _, longest = scores.shape
     position = torch.arange(longest, device=scores.device)
     lens = seq_lens.clamp(0, longest).view(-1, 1, 1)
     kept = params.attended(lens, budgets.view(-1, 1, 1))  # [R, 1, 1]
@@ -65,10 +65,10 @@ def select_tokens(
     # By rank: what is always kept, then the scores, the most recent of equal ones first; nothing behind a context.
     order = scores.masked_fill(forced, torch.inf).masked_fill(position >= lens, -torch.inf)
     inside = (position < lens).expand_as(scores)
-    by_score = order.flip(-1).sort(-1, descending=True, stable=True).indices
+    by_score = order.flip(-1).sort(dim=-1, descending=True, stable=True).indices
     index = longest - 1 - by_score  # [R, heads, L] best first
     # A score of -inf ranks with what lies behind the context, which goes last.
-    behind = (~inside.gather(-1, index)).sort(-1, stable=True).indices
+    behind = (~inside.gather(-1, index)).sort(dim=-1, stable=True).indices
     index = index.gather(-1, behind)[..., :most]
     rank = torch.arange(most, device=scores.device)
     index = index.masked_fill(rank >= kept, longest).sort(-1).values

@@ -51,13 +51,14 @@ QUERY_HEADS, KV_HEADS = args.query_heads, args.kv_heads
 os.environ["OMP_NUM_THREADS"] = str(args.threads)
 
 import torch  # noqa: E402
-from common import hardware, save, spread  # noqa: E402
+from common import environment, save, spread  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 
-from vllm_adamas.backends.base import Params  # noqa: E402
+from vllm_adamas.backends.base import DecodeBatch, Params  # noqa: E402
 from vllm_adamas.backends.cpu.backend import CpuBackend  # noqa: E402
 from vllm_adamas.config import AdamasConfig  # noqa: E402
 from vllm_adamas.layout import PageLayout  # noqa: E402
+from vllm_adamas.tables import plain  # noqa: E402
 
 torch.set_num_threads(args.threads)
 current_platform.import_kernels()
@@ -126,10 +127,10 @@ class Sparse:
         content = self.layout.token_bytes // DTYPE.itemsize
         cache = torch.zeros(LAYERS, batch.num_blocks, KV_HEADS, BLOCK_SIZE, content, dtype=DTYPE)
         self.backend.prepare(cache)
-        self.pages = list(cache)
+        self.caches = list(cache)
         self.configure("dot", "query_head", args.budgets[0])
-        for page in self.pages:
-            self.backend.append(self.params, *batch.key_value(), page, batch.slots)
+        for layer in self.layers:
+            self.backend.append(layer, *batch.key_value(), batch.slots)
         self.stats = torch.zeros(4, dtype=torch.int64)
 
     def configure(self, score: str, selection: str, budget: int):
@@ -144,15 +145,16 @@ class Sparse:
             num_kv_heads=KV_HEADS,
             softmax_scale=HEAD_SIZE**-0.5,
         )
-        self.budgets = torch.full_like(self.batch.lens, config.budget.of(self.batch.context))
+        self.layers = [self.backend.bind(self.params, cache) for cache in self.caches]
+        b = self.batch
+        self.budgets = torch.full_like(b.lens, config.budget.of(b.context))
+        self.rows = DecodeBatch(b.table, b.lens, self.budgets)
 
     def step(self):
         b = self.batch
-        for i, (query, page) in enumerate(zip(b.query, self.pages, strict=True)):
-            budgets = b.lens if i < DENSE_LAYERS else self.budgets
-            self.backend.decode(
-                self.params, query, page, b.table, b.lens, budgets, b.output, self.stats
-            )
+        for i, (query, layer) in enumerate(zip(b.query, self.layers, strict=True)):
+            rows = self.rows.dense if i < DENSE_LAYERS else self.rows
+            self.backend.decode(layer, query, rows, b.output, self.stats)
 
     def bytes_per_step(self) -> int:
         """Least bytes a step must read: K and V of dense layers, signatures and selected K and V."""
@@ -174,12 +176,25 @@ def timed(step) -> float:
     return 1e3 * (time.perf_counter() - start) / STEPS
 
 
+def table(rows: list[dict]) -> str:
+    """What people see of the cells of one context."""
+    headers = ["context", "budget", "score", "selection", "dense ms", "sparse ms", "speed-up"]
+    return plain(
+        [*headers, "q1", "q3", "GB/s"],
+        [
+            [
+                *(row[key] for key in headers[:4]),
+                *(f"{row[key]['median']:.2f}" for key in ("dense_ms", "sparse_ms")),
+                *(f"{row['speedup'][key]:.2f}" for key in ("median", "q1", "q3")),
+                f"{row['sparse_gb_per_s']:.1f}",
+            ]
+            for row in rows
+        ],
+    )
+
+
 def main():
     rows = []
-    print(
-        f"{'context':>8} {'budget':>7} {'score':>10} {'selection':>11} {'dense ms':>9} {'sparse ms':>10} "
-        f"{'speed-up':>20} {'GB/s':>6}"
-    )
     for context in args.contexts:
         torch.manual_seed(0)
         batch = Batch(context)
@@ -201,11 +216,7 @@ def main():
             row["sparse_gb_per_s"] = row["sparse_bytes"] / row["sparse_ms"]["median"] / 1e6
             row["dense_gb_per_s"] = dense_bytes / row["dense_ms"]["median"] / 1e6
             rows.append(row)
-            print(
-                f"{context:>8} {budget:>7} {score:>10} {selection:>11} {row['dense_ms']['median']:>9.2f} "
-                f"{row['sparse_ms']['median']:>10.2f} {ratio['median']:>7.2f} "
-                f"({ratio['q1']:.2f}-{ratio['q3']:.2f}) {row['sparse_gb_per_s']:>6.1f}"
-            )
+        print(table([row for row in rows if row["context"] == context]), end="\n\n", flush=True)
     if args.name:
         model = {"layers": LAYERS, "dense_layers": DENSE_LAYERS, "query_heads": QUERY_HEADS, "kv_heads": KV_HEADS,
                  "head_size": HEAD_SIZE, "dtype": "bfloat16", "block_size": BLOCK_SIZE}  # fmt: skip
@@ -216,7 +227,7 @@ def main():
         }
         print(
             "wrote",
-            save(args.name, {"hardware": hardware(), "model": model, **peers, "rows": rows}),
+            save(args.name, {"environment": environment(), "model": model, **peers, "rows": rows}),
         )
 
 

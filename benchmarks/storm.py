@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench_serve import MODEL
-from common import gpu_hardware, hardware, save
+from common import environment, save
 
 from vllm_adamas.serving.launch import Server
 from vllm_adamas.serving.storm.traffic import WEIGHTS
@@ -156,7 +156,7 @@ def run_storm(
     """The record of one storm; its progress lines go to stderr with the configuration before them."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "storm.json"
-        command = [sys.executable, "-m", "vllm_adamas.serving.storm", server.url]
+        command = [sys.executable, "-m", "vllm_adamas.cli", "storm", server.url]
         command += f"--seconds {seconds:g} --check {args.check} --seed {args.seed}".split()
         command += ["--pid", str(server.pid), "--json", str(file), *configuration.storm.split()]
         if oracle is not None:
@@ -178,9 +178,13 @@ class Storms:
 
     def __init__(self, args, device: str):
         self.args, self.name = args, args.name or f"storm_{device}"
-        facts = gpu_hardware() if device == "gpu" else hardware()
-        self.result = {"hardware": facts, "model": Path(args.model).name, "seed": args.seed}
-        self.result |= {"minutes": args.minutes, "configurations": {}}
+        self.result = {
+            "environment": environment(),
+            "model": Path(args.model).name,
+            "seed": args.seed,
+            "minutes": args.minutes,
+            "configurations": {},
+        }
 
     def one(
         self,

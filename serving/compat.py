@@ -7,11 +7,17 @@ process, call the original, and leave every other backend's behaviour as it was.
 from __future__ import annotations
 
 import functools
-import re
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from packaging.version import InvalidVersion, Version
 
 from vllm_adamas.errors import AdamasError
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backend import AttentionLayer
 
 NAME = "ADAMAS"
 BACKEND_PATH = "vllm_adamas.serving.backend.AdamasBackend"
@@ -45,8 +51,11 @@ def unsupported_vllm() -> str | None:
         AdamasError: vLLM is not installed.
     """
     version = vllm_version()
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    if numbers and not VLLM_MIN <= tuple(map(int, numbers.groups())) < VLLM_MAX:
+    try:
+        release = Version(version).release[:2]  # that of pre-releases and local builds too
+    except InvalidVersion:  # vLLM calls a build without version "dev"
+        return None
+    if not VLLM_MIN <= release < VLLM_MAX:
         low, high = (".".join(map(str, v)) for v in (VLLM_MIN, VLLM_MAX))
         return f"vLLM {version} is not supported: this release of vllm-adamas needs vLLM >= {low}, < {high}."
     return None
@@ -191,6 +200,25 @@ def on_cpu() -> bool:
     from vllm.platforms import current_platform
 
     return current_platform.is_cpu()
+
+
+def cpu_attention() -> tuple:
+    """vLLM's CPU attention: its operations, and the function that names the kernel for a dtype, a block
+    size, a head size and a KV cache dtype."""
+    from vllm import _custom_ops
+    from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+
+    return _custom_ops, _get_attn_isa
+
+
+def cpu_prefills_fp8() -> bool:
+    """Whether vLLM's CPU kernel reads an fp8 cache on this processor."""
+    return torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def kv_scales(layer: AttentionLayer) -> tuple[float, float]:
+    """Factors from the fp8 K and V of a layer's pages to real values."""
+    return layer._k_scale_float, layer._v_scale_float
 
 
 def max_decode_rows(vllm_config) -> int:

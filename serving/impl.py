@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from vllm.config import get_current_vllm_config
@@ -16,8 +17,9 @@ from vllm.platforms import current_platform
 from vllm.v1.attention.backend import AttentionImpl, AttentionLayer, AttentionType
 
 from vllm_adamas import profile as profiles
-from vllm_adamas.backends.base import Params
+from vllm_adamas.backends.base import Layer, Params
 from vllm_adamas.backends.reference.signature import hadamard
+from vllm_adamas.backends.workspace import capturing
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.dtypes import fp8_element, page_dtype
 from vllm_adamas.errors import AdamasError
@@ -26,6 +28,9 @@ from vllm_adamas.serving import compat
 from vllm_adamas.serving.checks import adamas_options
 from vllm_adamas.serving.metadata import AdamasMetadata
 from vllm_adamas.serving.shared import Shared
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.attention import Attention
 
 logger = init_logger("vllm.adamas")
 
@@ -84,6 +89,7 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         self.dtype = vllm_config.model_config.dtype
         self._appends = compat.on_cpu() and not kv_sharing_target_layer_name
         self._params: Params | None = None
+        self._bound: Layer | None = None
         self._dense = False
         self._balance: Balance | None = None
         self._largest_step = (
@@ -113,10 +119,10 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         slot_mapping: torch.Tensor,
     ) -> None:
         """Writes K, V and signatures of the step's tokens; vLLM calls it unless :meth:`forward` appends."""
-        params = self._of(layer, kv_cache)
+        bound = self.bind(layer, kv_cache)
         if self._balance is not None:
             key = key * self._balance.key
-        self.backend.append(params, key, value, kv_cache, slot_mapping)
+        self.backend.append(bound, key, value, slot_mapping)
 
     def forward(
         self,
@@ -142,52 +148,32 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         if attn_metadata is None:  # vLLM profiles what memory a step takes
             self._reserve()
             return output
-        params = self._of(layer, kv_cache)
+        bound = self.bind(layer, kv_cache)
         if self._balance is not None:
             query = query * self._balance.query
             if key is not None and (self._appends or attn_metadata.prefill is not None):
                 key = key * self._balance.key
         if self._appends:
-            self.backend.append(params, key, value, kv_cache, attn_metadata.slot_mapping)
-        rows = attn_metadata.num_decodes
-        lens = attn_metadata.seq_lens
-        if rows and self._dense and self.dense.decodes(params):
-            self.dense.decode(
-                params,
-                query[:rows],
-                kv_cache,
-                attn_metadata.block_table,
-                lens,
-                attn_metadata.query_start_loc,
-                output[:rows],
-                self.max_model_len,
-            )
-        elif rows:
-            self.backend.decode(
-                params,
-                query,  # and output: prompts and padding behind the rows are left alone
-                kv_cache,
-                attn_metadata.block_table,
-                lens,
-                lens if self._dense else attn_metadata.budgets,
-                output,
-                self.shared.stats.counters(dense_layer=self._dense),
-                max_seq_len=self.max_model_len,
-                overlap=True,  # the projections of the step lie between
-            )
+            self.backend.append(bound, key, value, attn_metadata.slot_mapping)
+        if attn_metadata.num_decodes:
+            self._decode(bound, query, attn_metadata, output)
         if attn_metadata.prefill is not None:
-            self.dense.run(
-                self.backend,
-                params,
-                attn_metadata.prefill,
-                self.kv_cache_dtype,
-                query,
-                key,
-                value,
-                kv_cache,
-                output,
-            )
+            plan = attn_metadata.prefill
+            self.dense.prefill(self.backend, bound, plan, query, key, value, output)
         return output
+
+    def _decode(self, bound: Layer, query, metadata: AdamasMetadata, output) -> None:
+        rows, batch = metadata.num_decodes, metadata.decode
+        if capturing(output.device):  # a graph replays with contexts of any length
+            batch = replace(batch, max_seq_len=self.max_model_len)
+        if self._dense and self.dense.decodes(bound.params):
+            starts = metadata.query_start_loc
+            self.dense.decode(bound, query[:rows], batch, starts, output[:rows])
+            return
+        if self._dense:
+            batch = batch.dense
+        stats = self.shared.stats.counters(dense_layer=self._dense)
+        self.backend.decode(bound, query, batch, output, stats)
 
     def reconfigure(self, config: AdamasConfig, wrap=None) -> None:
         """Serve with another configuration from the next step on; never called in a server.
@@ -198,29 +184,33 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         self.config = config
         backend = self.shared.backend(config.kernels)
         self.backend = wrap(backend) if wrap else backend
-        self._params = None
+        self._params = self._bound = None
 
     def key_factor(self) -> torch.Tensor | float:
         """What the channels of stored keys are multiplied by, ``[Hkv, D]`` or 1."""
         return 1.0 if self._balance is None else self._balance.key
 
-    def _of(self, layer, kv_cache: torch.Tensor) -> Params:
-        """Parameters of this layer; known once its cache is bound and its scales are loaded."""
-        if self._params is None:
-            self._reserve()
-            layout = PageLayout(self.head_size, kv_cache.shape[2], kv_cache.dtype)
-            layout.check(kv_cache)
+    def bind(self, layer: Attention, kv_cache: torch.Tensor) -> Layer:
+        """This layer over its KV cache; made again when vLLM gives it another one."""
+        if self._bound is None or not self._bound.is_bound_to(kv_cache):
+            if self._params is None:
+                self._params = self._load_params(layer, kv_cache)
             self.shared.prepare(self.backend, kv_cache)
-            index = extract_layer_index(layer.layer_name)
-            self._dense = index < self.config.dense_layers or self.sliding_window is not None
-            key_mean = self._load_profile(layer, kv_cache.device)
-            self._params = self._make_params(
-                layout,
-                k_scale=layer._k_scale_float,
-                v_scale=layer._v_scale_float,
-                key_mean=key_mean,
-            )
-        return self._params
+            self._bound = self.backend.bind(self._params, kv_cache)
+        return self._bound
+
+    def _load_params(self, layer: Attention, kv_cache: torch.Tensor) -> Params:
+        """Known once the layer has a KV cache, whose scales are loaded by then."""
+        self._reserve()
+        index = extract_layer_index(layer.layer_name)
+        self._dense = index < self.config.dense_layers or self.sliding_window is not None
+        k_scale, v_scale = compat.kv_scales(layer)
+        return self._make_params(
+            PageLayout(self.head_size, kv_cache.shape[2], kv_cache.dtype),
+            k_scale=k_scale,
+            v_scale=v_scale,
+            key_mean=self._load_profile(layer, kv_cache.device),
+        )
 
     @property
     def _cache_dtype(self) -> torch.dtype:
@@ -241,12 +231,12 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         if workspace:
             logger.info_once("The ADAMAS workspace takes %.0f MiB.", workspace / 2**20)
 
-    def _load_profile(self, layer, device: torch.device) -> torch.Tensor | None:
+    def _load_profile(self, layer: Attention, device: torch.device) -> torch.Tensor | None:
         """Sets the balance and returns the mean of the balanced, transformed keys."""
         self._balance = None
         if self.config.profile is None or self.sliding_window is not None:
             return None
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if capturing(device):
             # The graph alone would fill these tensors.
             raise RuntimeError(
                 f"{layer.layer_name} has to run once before a CUDA graph is captured"

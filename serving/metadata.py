@@ -14,6 +14,7 @@ from vllm.v1.attention.backend import (
 )
 from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
+from vllm_adamas.backends.base import DecodeBatch
 from vllm_adamas.budget import TokenBudget
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
@@ -30,19 +31,15 @@ class AdamasMetadata(AttentionMetadata):
 
     Args:
         num_decodes: requests with one query token, R.
-        seq_lens: int32 ``[R]``, tokens in the context, the query's own included.
-        budgets: int32 ``[R]``, tokens that a sparse layer attends; the context length where the
-            step is dense: prompts (a prefill's last token too) and contexts within the budget.
-        block_table: int32 ``[R, blocks]``.
+        decode: their rows. A budget is the context length where the row is dense: prompts (a prefill's
+            last token too) and contexts within the budget.
         query_start_loc: int32 ``[R + 1]``, 0 to R.
         prefill: plan of the other requests, None without any.
         slot_mapping: int64 ``[tokens]``, where the step's keys and values go.
     """
 
     num_decodes: int
-    seq_lens: torch.Tensor
-    budgets: torch.Tensor
-    block_table: torch.Tensor
+    decode: DecodeBatch
     query_start_loc: torch.Tensor
     prefill: PrefillPlan | None
     slot_mapping: torch.Tensor
@@ -120,8 +117,7 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
         num_decodes, num_prefills, num_decode_tokens, num_prefill_tokens = (
             split_decodes_and_prefills(common)
         )
-        seq_lens = common.seq_lens[: common.num_reqs]
-        seq_lens, budgets = seq_lens[:num_decodes], self._budgets[:num_decodes]
+        seq_lens, budgets = common.seq_lens[:num_decodes], self._budgets[:num_decodes]
         prefilling = common.is_prefilling
         self.set_budgets(
             seq_lens, None if prefilling is None else prefilling[:num_decodes], budgets
@@ -133,7 +129,7 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
                 first_token=num_decode_tokens,
                 num_tokens=num_prefill_tokens,
                 query_start_loc=starts - starts[0],
-                seq_lens=seq_lens[num_decodes:],
+                seq_lens=common.seq_lens[num_decodes : common.num_reqs],
                 block_table=common.block_table_tensor[num_decodes : common.num_reqs],
                 query_start_loc_cpu=common.query_start_loc_cpu[num_decodes : common.num_reqs + 1],
                 seq_lens_cpu=common.seq_lens_cpu_upper_bound[num_decodes : common.num_reqs],
@@ -143,9 +139,13 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
         self.stats.tick()
         return AdamasMetadata(
             num_decodes=num_decodes,
-            seq_lens=seq_lens,
-            budgets=budgets,
-            block_table=common.block_table_tensor[:num_decodes],
+            decode=DecodeBatch(
+                block_table=common.block_table_tensor[:num_decodes],
+                seq_lens=seq_lens,
+                budgets=budgets,
+                max_seq_len=common.max_seq_len,
+                overlap=True,  # the projections of the step lie between
+            ),
             query_start_loc=self._starts[: num_decodes + 1],
             prefill=plan,
             slot_mapping=common.slot_mapping,

@@ -163,6 +163,11 @@ class Batch:
     def value(self) -> torch.Tensor:
         return self.kv[:, self.params.num_kv_heads :]
 
+    def __setattr__(self, name: str, value) -> None:
+        if name == "memory":
+            vars(self).pop("kv_cache", None)
+        super().__setattr__(name, value)
+
     @cached_property
     def kv_cache(self) -> torch.Tensor:
         return self.memory[:, : self.params.num_kv_heads]
@@ -367,7 +372,9 @@ def codes(batch: Batch) -> torch.Tensor:
     """[T, Hkv, D]"""
     layout = batch.params.layout
     hi, lo = (
-        sig.unpack(written(batch, sig.untile(plane(batch.page)).transpose(1, 2).transpose(1, 2)))
+        sig.unpack(
+            written(batch, sig.untile(plane(batch.kv_cache)).transpose(1, 2).transpose(1, 2))
+        )
         for plane in (layout.hi, layout.lo)
     )
     return 2 * hi + lo
@@ -381,7 +388,9 @@ def check_append(ours: Batch, theirs: Batch) -> None:
     """
     layout = theirs.params.layout
     for plane in (layout.k, layout.v):
-        got, expected = (as_bytes(written(batch, plane(batch.page))) for batch in (ours, theirs))
+        got, expected = (
+            as_bytes(written(batch, plane(batch.kv_cache))) for batch in (ours, theirs)
+        )
         assert torch.equal(got.cpu(), expected)
     near = near_threshold(theirs.coded_keys(), theirs.params)
     different = codes(ours).cpu() != codes(theirs)
@@ -389,7 +398,7 @@ def check_append(ours: Batch, theirs: Batch) -> None:
     assert different.sum() <= 1e-4 * different.numel()
     # The fit of equal codes differs in the last bit of fp16 at most.
     got, expected = (
-        written(batch, layout.scale(batch.page)).float().cpu() for batch in (ours, theirs)
+        written(batch, layout.scale(batch.kv_cache)).float().cpu() for batch in (ours, theirs)
     )
     within = (got - expected).abs() <= 2**-10 * expected.abs() + 2**-24
     assert (within | different.any(-1)).all()

@@ -142,7 +142,11 @@ def results() -> dict:
     return {
         "model": {"name": "some-model"},
         "settings": {"context": 64, "free_tokens": 8, "seed": 0, "texts": {"a.txt": "00"}},
-        "environment": {"device": "x", "vllm-adamas": "1", "vllm": "2", "torch": "3", "date": "d"},
+        "environment": {
+            "gpu": "x",
+            "versions": {"vllm-adamas": "1", "vllm": "2", "torch": "3"},
+            "date": "d",
+        },
         "cells": {
             DENSE: cell(DENSE, 0, 0.0),
             "dot-64": cell("dot", 64, 0.1),
@@ -154,15 +158,14 @@ def results() -> dict:
 def test_the_report_states_differences_and_sample_sizes() -> None:
     table = report.markdown(results())
     assert "some-model" in table
+    assert "\nx, vllm-adamas 1, vllm 2, torch 3, d. Texts: a.txt.\n" in table
     assert "2 windows of 64 tokens" in table
     assert "16 scored tokens" in table
     assert "2 passkey" in table
-    (dot,) = [line for line in table.splitlines() if line.startswith("| dot-64 | +")]
-    assert dot == (
-        "| dot-64 | +0.1000 [+0.1000, +0.1000] | 0.1000 [0.1000, 0.1000] | 0.800 | 0.900 | 0.100 | "
-        "4.0 [3.0, 5.0] |"
-    )
-    assert "| quest-64 | 50.0 [-100.0, +0.0] |" in table
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    dot = ["+0.1000 [+0.1000, +0.1000]", "0.1000 [0.1000, 0.1000]", "0.800", "0.900", "0.100"]
+    assert ["dot-64", *dot, "4.0 [3.0, 5.0]"] in rows
+    assert ["quest-64", "50.0 [-100.0, +0.0]"] in rows
 
 
 def test_the_plot_is_drawn(tmp_path: Path) -> None:
@@ -198,8 +201,10 @@ def test_what_is_done_is_not_missing(tmp_path: Path) -> None:
 def test_results_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
     study(tmp_path)._save()
     refused(lambda: study(tmp_path, context=64), "r.json", "context")
-    (tmp_path / "r.json").write_text("{}")
-    refused(lambda: study(tmp_path), "r.json", "not a results file")
+    held = json.loads((tmp_path / "r.json").read_text())
+    for spoilt in ({}, held | {"version": 1}, held | {"environment": {"device": "x"}}):
+        (tmp_path / "r.json").write_text(json.dumps(spoilt))
+        refused(lambda: study(tmp_path), "r.json", "not a results file")
 
 
 def test_parts_of_a_study_are_put_together(tmp_path: Path) -> None:
@@ -231,7 +236,7 @@ def test_parts_of_a_study_are_put_together(tmp_path: Path) -> None:
     assert load(tmp_path / "merged.json") == merged
     found["settings"]["prompts"] += 1
     refused(lambda: merge([text, found]), "settings", "prompts")
-    again["environment"]["device"] = "another"
+    again["environment"]["gpu"] = "another"
     refused(lambda: merge([text, again]), "environment", "device")
 
 
@@ -267,14 +272,14 @@ def test_pages_whose_keys_are_unknown_are_forgotten(tensors: int, kind: str, for
 
     batch = Case((70, 20), 8, heads=(2, 2), head_size=64).build(CpuBackend())
     params = dataclasses.replace(batch.params, coding=Coding(0.3, relative=False))
-    shape = (2, *batch.page.shape)
-    pages = torch.zeros(shape, dtype=batch.page.dtype) + batch.page.nan_to_num()
+    shape = (2, *batch.kv_cache.shape)
+    pages = torch.zeros(shape, dtype=batch.kv_cache.dtype) + batch.kv_cache.nan_to_num()
     impl = SimpleNamespace(
         kv_cache_dtype=kind,
         config=SimpleNamespace(kernels="cpu"),
         shared=SimpleNamespace(backend=get_backend),
         key_factor=lambda: torch.full((2, 64), 4.0, dtype=pages.dtype),
-        _of=lambda layer, page: params,
+        bind=lambda layer, kv_cache: CpuBackend().bind(params, kv_cache),
     )
     forgotten = []
     engine = object.__new__(Engine)
@@ -294,7 +299,8 @@ def test_pages_whose_keys_are_unknown_are_forgotten(tensors: int, kind: str, for
         assert torch.equal(layout.v(page), layout.v(old))
         key = layout.k(page).transpose(1, 2).flatten(0, 1)
         fresh = page.clone()
-        CpuBackend().append(params, key, key, fresh, torch.arange(len(key)))
+        backend = CpuBackend()
+        backend.append(backend.bind(params, fresh), key, key, torch.arange(len(key)))
         assert torch.equal(layout.hi(page), layout.hi(fresh))
         assert torch.equal(layout.scale(page), layout.scale(fresh))
 

@@ -28,7 +28,7 @@ from common import refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from vllm_adamas.backends.base import MOST_TOKENS
+from vllm_adamas.backends.base import MOST_TOKENS, DecodeBatch
 from vllm_adamas.backends.cpu.backend import CpuBackend
 from vllm_adamas.backends.reference import ReferenceBackend
 from vllm_adamas.backends.reference import signature as sig
@@ -74,7 +74,7 @@ def test_append_writes_its_slots_alone(backend, name: str) -> None:
     again = dataclasses.replace(batch, memory=batch.memory.clone(), kv=-batch.kv)
     one = torch.full_like(again.slots, -1)
     one[20] = again.slots[20]
-    backend.append(again.params, again.key, again.value, again.page, one)
+    backend.append(again.bound(backend), again.key, again.value, one)
     layout, size = batch.params.layout, batch.params.layout.block_size
     block, offset = divmod(one[20].item(), size)
     for name in ("k", "v", "hi", "lo", "scale"):
@@ -93,7 +93,7 @@ def test_append_of_nothing_but_padding(backend) -> None:
     batch = Case().build(backend)
     before = batch.memory.clone()
     slots = torch.full_like(batch.slots, -1)
-    backend.append(batch.params, batch.key, batch.value, batch.page, slots)
+    backend.append(batch.bound(backend), batch.key, batch.value, slots)
     assert torch.equal(as_bytes(before), as_bytes(batch.memory))
 
 
@@ -108,7 +108,7 @@ def test_append_rounds_to_fp8_as_torch_does(backend, kind: str) -> None:
     page = torch.zeros(len(both) // 64 + 1, 1, 64, params.layout.token_bytes, dtype=torch.uint8)
     expected = page.clone()
     for runner, memory in ((backend, page), (REFERENCE, expected)):
-        runner.append(params, both, -both, memory, torch.arange(len(both)))
+        runner.append(runner.bind(params, memory), both, -both, torch.arange(len(both)))
     for plane in (params.layout.k, params.layout.v):
         assert torch.equal(plane(page), plane(expected))
 
@@ -122,7 +122,7 @@ def test_prepare_loses_nothing(backend) -> None:
     key, value = torch.randn(2, 128 * 64, *first.shape[1:2], 128).to(first.dtype)
     backend.prepare(first)
     assert not memory.any()
-    backend.append(params, key, value, first, torch.arange(len(key)))
+    backend.append(backend.bind(params, first), key, value, torch.arange(len(key)))
     before = memory.clone()
     for page in (second, first, memory):
         backend.prepare(page)
@@ -240,7 +240,7 @@ def test_decode_finds_the_needle(backend, score: str) -> None:
     for at in (0, 777, 1999):
         batch = case.build(backend)
         batch.key[at] = batch.query[0]
-        backend.append(batch.params, batch.key, batch.value, batch.page, batch.slots)
+        backend.append(batch.bound(backend), batch.key, batch.value, batch.slots)
         output, _ = batch.decode(backend)
         assert relative_error(output[0], batch.value[at]).max() < 0.02
 
@@ -248,7 +248,7 @@ def test_decode_finds_the_needle(backend, score: str) -> None:
 def test_counters_add_up(backend) -> None:
     batch = Case((100, 10, 0), 32, heads=(8, 2)).build(backend)
     output, stats = torch.empty_like(batch.query), torch.tensor([1, 10, 100, 1000])
-    backend.decode(batch.params, *batch.rows, batch.budgets, output, stats)
+    backend.decode(batch.bound(backend), batch.query, batch.step(), output, stats)
     assert stats.tolist() == [1 + 1, 10 + 1, 100 + 8 * 110, 1000 + 8 * (32 + 10)]
 
 
@@ -312,7 +312,7 @@ def test_a_thousand_rows(backend) -> None:
 def test_spare_blocks_are_never_read(backend) -> None:
     """The generator's garbage reaches the tests: the unused blocks do hold NaN."""
     batch = Case().build(backend)
-    spare = batch.params.layout.k(batch.page).isnan().all(-1).all(-1).all(-1).sum()
+    spare = batch.params.layout.k(batch.kv_cache).isnan().all(-1).all(-1).all(-1).sum()
     assert spare >= SPARE_BLOCKS
 
 
@@ -323,7 +323,7 @@ def test_an_unknown_instruction_set_is_refused() -> None:
 
 def bad_arguments():
     batch = Case((40, 5), 8).build(REFERENCE)
-    query, page, table, lens = batch.rows
+    query, table, lens = batch.query, batch.block_table, batch.seq_lens
     out, stats = torch.empty_like(query), torch.zeros(4, dtype=torch.int64)
     scores, budgets = torch.zeros(2, 8, 40), batch.budgets
     key, value, slots = batch.key, batch.value, batch.slots
@@ -331,18 +331,19 @@ def bad_arguments():
     swapped = key.transpose(1, 2)
 
     def decode(**kwargs):
-        names = ("query", "page", "block_table", "seq_lens", "budgets", "output", "stats")
-        given = dict(zip(names, (*batch.rows, budgets, out, stats), strict=True))
-        return "decode", tuple({**given, **kwargs}.values())
+        given = {"query": query, "output": out, "stats": stats} | kwargs
+        step = {"block_table": table, "seq_lens": lens, "budgets": budgets} | kwargs
+        step = DecodeBatch(step["block_table"], step["seq_lens"], step["budgets"])
+        return "decode", (given["query"], step, given["output"], given["stats"])
 
-    yield "key", "append", (swapped, value, page, slots)
-    yield "key", "append", (key[:3], value, page, slots)
-    yield "key", "append", (key.int(), value, page, slots)
-    yield "value", "append", (key, value[..., :64], page, slots)
-    yield "value", "append", (key, value[:, :1], page, slots)
-    yield "slot_mapping", "append", (key, value, page, slots.int())
-    yield "slot_mapping", "append", (key, value, page, slots.view(1, -1))
-    yield "slot_mapping", "append", (key, value, page, torch.full_like(slots, 10**12))
+    yield "key", "append", (swapped, value, slots)
+    yield "key", "append", (key[:3], value, slots)
+    yield "key", "append", (key.int(), value, slots)
+    yield "value", "append", (key, value[..., :64], slots)
+    yield "value", "append", (key, value[:, :1], slots)
+    yield "slot_mapping", "append", (key, value, slots.int())
+    yield "slot_mapping", "append", (key, value, slots.view(1, -1))
+    yield "slot_mapping", "append", (key, value, torch.full_like(slots, 10**12))
     for name, wrong in {
         "query": (query[:1], query[..., :64], query[:, :7], query[0], query.double()),
         "output": (out[:1], out[:, :4], out.transpose(1, 2), out.int()),
@@ -353,35 +354,37 @@ def bad_arguments():
     }.items():
         for value_ in wrong:
             yield (name, *decode(**{name: value_}))
-    yield "query", "scan", (query[:1], page, table, lens)
-    yield "block_table", "scan", (query, page, table.long(), lens)
-    yield "seq_lens", "scan", (query, page, table, lens.long())
+    yield "query", "scan", (query[:1], table, lens)
+    yield "block_table", "scan", (query, table.long(), lens)
+    yield "seq_lens", "scan", (query, table, lens.long())
     yield "scores", "select", (scores.double(), lens, budgets)
     yield "scores", "select", (scores[:1], lens, budgets)
     yield "scores", "select", (scores[..., :39], lens, budgets)
     yield "seq_lens", "select", (scores, lens.long(), budgets)
     yield "budgets", "select", (scores, lens, budgets.long())
     yield "budgets", "select", (scores, lens, budgets[:1])
-    yield "key", "gather", (page, table, lens, kv[:44], kv)
-    yield "value", "gather", (page, table, lens, kv, kv[..., :64])
-    yield "value", "gather", (page, table, lens, kv, kv.float())
-    yield "seq_lens", "gather", (page, table, lens * torch.tensor([1, -1]).int(), kv, kv)
-    yield "block_table", "gather", (page, table.long(), lens, kv, kv)
+    yield "key", "gather", (table, lens, kv[:44], kv)
+    yield "value", "gather", (table, lens, kv, kv[..., :64])
+    yield "value", "gather", (table, lens, kv, kv.float())
+    yield "seq_lens", "gather", (table, lens * torch.tensor([1, -1]).int(), kv, kv)
+    yield "block_table", "gather", (table.long(), lens, kv, kv)
 
 
 @pytest.mark.parametrize(("name", "operation", "arguments"), list(bad_arguments()))
 def test_wrong_arguments_are_named(name: str, operation: str, arguments: tuple) -> None:
     """Before anything is read or written: a wrong shape would otherwise be a wild pointer."""
     backend = CpuBackend()
+    batch = Case((40, 5), 8).build(REFERENCE)
+    layer = batch.params if operation == "select" else batch.bound(backend)
     with pytest.raises(ValueError, match=f"^{name}: "):
-        getattr(backend, operation)(Case().params, *arguments)
+        getattr(backend, operation)(layer, *arguments)
 
 
 def test_the_reference_sees_what_does_not_fit() -> None:
     batch = CASES["plain"].build(REFERENCE)
     slots = batch.slots.masked_fill(batch.slots == batch.slots.max(), len(batch.memory) * 64)
     with pytest.raises(IndexError):
-        REFERENCE.append(batch.params, batch.key, batch.value, batch.page, slots)
+        REFERENCE.append(batch.bound(REFERENCE), batch.key, batch.value, slots)
     for operation in (batch.scan, batch.decode, batch.gathered):
         for wrong in (-1, 10**6):
             batch.seq_lens[0] = wrong
@@ -403,4 +406,4 @@ def test_a_wrong_key_mean_is_named(mean: torch.Tensor) -> None:
     batch = Case().build(REFERENCE)
     params = dataclasses.replace(batch.params, key_mean=mean)
     with pytest.raises(ValueError, match=r"^key_mean: "):
-        CpuBackend().append(params, batch.key, batch.value, batch.page, batch.slots)
+        CpuBackend().bind(params, batch.kv_cache)

@@ -17,6 +17,7 @@ from vllm_adamas.backends.reference import ReferenceBackend
 from vllm_adamas.backends.triton import TritonBackend
 from vllm_adamas.backends.triton import backend as ops
 from vllm_adamas.backends.workspace import Workspace
+from vllm_adamas.errors import AdamasError
 from vllm_adamas.serving import impl as impl_module
 from vllm_adamas.serving import metadata, shared
 from vllm_adamas.serving.metrics import FOLDER, read_counters
@@ -50,31 +51,36 @@ def is_free(memory: weakref.ref, kernels: str) -> bool:
 
 @over_backends
 @pytest.mark.parametrize("fp8", [None, "e4m3"])
-def test_a_backend_holds_no_pages(kernels: str, fp8: str | None) -> None:
+def test_neither_backend_nor_layer_holds_pages(kernels: str, fp8: str | None) -> None:
     backend = BACKENDS[kernels]()
     batch = dataclasses.replace(CASE, fp8=fp8).build(backend)
     batch.memory, memory = watched(batch.memory)
-    backend.prepare(batch.page)
-    backend.append(batch.params, batch.key, batch.value, batch.page, batch.slots)
+    backend.prepare(batch.kv_cache)
+    layer = batch.bound(backend)
+    backend.append(layer, batch.key, batch.value, batch.slots)
     batch.scan(backend)
     batch.decode(backend)
-    backend.gather(batch.params, *batch.rows[1:], batch.key.clone(), batch.value.clone())
+    batch.gathered(backend)
     assert memory() is not None
+    assert layer.is_bound_to(batch.kv_cache)
     batch.memory = None
     assert is_free(memory, kernels)
+    with pytest.raises(RuntimeError, match="bind it again"):
+        layer.kv_cache  # noqa: B018
 
 
 @over_backends
 def test_a_page_may_be_an_allocation_of_its_own(kernels: str) -> None:
-    """A view that held the tensor would keep what is remembered for the tensor, itself among it."""
+    """A view that held the tensor would keep it, and itself with it."""
     backend = BACKENDS[kernels]()
     batch = dataclasses.replace(CASE, fp8="e4m3").build(ReferenceBackend())
-    array = batch.page.contiguous().numpy()
-    page, memory = torch.from_numpy(array), weakref.ref(array)
+    array = batch.kv_cache.contiguous().numpy()
+    kv_cache, memory = torch.from_numpy(array), weakref.ref(array)
     del array
     seen = (batch.block_table, batch.seq_lens)
-    backend.gather(batch.params, page, *seen, batch.key.clone(), batch.value.clone())
-    del page
+    layer = backend.bind(batch.params, kv_cache)
+    backend.gather(layer, *seen, batch.key.clone(), batch.value.clone())
+    del kv_cache
     assert is_free(memory, kernels)
 
 
@@ -104,8 +110,7 @@ def test_an_address_says_nothing_of_the_parameters(kernels: str) -> None:
         size = batch.memory.nbytes
         pages = memory[:size].view(batch.memory.dtype).view(batch.memory.shape)
         batch.memory = pages.copy_(batch.memory)
-        key, value = torch.zeros(2, *batch.key.shape, dtype=CASE.dtype)
-        backend.gather(batch.params, *batch.rows[1:], key, value)
+        key, value = batch.gathered(backend)
         assert torch.equal(key, batch.key) and torch.equal(value, batch.value)
 
 
@@ -113,13 +118,13 @@ def test_an_address_says_nothing_of_the_parameters(kernels: str) -> None:
 def test_a_page_of_another_layout_is_named(name: str) -> None:
     batch = CASES[name].build(ReferenceBackend())
     for wrong in (
-        batch.page[..., :-1],
-        batch.page[:, :, :16],
-        batch.page.transpose(1, 2),
-        batch.page[0],
+        batch.kv_cache[..., :-1],
+        batch.kv_cache[:, :, :16],
+        batch.kv_cache.transpose(1, 2),
+        batch.kv_cache[:, :1],
     ):
-        with pytest.raises(ValueError, match=r"^page: "):
-            dataclasses.replace(batch, memory=wrong).decode(CpuBackend())
+        with pytest.raises((AdamasError, ValueError), match=r"KV cache|kv_cache: "):
+            CpuBackend().bind(batch.params, wrong)
 
 
 # workspaces
@@ -217,9 +222,7 @@ class Engine:
         nowhere = torch.full((len(batch.lengths),), -1)
         made = metadata.AdamasMetadata(
             num_decodes=len(batch.lengths),
-            seq_lens=batch.seq_lens,
-            budgets=batch.budgets,
-            block_table=batch.block_table,
+            decode=batch.step(),
             query_start_loc=torch.arange(len(batch.lengths) + 1).int(),
             prefill=None,
             slot_mapping=nowhere,
@@ -255,7 +258,7 @@ def test_layers_and_builders_of_an_engine_share(monkeypatch) -> None:
     one, two = engine.impls
     assert one.shared is two.shared
     assert one.backend is two.backend
-    assert one.prefill is two.prefill
+    assert one.dense is two.dense
     assert builder.stats is one.shared.stats
 
 
@@ -267,10 +270,10 @@ def test_engines_share_nothing(monkeypatch, tmp_path, kernels: str) -> None:
     batch = CASE.build(ReferenceBackend())
     for engine in (first, second):
         engine.profile()
-        engine.context["layers.0"].kv_cache = batch.page
+        engine.context["layers.0"].kv_cache = batch.kv_cache
         engine.step(batch)
     parts = [
-        [x.impls[0].backend, x.impls[0].prefill, x.impls[0].shared.stats] for x in (first, second)
+        [x.impls[0].backend, x.impls[0].dense, x.impls[0].shared.stats] for x in (first, second)
     ]
     assert all(one is not two for one, two in zip(*parts, strict=True))
     assert read_counters(tmp_path)[0] == 2 * len(batch.lengths)
@@ -306,7 +309,7 @@ def test_memory_is_reserved_when_vllm_measures_it(monkeypatch, profiled: bool) -
         engine.profile()
         assert backend.asked == [largest] * 2
         engine.profile()
-    engine.context["layers.0"].kv_cache = batch.page
+    engine.context["layers.0"].kv_cache = batch.kv_cache
     for _ in range(2):
         engine.step(batch)
     assert backend.asked == [largest] * (2 if profiled else 1)

@@ -78,7 +78,12 @@ def group_of(options: dict, micro_batches: int = 1) -> AttentionGroup:
         ),
         scheduler_config=SimpleNamespace(max_num_seqs=MAX_ROWS, max_num_batched_tokens=MAX_TOKENS),
         parallel_config=SimpleNamespace(decode_context_parallel_size=1),
-        model_config=None,
+        model_config=SimpleNamespace(
+            max_model_len=MAX_MODEL_LEN,
+            model="",
+            revision=None,
+            hf_text_config=SimpleNamespace(model_type="llama"),
+        ),
         speculative_config=None,
     )
     builders = [
@@ -201,11 +206,13 @@ def check(metadata: AdamasMetadata, options: dict, requests: list[Request], rows
     padding = [0] * (decodes - len(single))
     budgets = [x.context if x.prefilling else config.budget.of(x.context) for x in single]
     assert metadata.num_decodes == decodes
-    assert metadata.seq_lens.tolist() == [x.context for x in single] + padding
-    assert metadata.budgets.tolist() == budgets + padding
+    assert metadata.decode.seq_lens.tolist() == [x.context for x in single] + padding
+    assert metadata.decode.budgets.tolist() == budgets + padding
     assert metadata.query_start_loc.tolist() == list(range(decodes + 1))
+    longest = max((request.context for request in requests), default=0)
+    assert longest <= metadata.decode.max_seq_len <= MAX_MODEL_LEN
     tables = block_tables(rows)
-    assert torch.equal(metadata.block_table[: len(single)], tables[: len(single)])
+    assert torch.equal(metadata.decode.block_table[: len(single)], tables[: len(single)])
     several = requests[len(single) :]
     if not several:
         assert metadata.prefill is None
@@ -223,7 +230,7 @@ def test_a_warm_prompt_with_one_token_left_beside_decodes_in_a_padded_graph(runn
     """641 tokens of which 640 are cached, beside two decodes, in a graph of four rows."""
     requests = in_order([decoding(300), decoding(50), remainder(641)])
     metadata = build(runner, {"token_budget": BUDGET}, requests, rows=4)
-    assert metadata.budgets.tolist() == [BUDGET, 50, 641, 0]
+    assert metadata.decode.budgets.tolist() == [BUDGET, 50, 641, 0]
     check(metadata, {"token_budget": BUDGET}, requests, rows=4)
 
 
@@ -282,9 +289,9 @@ def test_micro_batches_have_their_own_rows() -> None:
     requests = in_order([decoding(300), remainder(641), decoding(90), chunk(100, 30)])
     slices = [UBatchSlice(slice(0, 2), slice(0, 2)), UBatchSlice(slice(2, 4), slice(2, 33))]
     first, second = build_v1(group_of(options, 2), requests, len(requests), ubatches=slices)
-    assert first.budgets.tolist() == [BUDGET, BUDGET]
+    assert first.decode.budgets.tolist() == [BUDGET, BUDGET]
     assert (first.prefill, second.num_decodes) == (None, 1)
-    assert second.seq_lens.tolist() == [requests[2].context]
+    assert second.decode.seq_lens.tolist() == [requests[2].context]
     assert second.prefill.num_tokens == 30
     assert torch.equal(second.prefill.block_table, block_tables(4)[3:])
 
@@ -297,8 +304,9 @@ def test_a_capture_and_the_steps_that_replay_it_share_their_buffers(runner: str,
     captured = make(group, [Request(1, 0)] * rows, rows, capture=True)
     assert captured.num_decodes == rows
     replayed = make(group, [decoding(300)], rows)
-    assert replayed.budgets.data_ptr() == captured.budgets.data_ptr()
-    assert captured.budgets.tolist() == [BUDGET] + [0] * (rows - 1)
+    assert captured.decode.max_seq_len == MAX_MODEL_LEN
+    assert replayed.decode.budgets.data_ptr() == captured.decode.budgets.data_ptr()
+    assert captured.decode.budgets.tolist() == [BUDGET] + [0] * (rows - 1)
 
 
 def common(**changes) -> CommonAttentionMetadata:
@@ -336,7 +344,7 @@ def common(**changes) -> CommonAttentionMetadata:
 def test_masks_that_are_missing_or_of_another_length(mask, budgets: list[int]) -> None:
     mask = None if mask is None else torch.tensor(mask, dtype=torch.bool)
     builder = group_of({"token_budget": BUDGET}).get_metadata_builder()
-    assert builder.build(0, common(is_prefilling=mask)).budgets.tolist() == budgets
+    assert builder.build(0, common(is_prefilling=mask)).decode.budgets.tolist() == budgets
 
 
 def test_a_step_without_requests() -> None:
@@ -359,7 +367,12 @@ def test_a_step_without_requests() -> None:
         ),
     )
     assert (metadata.num_decodes, metadata.prefill) == (0, None)
-    assert len(metadata.seq_lens) == len(metadata.budgets) == len(metadata.block_table) == 0
+    assert (
+        len(metadata.decode.seq_lens)
+        == len(metadata.decode.budgets)
+        == len(metadata.decode.block_table)
+        == 0
+    )
 
 
 @pytest.mark.parametrize(

@@ -86,18 +86,18 @@ def make_plan(batch) -> PrefillPlan:
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_flash_prefill(flash, case: Case, held: int) -> None:
     backend = get_backend("auto" if DEVICE == "cuda" else "reference", DEVICE)
-    batch, prefill = case.build(backend, DEVICE), flash.FlashAttention(DEVICE)
+    batch, dense = case.build(backend, DEVICE), flash.FlashAttention(DEVICE)
     params, plan = batch.params, make_plan(batch)
     if not case.fp8:  # FlashAttention gives what it masks a weight of zero; pages in use are finite
-        params.layout.v(batch.page).nan_to_num_(0, 0, 0)
-    size = prefill.reserve(params, case.dtype, held)
+        params.layout.v(batch.kv_cache).nan_to_num_(0, 0, 0)
+    size = dense.reserve(params, case.dtype, held)
     per_token = 2 * params.num_kv_heads * params.layout.head_size * 2
     assert size == (held * per_token if case.fp8 else 0)
     tokens = FIRST + sum(NEW) + case.padding
     query = torch.randn(tokens, *batch.query.shape[1:], device=DEVICE).to(case.dtype)
     output = torch.full_like(query, torch.nan)
     for _ in range(2):  # a second layer reuses what the first one prepared
-        prefill.run(backend, params, plan, "", query, None, None, batch.page, output)
+        dense.prefill(backend, batch.bound(backend), plan, query, None, None, output)
     assert output[:FIRST].isnan().all()
     assert output[FIRST + sum(NEW) :].isnan().all()
     if case.fp8:
@@ -113,9 +113,9 @@ def test_flash_prefill(flash, case: Case, held: int) -> None:
 
 
 def test_decode_of_fp8_pages_is_left_to_the_kernels(flash) -> None:
-    prefill = flash.FlashAttention(DEVICE)
-    assert prefill.decodes(CASES["bf16"].params)
-    assert not prefill.decodes(CASES["e4m3"].params)
+    dense = flash.FlashAttention(DEVICE)
+    assert dense.decodes(CASES["bf16"].params)
+    assert not dense.decodes(CASES["e4m3"].params)
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="vLLM's CPU kernels are not there")
@@ -126,10 +126,10 @@ def test_cpu_prefill(held: int, shared: bool) -> None:
     from vllm_adamas.serving.dense.cpu import CpuAttention
 
     torch.cpu._init_amx()  # permission from the kernel to use tiles, which a vLLM worker also asks for
-    backend, prefill = get_backend("cpu"), CpuAttention()
+    backend, dense = get_backend("cpu"), CpuAttention()
     batch = Case(LENGTHS).build(backend)
     params, plan = batch.params, make_plan(batch)
-    prefill.reserve(params, torch.bfloat16, held)
+    dense.reserve(params, torch.bfloat16, held)
     k, v = (x.split(LENGTHS) for x in batch.stored())
     tokens = FIRST + sum(NEW) + 2
     query = torch.randn(tokens, *batch.query.shape[1:]).bfloat16()
@@ -140,13 +140,13 @@ def test_cpu_prefill(held: int, shared: bool) -> None:
     step = (None, None) if shared else (key, value)
     for _ in range(2):
         output = torch.full_like(query, torch.nan)
-        prefill.run(backend, params, plan, "auto", query, *step, batch.page, output)
-        prefill._cache.fill_(0xFF)  # NaN
+        dense.prefill(backend, batch.bound(backend), plan, query, *step, output)
+        dense._cache.fill_(0xFF)  # NaN
     assert output[:FIRST].isnan().all()
     assert output[FIRST + sum(NEW) :].isnan().all()
     assert (len(plan.prepared) == 1) == (held >= sum(LENGTHS))
     largest = max(sum(-(-n // 64) for n in part.seq_lens.tolist()) for part in plan.prepared)
-    assert prefill._cache.numel() <= 1.25 * largest * 64 * 2 * 2 * 128 * 2
+    assert dense._cache.numel() <= 1.25 * largest * 64 * 2 * 2 * 128 * 2
     q = query[FIRST : FIRST + sum(NEW)].split(NEW)
     expected = torch.cat([exact(*x, params.softmax_scale, 0) for x in zip(q, k, v, strict=True)])
     error = relative_error(output[FIRST : FIRST + sum(NEW)], expected)
@@ -170,11 +170,11 @@ def test_cpu_prefill_of_fp8_pages_reads_what_they_hold(monkeypatch) -> None:
     monkeypatch.setattr(ops, "cpu_attn_reshape_and_cache", keep)
     for name in ("cpu_attn_get_scheduler_metadata", "cpu_attention_with_kv_cache"):
         monkeypatch.setattr(ops, name, lambda **kwargs: None)
-    backend, prefill = get_backend("cpu"), CpuAttention()
+    backend, dense = get_backend("cpu"), CpuAttention()
     batch = CASES["e4m3"].build(backend)
     query = torch.randn(FIRST + sum(NEW), *batch.query.shape[1:]).bfloat16()
     key, value = torch.randn(2, len(query), *batch.key.shape[1:]).bfloat16()
-    args = (make_plan(batch), "fp8", query, key, value, batch.page, torch.empty_like(query))
-    prefill.reserve(batch.params, torch.bfloat16, 10_000)
-    prefill.run(backend, batch.params, *args)
+    args = (make_plan(batch), query, key, value, torch.empty_like(query))
+    dense.reserve(batch.params, torch.bfloat16, 10_000)
+    dense.prefill(backend, batch.bound(backend), *args)
     assert torch.equal(torch.cat(given, 1), torch.stack(batch.stored()).bfloat16())

@@ -221,7 +221,7 @@ def test_a_header_is_read_within_the_limit_of_the_format(tmp_path: Path, monkeyp
     header = {"a": TENSOR}
     (tmp_path / "model.safetensors").write_bytes(safetensors(header, bytes(8)))
     assert models.fingerprint(tmp_path)
-    monkeypatch.setattr(profile, "MAX_HEADER_BYTES", len(json.dumps(header)) - 1)
+    monkeypatch.setattr(models, "MAX_HEADER_BYTES", len(json.dumps(header)) - 1)
     assert not models.fingerprint(tmp_path)
 
 
@@ -357,7 +357,7 @@ def test_balanced_attention_is_the_same_attention() -> None:
     kv = torch.cat((batch.key * factor, batch.value), 1)
     query = batch.query / factor.repeat_interleave(batch.params.group, 0)
     other = dataclasses.replace(batch, kv=kv, query=query)
-    backend.append(other.params, other.key, other.value, other.page, other.slots)
+    backend.append(other.bound(backend), other.key, other.value, other.slots)
     assert torch.equal(other.decode(backend)[0], plain)
 
 

@@ -17,6 +17,7 @@ from aiohttp import web
 from common import MODEL, is_one_sentence, random_llama
 from extension import with_path
 
+from vllm_adamas import __version__
 from vllm_adamas.cli import main
 from vllm_adamas.serving.storm import command
 from vllm_adamas.serving.storm.client import Choice, Outcome
@@ -228,6 +229,20 @@ def test_nothing_is_a_problem_without_cause() -> None:
     assert json.loads(json.dumps(fine.record(), allow_nan=False))["ok"] is True
 
 
+def test_the_text_has_the_numbers_in_tables() -> None:
+    text = report(
+        checks={"replayed": Verdict(tokens=10, compared=7, parted=2, distances=[0.1, 0.3])},
+        ttft=[0.5, 1.5],
+        memory={"warm": {"rss": 500.0, "gpu": 70.0}, "end": {"rss": 599.0}},
+    ).text()
+    lines = [line.split() for line in text.splitlines()]
+    assert ["replayed", "10", "7", "2", "0", "0.1", "0.3", "0.3"] in lines
+    assert ["TTFT", "500", "1500", "1500"] in lines
+    assert ["ITL"] in lines
+    assert ["warm", "70", "500"] in lines
+    assert ["end", "599"] in lines
+
+
 # A whole storm, against a server that is not a model
 
 
@@ -387,7 +402,9 @@ def test_a_server_without_fault_passes(tmp_path, capsys) -> None:
     assert (status, record["problems"]) == (0, [])
     assert record["checks"]["replayed"]["compared"] == record["checks"]["replayed"]["tokens"] > 500
     assert sum(record["requests"].values()) >= 300
-    assert (record["vllm"], record["seed"], record["max_model_len"]) == ("0", 0, MAX_MODEL_LEN)
+    assert (record["seed"], record["max_model_len"]) == (0, MAX_MODEL_LEN)
+    versions = {"vllm-adamas": __version__, "vllm": "0"}
+    assert record["environment"] == {"versions": versions}
     assert record["ttft_ms"]["p50"] > 0
     assert record["memory_not_watched"] == ["rss", "gpu"]  # no --pid
     assert "All is well." in capsys.readouterr().out

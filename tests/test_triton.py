@@ -155,7 +155,7 @@ def test_workspaces_are_float32_whatever_the_default(backend) -> None:
 def test_gather(backend, name: str) -> None:
     case, batch, reference = built(name)
     out = torch.zeros(2, sum(case.lengths), *batch.key.shape[1:], dtype=torch.float32).to(DEVICE)
-    backend.gather(batch.params, *batch.rows[1:], *out)
+    backend.gather(batch.bound(backend), batch.block_table, batch.seq_lens, *out)
     for got, stored in zip(out.cpu(), reference.stored(), strict=True):
         assert torch.equal(got, stored)
 
@@ -269,19 +269,20 @@ def test_steps_repeat_bit_by_bit(backend) -> None:
 
 def wrong_arguments():
     def decode(**kwargs):
-        return lambda b, batch: b.decode(
-            batch.params,
-            **{
-                "query": batch.query,
-                "page": batch.page,
-                "block_table": batch.block_table,
-                "seq_lens": batch.seq_lens,
-                "budgets": batch.budgets,
-                "output": batch.query.clone(),
-                "stats": torch.zeros(4, dtype=torch.int64, device=DEVICE),
-                **{name: change(batch) for name, change in kwargs.items()},
-            },
-        )
+        def call(backend, batch):
+            given = {name: change(batch) for name, change in kwargs.items()}
+            step = dataclasses.replace(
+                batch.step(), **{n: x for n, x in given.items() if hasattr(batch.step(), n)}
+            )
+            backend.decode(
+                batch.bound(backend),
+                given.get("query", batch.query),
+                step,
+                given.get("output", batch.query.clone()),
+                given.get("stats", torch.zeros(4, dtype=torch.int64, device=DEVICE)),
+            )
+
+        return call
 
     yield "query", decode(query=lambda batch: batch.query[:, :1])
     yield "query", decode(query=lambda batch: batch.query.double())
@@ -293,11 +294,10 @@ def wrong_arguments():
 
     def append(**kwargs):
         return lambda b, batch: b.append(
-            batch.params,
+            batch.bound(b),
             **{
                 "key": batch.key,
                 "value": batch.value,
-                "page": batch.page,
                 "slot_mapping": batch.slots,
                 **{name: change(batch) for name, change in kwargs.items()},
             },
@@ -364,7 +364,7 @@ for name, kernel in vars(ops).copy().items():
     if isinstance(kernel, triton.JITFunction):
         setattr(ops, name, Compiled(kernel))
 ops.TritonBackend.__init__ = lambda self: vars(self).update(
-    _workspace=ops.Workspace(), _plans={}, _pages=ops.WeakTensorKeyDictionary()
+    _workspace=ops.Workspace(), _plans={}
 )
 backend = ops.TritonBackend()
 for case, capabilities in (
@@ -373,7 +373,7 @@ for case, capabilities in (
 ):
     batch = case.build(backend)
     batch.decode(backend)
-    backend.gather(batch.params, *batch.rows[1:], batch.key, batch.value)
+    batch.gathered(backend)
 """
 
 
@@ -402,17 +402,18 @@ if COMPILED:
         batch, reference = case.build(backend, DEVICE), case.build(REFERENCE)
         output = torch.zeros_like(batch.query)
         stats = torch.zeros(4, dtype=torch.int64, device=DEVICE)
-        arguments = (batch.params, *batch.rows, batch.budgets, output, stats)
-        backend.decode(*arguments, max_seq_len=4096)  # compiles
+        step = batch.step(max_seq_len=4096)
+        backend.decode(batch.bound(backend), batch.query, step, output, stats)  # compiles
         with (
             pytest.raises(AdamasError, match="reserve"),
             torch.cuda.graph(torch.cuda.CUDAGraph()),
         ):
-            TritonBackend().decode(*arguments, max_seq_len=4096)
+            fresh = TritonBackend()
+            fresh.decode(batch.bound(fresh), batch.query, step, output, stats)
         backend.reserve(batch.params, len(MIXED), 4096)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
-            backend.decode(*arguments, max_seq_len=4096)
+            backend.decode(batch.bound(backend), batch.query, step, output, stats)
         for lengths, budgets in (
             ((180, 1, 0, 0, 20, 100), (64, 4, 9, 9, 1 << 30, 99)),
             (MIXED, MIXED_BUDGETS),

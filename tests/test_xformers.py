@@ -80,7 +80,9 @@ def test_planes_keep_the_block_table(name: str) -> None:
     batch = CASES[name].build(ReferenceBackend())
     size, layout = batch.params.layout.block_size, batch.params.layout
     slots = batch.slots[batch.slots >= 0]
-    for got, stored in zip(xformers.planes(batch.params, batch.page), batch.stored(), strict=True):
+    for got, stored in zip(
+        xformers.planes(batch.params, batch.kv_cache), batch.stored(), strict=True
+    ):
         assert got.is_contiguous()
         assert got.shape[1:] == (size, batch.params.num_kv_heads, layout.head_size)
         assert torch.equal(got[slots // size, slots % size].float(), stored)
@@ -98,7 +100,7 @@ def test_dense_rows_are_what_xformers_computes(kernels: str, head_size: int, hea
         backend = get_backend(kernels, "cuda")
         batch = case.build(backend, "cuda")
         ours, _ = batch.decode(backend)
-        key, value = xformers.planes(batch.params, batch.page)
+        key, value = xformers.planes(batch.params, batch.kv_cache)
         bias = xformers.attention_bias(list(lengths), batch.block_table, case.block_size)
         theirs = xformers.dense_decode(batch.query, key, value, bias, batch.params.softmax_scale)
         assert relative_error(ours, theirs).max() <= 2 * TOLERANCE[dtype]  # both round

@@ -54,6 +54,11 @@ def fp8_element(kv_cache_dtype: str) -> str | None:
     return element if element in FP8 else None
 
 
+def kv_cache_dtype(fp8: str | None) -> str:
+    """The ``--kv-cache-dtype`` of pages that hold this fp8 element, or real values."""
+    return f"fp8_{fp8}" if fp8 else "auto"
+
+
 def page_dtype(kv_cache_dtype: str, model_dtype: torch.dtype) -> torch.dtype:
     """The dtype of a KV cache tensor under this ``--kv-cache-dtype``."""
     element = KV_CACHE_DTYPES[kv_cache_dtype]

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import torch
 
-from vllm_adamas.backends.base import Backend
+from vllm_adamas.backends.base import Backend, Layer, Params
+from vllm_adamas.backends.inspect import Inspectable
 from vllm_adamas.errors import AdamasError
 
 #: ADAMAS_CPU_LIBRARY names another build of the same sources (`make sanitize-cpu`).
@@ -27,7 +28,15 @@ def _library():
     return tvm_ffi.load_module(str(LIBRARY))
 
 
-class CpuBackend(Backend):
+class CpuLayer(Layer):
+    """A layer, and what the library knows of it."""
+
+    def __init__(self, params: Params, kv_cache: torch.Tensor, library):
+        super().__init__(params, kv_cache)
+        self.native = library.bind(kv_cache, params.native, params.key_mean)
+
+
+class CpuBackend(Backend, Inspectable):
     """C++ kernels with AVX-512, AVX2 or portable vectors, chosen by what the processor runs.
 
     Args:
@@ -47,70 +56,24 @@ class CpuBackend(Backend):
     def prepare(self, cache):
         self._lib.advise_huge(torch.empty(0, dtype=torch.uint8).set_(cache.untyped_storage()))
 
-    # Shapes, strides and dtypes are checked in csrc/cpu/binding.cc, where a check costs nanoseconds.
+    def bind(self, params, kv_cache):
+        return CpuLayer(params, kv_cache, self._lib)
 
-    def append(self, params, key, value, page, slot_mapping):
-        coding = params.coding
-        self._lib.append(
-            key,
-            value,
-            slot_mapping,
-            params.key_mean,
-            coding.threshold,
-            coding.relative,
-            page,
-            *params.numbers,
-        )
+    # Shapes, strides and dtypes are checked in csrc/cpu/api.cc, where a check costs nanoseconds.
 
-    def decode(
-        self,
-        params,
-        query,
-        page,
-        block_table,
-        seq_lens,
-        budgets,
-        output,
-        stats,
-        *,
-        max_seq_len=None,
-        overlap=False,
-    ):
+    def append(self, layer, key, value, slot_mapping):
+        self._lib.append(layer.native, key, value, slot_mapping)
+
+    def decode(self, layer, query, batch, output, stats):
         self._lib.decode(
-            query,
-            output,
-            block_table,
-            seq_lens,
-            budgets,
-            stats,
-            params.softmax_scale,
-            params.score == "dot",
-            params.selection == "query_head",
-            params.num_sink_tokens,
-            params.recent_window,
-            params.sliding_window,
-            params.coding.threshold,
-            params.coding.relative,
-            page,
-            *params.numbers,
+            layer.native, query, batch.block_table, batch.seq_lens, batch.budgets, output, stats
         )
 
-    def scan(self, params, query, page, block_table, seq_lens):
+    def scan(self, layer, query, block_table, seq_lens):
         rows = seq_lens.shape[0]
         longest = int(seq_lens.max()) if rows else 0
-        scores = torch.full((rows, params.num_score_heads, longest), float("-inf"))
-        self._lib.scan(
-            query,
-            block_table,
-            seq_lens,
-            scores,
-            params.score == "dot",
-            params.selection == "query_head",
-            params.coding.threshold,
-            params.coding.relative,
-            page,
-            *params.numbers,
-        )
+        scores = torch.full((rows, layer.params.num_score_heads, longest), float("-inf"))
+        self._lib.scan(layer.native, query, block_table, seq_lens, scores)
         return scores
 
     def select(self, params, scores, seq_lens, budgets):
@@ -122,5 +85,5 @@ class CpuBackend(Backend):
         )
         return tokens
 
-    def gather(self, params, page, block_table, seq_lens, key, value):
-        self._lib.gather(key, value, block_table, seq_lens, page, *params.numbers)
+    def gather(self, layer, block_table, seq_lens, key, value):
+        self._lib.gather(layer.native, block_table, seq_lens, key, value)

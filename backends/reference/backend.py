@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from vllm_adamas.backends.base import Backend
+from vllm_adamas.backends.inspect import Inspectable
 from vllm_adamas.backends.reference import signature as sig
 from vllm_adamas.dtypes import ELEMENTS
 from vllm_adamas.layout import TILE
@@ -30,47 +31,50 @@ def select_tokens(scores: torch.Tensor, budget: int, sinks: int, recent: int) ->
     )
 
 
-class ReferenceBackend(Backend):
+class ReferenceBackend(Backend, Inspectable):
     """Plain PyTorch on any device."""
 
     name = "reference"
     description = "reference (PyTorch)"
 
-    def append(self, params, key, value, page, slot_mapping):
+    def append(self, layer, key, value, slot_mapping):
+        params, kv_cache = layer.params, layer.kv_cache
+        key, value = key[: len(slot_mapping)], value[: len(slot_mapping)]
         keep = slot_mapping >= 0
         slots = slot_mapping[keep]
         block, offset = slots // params.layout.block_size, slots % params.layout.block_size
         layout = params.layout
-        layout.k(page)[block, :, offset] = self._to_plane(
+        layout.k(kv_cache)[block, :, offset] = self._to_plane(
             params, key[keep], params.k_scale
         )  # [T, Hkv, D]
-        layout.v(page)[block, :, offset] = self._to_plane(params, value[keep], params.v_scale)
+        layout.v(kv_cache)[block, :, offset] = self._to_plane(params, value[keep], params.v_scale)
         x = sig.hadamard(key[keep])  # [T, Hkv, D]
         if params.key_mean is not None:
             x = x - params.key_mean
         codes = sig.bucketize(x, params.coding)
         tile, lane = offset // TILE, offset % TILE
-        layout.hi(page)[block, :, tile, :, lane] = sig.pack(codes >> 1)  # [T, Hkv, D/32]
-        layout.lo(page)[block, :, tile, :, lane] = sig.pack(codes & 1)
-        layout.scale(page)[block, :, offset] = sig.code_scale(x, codes)  # [T, Hkv]
+        layout.hi(kv_cache)[block, :, tile, :, lane] = sig.pack(codes >> 1)  # [T, Hkv, D/32]
+        layout.lo(kv_cache)[block, :, tile, :, lane] = sig.pack(codes & 1)
+        layout.scale(kv_cache)[block, :, offset] = sig.code_scale(x, codes)  # [T, Hkv]
 
-    def scan(self, params, query, page, block_table, seq_lens):
+    def scan(self, layer, query, block_table, seq_lens):
+        params = layer.params
         shape = (query.shape[0], params.num_score_heads, _max(seq_lens))
         scores = torch.full(shape, float("-inf"))  # [R, num_score_heads, L]
         for row, length in enumerate(_lengths(params, block_table, seq_lens)):
             if length:
                 scores[row, :, :length] = self._scan_row(
-                    params, query[row], page, block_table[row], length
+                    params, query[row], layer.kv_cache, block_table[row], length
                 )
         return scores
 
-    def _scan_row(self, params, query, page, blocks, length):
+    def _scan_row(self, params, query, kv_cache, blocks, length):
         layout = params.layout
         used = blocks[: -(-length // layout.block_size)].long()
-        hi = sig.unpack(sig.untile(layout.hi(page)[used]))  # [blocks, Hkv, N, D]
-        lo = sig.unpack(sig.untile(layout.lo(page)[used]))
+        hi = sig.unpack(sig.untile(layout.hi(kv_cache)[used]))  # [blocks, Hkv, N, D]
+        lo = sig.unpack(sig.untile(layout.lo(kv_cache)[used]))
         codes = (2 * hi + lo).transpose(0, 1).flatten(1, 2)[:, :length]  # [Hkv, L, D]
-        scale = layout.scale(page)[used].transpose(0, 1).flatten(1, 2)[:, :length]  # [Hkv, L]
+        scale = layout.scale(kv_cache)[used].transpose(0, 1).flatten(1, 2)[:, :length]  # [Hkv, L]
         q = sig.hadamard(query).unflatten(0, (params.num_kv_heads, params.group))  # [Hkv, G, D]
         if params.score == "dot":
             if params.selection == "kv_head":
@@ -97,22 +101,10 @@ class ReferenceBackend(Backend):
                 chosen[row, head, : len(tokens)] = tokens
         return chosen
 
-    def decode(
-        self,
-        params,
-        query,
-        page,
-        block_table,
-        seq_lens,
-        budgets,
-        output,
-        stats,
-        *,
-        max_seq_len=None,
-        overlap=False,
-    ):
-        attended = params.attended(seq_lens, budgets).tolist()
-        lengths = _lengths(params, block_table, seq_lens)
+    def decode(self, layer, query, batch, output, stats):
+        params, kv_cache, block_table = layer.params, layer.kv_cache, batch.block_table
+        attended = params.attended(batch.seq_lens, batch.budgets).tolist()
+        lengths = _lengths(params, block_table, batch.seq_lens)
         for row, (length, budget) in enumerate(zip(lengths, attended, strict=True)):
             output[row] = 0
             if length == 0:
@@ -120,7 +112,7 @@ class ReferenceBackend(Backend):
             visible = length if params.sliding_window == 0 else min(length, params.sliding_window)
             sparse = budget < length and not params.sliding_window
             if sparse:
-                scores = self._scan_row(params, query[row], page, block_table[row], length)
+                scores = self._scan_row(params, query[row], kv_cache, block_table[row], length)
             for head in range(params.num_query_heads):
                 kv_head = head // params.group
                 if sparse:
@@ -130,30 +122,30 @@ class ReferenceBackend(Backend):
                     )
                 else:
                     tokens = torch.arange(length - visible, length)
-                k, v = self._tokens(params, page, block_table[row], kv_head, tokens)  # [K, D]
+                k, v = self._tokens(params, kv_cache, block_table[row], kv_head, tokens)  # [K, D]
                 p = (k @ query[row, head].float() * params.softmax_scale).softmax(0)  # [K]
                 output[row, head] = (p @ v).to(output.dtype)
             seen, heads = budget if sparse else visible, params.num_query_heads
             stats += torch.tensor([sparse, not sparse, length * heads, seen * heads])
 
-    def gather(self, params, page, block_table, seq_lens, key, value):
-        start = 0
+    def gather(self, layer, block_table, seq_lens, key, value):
+        params, kv_cache, start = layer.params, layer.kv_cache, 0
         for row, length in enumerate(_lengths(params, block_table, seq_lens)):
             for head in range(params.num_kv_heads):
-                k, v = self._tokens(params, page, block_table[row], head, torch.arange(length))
+                k, v = self._tokens(params, kv_cache, block_table[row], head, torch.arange(length))
                 key[start : start + length, head] = k.to(key.dtype)
                 value[start : start + length, head] = v.to(value.dtype)
             start += length
 
     @staticmethod
-    def _tokens(params, page, blocks, kv_head, tokens):
+    def _tokens(params, kv_cache, blocks, kv_head, tokens):
         """K and V of tokens of one context, float32 ``[K, D]`` each."""
         block, offset = (
             blocks[tokens // params.layout.block_size].long(),
             tokens % params.layout.block_size,
         )
-        k = params.layout.k(page)[block, kv_head, offset]  # [K, D]
-        v = params.layout.v(page)[block, kv_head, offset]
+        k = params.layout.k(kv_cache)[block, kv_head, offset]  # [K, D]
+        v = params.layout.v(kv_cache)[block, kv_head, offset]
         if params.fp8:
             k, v = k.view(ELEMENTS[params.fp8].values), v.view(ELEMENTS[params.fp8].values)
         return k.float() * params.k_scale, v.float() * params.v_scale

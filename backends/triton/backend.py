@@ -7,15 +7,17 @@ read on the device. So a decode step never synchronises and can be captured in a
 from __future__ import annotations
 
 import math
+import weakref
 from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from vllm_adamas.backends.arguments import typed
-from vllm_adamas.backends.base import MAX_GROUP, MIN_CAPABILITY, Backend, Params
+from vllm_adamas.backends.arguments import check_tensor
+from vllm_adamas.backends.base import MAX_GROUP, MIN_CAPABILITY, Backend, Layer, Params
+from vllm_adamas.backends.inspect import Inspectable
+from vllm_adamas.backends.launch import rounded_context
 from vllm_adamas.backends.triton.append import append_kernel
 from vllm_adamas.backends.triton.attend import attend_kernel, merge_kernel
 from vllm_adamas.backends.triton.gather import gather_kernel
@@ -37,7 +39,24 @@ APPEND_TOKENS, SCAN_TOKENS, SELECT_TOKENS, GATHER_TOKENS = 16, 128, 4096, 32
 SAMPLES, CANDIDATES = 1024, 1024  #: of select: scores that suggest a pivot; tokens of a later step
 
 
-class TritonBackend(Backend):
+class TritonLayer(Layer):
+    """A layer, and views of its pages as long as these are there."""
+
+    def __init__(self, params: Params, kv_cache: torch.Tensor):
+        super().__init__(params, kv_cache)
+        found = [Planes.of(params, kv_cache)]
+        self._found, self._gone = found, weakref.ref(kv_cache, lambda _: found.clear())
+
+    @property
+    def planes(self) -> Planes:
+        """
+        Raises:
+            RuntimeError: the KV cache has been dropped.
+        """
+        return self._found[0] if self._found else Planes.of(self.params, self.kv_cache)
+
+
+class TritonBackend(Backend, Inspectable):
     """Kernels of this folder: encode and scan, select, attend (sparse rows, dense rows), merge.
 
     Any of the page's K and V types, up to 16 query heads per KV head, contexts of any length.
@@ -49,7 +68,6 @@ class TritonBackend(Backend):
         self._plans: dict[tuple, Plan] = {}
         self._workspace = Workspace(release=self._plans.clear)
         self._reserved: dict[tuple, int] = {}
-        self._pages = WeakTensorKeyDictionary()  # page: whose planes these are, planes
         if INTERPRETED:
             return
         if not torch.cuda.is_available():
@@ -76,33 +94,38 @@ class TritonBackend(Backend):
         key = (params, max_rows, max_seq_len)
         if key not in self._reserved:  # the layers of a model ask alike
             self._reserved[key] = max(
-                Plan(params, rows + 1, max_seq_len, device).nbytes for rows in range(max_rows)
+                Plan(params, rows + 1, rounded_context(max_seq_len), device).nbytes
+                for rows in range(max_rows)
             )
         return self._workspace.at_least(device, self._reserved[key]).nbytes
 
-    def append(self, params, key, value, page, slot_mapping):
+    def bind(self, params, kv_cache):
+        return TritonLayer(params, kv_cache)
+
+    def append(self, layer, key, value, slot_mapping):
+        params, planes = layer.params, layer.planes
         layout, heads = params.layout, params.num_kv_heads
-        typed("slot_mapping", slot_mapping, torch.int64, None)
+        check_tensor("slot_mapping", slot_mapping, torch.int64, None)
         tokens = slot_mapping.shape[0]
         key, value = key[:tokens], value[:tokens]  # vLLM pads keys, not slots
         dtype = key.dtype if params.fp8 else layout.dtype
-        typed("key", key, dtype, tokens, heads, layout.head_size)
-        typed("value", value, dtype, tokens, heads, layout.head_size)
+        check_tensor("key", key, dtype, tokens, heads, layout.head_size)
+        check_tensor("value", value, dtype, tokens, heads, layout.head_size)
         if not tokens:
             return
         stored_key = _to_fp8(key, params.fp8, params.k_scale) if params.fp8 else key
         stored_value = _to_fp8(value, params.fp8, params.v_scale) if params.fp8 else value
-        planes = self._planes(params, page)
         append_kernel[triton.cdiv(tokens, APPEND_TOKENS), heads](
             key, params.key_mean, stored_key, stored_value, slot_mapping, tokens,
-            len(page) * layout.block_size,
+            len(planes.k) * layout.block_size,
             *key.stride()[:2], *stored_key.stride()[:2], *stored_value.stride()[:2],
             planes.k, planes.v, planes.hi, planes.lo, planes.scale, *planes.strides,
             params.coding.threshold, RELATIVE=params.coding.relative, N=layout.block_size,
             **_sizes(layout.head_size), BLOCK=_block(layout.head_size), TOKENS=APPEND_TOKENS,
         )  # fmt: skip
 
-    def scan(self, params, query, page, block_table, seq_lens):
+    def scan(self, layer, query, block_table, seq_lens):
+        params = layer.params
         rows = self._rows(params, query, block_table, seq_lens)
         held = block_table.shape[1] * params.layout.block_size
         longest = max(0, min(int(seq_lens.max()), held)) if rows else 0
@@ -113,14 +136,14 @@ class TritonBackend(Backend):
             for first in range(0, rows, plan.rows):
                 some = slice(first, first + plan.rows)
                 batch = (block_table[some], seq_lens[some], None, scores[some])
-                self._scan(plan, params, query[some], page, *batch)
+                self._scan(plan, layer, query[some], *batch)
         return scores
 
     def select(self, params, scores, seq_lens, budgets):
         rows, heads, _ = scores.shape
-        typed("scores", scores, torch.float32, rows, heads, None)
-        typed("seq_lens", seq_lens, torch.int32, rows)
-        typed("budgets", budgets, torch.int32, rows)
+        check_tensor("scores", scores, torch.float32, rows, heads, None)
+        check_tensor("seq_lens", seq_lens, torch.int32, rows)
+        check_tensor("budgets", budgets, torch.int32, rows)
         kept = params.attended(seq_lens.clamp_max(scores.shape[2]), budgets)
         most = int(kept.max()) if rows else 0
         tokens = torch.empty_like(scores, dtype=torch.int32)
@@ -129,59 +152,49 @@ class TritonBackend(Backend):
         index = torch.arange(most, device=scores.device)
         return tokens[..., :most].masked_fill(index >= kept[:, None, None], -1)
 
-    def decode(
-        self,
-        params,
-        query,
-        page,
-        block_table,
-        seq_lens,
-        budgets,
-        output,
-        stats,
-        *,
-        max_seq_len=None,
-        overlap=False,
-    ):
+    def decode(self, layer, query, batch, output, stats):
         """As :meth:`Backend.decode`; ``budgets`` being ``seq_lens`` says that every row is dense."""
+        params, block_table = layer.params, batch.block_table
+        seq_lens, budgets = batch.seq_lens, batch.budgets
         rows = seq_lens.shape[0]
         query, output = query[:rows], output[:rows]  # padding may follow
         self._rows(params, query, block_table, seq_lens)
-        typed("output", output, output.dtype, *query.shape)
-        typed("budgets", budgets, torch.int32, rows)
-        typed("stats", stats, torch.int64, 4)
+        check_tensor("output", output, output.dtype, *query.shape)
+        check_tensor("budgets", budgets, torch.int32, rows)
+        check_tensor("stats", stats, torch.int64, 4)
         if not rows:
             return
         longest = block_table.shape[1] * params.layout.block_size
-        if max_seq_len is not None:
-            longest = min(longest, max_seq_len)
+        if batch.max_seq_len is not None:
+            longest = min(longest, batch.max_seq_len)
         dense = params.sliding_window > 0 or budgets is seq_lens
         plan = self._plan(params, rows, longest, query.device)
+        scores, tokens = (x[..., :longest] for x in (plan.scores, plan.tokens))
         for first in range(0, rows, plan.rows):
             some = slice(first, first + plan.rows)
-            batch = (block_table[some], seq_lens[some], budgets[some])
-            if not dense:
-                self._scan(plan, params, query[some], page, *batch, plan.scores)
-                self._select(params, plan.scores, plan.tokens, *batch[1:], sparse_only=True)
-                self._attend(plan, params, query[some], page, *batch, plan.tokens)
-            self._attend(plan, params, query[some], page, *batch, None)
             out = output[some]
-            merge_kernel[len(batch[1]), params.num_query_heads](
-                plan.partial, plan.maximum, plan.total, out, *out.stride()[:2], *batch[1:], stats,
+            rows_of_pass = (block_table[some], seq_lens[some], budgets[some])
+            if not dense:
+                self._scan(plan, layer, query[some], *rows_of_pass, scores)
+                self._select(params, scores, tokens, *rows_of_pass[1:], sparse_only=True)
+                self._attend(plan, layer, query[some], *rows_of_pass, longest, tokens)
+            self._attend(plan, layer, query[some], *rows_of_pass, longest, None)
+            merge_kernel[len(out), params.num_query_heads](
+                plan.partial, plan.maximum, plan.total, out, *out.stride()[:2], *rows_of_pass[1:], stats,
                 params.v_scale, longest, params.least_budget, WINDOW=params.sliding_window,
                 PARTS=plan.parts, **_sizes(params.layout.head_size),
             )  # fmt: skip
 
-    def gather(self, params, page, block_table, seq_lens, key, value):
+    def gather(self, layer, block_table, seq_lens, key, value):
+        params, planes = layer.params, layer.planes
         layout, rows = params.layout, seq_lens.shape[0]
-        typed("key", key, key.dtype, None, params.num_kv_heads, layout.head_size)
-        typed("value", value, key.dtype, *key.shape)
-        typed("seq_lens", seq_lens, torch.int32, rows)
-        typed("block_table", block_table, torch.int32, rows, None)
+        check_tensor("key", key, key.dtype, None, params.num_kv_heads, layout.head_size)
+        check_tensor("value", value, key.dtype, *key.shape)
+        check_tensor("seq_lens", seq_lens, torch.int32, rows)
+        check_tensor("block_table", block_table, torch.int32, rows, None)
         longest = min(len(key), block_table.shape[1] * layout.block_size)
         if not rows or not longest:
             return
-        planes = self._planes(params, page)
         gather_kernel[triton.cdiv(longest, GATHER_TOKENS), rows, params.num_kv_heads](
             planes.k, planes.v, *planes.strides[:2], block_table, block_table.stride(0),
             seq_lens, key, value, *key.stride()[:2], *value.stride()[:2], len(key), longest,
@@ -189,9 +202,10 @@ class TritonBackend(Backend):
             FP8=params.fp8, TOKENS=GATHER_TOKENS,
         )  # fmt: skip
 
-    def _scan(self, plan, params, query, page, block_table, seq_lens, budgets, scores):
+    def _scan(self, plan, layer, query, block_table, seq_lens, budgets, scores):
+        params, planes = layer.params, layer.planes
         rows, heads, layout = len(query), params.num_kv_heads, params.layout
-        planes, dot = self._planes(params, page), params.score == "dot"
+        dot = params.score == "dot"
         shared = params.selection == "kv_head"
         summed = dot and shared
         encode_kernel[rows, heads](
@@ -216,9 +230,10 @@ class TritonBackend(Backend):
             SAMPLES=SAMPLES, TOKENS=SELECT_TOKENS, CANDIDATES=CANDIDATES, num_warps=8,
         )  # fmt: skip
 
-    def _attend(self, plan, params, query, page, block_table, seq_lens, budgets, tokens):
+    def _attend(self, plan, layer, query, block_table, seq_lens, budgets, longest, tokens):
         """Partial attention of the rows with a selection, or where ``tokens`` is None of the others."""
-        layout, planes, sparse = params.layout, self._planes(params, page), tokens is not None
+        params, planes, sparse = layer.params, layer.planes, tokens is not None
+        layout = params.layout
         alone = sparse and params.selection == "query_head"
         units = params.num_query_heads if alone else params.num_kv_heads
         dtype = torch.float32 if INTERPRETED else query.dtype  # numpy has no bfloat16
@@ -228,7 +243,7 @@ class TritonBackend(Backend):
             block_table, block_table.stride(0), seq_lens, budgets,
             tokens, *(tokens.stride()[:2] if sparse else (0, 0)),
             plan.partial, plan.maximum, plan.total,
-            params.softmax_scale * params.k_scale / math.log(2), plan.scores.shape[2],
+            params.softmax_scale * params.k_scale / math.log(2), longest,
             params.least_budget, WINDOW=params.sliding_window,
             SPARSE=sparse, HEADS=1 if alone else params.group, GROUP=params.group,
             N=layout.block_size, **_sizes(layout.head_size), FP8=params.fp8, DTYPE=DTYPES[dtype],
@@ -237,13 +252,14 @@ class TritonBackend(Backend):
 
     def _rows(self, params, query, block_table, seq_lens) -> int:
         rows = seq_lens.shape[0]
-        typed("seq_lens", seq_lens, torch.int32, rows)
-        typed("block_table", block_table, torch.int32, rows, None)
+        check_tensor("seq_lens", seq_lens, torch.int32, rows)
+        check_tensor("block_table", block_table, torch.int32, rows, None)
         dtype = query.dtype if params.fp8 else params.layout.dtype
-        typed("query", query, dtype, rows, params.num_query_heads, params.layout.head_size)
+        check_tensor("query", query, dtype, rows, params.num_query_heads, params.layout.head_size)
         return rows
 
     def _plan(self, params: Params, rows: int, longest: int, device: torch.device) -> Plan:
+        longest = rounded_context(longest)
         key = (params, rows, longest, device)
         plan = self._plans.get(key) or Plan(params, rows, longest, device)
         memory = self._workspace.at_least(device, plan.nbytes)
@@ -252,17 +268,9 @@ class TritonBackend(Backend):
             self._plans[key] = plan
         return plan
 
-    def _planes(self, params: Params, page: torch.Tensor) -> Planes:
-        """The planes of a page; made once per tensor, and gone with it."""
-        owner, planes = self._pages.get(page, (None, None))
-        if owner is not params:
-            planes = Planes.of(params, page)
-            self._pages[page] = params, planes
-        return planes
-
 
 class Planes(NamedTuple):
-    """Views of a page and their strides in elements, between blocks and between heads."""
+    """Views of a KV cache and their strides in elements, between blocks and between heads."""
 
     k: torch.Tensor
     v: torch.Tensor
@@ -272,7 +280,7 @@ class Planes(NamedTuple):
     strides: tuple[int, ...]
 
     @classmethod
-    def of(cls, params: Params, page: torch.Tensor) -> Planes:
+    def of(cls, params: Params, kv_cache: torch.Tensor) -> Planes:
         if params.group > MAX_GROUP:
             raise AdamasError(
                 f"{params.group} query heads per KV head are more than the {MAX_GROUP} that the Triton "
@@ -280,7 +288,9 @@ class Planes(NamedTuple):
             )
         layout = params.layout
         # Views through another dtype: they hold the memory, and not the tensor that it came in.
-        planes = [plane(page) for plane in (layout.k, layout.v, layout.hi, layout.lo, layout.scale)]
+        planes = [
+            plane(kv_cache) for plane in (layout.k, layout.v, layout.hi, layout.lo, layout.scale)
+        ]
         k, _, hi, _, scale = planes
         return cls(*planes, (*k.stride()[:2], *hi.stride()[:2], *scale.stride()[:2]))
 

@@ -1,4 +1,4 @@
-"""Dense prefill: the requests of a step that have several query tokens, and who computes them."""
+"""Dense attention: the requests of a step that have several query tokens, and layers that decode densely."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from vllm_adamas.backends.base import Backend, Params
+from vllm_adamas.backends.base import Backend, DecodeBatch, Layer, Params
 
 
 @dataclass
@@ -45,7 +45,7 @@ class PrefillPlan:
 
 
 class DenseAttention(ABC):
-    """Dense causal attention of a :class:`PrefillPlan`."""
+    """Dense causal attention, by kernels of vLLM."""
 
     def reserve(self, params: Params, dtype: torch.dtype, max_tokens: int) -> int:
         """Allocates what a layer's prefill needs beside its arguments; returns its size in bytes.
@@ -61,44 +61,36 @@ class DenseAttention(ABC):
         return False
 
     @abstractmethod
-    def run(
+    def prefill(
         self,
         backend: Backend,
-        params: Params,
+        layer: Layer,
         plan: PrefillPlan,
-        kv_cache_dtype: str,
         query: torch.Tensor,
         key: torch.Tensor | None,
         value: torch.Tensor | None,
-        page: torch.Tensor,
         output: torch.Tensor,
     ) -> None:
-        """Writes the plan's slice of ``output``.
+        """Writes the plan's slice of ``output``; the step's tokens have been appended to the pages.
 
         Args:
             query, output: ``[tokens, Hq, D]`` of the whole step; key, value: ``[tokens, Hkv, D]``,
                 None for layers that share another layer's cache.
-            page: the layer's KV cache, already appended to.
         """
 
     def decode(
         self,
-        params: Params,
+        layer: Layer,
         query: torch.Tensor,
-        page: torch.Tensor,
-        block_table: torch.Tensor,
-        seq_lens: torch.Tensor,
+        batch: DecodeBatch,
         query_start_loc: torch.Tensor,
         output: torch.Tensor,
-        max_seq_len: int,
     ) -> None:
         """Decode of R rows in a dense layer; can be captured in a CUDA graph.
 
         Args:
             query, output: ``[R, Hq, D]``; output is written, with zeros where the context is 0.
-            block_table, seq_lens: as in :meth:`Backend.decode`.
             query_start_loc: int32 ``[R + 1]``, 0 to R.
-            max_seq_len: an upper bound of ``seq_lens`` for every replay.
         """
         raise NotImplementedError(f"{type(self).__name__} decodes nothing")
 

@@ -1,4 +1,4 @@
-"""Dense prefill on a CPU through vLLM's own kernel.
+"""Dense attention on a CPU through vLLM's own kernel.
 
 That kernel wants keys as columns (or AMX tiles) inside a block, the page keeps them token-major for
 decode. So the K and V of the requests being prefilled are copied, layer by layer, into one scratch
@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 
 import torch
 
+from vllm_adamas.dtypes import kv_cache_dtype
+from vllm_adamas.serving import compat
 from vllm_adamas.serving.dense.base import DenseAttention, PrefillPlan, runs_of
 
 #: Tokens copied at a time: what is gathered is still in the L2 cache when it is repacked.
@@ -118,20 +120,21 @@ class CpuAttention(DenseAttention):
         self._max_tokens = max(self._max_tokens, max_tokens)
         return 0
 
-    def run(self, backend, params, plan, kv_cache_dtype, query, key, value, page, output):
+    def prefill(self, backend, layer, plan, query, key, value, output):
         if plan.prepared is None:
-            plan.prepared = parts(plan, self._max_tokens, params.layout.block_size)
+            plan.prepared = parts(plan, self._max_tokens, layer.params.layout.block_size)
         for part in plan.prepared:
-            self._run(backend, params, part, kv_cache_dtype, query, key, value, page, output)
+            self._prefill(backend, layer, part, query, key, value, output)
 
-    def _run(self, backend, params, plan, kv_cache_dtype, query, key, value, page, output):
-        from vllm import _custom_ops as ops
+    def _prefill(self, backend, layer, plan, query, key, value, output):
         from vllm import envs
-        from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
+        ops, isa_of = compat.cpu_attention()
+        params = layer.params
+        kind = kv_cache_dtype(params.fp8)
         layout, window = params.layout, params.sliding_window or -1
         size, heads, block = layout.head_size, params.num_kv_heads, layout.block_size
-        isa = _get_attn_isa(query.dtype, block, size, kv_cache_dtype)
+        isa = isa_of(query.dtype, block, size, kind)
         here, scratch = plan.tokens, plan.prepared
         cache = self._buffer("_cache", (scratch.num_blocks, heads, 2 * block, size), layout.dtype)
         # The kernel multiplies the unused tail of a block by zero weights: no NaN may be left there.
@@ -140,7 +143,7 @@ class CpuAttention(DenseAttention):
         scales = {
             "k_scale": params.k_scale,
             "v_scale": params.v_scale,
-            "kv_cache_dtype": kv_cache_dtype,
+            "kv_cache_dtype": kind,
         }
 
         def repack(keys, values, slots):
@@ -152,7 +155,7 @@ class CpuAttention(DenseAttention):
             for piece in parts:
                 shape = (2, piece.slots.shape[0], heads, size)
                 keys, values = self._buffer("_rows", shape, query.dtype)
-                backend.gather(params, page, piece.block_table, piece.length, keys, values)
+                backend.gather(layer, piece.block_table, piece.length, keys, values)
                 repack(keys, values, piece.slots)
 
         # A layer that shares another layer's cache has no keys of its own. The kernel truncates to fp8, by
@@ -177,7 +180,7 @@ class CpuAttention(DenseAttention):
                     sliding_window_size=window,
                     isa=isa,
                     enable_kv_split=envs.VLLM_CPU_ATTN_SPLIT_KV,
-                    kv_cache_dtype=kv_cache_dtype,
+                    kv_cache_dtype=kind,
                 )
             )
         ops.cpu_attention_with_kv_cache(

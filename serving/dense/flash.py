@@ -81,11 +81,12 @@ class FlashAttention(DenseAttention):
             self._scratch = self._scratch.new_zeros(size)
         return size
 
-    def run(self, backend, params, plan, kv_cache_dtype, query, key, value, page, output):
+    def prefill(self, backend, layer, plan, query, key, value, output):
+        params = layer.params
         if not params.fp8:
             _attend(
                 params,
-                *_views(params, page),
+                *_views(layer),
                 q=query[plan.tokens],
                 out=output[plan.tokens],
                 cu_seqlens_q=plan.query_start_loc,
@@ -102,33 +103,23 @@ class FlashAttention(DenseAttention):
         for part in plan.prepared:
             shape = (2, part.num_context_tokens, heads, size)
             k, v = rows[: torch.Size(shape).numel()].view(shape)
-            backend.gather(params, page, part.block_table, part.seq_lens, k, v)
+            backend.gather(layer, part.block_table, part.seq_lens, k, v)
             _attend(params, k, v, q=query[part.tokens], out=output[part.tokens], **part.batch)
 
     def decodes(self, params):
         return not params.fp8
 
-    def decode(
-        self,
-        params,
-        query,
-        page,
-        block_table,
-        seq_lens,
-        query_start_loc,
-        output,
-        max_seq_len,
-    ):
+    def decode(self, layer, query, batch, query_start_loc, output):
         _attend(
-            params,
-            *_views(params, page),
+            layer.params,
+            *_views(layer),
             q=query,
             out=output,
             cu_seqlens_q=query_start_loc,
             max_seqlen_q=1,
-            seqused_k=seq_lens,
-            max_seqlen_k=max_seq_len,
-            block_table=block_table,
+            seqused_k=batch.seq_lens,
+            max_seqlen_k=batch.max_seq_len,
+            block_table=batch.block_table,
         )
 
 
@@ -137,9 +128,10 @@ def _row_bytes(params, dtype) -> int:
     return 2 * params.num_kv_heads * params.layout.head_size * dtype.itemsize
 
 
-def _views(params, page) -> tuple[torch.Tensor, torch.Tensor]:
+def _views(layer) -> tuple[torch.Tensor, torch.Tensor]:
     """The K and V planes as ``[num_blocks, N, Hkv, D]``."""
-    return params.layout.k(page).transpose(1, 2), params.layout.v(page).transpose(1, 2)
+    layout, kv_cache = layer.params.layout, layer.kv_cache
+    return layout.k(kv_cache).transpose(1, 2), layout.v(kv_cache).transpose(1, 2)
 
 
 def _attend(params, k, v, **batch) -> None:

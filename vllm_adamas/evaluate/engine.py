@@ -158,20 +158,20 @@ class Engine:
             self.llm.reset_prefix_cache()
             return
         for layer, old in zip(layers, before, strict=True):
-            impl, page = layer.impl, layer.kv_cache
-            params = impl._of(layer, page)
+            impl, kv_cache = layer.impl, layer.kv_cache
+            bound = impl.bind(layer, kv_cache)
             ratio = impl.key_factor() / old  # powers of two: exact
             backend = impl.shared.backend(impl.config.kernels)  # unseen by recorders
-            layout, size, blocks = params.layout, params.layout.block_size, len(page)
-            at_once = max(1, RECODE_BYTES // (page[0].numel() * page.element_size()))
+            layout, size, blocks = bound.params.layout, kv_cache.shape[2], len(kv_cache)
+            at_once = max(1, RECODE_BYTES // (kv_cache[0].numel() * kv_cache.element_size()))
             for first in range(0, blocks, at_once):
                 some = slice(first, min(first + at_once, blocks))
                 key, value = (
-                    plane(page)[some].transpose(1, 2).flatten(0, 1).contiguous()
+                    plane(kv_cache)[some].transpose(1, 2).flatten(0, 1).contiguous()
                     for plane in (layout.k, layout.v)
                 )  # [blocks * N, Hkv, D]
-                slots = torch.arange(some.start * size, some.stop * size, device=page.device)
-                backend.append(params, key * ratio, value, page, slots)
+                slots = torch.arange(some.start * size, some.stop * size, device=kv_cache.device)
+                backend.append(bound, key * ratio, value, slots)
 
     def _set_budgets(self, builder, by_config, seq_lens, prefilling, out) -> None:
         """Rows of requests with a budget of their own get that."""

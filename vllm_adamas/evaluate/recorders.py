@@ -6,7 +6,8 @@ from collections import defaultdict
 
 import torch
 
-from vllm_adamas.backends.base import Backend, Params, Through
+from vllm_adamas.backends.base import Backend, Layer
+from vllm_adamas.evaluate.delegate import DelegatingBackend
 
 ROWS = 8  #: of a budget that are compared at most per step; they take turns
 
@@ -40,41 +41,43 @@ class MassRecord:
         return torch.stack([table[n, budget] / self.rows[n, budget] for n in self.layers()]).cpu()
 
 
-class Shadow(Through):
+class Shadow(DelegatingBackend):
     """Every ``stride``-th decode step is compared with dense attention over the same pages.
 
     The mass is that of the tokens which the backend's own scan and select choose; the error is
     ||output - dense|| / ||dense|| of what its decode wrote.
+
+    Args:
+        number: of the layer, in records.
     """
 
-    def __init__(self, inner: Backend, layer: int, record: MassRecord, stride: int = 8):
+    def __init__(self, inner: Backend, number: int, record: MassRecord, stride: int = 8):
         super().__init__(inner)
-        self.layer, self.record, self.stride = layer, record, stride
+        self.number, self.record, self.stride = number, record, stride
         self._steps = 0
 
-    def decode(self, params, query, page, block_table, seq_lens, budgets, output, stats, **kwargs):
-        arguments = (query, page, block_table, seq_lens, budgets, output, stats)
-        self.inner.decode(params, *arguments, **kwargs)
+    def decode(self, layer, query, batch, output, stats):
+        self.inner.decode(layer, query, batch, output, stats)
         self._steps += 1
-        if params.sliding_window or self._steps % self.stride:
+        if layer.params.sliding_window or self._steps % self.stride:
             return
         by_budget = defaultdict(list)
-        lengths = seq_lens.tolist()
-        for row, (budget, length) in enumerate(zip(budgets.tolist(), lengths, strict=True)):
-            if budget < length or (self.record.budgets and max(self.record.budgets) < length):
+        lengths, limits = batch.seq_lens.tolist(), self.record.budgets
+        for row, (budget, length) in enumerate(zip(batch.budgets.tolist(), lengths, strict=True)):
+            if budget < length or (limits and max(limits) < length):
                 by_budget[budget].append(row)
         for budget, rows in by_budget.items():
             turn = self._steps // self.stride * ROWS % len(rows)
             for row in (rows[turn:] + rows[:turn])[:ROWS]:
                 one = slice(row, row + 1)
-                seen = (query[one], page, block_table[one], seq_lens[one])
-                self._look(params, *seen, output[row], budget, lengths[row])
+                seen = (query[one], batch.block_table[one], batch.seq_lens[one])
+                self._look(layer, *seen, output[row], budget, lengths[row])
 
-    def _look(self, params: Params, query, page, table, lens, output, budget, length) -> None:
-        record, layer = self.record, self.layer
+    def _look(self, layer: Layer, query, table, lens, output, budget, length) -> None:
+        record, number, params = self.record, self.number, layer.params
         shape = (2, length, params.num_kv_heads, params.layout.head_size)
-        both = torch.empty(shape, dtype=output.dtype, device=page.device)
-        self.inner.gather(params, page, table, lens, *both)
+        both = torch.empty(shape, dtype=output.dtype, device=output.device)
+        self.inner.gather(layer, table, lens, *both)
         key, value = both.float().transpose(1, 2)  # [Hkv, L, D]
         q = query[0].float().unflatten(0, (params.num_kv_heads, params.group))  # [Hkv, G, D]
         weights = (q @ key.transpose(1, 2) * params.softmax_scale).softmax(-1)  # [Hkv, G, L]
@@ -82,9 +85,9 @@ class Shadow(Through):
         weights = weights.flatten(0, 1)  # [Hq, L]
         error = (output.float() - dense).norm(dim=-1) / dense.norm(dim=-1).clamp_min(1e-30)
         name = 0 if record.pooled else budget
-        record.error[layer, name] += error.double()
+        record.error[number, name] += error.double()
         sizes = record.budgets or (budget,)
-        scores = self.inner.scan(params, query, page, table, lens)
+        scores = self.inner.scan(layer, query, table, lens)
         best = weights.topk(min(max(sizes), length), -1).values.cumsum(-1)  # [Hq, K]
         for size in sizes:
             wanted = torch.full_like(lens, size)
@@ -92,9 +95,9 @@ class Shadow(Through):
             tokens = tokens.repeat_interleave(params.num_query_heads // len(tokens), 0)  # [Hq, K]
             mass = weights.gather(1, tokens.clamp_min(0)).masked_fill(tokens < 0, 0.0).sum(-1)
             name = 0 if record.pooled else size
-            record.rows[layer, name] += 1
-            record.mass[layer, name] += mass.double()
-            record.oracle[layer, name] += best[:, min(size, length) - 1].double()
+            record.rows[number, name] += 1
+            record.mass[number, name] += mass.double()
+            record.oracle[number, name] += best[:, min(size, length) - 1].double()
 
 
 class ChannelRecord:
@@ -109,22 +112,24 @@ class ChannelRecord:
         self.query_squares: dict[int, torch.Tensor | float] = defaultdict(float)
 
 
-class Capture(Through):
+class Capture(DelegatingBackend):
     """Adds every appended key, after RoPE and before any coding, and every decode query to a record."""
 
-    def __init__(self, inner: Backend, layer: int, record: ChannelRecord):
+    def __init__(self, inner: Backend, number: int, record: ChannelRecord):
         super().__init__(inner)
-        self.layer, self.record = layer, record
+        self.number, self.record = number, record
 
-    def append(self, params, key, value, page, slot_mapping):
-        self.inner.append(params, key, value, page, slot_mapping)
-        record, layer, kept = self.record, self.layer, key[slot_mapping >= 0].double()
-        record.tokens[layer] += len(kept)
-        record.key[layer] += kept.sum(0).cpu()
-        record.key_squares[layer] += kept.square().sum(0).cpu()
+    def append(self, layer, key, value, slot_mapping):
+        self.inner.append(layer, key, value, slot_mapping)
+        record, number = self.record, self.number
+        kept = key[: len(slot_mapping)][slot_mapping >= 0].double()
+        record.tokens[number] += len(kept)
+        record.key[number] += kept.sum(0).cpu()
+        record.key_squares[number] += kept.square().sum(0).cpu()
 
-    def decode(self, params, query, *args, **kwargs):
-        self.inner.decode(params, query, *args, **kwargs)
+    def decode(self, layer, query, batch, output, stats):
+        self.inner.decode(layer, query, batch, output, stats)
+        params, query = layer.params, query[: len(batch.seq_lens)]
         squares = query.double().unflatten(1, (params.num_kv_heads, params.group)).square()
-        self.record.rows[self.layer] += len(query) * params.group
-        self.record.query_squares[self.layer] += squares.sum((0, 2)).cpu()
+        self.record.rows[self.number] += len(query) * params.group
+        self.record.query_squares[self.number] += squares.sum((0, 2)).cpu()

@@ -6,12 +6,15 @@ None of them saves memory traffic as written here; they say what a choice costs 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Literal
 
 import torch
 
-from vllm_adamas.backends.base import Backend, Through
+from vllm_adamas.backends.base import Backend
+from vllm_adamas.backends.inspect import select_tokens
 from vllm_adamas.dtypes import ELEMENTS
+from vllm_adamas.evaluate.delegate import DelegatingBackend
 
 Selector = Literal["oracle", "quest", "streaming_llm"]
 
@@ -20,7 +23,7 @@ QUEST_PAGE = 16  #: tokens per page of Quest (arXiv 2406.10774)
 STREAMING_SINKS = 4  #: first tokens that StreamingLLM keeps (arXiv 2309.17453)
 
 
-class SelectorBackend(Through):
+class SelectorBackend(DelegatingBackend):
     """A backend whose decode chooses tokens by ``selector``, one set per query head.
 
     ``oracle``: the tokens with the largest true q.k. ``quest``: pages of 16 tokens by the upper bound
@@ -35,17 +38,14 @@ class SelectorBackend(Through):
     def description(self) -> str:
         return f"{self.selector} (PyTorch)"
 
-    def scan(self, params, query, page, block_table, seq_lens):
+    def scan(self, layer, query, block_table, seq_lens):
+        params = layer.params
         rows = query.shape[0]
         longest = int(seq_lens.max()) if rows else 0
         q = query.float().unflatten(1, (params.num_kv_heads, params.group))  # [R, Hkv, G, D]
         position = torch.arange(longest, device=query.device)
         beyond = (position >= seq_lens.view(-1, 1))[:, None]  # [R, 1, L]
-        key = (
-            None
-            if self.selector == "streaming_llm"
-            else self._keys(params, page, block_table, longest)
-        )
+        key = None if self.selector == "streaming_llm" else self._keys(layer, block_table, longest)
         if self.selector == "oracle":
             scores = (q @ key.transpose(-1, -2)).flatten(1, 2)
         elif self.selector == "quest":
@@ -67,77 +67,50 @@ class SelectorBackend(Through):
         return scores.masked_fill(beyond, -torch.inf)
 
     def select(self, params, scores, seq_lens, budgets):
-        longest = scores.shape[-1]
-        wanted = torch.minimum(budgets, seq_lens).view(-1, 1, 1)  # [R, 1, 1]
-        most = int(wanted.max()) if len(scores) else 0
-        best = scores.topk(most).values  # [R, heads, most]
-        last = best.gather(-1, (wanted - 1).clamp_min(0).expand(*best.shape[:2], 1).long())
-        position = torch.arange(longest, device=scores.device)
-        above = scores > last
-        equal = (scores == last) & (position < seq_lens.view(-1, 1, 1))
-        rank = equal.flip(-1).cumsum(-1).flip(-1)  # 1 is the most recent of the equal ones
-        chosen = above | (equal & (rank <= wanted - above.sum(-1, keepdim=True)))
-        slot = torch.where(chosen, chosen.cumsum(-1) - 1, most)
-        out = torch.full((*scores.shape[:2], most + 1), -1, device=scores.device)
-        return out.scatter_(-1, slot, position.expand_as(slot))[..., :most].to(torch.int32)
+        return select_tokens(params, scores, seq_lens, budgets)
 
-    def decode(
-        self,
-        params,
-        query,
-        page,
-        block_table,
-        seq_lens,
-        budgets,
-        output,
-        stats,
-        *,
-        max_seq_len=None,
-        overlap=False,
-    ):
-        sparse = (budgets < seq_lens) & (params.sliding_window == 0)
-        dense = seq_lens.masked_fill(sparse, 0)
-        self.inner.decode(
-            params,
-            query,
-            page,
-            block_table,
-            dense,
-            budgets,
-            output,
-            stats,
-            max_seq_len=max_seq_len,
-        )
+    def decode(self, layer, query, batch, output, stats):
+        params, query = layer.params, query[: len(batch.seq_lens)]
+        sparse = (batch.budgets < batch.seq_lens) & (params.sliding_window == 0)
+        dense = replace(batch, seq_lens=batch.seq_lens.masked_fill(sparse, 0))
+        self.inner.decode(layer, query, dense, output, stats)
         if not bool(sparse.any()):
             return
-        elements = int(seq_lens.max()) * params.num_kv_heads * params.layout.head_size
+        elements = int(batch.seq_lens.max()) * params.num_kv_heads * params.layout.head_size
         for rows in sparse.nonzero().flatten().split(max(1, KEYS_AT_ONCE // elements)):
-            some = (page, block_table[rows], seq_lens[rows])
-            tokens = self.select(
-                params, self.scan(params, query[rows], *some), seq_lens[rows], budgets[rows]
+            table, lens, budgets = (
+                batch.block_table[rows],
+                batch.seq_lens[rows],
+                batch.budgets[rows],
             )
-            found = self._attend(params, query[rows].float(), page, block_table[rows], tokens)
+            tokens = self.select(params, self.scan(layer, query[rows], table, lens), lens, budgets)
+            found = self._attend(layer, query[rows].float(), table, tokens)
             output[rows] = found.to(output.dtype)
 
-    def _attend(self, params, query, page, block_table, tokens):
+    def _attend(self, layer, query, block_table, tokens):
         """Softmax over ``tokens`` ``[R, Hq, K]``, -1 where there is none: float32 ``[R, Hq, D]``."""
+        params, kv_cache = layer.params, layer.kv_cache
         layout = params.layout
-        heads = torch.arange(params.num_query_heads, device=page.device) // params.group
+        heads = torch.arange(params.num_query_heads, device=query.device) // params.group
         at = tokens.long().clamp_min(0)
-        row = torch.arange(len(at), device=page.device)[:, None, None]
+        row = torch.arange(len(at), device=query.device)[:, None, None]
         block = block_table[row, at // layout.block_size].long()  # [R, Hq, K]
         k, v = (
             self._real(params, plane[block, heads[None, :, None], at % layout.block_size]) * scale
-            for plane, scale in ((layout.k(page), params.k_scale), (layout.v(page), params.v_scale))
+            for plane, scale in (
+                (layout.k(kv_cache), params.k_scale),
+                (layout.v(kv_cache), params.v_scale),
+            )
         )  # [R, Hq, K, D]
         logits = (k @ query.unsqueeze(-1)).squeeze(-1) * params.softmax_scale
         weights = logits.masked_fill(tokens < 0, -torch.inf).softmax(-1)
         return (weights.unsqueeze(2) @ v).squeeze(2)
 
-    def _keys(self, params, page, block_table, longest):
+    def _keys(self, layer, block_table, longest):
         """K of R contexts, float32 ``[R, Hkv, L, D]``; finite beyond a context."""
+        params = layer.params
         used = block_table[:, : -(-longest // params.layout.block_size)].long()
-        key = self._real(params, params.layout.k(page)[used])  # [R, blocks, Hkv, N, D]
+        key = self._real(params, params.layout.k(layer.kv_cache)[used])  # [R, blocks, Hkv, N, D]
         key = key.transpose(1, 2).flatten(2, 3)[:, :, :longest] * params.k_scale
         return key.nan_to_num_(0.0, 0.0, 0.0)  # blocks beyond a context hold anything
 

@@ -8,7 +8,7 @@
 #include "sm90/histogram.cuh"
 #include "sm90/order.cuh"
 #include "sm90/rows.cuh"
-#include "sm90/sample.cuh"
+#include "sm90/sample.h"
 
 namespace adamas {
 
@@ -26,7 +26,7 @@ struct CandidateList {
 
   // How many of them to fetch before their number is known: a little more than encode aims at.
   static __device__ __forceinline__ int expected(const DecodeParams& p, const RowPlan& plan) {
-    const int bits = sample_bits(p.max_seq_len);
+    const int bits = p.sample_bits;
     const int64_t aim = int64_t(sample_rank(plan.need, 1 << bits, plan.length)) * plan.length * 5 / 4 >> bits;
     return (min(int(aim), kKept) + kThreads - 1) / kThreads * kThreads;
   }
