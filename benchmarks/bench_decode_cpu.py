@@ -51,13 +51,14 @@ QUERY_HEADS, KV_HEADS = args.query_heads, args.kv_heads
 os.environ["OMP_NUM_THREADS"] = str(args.threads)
 
 import torch  # noqa: E402
-from common import hardware, save, spread  # noqa: E402
+from common import environment, save, spread  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 
 from vllm_adamas.backends.base import Params  # noqa: E402
 from vllm_adamas.backends.cpu.backend import CpuBackend  # noqa: E402
 from vllm_adamas.config import AdamasConfig  # noqa: E402
 from vllm_adamas.layout import PageLayout  # noqa: E402
+from vllm_adamas.tables import plain  # noqa: E402
 
 torch.set_num_threads(args.threads)
 current_platform.import_kernels()
@@ -174,12 +175,25 @@ def timed(step) -> float:
     return 1e3 * (time.perf_counter() - start) / STEPS
 
 
+def table(rows: list[dict]) -> str:
+    """What people see of the cells of one context."""
+    headers = ["context", "budget", "score", "selection", "dense ms", "sparse ms", "speed-up"]
+    return plain(
+        [*headers, "q1", "q3", "GB/s"],
+        [
+            [
+                *(row[key] for key in headers[:4]),
+                *(f"{row[key]['median']:.2f}" for key in ("dense_ms", "sparse_ms")),
+                *(f"{row['speedup'][key]:.2f}" for key in ("median", "q1", "q3")),
+                f"{row['sparse_gb_per_s']:.1f}",
+            ]
+            for row in rows
+        ],
+    )
+
+
 def main():
     rows = []
-    print(
-        f"{'context':>8} {'budget':>7} {'score':>10} {'selection':>11} {'dense ms':>9} {'sparse ms':>10} "
-        f"{'speed-up':>20} {'GB/s':>6}"
-    )
     for context in args.contexts:
         torch.manual_seed(0)
         batch = Batch(context)
@@ -201,11 +215,7 @@ def main():
             row["sparse_gb_per_s"] = row["sparse_bytes"] / row["sparse_ms"]["median"] / 1e6
             row["dense_gb_per_s"] = dense_bytes / row["dense_ms"]["median"] / 1e6
             rows.append(row)
-            print(
-                f"{context:>8} {budget:>7} {score:>10} {selection:>11} {row['dense_ms']['median']:>9.2f} "
-                f"{row['sparse_ms']['median']:>10.2f} {ratio['median']:>7.2f} "
-                f"({ratio['q1']:.2f}-{ratio['q3']:.2f}) {row['sparse_gb_per_s']:>6.1f}"
-            )
+        print(table([row for row in rows if row["context"] == context]), end="\n\n", flush=True)
     if args.name:
         model = {"layers": LAYERS, "dense_layers": DENSE_LAYERS, "query_heads": QUERY_HEADS, "kv_heads": KV_HEADS,
                  "head_size": HEAD_SIZE, "dtype": "bfloat16", "block_size": BLOCK_SIZE}  # fmt: skip
@@ -216,7 +226,7 @@ def main():
         }
         print(
             "wrote",
-            save(args.name, {"hardware": hardware(), "model": model, **peers, "rows": rows}),
+            save(args.name, {"environment": environment(), "model": model, **peers, "rows": rows}),
         )
 
 

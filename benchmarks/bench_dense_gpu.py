@@ -14,13 +14,15 @@ from __future__ import annotations
 import argparse
 
 import torch
-from bench_decode_gpu import HEAD_SIZE, KV_HEADS, QUERY_HEADS, Pool, bench_fa3, params_of, timed
-from common import gpu_hardware, save
+from bench_decode_gpu import HEAD_SIZE, KV_HEADS, QUERY_HEADS, Pool, bench_peer, params_of, timed
+from common import environment, save
+from peers import flash_attention
 from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
 from vllm_adamas.backends.cuda.backend import CudaBackend
 from vllm_adamas.serving.dense.base import PrefillPlan
 from vllm_adamas.serving.dense.flash import FlashAttention
+from vllm_adamas.tables import plain
 
 CELLS = ("1024x1", "1024x32", "8192x1", "8192x8", "32768x1", "32768x8", "32768x22", "131072x5")
 MAX_CONTEXT = 131072
@@ -53,16 +55,11 @@ def measure(backend, flash, pool, length: int, rows: int) -> dict:
     cell = {"context": length, "rows": rows}
     cell["kernels"] = timed([lambda q=q, t=t, o=o: kernels(q, t, o) for q, t, o, _ in args])
     cell["flash"] = timed([lambda q=q, t=t, o=o: through_page(q, t, o) for q, t, _, o in args])
-    cell["flash_own_layout"] = bench_fa3(pool, length, rows, copies)
+    cell["flash_own_layout"] = bench_peer(flash_attention.PEER, pool, length, rows, copies)
     for a, b in zip(*outputs.values(), strict=True):
         torch.testing.assert_close(a, b, atol=2e-3, rtol=2e-2)
     for name in ("kernels", "flash"):
         cell[name] = pool.dense_rate(cell[name], length, rows)
-    shown = "  ".join(
-        f"{n} {cell[n]['us']:.1f} us {cell[n]['GBps']} GB/s"
-        for n in ("kernels", "flash", "flash_own_layout")
-    )
-    print(f"{length:>7} x {rows:<3} {shown}", flush=True)
     return cell
 
 
@@ -103,9 +100,14 @@ def prefill(backend, flash, pools: dict, length: int) -> dict:
     row["flash_fp8"] = timed(
         [lambda: flash_attn_varlen_func(q, k, v, out=output, **batch, **scales)], replays=9
     )
-    shown = "  ".join(f"{n} {x['us']:.0f} us" for n, x in row.items() if isinstance(x, dict))
-    print(f"prefill {NEW} of {length:>7} {shown}", flush=True)
     return row
+
+
+def table(rows: list[dict], places: tuple[str, str], what: str) -> str:
+    """The medians of measurements in µs, one column each, behind the two keys that say of what."""
+    names = [name for name, one in rows[0].items() if isinstance(one, dict)]
+    shown = [[*(row[p] for p in places), *(f"{row[n]['us']:.1f}" for n in names)] for row in rows]
+    return f"{what}, us\n{plain([*places, *names], shown)}\n"
 
 
 def main():
@@ -117,9 +119,11 @@ def main():
     backend, flash = CudaBackend(), FlashAttention()
     pool = Pool(backend)
     cells = [measure(backend, flash, pool, *map(int, cell.split("x"))) for cell in args.cells]
+    print(table(cells, ("context", "rows"), "decode of a dense layer"), flush=True)
     pools = {"bf16": pool, "fp8": Pool(backend, tokens=MAX_CONTEXT, dense=False, fp8="e4m3")}
-    result = {"hardware": gpu_hardware(), "max_context": MAX_CONTEXT, "cells": cells}
+    result = {"environment": environment(), "max_context": MAX_CONTEXT, "cells": cells}
     result["prefill"] = [prefill(backend, flash, pools, length) for length in CONTEXTS]
+    print(table(result["prefill"], ("context", "new"), "prefill of the last tokens"))
     print("wrote", save(args.name, result))
 
 

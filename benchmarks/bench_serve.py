@@ -16,9 +16,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import RESULTS, hardware, save, spread
+from common import RESULTS, environment, save, spread
 
 from vllm_adamas.serving.launch import Server
+from vllm_adamas.tables import plain
 
 MODEL = Path(__file__).parent.parent / ".models" / "SmolLM2-135M-Instruct"
 BACKENDS = ("cpu_attn", "adamas")
@@ -93,14 +94,24 @@ def compare(context: int, dense: dict, sparse: dict) -> dict:
         row[f"dense_{key}_ms"] = spread(dense[key])
         row[f"adamas_{key}_ms"] = spread(sparse[key])
         row[f"{key}_ratio"] = spread([d / s for d, s in zip(dense[key], sparse[key], strict=True)])
-    tpot, ttft = row["tpot_ratio"], row["ttft_ratio"]
-    print(
-        f"{context:>6} tokens: TPOT {row['dense_tpot_ms']['median']:.1f} -> "
-        f"{row['adamas_tpot_ms']['median']:.1f} ms, {tpot['median']:.2f}x "
-        f"({tpot['q1']:.2f}-{tpot['q3']:.2f}); TTFT {ttft['median']:.3f}x "
-        f"({ttft['q1']:.3f}-{ttft['q3']:.3f})"
-    )
     return row
+
+
+def table(rows: list[dict]) -> str:
+    """Medians, and the quartiles of the ratios."""
+    headers = ["context", "dense TPOT ms", "adamas TPOT ms", "TPOT ratio", "q1", "q3"]
+    return plain(
+        [*headers, "TTFT ratio", "q1", "q3"],
+        [
+            [
+                row["context"],
+                *(f"{row[f'{name}_tpot_ms']['median']:.1f}" for name in ("dense", "adamas")),
+                *(f"{row['tpot_ratio'][key]:.2f}" for key in ("median", "q1", "q3")),
+                *(f"{row['ttft_ratio'][key]:.3f}" for key in ("median", "q1", "q3")),
+            ]
+            for row in rows
+        ],
+    )
 
 
 def plot(rows: list[dict], path: Path, title: str) -> None:
@@ -132,9 +143,10 @@ def plot(rows: list[dict], path: Path, title: str) -> None:
 def main():
     args = parse_args()
     rows, line = measure(args)
-    facts = hardware()
+    print(table(rows))
+    facts = environment()
     result = {
-        "hardware": facts,
+        "environment": facts,
         "model": Path(args.model).name,
         "adamas": line.partition("backend: ")[2],
         "output_len": args.output_len,
@@ -144,7 +156,7 @@ def main():
     plot(
         rows,
         RESULTS / f"{args.name}.png",
-        f"{Path(args.model).name}, {facts['processor']}, 1 worker thread",
+        f"{Path(args.model).name}, {facts['cpu']}, 1 worker thread",
     )
 
 

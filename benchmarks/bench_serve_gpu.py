@@ -26,10 +26,11 @@ from itertools import pairwise
 from pathlib import Path
 
 from bench_serve import MODEL
-from common import RESULTS, gpu_hardware, save, spread
+from common import RESULTS, environment, save, spread
 
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.serving.launch import Server
+from vllm_adamas.tables import plain
 
 BACKENDS = ("flash_attn", "adamas")
 LLAMA_8B = {
@@ -265,7 +266,7 @@ class Bench:
 
     def __init__(self, args, model: Path):
         self.args, self.model = args, model
-        self.facts: dict = {"hardware": gpu_hardware(), "devices": args.devices or ["0", "0"]}
+        self.facts: dict = {"environment": environment(), "devices": args.devices or ["0", "0"]}
         self.loads: list[Load] = []
 
     def start(
@@ -299,7 +300,7 @@ class Bench:
         """Every load; the file is kept up to date, because a run takes long and may be cut short."""
         args = self.args
         if args.loads or args.mixed_rounds:
-            self.run_together([Load.parse(x) for x in args.loads])
+            self.run_on_one_gpu([Load.parse(x) for x in args.loads])
         big = [Load.parse(x) for x in args.big_loads]
         turns = [BACKENDS] if args.devices else [(name,) for name in BACKENDS]
         for names in turns if big else ():
@@ -310,7 +311,7 @@ class Bench:
                     self.keep(load)
         return self.result()
 
-    def run_together(self, loads: list[Load]) -> None:
+    def run_on_one_gpu(self, loads: list[Load]) -> None:
         """What both servers measure in turn on one GPU."""
         args = self.args
         with ExitStack() as stack:
@@ -349,18 +350,32 @@ def kv_tokens(log: str) -> int:
     return int(line.partition("KV cache size:")[2].split()[0].replace(",", ""))
 
 
+def table(rows: list[dict]) -> str:
+    """Medians, their ratios, and what reading alone would take."""
+    headers = ["context", "requests", "dense TPOT ms", "adamas TPOT ms", "ratio", "ITL ratio"]
+    return plain(
+        [*headers, "TTFT ratio", "dense floor ms", "adamas floor ms"],
+        [
+            [
+                row["context"],
+                row["concurrency"],
+                *(f"{row[f'{name}_tpot_ms']['median']:.2f}" for name in ("dense", "adamas")),
+                f"{row['tpot_ratio']:.2f}",
+                f"{row['itl_ratio']:.2f}",
+                f"{row['ttft_ratio']:.3f}",
+                *(f"{row['floor_ms'][name]:.2f}" for name in ("dense", "adamas")),
+            ]
+            for row in rows
+        ],
+    )
+
+
 def main():
     args = parse_args()
     with tempfile.TemporaryDirectory() as folder:
         model = make_model(Path(folder), Path(args.tokenizer))
         result = Bench(args, model).run()
-    for row in result["rows"]:
-        print(
-            f"{row['context']:>7} x {row['concurrency']:<3} TPOT {row['dense_tpot_ms']['median']:.2f} -> "
-            f"{row['adamas_tpot_ms']['median']:.2f} ms, {row['tpot_ratio']:.2f}x; "
-            f"ITL {row['itl_ratio']:.2f}x; TTFT {row['ttft_ratio']:.3f}x; floors "
-            f"{row['floor_ms']['dense']:.2f} -> {row['floor_ms']['adamas']:.2f} ms"
-        )
+    print(table(result["rows"]))
     print("wrote", save(args.name, result))
 
 

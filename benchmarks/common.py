@@ -1,62 +1,31 @@
-"""What every benchmark shares: environment facts, statistics, and the file that keeps the result."""
+"""What every benchmark shares: the environment, statistics, and the file that keeps the result."""
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+
+from vllm_adamas.environment import Environment
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def hardware() -> dict:
-    """Processor, cores and versions, as a result file records them."""
-    import torch
+def environment(packages: Sequence[str] = ()) -> dict:
+    """What a result file keeps of this host and its software: :class:`Environment`.
 
-    import vllm_adamas
-    from vllm_adamas.serving import compat
-
-    model, flags = platform.machine(), set()
-    if os.path.exists("/proc/cpuinfo"):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            key, _, value = line.partition(":")
-            if key.strip() == "model name":
-                model = value.strip()
-            if key.strip() == "flags":
-                flags = set(value.split())
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        cwd=RESULTS.parent,
-    ).stdout.strip()
-    interesting = ("avx2", "avx512f", "avx512_vpopcntdq", "avx512_vnni", "avx512_bf16", "amx_tile")
-    return {
-        "processor": model,
-        "cores": os.cpu_count(),
-        "instruction_sets": [f for f in interesting if f in flags],
-        "torch": torch.__version__,
-        "vllm": compat.vllm_version(),
-        "vllm_adamas": vllm_adamas.__version__,
-        "commit": commit,
-        "date": datetime.date.today().isoformat(),
-    }
+    Args:
+        packages: distributions that are measured beside the project's own kernels.
+    """
+    return Environment.capture(RESULTS.parent, packages).record()
 
 
-def gpu_hardware() -> dict:
-    """As :func:`hardware`, for a benchmark that runs on a GPU."""
-    import torch
-
-    query = ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"]
-    first = subprocess.run(query, capture_output=True, text=True).stdout.partition("\n")[0]
-    name, _, driver = first.partition(",")
-    gpu = {"gpu": name.strip(), "driver": driver.strip(), "cuda": torch.version.cuda}
-    return gpu | hardware()
+def load(name: str) -> tuple[dict, Environment]:
+    """``benchmarks/results/<name>.json`` and the environment it was measured in."""
+    result = json.loads((RESULTS / f"{name}.json").read_text())
+    return result, Environment.model_validate(result["environment"])
 
 
 def spread(samples: list[float]) -> dict:

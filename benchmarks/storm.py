@@ -24,7 +24,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench_serve import MODEL
-from common import gpu_hardware, hardware, save
+from common import environment, save
 
 from vllm_adamas.serving.launch import Server
 from vllm_adamas.serving.storm.traffic import WEIGHTS
@@ -178,9 +178,13 @@ class Storms:
 
     def __init__(self, args, device: str):
         self.args, self.name = args, args.name or f"storm_{device}"
-        facts = gpu_hardware() if device == "gpu" else hardware()
-        self.result = {"hardware": facts, "model": Path(args.model).name, "seed": args.seed}
-        self.result |= {"minutes": args.minutes, "configurations": {}}
+        self.result = {
+            "environment": environment(),
+            "model": Path(args.model).name,
+            "seed": args.seed,
+            "minutes": args.minutes,
+            "configurations": {},
+        }
 
     def one(
         self,

@@ -7,15 +7,19 @@ With --check nothing is written; the exit status is 1 when the document differs 
 
 from __future__ import annotations
 
-import json
 import sys
 
-from common import RESULTS, update_document
+from common import RESULTS, load, update_document
+from peers import PEERS
+
+from vllm_adamas.environment import Environment
+from vllm_adamas.tables import markdown
 
 DOCUMENT = RESULTS.parent.parent / "docs" / "kernels.md"
 PLOT = RESULTS / "decode_gpu.png"
 SELECTIONS = ("query_head", "kv_head")
-PEERS = {"triton": "vLLM's Triton", "flashinfer": "FlashInfer", "xformers": "xformers split-K"}
+BASELINE, *OTHERS = PEERS.values()
+DENSE_US = f"{BASELINE.heading} µs"
 
 
 def tokens(n: int) -> str:
@@ -34,10 +38,8 @@ def timing(cell: dict, name: str) -> str:
     return f"{one['us']:.1f}{speedup}{how}"
 
 
-def table(header: str, rows: list[list]) -> list[str]:
-    columns = header.split(" | ")
-    lines = [columns, ["---"] * len(columns), *rows]
-    return ["| " + " | ".join(map(str, line)) + " |" for line in lines] + [""]
+def table(headers: list[str], rows: list[list]) -> list[str]:
+    return [*markdown(headers, rows), ""]
 
 
 def cells(result: dict) -> list[str]:
@@ -47,7 +49,7 @@ def cells(result: dict) -> list[str]:
         rows.append(
             [
                 f"{tokens(cell['context'])} x {cell['rows']}",
-                cell["fa3"]["us"],
+                cell[BASELINE.name]["us"],
                 timing(cell, "dot query_head"),
                 timing(cell, "dot kv_head"),
                 timing(cell, "manhattan query_head"),
@@ -57,25 +59,30 @@ def cells(result: dict) -> list[str]:
                 f"{three['attend_us']}",
             ]
         )
-    return table(
-        "context x rows | FA3 µs | dot, set per query head | dot, per KV head"
-        " | manhattan, per query head | manhattan, per KV head | reading signatures µs (GB/s)"
-        " | encode / scan (reading / scan) / attend µs, dot per query head",
-        rows,
-    )
+    headers = [
+        "context x rows",
+        DENSE_US,
+        "dot, set per query head",
+        "dot, per KV head",
+        "manhattan, per query head",
+        "manhattan, per KV head",
+        "reading signatures µs (GB/s)",
+        "encode / scan (reading / scan) / attend µs, dot per query head",
+    ]
+    return table(headers, rows)
 
 
 def peers(result: dict) -> list[str]:
-    """Every dense kernel that was measured, with its time as a multiple of FlashAttention 3's."""
-    found = [name for name in PEERS if any(name in cell for cell in result["cells"])]
+    """Every dense kernel that was measured, with its time as a multiple of the baseline's."""
+    found = [peer for peer in OTHERS if any(peer.name in cell for cell in result["cells"])]
     rows = []
     for cell in result["cells"]:
-        row = [f"{tokens(cell['context'])} x {cell['rows']}", cell["fa3"]["us"]]
-        for name in found:
-            us = cell.get(name, {}).get("us")
+        row = [f"{tokens(cell['context'])} x {cell['rows']}", cell[BASELINE.name]["us"]]
+        for peer in found:
+            us = cell.get(peer.name, {}).get("us")
             row.append(f"{us} ({us / cell['fa3']['us']:.2f})" if us else "-")
         rows.append(row)
-    return table(" | ".join(["context x rows", "FA3 µs", *(f"{PEERS[n]} µs" for n in found)]), rows)
+    return table(["context x rows", DENSE_US, *(f"{peer.heading} µs" for peer in found)], rows)
 
 
 def both_kernels(result: dict) -> list[str]:
@@ -88,29 +95,29 @@ def both_kernels(result: dict) -> list[str]:
                 name = f"{tokens(cell['context'])} x {cell['rows']}"
                 taken = "one" if one["runs"] == "fused" else "three"
                 rows.append([name, selection, fused["cluster"], fused["us"], three["us"], taken])
-    return table(
-        "context x rows | set per | cluster | one kernel µs | three kernels µs | taken", rows
-    )
+    headers = ["context x rows", "set per", "cluster", "one kernel µs", "three kernels µs", "taken"]
+    return table(headers, rows)
 
 
-def part(result: dict, name: str, first: str) -> list[str]:
+def part(result: dict, name: str, with_budget: bool) -> list[str]:
     rows = []
     for cell in result[name]:
         shape = f"{tokens(cell['context'])} x {cell['rows']}"
-        start = [shape] + ([cell["budget"]] if first else [])
-        dense = cell.get("fa3", {}).get("us", "-")
+        start = [shape, cell["budget"]] if with_budget else [shape]
+        dense = cell.get(BASELINE.name, {}).get("us", "-")
         rows.append([*start, dense, *(timing(cell, f"dot {s}") for s in SELECTIONS)])
-    return table(f"context x rows{first} | FA3 µs | set per query head | set per KV head", rows)
+    headers = ["context x rows", *(["budget"] if with_budget else [])]
+    return table([*headers, DENSE_US, "set per query head", "set per KV head"], rows)
 
 
-def render(result: dict) -> list[str]:
-    e = result["environment"]
+def render(result: dict, environment: Environment) -> list[str]:
+    versions = environment.versions
     lines = [
-        f"One run: {e['gpu']}, driver {e['driver']}, CUDA {e['cuda']}, torch {e['torch']}, "
-        f"vLLM {e.get('vllm', '-')}. Microseconds of a decode step of one layer, speed-up over FlashAttention 3.",
+        f"One run: {environment.gpu}, driver {environment.driver}, CUDA {environment.cuda}, "
+        f"torch {versions['torch']}, vLLM {versions.get('vllm', '-')}. Microseconds of a decode step of one layer, speed-up over {BASELINE.title}.",
         "",
         *cells(result),
-        "Dense decode kernels over one cache, µs (as a multiple of FlashAttention 3):",
+        f"Dense decode kernels over one cache, µs (as a multiple of {BASELINE.title}):",
         "",
         *peers(result),
         "Where both forms of a step can run:",
@@ -118,14 +125,14 @@ def render(result: dict) -> list[str]:
         *both_kernels(result),
     ]
     titles = {
-        "budgets": ("Token budgets, dot:", " | budget"),
-        "contexts": ("Other contexts, one row, dot:", ""),
-        "mha": ("Multi-head attention (32 query and 32 KV heads), one row, dot:", ""),
-        "fp8": ("e4m3 pages, dot:", ""),
+        "budgets": "Token budgets, dot:",
+        "contexts": "Other contexts, one row, dot:",
+        "mha": "Multi-head attention (32 query and 32 KV heads), one row, dot:",
+        "fp8": "e4m3 pages, dot:",
     }
-    for name, (title, first) in titles.items():
+    for name, title in titles.items():
         if name in result:
-            lines += [title, "", *part(result, name, first)]
+            lines += [title, "", *part(result, name, with_budget=name == "budgets")]
     return [
         *lines,
         f"![time and speed-up against context length](../benchmarks/results/{PLOT.name})",
@@ -143,7 +150,7 @@ def plot(result: dict) -> None:
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
     one = [cell for cell in measured if cell["rows"] == 1]
     lengths = [cell["context"] for cell in one]
-    left.loglog(lengths, [cell["fa3"]["us"] for cell in one], "k.-", label="FlashAttention 3")
+    left.loglog(lengths, [cell[BASELINE.name]["us"] for cell in one], "k.-", label=BASELINE.title)
     for selection in SELECTIONS:
         times = [used(cell, f"dot {selection}")["us"] for cell in one]
         left.loglog(lengths, times, ".-", label=f"one set per {selection}")
@@ -165,7 +172,7 @@ def plot(result: dict) -> None:
 
 
 if __name__ == "__main__":
-    record = json.loads((RESULTS / "decode_gpu.json").read_text())
+    record, environment = load("decode_gpu")
     if "--check" not in sys.argv:
         plot(record)
-    sys.exit(update_document(DOCUMENT, "update_kernels", render(record)))
+    sys.exit(update_document(DOCUMENT, "update_kernels", render(record, environment)))

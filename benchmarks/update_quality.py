@@ -18,6 +18,7 @@ from vllm_adamas.config import AdamasConfig
 from vllm_adamas.evaluate import report
 from vllm_adamas.evaluate.command import profile_table
 from vllm_adamas.evaluate.study import FAMILIES, PERPLEXITY
+from vllm_adamas.tables import markdown
 
 DOCUMENT = RESULTS.parent.parent / "docs" / "quality.md"
 
@@ -85,10 +86,7 @@ TARGETS = (
 
 def targets(results: dict[str, dict]) -> list[str]:
     """A table of wanted and measured, with the best configuration of the same budget."""
-    lines = [
-        "| model | target | wanted | measured | | best with this budget |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = []
     for target in TARGETS:
         rows = {
             row["family"]: row[target.key]
@@ -101,11 +99,17 @@ def targets(results: dict[str, dict]) -> list[str]:
             continue
         found, best = rows[target.family], max(rows, key=lambda name: target.good(rows[name]))
         lines.append(
-            f"| {target.model} | {target.words} | {target.wanted()} | `{target.family}-{target.budget}` "
-            f"{target.show(found)} | {'met' if target.met(found) else 'missed'} | "
-            f"`{best}` {target.show(rows[best])} |"
+            [
+                target.model,
+                target.words,
+                target.wanted(),
+                f"`{target.family}-{target.budget}` {target.show(found)}",
+                "met" if target.met(found) else "missed",
+                f"`{best}` {target.show(rows[best])}",
+            ]
         )
-    return [*lines, ""]
+    headers = ["model", "target", "wanted", "measured", "", "best with this budget"]
+    return [*markdown(headers, lines), ""]
 
 
 def times(result: dict, bench: dict) -> list[str]:
@@ -119,8 +123,13 @@ def times(result: dict, bench: dict) -> list[str]:
         if row is not None:
             low, middle, high = (cell["sparse_ms"][what] for what in ("q1", "median", "q3"))
             lines.append(
-                f"| {row['name']} | {middle:.2f} ({low:.2f}–{high:.2f}) | {row['dnll'][0]:+.4f} | "
-                f"{row['kl'][0]:.4f} | {row['mass']:.3f} |"
+                [
+                    row["name"],
+                    f"{middle:.2f} ({low:.2f}–{high:.2f})",
+                    f"{row['dnll'][0]:+.4f}",
+                    f"{row['kl'][0]:.4f}",
+                    f"{row['mass']:.3f}",
+                ]
             )
     model, name = bench["model"], result["model"]["name"]
     head = (
@@ -128,14 +137,7 @@ def times(result: dict, bench: dict) -> list[str]:
         f"{model['layers']} layers of its shape ({model['dense_layers']} dense), "
         f"{bench['threads']} thread, {bench['sparse']}; median and quartiles."
     )
-    return [
-        head,
-        "",
-        "| configuration | ms | ΔNLL | KL | mass |",
-        "|---|---|---|---|---|",
-        *lines,
-        "",
-    ]
+    return [head, "", *markdown(["configuration", "ms", "ΔNLL", "KL", "mass"], lines), ""]
 
 
 def render() -> list[str]:

@@ -7,26 +7,27 @@ With --check nothing is written; the exit status is 1 when README.md differs fro
 
 from __future__ import annotations
 
-import json
 import sys
 
-from common import RESULTS, update_document
+from common import RESULTS, load, update_document
+
+from vllm_adamas.environment import Environment
+from vllm_adamas.tables import markdown
 
 README = RESULTS.parent.parent / "README.md"
-
-
-def load(name: str) -> dict:
-    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def times(stat: dict, digits: int = 2) -> str:
     return f"{stat['median']:.{digits}f} ({stat['q1']:.{digits}f}–{stat['q3']:.{digits}f})"
 
 
-def where(result: dict) -> str:
-    h = result["hardware"]
-    sets = ", ".join(h["instruction_sets"])
-    return f"{h['processor']} ({sets}), vLLM {h['vllm']}, PyTorch {h['torch']}, {h['date']}"
+def software(environment: Environment) -> str:
+    return f"vLLM {environment.versions['vllm']}, PyTorch {environment.versions['torch']}"
+
+
+def where(environment: Environment) -> str:
+    sets = ", ".join(environment.instruction_sets)
+    return f"{environment.cpu} ({sets}), {software(environment)}, {environment.date}"
 
 
 def decode_table(result: dict) -> list[str]:
@@ -37,18 +38,23 @@ def decode_table(result: dict) -> list[str]:
         f"dense layers {model['dense_layers']}: {result['sparse']} against {result['dense']} in one process. "
         "Median and quartiles.",
         "",
-        "| context | score | selection | dense ms | sparse ms | speed-up | MB read at least | GB/s |",
-        "|---|---|---|---|---|---|---|---|",
     ]
-    for row in result["rows"]:
-        if row["context"] < 4096:
-            continue  # the result file has them all
-        lines.append(
-            f"| {row['context']} | {row['score']} | {row['selection']} | {row['dense_ms']['median']:.2f} "
-            f"| {row['sparse_ms']['median']:.2f} | {times(row['speedup'])}x | {row['sparse_bytes'] / 1e6:.1f} "
-            f"of {row['dense_bytes'] / 1e6:.1f} | {row['sparse_gb_per_s']:.1f} |"
-        )
-    return lines
+    headers = ["context", "score", "selection", "dense ms", "sparse ms", "speed-up"]
+    rows = [
+        [
+            row["context"],
+            row["score"],
+            row["selection"],
+            f"{row['dense_ms']['median']:.2f}",
+            f"{row['sparse_ms']['median']:.2f}",
+            f"{times(row['speedup'])}x",
+            f"{row['sparse_bytes'] / 1e6:.1f} of {row['dense_bytes'] / 1e6:.1f}",
+            f"{row['sparse_gb_per_s']:.1f}",
+        ]
+        for row in result["rows"]
+        if row["context"] >= 4096  # the result file has them all
+    ]
+    return lines + markdown([*headers, "MB read at least", "GB/s"], rows)
 
 
 def serve_table(result: dict) -> list[str]:
@@ -57,41 +63,43 @@ def serve_table(result: dict) -> list[str]:
         f"{result['output_len']} output tokens; {result['adamas'].rstrip('.')}. Median and quartiles over "
         f"{result['rows'][0]['requests']} requests per cell.",
         "",
-        "| context | TPOT dense ms | TPOT adamas ms | TPOT ratio | TTFT ratio |",
-        "|---|---|---|---|---|",
     ]
-    for row in result["rows"]:
-        lines.append(
-            f"| {row['context']} | {row['dense_tpot_ms']['median']:.1f} | {row['adamas_tpot_ms']['median']:.1f} "
-            f"| {times(row['tpot_ratio'])}x | {times(row['ttft_ratio'])}x |"
-        )
-    return lines
+    headers = ["context", "TPOT dense ms", "TPOT adamas ms", "TPOT ratio", "TTFT ratio"]
+    rows = [
+        [
+            row["context"],
+            f"{row['dense_tpot_ms']['median']:.1f}",
+            f"{row['adamas_tpot_ms']['median']:.1f}",
+            f"{times(row['tpot_ratio'])}x",
+            f"{times(row['ttft_ratio'])}x",
+        ]
+        for row in result["rows"]
+    ]
+    return lines + markdown(headers, rows)
 
 
-def arrow(row: dict, key: str) -> str:
-    """Medians of both backends and their ratio."""
+def both(row: dict, key: str) -> list[str]:
+    """Medians of both backends, and their ratio."""
     dense, sparse = (row[f"{who}_{key}_ms"]["median"] for who in ("dense", "adamas"))
-    return f"{dense:.1f} → {sparse:.1f} | {row[f'{key}_ratio']:.2f}x"
+    return [f"{dense:.1f} → {sparse:.1f}", f"{row[f'{key}_ratio']:.2f}x"]
 
 
-def serve_row(load: str, row: dict) -> str:
-    return f"| {load} | {arrow(row, 'tpot')} | {arrow(row, 'itl')} | {row['ttft_ratio']:.3f}x |"
+def serve_row(load: str, row: dict) -> list[str]:
+    return [load, *both(row, "tpot"), *both(row, "itl"), f"{row['ttft_ratio']:.3f}x"]
 
 
-def gpu_tables(serve: dict, decode: dict) -> list[str]:
-    h = serve["hardware"]
+def gpu_tables(serve: dict, environment: Environment, decode: dict) -> list[str]:
     lines = [
-        f"**On GPUs**: {h['gpu']}, driver {h['driver']}, vLLM {h['vllm']}, PyTorch {h['torch']}, Llama-3.1-8B's shape, "
+        f"**On GPUs**: {environment.gpu}, driver {environment.driver}, {software(environment)}, Llama-3.1-8B's shape, "
         f"bfloat16, CUDA graphs, over HTTP, against FLASH_ATTN (FlashAttention 3), {serve['output_len']} output "
         "tokens, cached prompts ([method](docs/benchmarks.md)); "
         f"{serve['adamas'].partition(', profile')[0]}.",
         "",
-        "| load | TPOT ms | ratio | ITL ms | ratio | TTFT ratio |",
-        "|---|---|---|---|---|---|",
     ]
-    for row in serve["rows"]:
-        note = f" ({row['note']})" if "note" in row else ""
-        lines.append(serve_row(f"{row['context']:,} tokens x {row['concurrency']}{note}", row))
+    headers = ["load", "TPOT ms", "ratio", "ITL ms", "ratio", "TTFT ratio"]
+    rows = [
+        serve_row(f"{row['context']:,} tokens x {row['concurrency']}", row) for row in serve["rows"]
+    ]
     mixed = serve["mixed"]
     row = {f"{key}_ratio": mixed[f"{key}_ratio"] for key in ("tpot", "itl", "ttft")}
     for who, backend in (("dense", "flash_attn"), ("adamas", "adamas")):
@@ -100,7 +108,7 @@ def gpu_tables(serve: dict, decode: dict) -> list[str]:
         f"mixed: {mixed['question']}-token questions about {mixed['documents']} documents of "
         f"{mixed['context']:,}, {mixed['rate']:g} a second"
     )
-    lines.append(serve_row(load, row))
+    lines += markdown(headers, [*rows, serve_row(load, row)])
     tokens = list(serve["kv_cache_tokens"].values())[-1]
     kept = tokens["adamas"] / tokens["flash_attn"]
     lines += ["", f"With the same memory the KV cache holds {kept:.1%} of FLASH_ATTN's tokens."]
@@ -120,17 +128,17 @@ def gpu_tables(serve: dict, decode: dict) -> list[str]:
 
 
 def render() -> list[str]:
-    serve, decode = load("serve_cpu"), load("decode_cpu")
+    serve, environment = load("serve_cpu")
     lines = ["Ratios are dense / adamas: above 1 is faster.", ""]
-    lines += gpu_tables(load("serve_gpu"), load("decode_gpu"))
-    lines += [f"**On a CPU**: {where(serve)}.", ""]
+    lines += gpu_tables(*load("serve_gpu"), load("decode_gpu")[0])
+    lines += [f"**On a CPU**: {where(environment)}.", ""]
     lines += [
         *serve_table(serve),
         "",
         "![TPOT against context length](benchmarks/results/serve_cpu.png)",
         "",
     ]
-    return lines + decode_table(decode)
+    return lines + decode_table(load("decode_cpu")[0])
 
 
 if __name__ == "__main__":

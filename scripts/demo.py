@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from vllm_adamas.serving.launch import Server
+from vllm_adamas.tables import plain
 
 SENTENCES = 230
 ANSWER_TOKENS = 32
@@ -99,9 +100,8 @@ def main() -> int:
     dense = ask(model, "flash_attn" if torch.cuda.is_available() else "cpu_attn", None)
     print(f"answer:   {dense.answer}")
 
-    print(f"\n{'backend':<12}{'TPOT':>10}")
-    for result in (sparse, dense):
-        print(f"{result.backend:<12}{result.tpot_ms:>7.1f} ms")
+    results = [[result.backend, f"{result.tpot_ms:.1f} ms"] for result in (sparse, dense)]
+    print(f"\n{plain(['backend', 'TPOT'], results)}")
     if not sparse.answer:
         return fail("the server gave no answer")
     if sparse.count("sparse_rows") == 0:

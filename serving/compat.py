@@ -7,9 +7,10 @@ process, call the original, and leave every other backend's behaviour as it was.
 from __future__ import annotations
 
 import functools
-import re
 import sys
 from collections.abc import Callable
+
+from packaging.version import InvalidVersion, Version
 
 from vllm_adamas.errors import AdamasError
 
@@ -45,8 +46,11 @@ def unsupported_vllm() -> str | None:
         AdamasError: vLLM is not installed.
     """
     version = vllm_version()
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    if numbers and not VLLM_MIN <= tuple(map(int, numbers.groups())) < VLLM_MAX:
+    try:
+        release = Version(version).release[:2]  # that of pre-releases and local builds too
+    except InvalidVersion:  # vLLM calls a build without version "dev"
+        return None
+    if not VLLM_MIN <= release < VLLM_MAX:
         low, high = (".".join(map(str, v)) for v in (VLLM_MIN, VLLM_MAX))
         return f"vLLM {version} is not supported: this release of vllm-adamas needs vLLM >= {low}, < {high}."
     return None

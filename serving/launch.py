@@ -1,4 +1,4 @@
-"""A `vllm serve` process as a context manager; standard library only."""
+"""A `vllm serve` process as a context manager."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from prometheus_client.parser import text_string_to_metric_families
 
 LOG_LINES = 40
 
@@ -172,12 +174,15 @@ class Server:
 
 
 def parse_metrics(text: str) -> dict[str, float]:
-    """Prometheus text to ``{name: value}``, summed over labels."""
+    """Samples of the Prometheus text format as ``{name: value}``, summed over labels.
+
+    Raises:
+        ValueError: the text has another format.
+    """
     totals: dict[str, float] = defaultdict(float)
-    for line in text.splitlines():
-        if line and not line.startswith("#"):
-            series, _, value = line.rpartition(" ")
-            totals[series.partition("{")[0]] += float(value)
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            totals[sample.name] += sample.value
     return dict(totals)
 
 

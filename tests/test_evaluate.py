@@ -142,7 +142,11 @@ def results() -> dict:
     return {
         "model": {"name": "some-model"},
         "settings": {"context": 64, "free_tokens": 8, "seed": 0, "texts": {"a.txt": "00"}},
-        "environment": {"device": "x", "vllm-adamas": "1", "vllm": "2", "torch": "3", "date": "d"},
+        "environment": {
+            "gpu": "x",
+            "versions": {"vllm-adamas": "1", "vllm": "2", "torch": "3"},
+            "date": "d",
+        },
         "cells": {
             DENSE: cell(DENSE, 0, 0.0),
             "dot-64": cell("dot", 64, 0.1),
@@ -154,15 +158,14 @@ def results() -> dict:
 def test_the_report_states_differences_and_sample_sizes() -> None:
     table = report.markdown(results())
     assert "some-model" in table
+    assert "\nx, vllm-adamas 1, vllm 2, torch 3, d. Texts: a.txt.\n" in table
     assert "2 windows of 64 tokens" in table
     assert "16 scored tokens" in table
     assert "2 passkey" in table
-    (dot,) = [line for line in table.splitlines() if line.startswith("| dot-64 | +")]
-    assert dot == (
-        "| dot-64 | +0.1000 [+0.1000, +0.1000] | 0.1000 [0.1000, 0.1000] | 0.800 | 0.900 | 0.100 | "
-        "4.0 [3.0, 5.0] |"
-    )
-    assert "| quest-64 | 50.0 [-100.0, +0.0] |" in table
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+    dot = ["+0.1000 [+0.1000, +0.1000]", "0.1000 [0.1000, 0.1000]", "0.800", "0.900", "0.100"]
+    assert ["dot-64", *dot, "4.0 [3.0, 5.0]"] in rows
+    assert ["quest-64", "50.0 [-100.0, +0.0]"] in rows
 
 
 def test_the_plot_is_drawn(tmp_path: Path) -> None:
@@ -231,7 +234,7 @@ def test_parts_of_a_study_are_put_together(tmp_path: Path) -> None:
     assert load(tmp_path / "merged.json") == merged
     found["settings"]["prompts"] += 1
     refused(lambda: merge([text, found]), "settings", "prompts")
-    again["environment"]["device"] = "another"
+    again["environment"]["gpu"] = "another"
     refused(lambda: merge([text, again]), "environment", "device")
 
 

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from vllm_adamas.serving.launch import Server
+from vllm_adamas.serving.launch import Server, parse_metrics
 
 #: Takes the port as vLLM does, after another process has tried to.
 STUB = """
@@ -42,3 +42,33 @@ def test_no_other_process_gets_the_port_before_the_server() -> None:
 def test_a_server_that_ends_is_reported_with_its_log(tmp_path) -> None:
     with pytest.raises(RuntimeError, match=r"ended with status 1[^\0]*no such model"):
         Broken("model", "adamas", log_path=tmp_path / "log", timeout=60)
+
+
+METRICS = """\
+# HELP vllm:prefix_cache_hits_total Cached tokens.
+# TYPE vllm:prefix_cache_hits_total counter
+vllm:prefix_cache_hits_total{engine="0",model_name="a} b"} 3.0
+vllm:prefix_cache_hits_total{engine="1",model_name="a} b"} 4.0
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{engine="0"} 2
+# TYPE vllm:time_to_first_token_seconds histogram
+vllm:time_to_first_token_seconds_bucket{le="0.5"} 1
+vllm:time_to_first_token_seconds_bucket{le="+Inf"} 2
+vllm:time_to_first_token_seconds_count 2
+vllm:time_to_first_token_seconds_sum 1.5
+"""
+
+
+def test_samples_of_metrics_are_summed_over_their_labels() -> None:
+    assert parse_metrics(METRICS) == {
+        "vllm:prefix_cache_hits_total": 7,
+        "vllm:num_requests_running": 2,
+        "vllm:time_to_first_token_seconds_bucket": 3,
+        "vllm:time_to_first_token_seconds_count": 2,
+        "vllm:time_to_first_token_seconds_sum": 1.5,
+    }
+
+
+def test_what_is_no_metrics_is_refused() -> None:
+    with pytest.raises(ValueError):
+        parse_metrics("<html>not found</html>")

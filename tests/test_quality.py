@@ -48,7 +48,7 @@ def cells(tmp_path_factory) -> dict:
     slice_ = ["--context", "1024", "--windows", "4", "--steps", "24", "--tasks", "perplexity"]
     arms = ["--arms", "dot,manhattan,oracle", "--budgets", "64,128"]
     run("eval", str(MODEL), "--output", str(folder), *slice_, *arms, *SMALL)
-    assert (folder / "report.md").read_text().count("| dot-64 |") == 1
+    assert (folder / "report.md").read_text().count("| dot-64 ") == 1
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
     found = json.loads((folder / "results.json").read_text())["cells"]
     return {name: cell["tasks"]["perplexity"] for name, cell in found.items()}

@@ -17,6 +17,7 @@ from aiohttp import web
 from common import MODEL, is_one_sentence, random_llama
 from extension import with_path
 
+from vllm_adamas import __version__
 from vllm_adamas.cli import main
 from vllm_adamas.serving.storm import command
 from vllm_adamas.serving.storm.client import Choice, Outcome
@@ -387,7 +388,9 @@ def test_a_server_without_fault_passes(tmp_path, capsys) -> None:
     assert (status, record["problems"]) == (0, [])
     assert record["checks"]["replayed"]["compared"] == record["checks"]["replayed"]["tokens"] > 500
     assert sum(record["requests"].values()) >= 300
-    assert (record["vllm"], record["seed"], record["max_model_len"]) == ("0", 0, MAX_MODEL_LEN)
+    assert (record["seed"], record["max_model_len"]) == (0, MAX_MODEL_LEN)
+    versions = {"vllm-adamas": __version__, "vllm": "0"}
+    assert record["environment"] == {"versions": versions}
     assert record["ttft_ms"]["p50"] > 0
     assert record["memory_not_watched"] == ["rss", "gpu"]  # no --pid
     assert "All is well." in capsys.readouterr().out

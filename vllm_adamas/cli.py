@@ -6,9 +6,10 @@ import argparse
 import importlib.metadata
 import json
 import sys
+import textwrap
 from pathlib import Path
 
-from vllm_adamas import __version__
+from vllm_adamas import __version__, tables
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.serving import compat
@@ -83,8 +84,7 @@ def _info(args) -> int:
         return 0
     for title, section in report.items():
         print(title)
-        for key, value in section.items():
-            print(f"  {key:24} {value}")
+        print(textwrap.indent(tables.plain([], list(section.items()), align="left"), "  "))
     return 0
 
 

@@ -9,15 +9,19 @@ they were built with.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
+from packaging.version import Version
 
+from peers.base import Call, Cell, Peer
 from vllm_adamas.backends.arguments import check_tensor
 from vllm_adamas.backends.base import Params
 from vllm_adamas.errors import AdamasError
 
 HEAD_SIZES = (64, 128, 256)
+BLOCK_SIZE = 64  #: of the pages that are timed
 BLOCK_MULTIPLE = 64  #: the operator's step along the tokens of a page
 DTYPES = (torch.float16, torch.bfloat16)
 LAST_TRITON = (3, 8)  #: Triton 3.9 dropped block pointers, which the operator is made of
@@ -28,7 +32,7 @@ def _operator():
     """xformers' Triton split-K operator, and the class of what it takes."""
     import triton
 
-    if tuple(map(int, triton.__version__.split(".")[:2])) > LAST_TRITON:
+    if Version(triton.__version__).release[:2] > LAST_TRITON:
         raise AdamasError(
             f"xformers' split-K operator needs block pointers, which Triton {triton.__version__} has "
             f"dropped: install Triton {'.'.join(map(str, LAST_TRITON))} or older."
@@ -38,8 +42,8 @@ def _operator():
         from xformers.ops.fmha.triton_splitk import FwOp
     except ImportError as error:
         raise AdamasError(
-            f"xformers cannot be imported ({error}): install xformers==0.0.35 beside a PyTorch of "
-            "2.10 or newer."
+            f"xformers cannot be imported ({error}): install 'vllm-adamas[bench]', or xformers==0.0.35 "
+            "beside a PyTorch of 2.10 or newer."
         ) from error
     return FwOp, Inputs
 
@@ -127,3 +131,22 @@ def dense_decode(
         needs_gradient=False,
     )
     return output.view(rows, query_heads, size)
+
+
+def prepare(cell: Cell) -> dict[str, Callable[[], list[Call]]]:
+    key, value = cell.pages(BLOCK_SIZE)
+    tables = cell.block_tables(BLOCK_SIZE)
+    queries = cell.queries(len(tables))
+    lengths = [cell.length] * cell.rows
+    biases = [attention_bias(lengths, table, BLOCK_SIZE) for table in tables]
+
+    def calls() -> list[Call]:
+        return [
+            lambda q=q, b=b: dense_decode(q, key, value, b, cell.softmax_scale)
+            for q, b in zip(queries, biases, strict=True)
+        ]
+
+    return {"split-K": calls}
+
+
+PEER = Peer("xformers", "xformers split-K", "xformers split-K", "xformers", "xformers", prepare)

@@ -13,6 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from vllm_adamas import __version__
+from vllm_adamas.environment import Environment
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.serving.storm.client import Endpoint, Outcome, name_of
 from vllm_adamas.serving.storm.reference import Verdict, replay, score
@@ -105,7 +106,7 @@ def _check(args) -> None:
 
 
 async def _bounded(args) -> Report:
-    facts = {name: getattr(args, name) for name in FACTS} | {"vllm_adamas": __version__}
+    facts = {name: getattr(args, name) for name in FACTS}
     run = _Storm(args, Report(facts, args.growth))
     try:
         await asyncio.wait_for(run.run(), args.limit)
@@ -167,11 +168,17 @@ class _Storm:
         names = ("block_size", "max_prompt", "max_tokens", "burst", "kinds")
         limits = {name: getattr(args, name) for name in names}
         self.traffic = Traffic(args.seed, text, server.max_model_len, **limits)
-        status, body = await server.get("/version")
-        version = json.loads(body)["version"] if status == 200 else None
         self.report.facts |= {"model": server.model, "max_model_len": server.max_model_len}
-        self.report.facts |= {"vllm": version}
+        self.report.facts |= {"environment": (await self._environment()).record()}
         self.started = time.monotonic()
+
+    async def _environment(self) -> Environment:
+        """The server's vLLM, whose host may be another one, and the release that made the traffic."""
+        versions = {"vllm-adamas": __version__}
+        status, body = await self.server.get("/version")
+        if status == 200:
+            versions["vllm"] = json.loads(body)["version"]
+        return Environment(versions=versions)
 
     def _share(self) -> float:
         """Of the storm that is over."""

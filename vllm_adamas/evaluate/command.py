@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 from vllm_adamas import profile as profiles
+from vllm_adamas import tables
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.evaluate import report, texts
@@ -107,11 +108,12 @@ def profile_table(profile: profiles.Profile) -> str:
     lines = [
         f"{profile.model.name}: {profile.tokens} tokens, {len(sparse)} layers without a sliding window; "
         f"the mean key holds up to {100 * share:.0f}% of the keys' energy",
-        "attention mass kept" + "".join(f"{budget:>8}" for budget in budgets),
     ]
+    rows = []
     for name in sparse[0].mass:
-        means = [sum(layer.mass[name][b] for layer in sparse) / len(sparse) for b in budgets]
-        lines.append(f"{name:19}" + "".join(f"{mean:8.3f}" for mean in means))
+        means = (sum(layer.mass[name][b] for layer in sparse) / len(sparse) for b in budgets)
+        rows.append([name, *(f"{mean:.3f}" for mean in means)])
+    lines.append(tables.plain(["attention mass kept", *budgets], rows))
     hint = profile.suggestion
     what = f"{hint.wanted_recall:.0%} of the oracle's mass"
     lines.append(

@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
+from vllm_adamas import tables
+from vllm_adamas.environment import Environment
 from vllm_adamas.evaluate import tasks
 from vllm_adamas.evaluate.study import AGREEMENT, DENSE, PERPLEXITY
 
@@ -74,17 +76,22 @@ def markdown(result: dict) -> str:
             f"agreement: greedy tokens (of {settings['free_tokens']}) until the first that differs from dense. "
             "In brackets 95% intervals, paired bootstrap over windows.",
             "",
-            "| configuration | ΔNLL | KL | mass | oracle | error | agreement |",
-            "|---|---|---|---|---|---|---|",
         ]
-        lines += [
-            f"| {row['name']} | {_triple(row.get('dnll'), '+.4f')} | {_triple(row.get('kl'), '.4f')} | "
-            f"{_one(row.get('mass'))} | {_one(row.get('oracle'))} | {_one(row.get('error'))} | "
-            f"{_triple(row.get('agreed'), '.1f')} |"
+        quality = [
+            [
+                row["name"],
+                _triple(row.get("dnll"), "+.4f"),
+                _triple(row.get("kl"), ".4f"),
+                _one(row.get("mass")),
+                _one(row.get("oracle")),
+                _one(row.get("error")),
+                _triple(row.get("agreed"), ".1f"),
+            ]
             for row in rows
             if "nll" in row and row["name"] != DENSE
         ]
-        lines.append("")
+        headers = ["configuration", "ΔNLL", "KL", "mass", "oracle", "error", "agreement"]
+        lines += [*tables.markdown(headers, quality), ""]
     names = [task for task in tasks.TASKS if task in dense]
     if names:
         lines += [
@@ -92,15 +99,14 @@ def markdown(result: dict) -> str:
             f"{settings['seed']}: share of expected strings in the answer, in per cent, and in brackets the "
             "95% interval of the difference to dense, paired bootstrap over prompts.",
             "",
-            "| configuration | " + " | ".join(name.replace("_", " ") for name in names) + " |",
-            "|---" * (len(names) + 1) + "|",
         ]
-        lines += [
-            f"| {row['name']} | " + " | ".join(_score(row, name) for name in names) + " |"
+        retrieval = [
+            [row["name"], *(_score(row, name) for name in names)]
             for row in rows
             if any(name in row for name in names)
         ]
-        lines.append("")
+        headers = ["configuration", *(name.replace("_", " ") for name in names)]
+        lines += [*tables.markdown(headers, retrieval), ""]
     return "\n".join(lines)
 
 
@@ -109,9 +115,11 @@ def _counts(cells: dict, names: list[str]) -> str:
 
 
 def _setting(result: dict) -> str:
-    environment, texts = result["environment"], ", ".join(result["settings"]["texts"])
-    versions = ", ".join(f"{k} {environment[k]}" for k in ("vllm-adamas", "vllm", "torch"))
-    return f"{environment['device']}, {versions}, {environment['date']}. Texts: {texts}."
+    environment = Environment.model_validate(result["environment"])
+    texts = ", ".join(result["settings"]["texts"])
+    device, *versions = environment.compared().items()
+    software = ", ".join(f"{name} {version}" for name, version in versions)
+    return f"{device[1]}, {software}, {environment.date}. Texts: {texts}."
 
 
 def _triple(value: tuple[float, float, float] | None, form: str) -> str:

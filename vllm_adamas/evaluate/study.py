@@ -12,16 +12,15 @@ from pathlib import Path
 
 import torch
 
-from vllm_adamas import __version__
+from vllm_adamas.environment import Environment
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.evaluate import tasks, texts
 from vllm_adamas.evaluate.engine import Engine, Request
 from vllm_adamas.evaluate.recorders import MassRecord, Shadow
 from vllm_adamas.evaluate.selectors import SelectorBackend
 from vllm_adamas.identity import identify
-from vllm_adamas.serving import compat
 
-FORMAT, VERSION = "vllm-adamas-eval", 1
+FORMAT, VERSION = "vllm-adamas-eval", 2
 DENSE = "dense"
 PERPLEXITY, AGREEMENT = "perplexity", "agreement"
 TASKS = (PERPLEXITY, AGREEMENT, *tasks.TASKS)
@@ -170,12 +169,12 @@ class Study:
             "format": FORMAT,
             "version": VERSION,
             "settings": wanted,
-            "environment": _environment(),
+            "environment": Environment.capture().record(),
             "cells": {},
         }
         if path.exists():
             self.result = load(path)
-            if different := _different(wanted, self.result["settings"], "tasks"):
+            if different := _different(_settings({"settings": wanted}), _settings(self.result)):
                 raise AdamasError(
                     f"{path} holds results with other settings ({', '.join(different)}): give another "
                     "--output or remove the file."
@@ -369,8 +368,8 @@ def merge(results: Sequence[dict]) -> dict:
     first, *others = results
     merged = json.loads(json.dumps(first))
     for other in others:
-        for part, free in (("settings", "tasks"), ("environment", "date")):
-            if different := _different(first[part], other[part], free):
+        for part, compared in (("settings", _settings), ("environment", _environment)):
+            if different := _different(compared(first), compared(other)):
                 raise AdamasError(
                     f"studies with different {part} ({', '.join(different)}) do not belong into one "
                     "table: give those of one study."
@@ -392,9 +391,19 @@ def merge(results: Sequence[dict]) -> dict:
     return merged
 
 
-def _different(mine: dict, theirs: dict, but: str) -> list[str]:
-    """Keys under which two tables differ, ``but`` one."""
-    return [key for key in mine if key != but and mine[key] != theirs.get(key)]
+def _settings(result: dict) -> dict:
+    """Those that two runs of one study share."""
+    return {key: value for key, value in result["settings"].items() if key != "tasks"}
+
+
+def _environment(result: dict) -> dict:
+    """What of the environment two runs of one study share."""
+    return Environment.model_validate(result["environment"]).compared()
+
+
+def _different(mine: dict, theirs: dict) -> list[str]:
+    """Keys under which two tables differ."""
+    return [key for key in mine if mine[key] != theirs.get(key)]
 
 
 def _means(values: torch.Tensor) -> list[float]:
@@ -404,22 +413,3 @@ def _means(values: torch.Tensor) -> list[float]:
 
 def _rounded(values: torch.Tensor, digits: int = 4) -> list[float]:
     return [round(value, digits) for value in values.tolist()]
-
-
-def _environment() -> dict:
-    return {
-        "vllm-adamas": __version__,
-        "vllm": compat.vllm_version(),
-        "torch": torch.__version__,
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else _processor(),
-        "date": time.strftime("%Y-%m-%d"),
-    }
-
-
-def _processor() -> str:
-    import platform
-
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {len(names) or 1} cores"

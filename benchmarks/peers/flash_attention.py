@@ -1,0 +1,68 @@
+"""FlashAttention 3 of an installed vLLM, called as vLLM calls it for decode.
+
+Its cache has pages of 16 tokens, vLLM's default. vLLM prepares the schedule of a step on the GPU before
+the layers run, or leaves it to each call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from peers.base import Call, Cell, Peer
+
+BLOCK_SIZE = 16
+NUM_SPLITS = 32  #: as vLLM bounds them inside of CUDA graphs
+
+
+def prepare(cell: Cell) -> dict[str, Callable[[], list[Call]]]:
+    from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
+
+    key, value = cell.pages(BLOCK_SIZE)
+    lens, starts = cell.seq_lens(), cell.query_start_loc()
+    tables = cell.block_tables(BLOCK_SIZE)
+    queries = cell.queries(len(tables))
+    outputs = [torch.empty_like(query) for query in queries]
+    schedule = get_scheduler_metadata(
+        batch_size=cell.rows,
+        max_seqlen_q=1,
+        max_seqlen_k=cell.length,
+        num_heads_q=cell.num_query_heads,
+        num_heads_kv=cell.num_kv_heads,
+        headdim=cell.head_size,
+        cache_seqlens=lens,
+        qkv_dtype=key.dtype,
+        cu_seqlens_q=starts,
+        page_size=BLOCK_SIZE,
+        causal=True,
+        num_splits=NUM_SPLITS,
+    )
+
+    def calls(**extra) -> list[Call]:
+        return [
+            lambda q=q, t=t, o=o: flash_attn_varlen_func(
+                q=q,
+                k=key,
+                v=value,
+                out=o,
+                cu_seqlens_q=starts,
+                max_seqlen_q=1,
+                seqused_k=lens,
+                max_seqlen_k=cell.length,
+                softmax_scale=cell.softmax_scale,
+                causal=True,
+                block_table=t,
+                fa_version=3,
+                **extra,
+            )
+            for q, t, o in zip(queries, tables, outputs, strict=True)
+        ]
+
+    return {
+        "own schedule": calls,
+        "prepared schedule": lambda: calls(scheduler_metadata=schedule, num_splits=NUM_SPLITS),
+    }
+
+
+PEER = Peer("fa3", "FlashAttention 3", "FA3", "vllm", "vllm", prepare)
