@@ -54,7 +54,7 @@ import torch  # noqa: E402
 from common import environment, save, spread  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 
-from vllm_adamas.backends.base import Params  # noqa: E402
+from vllm_adamas.backends.base import DecodeBatch, Params  # noqa: E402
 from vllm_adamas.backends.cpu.backend import CpuBackend  # noqa: E402
 from vllm_adamas.config import AdamasConfig  # noqa: E402
 from vllm_adamas.layout import PageLayout  # noqa: E402
@@ -127,10 +127,10 @@ class Sparse:
         content = self.layout.token_bytes // DTYPE.itemsize
         cache = torch.zeros(LAYERS, batch.num_blocks, KV_HEADS, BLOCK_SIZE, content, dtype=DTYPE)
         self.backend.prepare(cache)
-        self.pages = list(cache)
+        self.caches = list(cache)
         self.configure("dot", "query_head", args.budgets[0])
-        for page in self.pages:
-            self.backend.append(self.params, *batch.key_value(), page, batch.slots)
+        for layer in self.layers:
+            self.backend.append(layer, *batch.key_value(), batch.slots)
         self.stats = torch.zeros(4, dtype=torch.int64)
 
     def configure(self, score: str, selection: str, budget: int):
@@ -145,15 +145,16 @@ class Sparse:
             num_kv_heads=KV_HEADS,
             softmax_scale=HEAD_SIZE**-0.5,
         )
-        self.budgets = torch.full_like(self.batch.lens, config.budget.of(self.batch.context))
+        self.layers = [self.backend.bind(self.params, cache) for cache in self.caches]
+        b = self.batch
+        self.budgets = torch.full_like(b.lens, config.budget.of(b.context))
+        self.rows = DecodeBatch(b.table, b.lens, self.budgets)
 
     def step(self):
         b = self.batch
-        for i, (query, page) in enumerate(zip(b.query, self.pages, strict=True)):
-            budgets = b.lens if i < DENSE_LAYERS else self.budgets
-            self.backend.decode(
-                self.params, query, page, b.table, b.lens, budgets, b.output, self.stats
-            )
+        for i, (query, layer) in enumerate(zip(b.query, self.layers, strict=True)):
+            rows = self.rows.dense if i < DENSE_LAYERS else self.rows
+            self.backend.decode(layer, query, rows, b.output, self.stats)
 
     def bytes_per_step(self) -> int:
         """Least bytes a step must read: K and V of dense layers, signatures and selected K and V."""

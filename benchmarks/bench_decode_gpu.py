@@ -25,8 +25,8 @@ from common import environment
 from peers import PEERS
 from peers.base import Cell, Peer
 
-from vllm_adamas.backends.base import Params
-from vllm_adamas.backends.cuda.backend import CudaBackend
+from vllm_adamas.backends.base import DecodeBatch, Params
+from vllm_adamas.backends.cuda.backend import CudaBackend, CudaLayer
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.layout import PageLayout
 from vllm_adamas.tables import plain
@@ -126,19 +126,22 @@ class Pool:
         shape = (tokens, kv_heads, HEAD_SIZE)
         if dense:
             self.k, self.v = (torch.empty(shape, dtype=DTYPE, device="cuda") for _ in range(2))
-        params, step = self.params("dot", "query_head"), 1 << 15
+        layer, step = self.layer(backend, "dot", "query_head"), 1 << 15
         for start in range(0, tokens, step):
             key, value = (
                 torch.randn(step, kv_heads, HEAD_SIZE, device="cuda").to(DTYPE) for _ in range(2)
             )
             slots = torch.arange(start, start + step, device="cuda")
-            backend.append(params, key, value, self.pages, slots)
+            backend.append(layer, key, value, slots)
             if dense:
                 self.k[start : start + step] = key
                 self.v[start : start + step] = value
 
     def params(self, score: str, selection: str, budget: int = BUDGET) -> Params:
         return params_of(self.layout, score, selection, self.kv_heads, self.fp8, budget)
+
+    def layer(self, backend, score: str, selection: str, budget: int = BUDGET) -> CudaLayer:
+        return backend.bind(self.params(score, selection, budget), self.pages)
 
     def signature_bytes(self, length: int, rows: int) -> int:
         return signature_bytes(length, rows, self.kv_heads)
@@ -210,28 +213,26 @@ def bench_read(pool, length, rows, copies):
 
 def bench_adamas(backend, pool, length, rows, copies, score, selection, budget, stages) -> dict:
     """The three kernels and the fused one; ``runs`` is what the policy takes."""
-    params = pool.params(score, selection, budget)
+    layer = pool.layer(backend, score, selection, budget)
     lens = torch.full((rows,), length, dtype=torch.int32, device="cuda")
     budgets = torch.full((rows,), budget, dtype=torch.int32, device="cuda")
     stats = torch.zeros(4, dtype=torch.int64, device="cuda")
     tables = pool.tables(length, rows, copies, BLOCK_SIZE)
     queries = [torch.randn(rows, QUERY_HEADS, HEAD_SIZE, device="cuda").to(DTYPE) for _ in tables]
     outputs = [torch.empty_like(q) for q in queries]
-    backend.reserve(params, rows, length)
+    steps = [DecodeBatch(table, lens, budgets, length, overlap=True) for table in tables]
+    backend.reserve(layer.params, rows, length)
 
     def calls(**how):
         return [
-            lambda q=q, t=t, o=o: backend.decode(
-                params, q, pool.pages, t, lens, budgets, o, stats, max_seq_len=length,
-                overlap=True, **how,
-            )
-            for q, t, o in zip(queries, tables, outputs, strict=True)
-        ]  # fmt: skip
+            lambda q=q, s=s, o=o: backend.decode(layer, q, s, o, stats, **how)
+            for q, s, o in zip(queries, steps, outputs, strict=True)
+        ]
 
     moved = pool.signature_bytes(length, rows) + pool.attended_bytes(rows, selection, budget)
     result = {"three": timed(calls(cluster=0))}
-    chosen = backend.cluster_size(params, rows, DTYPE, pool.pages, length)
-    cluster = backend.largest_cluster(params, rows, DTYPE, pool.pages, length)
+    chosen = backend.plan(layer, rows, DTYPE, length).cluster
+    cluster = backend.largest_cluster(layer, rows, DTYPE, length)
     if cluster:
         result["fused"] = timed(calls(cluster=cluster)) | {"cluster": cluster}
     if stages:

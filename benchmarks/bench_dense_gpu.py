@@ -14,11 +14,12 @@ from __future__ import annotations
 import argparse
 
 import torch
-from bench_decode_gpu import HEAD_SIZE, KV_HEADS, QUERY_HEADS, Pool, bench_peer, params_of, timed
+from bench_decode_gpu import HEAD_SIZE, KV_HEADS, QUERY_HEADS, Pool, bench_peer, timed
 from common import environment, save
 from peers import flash_attention
 from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
+from vllm_adamas.backends.base import DecodeBatch
 from vllm_adamas.backends.cuda.backend import CudaBackend
 from vllm_adamas.serving.dense.base import PrefillPlan
 from vllm_adamas.serving.dense.flash import FlashAttention
@@ -31,7 +32,7 @@ WORKING_SET = 200 << 20  # bytes that one graph touches, several times the L2 ca
 
 
 def measure(backend, flash, pool, length: int, rows: int) -> dict:
-    params = params_of(pool.layout, "dot", "kv_head")
+    layer = pool.layer(backend, "dot", "kv_head")
     lens = torch.full((rows,), length, dtype=torch.int32, device="cuda")
     starts = torch.arange(rows + 1, dtype=torch.int32, device="cuda")
     stats = torch.zeros(4, dtype=torch.int64, device="cuda")
@@ -43,14 +44,14 @@ def measure(backend, flash, pool, length: int, rows: int) -> dict:
         for _ in tables
     ]
     outputs = {name: [torch.empty_like(q) for q in queries] for name in ("kernels", "flash")}
-    backend.reserve(params, rows, MAX_CONTEXT)
+    backend.reserve(layer.params, rows, MAX_CONTEXT)
     args = list(zip(queries, tables, outputs["kernels"], outputs["flash"], strict=True))
 
     def kernels(q, t, o):
-        backend.decode(params, q, pool.pages, t, lens, lens, o, stats, max_seq_len=MAX_CONTEXT)
+        backend.decode(layer, q, DecodeBatch(t, lens, lens, MAX_CONTEXT), o, stats)
 
     def through_page(q, t, o):
-        flash.decode(params, q, pool.pages, t, lens, starts, o, MAX_CONTEXT)
+        flash.decode(layer, q, DecodeBatch(t, lens, lens, MAX_CONTEXT), starts, o)
 
     cell = {"context": length, "rows": rows}
     cell["kernels"] = timed([lambda q=q, t=t, o=o: kernels(q, t, o) for q, t, o, _ in args])
@@ -76,14 +77,14 @@ def prefill(backend, flash, pools: dict, length: int) -> dict:
     query = torch.randn(NEW, QUERY_HEADS, HEAD_SIZE, device="cuda").bfloat16()
     output, row = torch.empty_like(query), {"context": length, "new": NEW}
     for name, pool in pools.items():
-        params = pool.params("dot", "kv_head")
-        flash.reserve(params, query.dtype, length)
+        layer = pool.layer(backend, "dot", "kv_head")
+        flash.reserve(layer.params, query.dtype, length)
         table = pool.tables(length, 1, 1, pool.layout.block_size)[0]
         plan = PrefillPlan(0, NEW, starts.cuda(), lens.cuda(), table, starts, lens, NEW, length)
-        args = (backend, params, plan, "", query, None, None, pool.pages, output)
-        row[name] = timed([lambda args=args: flash.run(*args)], replays=9)
+        args = (backend, layer, plan, query, None, None, output)
+        row[name] = timed([lambda args=args: flash.prefill(*args)], replays=9)
     rows = torch.empty(2, length, KV_HEADS, HEAD_SIZE, dtype=query.dtype, device="cuda")
-    args = (params, pool.pages, table, plan.seq_lens, *rows)  # of the fp8 pool, the last one
+    args = (layer, table, plan.seq_lens, *rows)  # of the fp8 pool, the last one
     row["copy"] = timed([lambda: backend.gather(*args)], replays=9)
     k, v = fp8_cache(length)
     one, q = torch.ones(1, KV_HEADS, device="cuda"), query.to(torch.float8_e4m3fn)

@@ -156,7 +156,7 @@ def run_storm(
     """The record of one storm; its progress lines go to stderr with the configuration before them."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "storm.json"
-        command = [sys.executable, "-m", "vllm_adamas.serving.storm", server.url]
+        command = [sys.executable, "-m", "vllm_adamas.cli", "storm", server.url]
         command += f"--seconds {seconds:g} --check {args.check} --seed {args.seed}".split()
         command += ["--pid", str(server.pid), "--json", str(file), *configuration.storm.split()]
         if oracle is not None:

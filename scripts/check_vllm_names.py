@@ -38,7 +38,6 @@ PARAMETERS = {
     "model_config": "vllm.config.ModelConfig",
     "attn_selector_config": "vllm.v1.attention.selector.AttentionSelectorConfig",
     "common_attn_metadata": "vllm.v1.attention.backend.CommonAttentionMetadata",
-    "layer": "vllm.model_executor.layers.attention.Attention",
     "spec": "vllm.v1.kv_cache_interface.AttentionSpec",
     "worker": "vllm.v1.worker.gpu_worker.Worker",
 }

@@ -26,6 +26,7 @@ from types import SimpleNamespace
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import pytest
+from packaging.version import Version
 
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.serving import checks, compat, plugin
@@ -213,7 +214,7 @@ def main() -> int:
     )
     parser.add_argument("pytest", nargs="*", help="arguments for pytest, after --")
     args = parser.parse_args()
-    version = compat.vllm_version().partition("+")[0]
+    version = Version(compat.vllm_version()).public
     with tempfile.TemporaryDirectory(prefix="vllm-tests-") as name:
         folder = Path(name)
         if args.tests is None:

@@ -81,22 +81,16 @@ def _refuse(what: str, way_out: str) -> None:
     raise AdamasError(f"the adamas backend does not support {what}: {way_out}.")
 
 
-def _on_cpu() -> bool:
-    from vllm.platforms import current_platform
-
-    return current_platform.is_cpu()
-
-
 def block_size_multiple() -> int:
     """Block sizes are multiples of this: vLLM's CPU prefill kernel works in blocks of 32."""
-    return 32 if _on_cpu() else TILE
+    return 32 if compat.on_cpu() else TILE
 
 
 def _check_kernels(vllm_config, config: AdamasConfig) -> None:
-    names = ("auto", "cpu", "reference") if _on_cpu() else ("auto", "cuda", "triton")
+    names = ("auto", "cpu", "reference") if compat.on_cpu() else ("auto", "cuda", "triton")
     if config.kernels not in names:
         _refuse(f"kernels={config.kernels!r} on this device", f"choose one of {', '.join(names)}")
-    if _on_cpu():
+    if compat.on_cpu():
         get_backend(config.kernels)
         return
     model, group = vllm_config.model_config, 1
@@ -140,7 +134,7 @@ def _capability() -> tuple[int, int]:
 def _check_device(vllm_config) -> None:
     from vllm.platforms import current_platform
 
-    if _on_cpu():
+    if compat.on_cpu():
         return
     if not current_platform.is_cuda():
         _refuse(f"{current_platform.device_name} devices", "serve on a CPU or an NVIDIA GPU")
@@ -216,7 +210,7 @@ def _check_model(vllm_config) -> None:
         _refuse("soft-capped attention logits", OTHER_BACKEND)
     if _uses_sinks(text):
         _refuse("learned attention sinks", OTHER_BACKEND)
-    dtypes = MODEL_DTYPES["cpu" if _on_cpu() else "cuda"]
+    dtypes = MODEL_DTYPES["cpu" if compat.on_cpu() else "cuda"]
     if model.dtype not in dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         _refuse(f"dtype {model.dtype} on this device", f"pass --dtype {names}")
@@ -287,11 +281,7 @@ def _check_cache(vllm_config) -> None:
             f"--kv-cache-dtype {kind} with dtype {vllm_config.model_config.dtype}",
             "pass --kv-cache-dtype auto",
         )
-    if (
-        fp8_element(kind)
-        and _on_cpu()
-        and not (torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported())
-    ):
+    if fp8_element(kind) and compat.on_cpu() and not compat.cpu_prefills_fp8():
         _refuse(
             "an fp8 KV cache on this processor (vLLM's prefill kernel needs AVX-512 or AMX)",
             "pass --kv-cache-dtype auto",

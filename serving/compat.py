@@ -9,10 +9,15 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
+import torch
 from packaging.version import InvalidVersion, Version
 
 from vllm_adamas.errors import AdamasError
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backend import AttentionLayer
 
 NAME = "ADAMAS"
 BACKEND_PATH = "vllm_adamas.serving.backend.AdamasBackend"
@@ -206,7 +211,12 @@ def cpu_attention() -> tuple:
     return _custom_ops, _get_attn_isa
 
 
-def kv_scales(layer) -> tuple[float, float]:
+def cpu_prefills_fp8() -> bool:
+    """Whether vLLM's CPU kernel reads an fp8 cache on this processor."""
+    return torch.cpu._is_avx512_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def kv_scales(layer: AttentionLayer) -> tuple[float, float]:
     """Factors from the fp8 K and V of a layer's pages to real values."""
     return layer._k_scale_float, layer._v_scale_float
 

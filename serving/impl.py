@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from vllm.config import get_current_vllm_config
@@ -28,6 +28,9 @@ from vllm_adamas.serving import compat
 from vllm_adamas.serving.checks import adamas_options
 from vllm_adamas.serving.metadata import AdamasMetadata
 from vllm_adamas.serving.shared import Shared
+
+if TYPE_CHECKING:
+    from vllm.model_executor.layers.attention import Attention
 
 logger = init_logger("vllm.adamas")
 
@@ -187,7 +190,7 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         """What the channels of stored keys are multiplied by, ``[Hkv, D]`` or 1."""
         return 1.0 if self._balance is None else self._balance.key
 
-    def bind(self, layer, kv_cache: torch.Tensor) -> Layer:
+    def bind(self, layer: Attention, kv_cache: torch.Tensor) -> Layer:
         """This layer over its KV cache; made again when vLLM gives it another one."""
         if self._bound is None or not self._bound.is_bound_to(kv_cache):
             if self._params is None:
@@ -196,7 +199,7 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
             self._bound = self.backend.bind(self._params, kv_cache)
         return self._bound
 
-    def _load_params(self, layer, kv_cache: torch.Tensor) -> Params:
+    def _load_params(self, layer: Attention, kv_cache: torch.Tensor) -> Params:
         """Known once the layer has a KV cache, whose scales are loaded by then."""
         self._reserve()
         index = extract_layer_index(layer.layer_name)
@@ -228,7 +231,7 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         if workspace:
             logger.info_once("The ADAMAS workspace takes %.0f MiB.", workspace / 2**20)
 
-    def _load_profile(self, layer, device: torch.device) -> torch.Tensor | None:
+    def _load_profile(self, layer: Attention, device: torch.device) -> torch.Tensor | None:
         """Sets the balance and returns the mean of the balanced, transformed keys."""
         self._balance = None
         if self.config.profile is None or self.sliding_window is not None:

@@ -64,13 +64,6 @@ def row_budgets(
         out[:rows] = torch.where(whole, seq_lens[:rows], out[:rows])
 
 
-def launch_length(longest: int) -> int:
-    """What a step whose longest context has so many tokens is launched for: a little more, so that the
-    launches of growing contexts are few, a quarter of a power of two apart."""
-    step = 1 << max(0, longest.bit_length() - 3)
-    return -(-longest // step) * step
-
-
 def require_supported(common: CommonAttentionMetadata) -> None:
     """
     Raises:
@@ -101,7 +94,6 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
             logger.warning_once(warning)
         # Captured graphs read budgets and starts from here.
         rows = compat.max_decode_rows(vllm_config)
-        self._max_model_len = vllm_config.model_config.max_model_len
         self._budgets = torch.zeros(rows, dtype=torch.int32, device=device)
         self._starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
 
@@ -151,7 +143,7 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
                 block_table=common.block_table_tensor[:num_decodes],
                 seq_lens=seq_lens,
                 budgets=budgets,
-                max_seq_len=min(launch_length(common.max_seq_len), self._max_model_len),
+                max_seq_len=common.max_seq_len,
                 overlap=True,  # the projections of the step lie between
             ),
             query_start_loc=self._starts[: num_decodes + 1],

@@ -372,7 +372,9 @@ def codes(batch: Batch) -> torch.Tensor:
     """[T, Hkv, D]"""
     layout = batch.params.layout
     hi, lo = (
-        sig.unpack(written(batch, sig.untile(plane(batch.kv_cache)).transpose(1, 2).transpose(1, 2)))
+        sig.unpack(
+            written(batch, sig.untile(plane(batch.kv_cache)).transpose(1, 2).transpose(1, 2))
+        )
         for plane in (layout.hi, layout.lo)
     )
     return 2 * hi + lo
@@ -386,7 +388,9 @@ def check_append(ours: Batch, theirs: Batch) -> None:
     """
     layout = theirs.params.layout
     for plane in (layout.k, layout.v):
-        got, expected = (as_bytes(written(batch, plane(batch.kv_cache))) for batch in (ours, theirs))
+        got, expected = (
+            as_bytes(written(batch, plane(batch.kv_cache))) for batch in (ours, theirs)
+        )
         assert torch.equal(got.cpu(), expected)
     near = near_threshold(theirs.coded_keys(), theirs.params)
     different = codes(ours).cpu() != codes(theirs)

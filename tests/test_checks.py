@@ -8,6 +8,7 @@ import torch
 from common import MODEL, refused
 
 from vllm_adamas.backends import registry as backends
+from vllm_adamas.backends.cuda.library import Limits
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.serving import checks
@@ -240,6 +241,8 @@ def on_gpu(monkeypatch, **changes) -> None:
     platform = SimpleNamespace(**{**hopper, **changes})
     monkeypatch.setattr("vllm.platforms.current_platform", platform)
     monkeypatch.setattr("vllm_adamas.backends.cuda.backend.LIBRARY", Path(__file__))
+    most = Limits(1 << 20, 1 << 16, 8192, 1 << 37, max_group=16, max_cluster=16)
+    monkeypatch.setattr("vllm_adamas.backends.cuda.policy.limits", lambda: most)
 
 
 def test_a_hopper_gpu_passes(vllm_config, monkeypatch) -> None:

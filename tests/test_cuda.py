@@ -8,22 +8,21 @@ import pytest
 import torch
 from cases import (
     CASES,
-    SCORES,
     TOLERANCE,
     Batch,
     Case,
     check_append,
     check_lengths_are_cut,
-    check_select,
     check_slots_are_skipped,
     check_surroundings,
     many,
     relative_error,
 )
 
-from vllm_adamas.backends.cuda.backend import MAX_CONTEXT, MAX_ROWS
+from vllm_adamas.backends.cuda.library import LIBRARY, limits
 from vllm_adamas.backends.reference import ReferenceBackend
 from vllm_adamas.backends.reference.backend import select_tokens
+from vllm_adamas.dtypes import ELEMENTS
 from vllm_adamas.errors import AdamasError
 
 pytestmark = [
@@ -32,6 +31,7 @@ pytestmark = [
         not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
         reason="needs a Hopper GPU",
     ),
+    pytest.mark.skipif(not LIBRARY.exists(), reason="the CUDA library is not built"),
 ]
 REFERENCE = ReferenceBackend()
 #: Queries in fp8 pages' cases are bf16 or fp16, and the kernels have no float32.
@@ -64,18 +64,21 @@ SELECTIONS = pytest.mark.parametrize("selection", ["query_head", "kv_head"])
 
 @pytest.fixture(scope="module")
 def backend():
-    from vllm_adamas.backends.cuda.backend import LIBRARY, CudaBackend
+    from vllm_adamas.backends.cuda.backend import CudaBackend
 
-    if not LIBRARY.exists():
-        pytest.skip("the CUDA library is not built")
     return CudaBackend()
 
 
 def skip_unless_fits(backend, batch: Batch, cluster: int, longest: int | None = None) -> None:
-    longest = longest or max(1, *batch.lengths)
-    shape = (batch.params, batch.query.dtype, batch.page, longest)
-    if cluster and not backend.fused_clusters(*shape, cluster):
+    longest = longest or batch.block_table.shape[1] * batch.params.layout.block_size
+    layer, dtype = batch.bound(backend), batch.query.dtype
+    if cluster and not backend.fused_clusters(layer, dtype, longest, cluster):
         pytest.skip("the fused kernel does not take this shape")
+
+
+def append_again(backend, batch: Batch) -> None:
+    """After its keys were changed."""
+    backend.append(batch.bound(backend), batch.key, batch.value, batch.slots)
 
 
 def on_cpu(batch: Batch) -> Batch:
@@ -109,8 +112,8 @@ def test_append_rounds_to_fp8_as_torch_does(backend, kind: str) -> None:
     )
     page = torch.zeros(len(both) // 64 + 1, 1, 64, params.layout.token_bytes, dtype=torch.uint8)
     ours, slots = page.cuda(), torch.arange(len(both))
-    backend.append(params, both.cuda(), -both.cuda(), ours, slots.cuda())
-    REFERENCE.append(params, both, -both, page, slots)
+    backend.append(backend.bind(params, ours), both.cuda(), -both.cuda(), slots.cuda())
+    REFERENCE.append(REFERENCE.bind(params, page), both, -both, slots)
     for plane in (params.layout.k, params.layout.v):
         assert torch.equal(plane(ours).cpu(), plane(page))
 
@@ -119,7 +122,7 @@ def test_append_of_nothing_but_padding(backend) -> None:
     batch = Case().build(backend, "cuda")
     before = batch.memory.clone()
     slots = torch.full_like(batch.slots, -1)
-    backend.append(batch.params, batch.key, batch.value, batch.page, slots)
+    backend.append(batch.bound(backend), batch.key, batch.value, slots)
     assert torch.equal(before.view(torch.uint8), batch.memory.view(torch.uint8))
 
 
@@ -127,7 +130,7 @@ def test_append_skips_slots_behind_the_cache(backend) -> None:
     check_slots_are_skipped(backend, Case().build(backend, "cuda"))
 
 
-# scan, select
+# scan
 
 
 @over_cases
@@ -138,16 +141,6 @@ def test_scan(backend, case: Case) -> None:
     clear = ~host.ambiguous()
     assert clear.float().mean() > 0.75
     assert torch.equal(ours[clear], host.scan(REFERENCE)[clear])
-
-
-@pytest.mark.parametrize("length", [1, 31, 32, 33, 1000, 5000, 70000])
-@pytest.mark.parametrize("kind", SCORES)
-@pytest.mark.parametrize("sinks, recent", [(0, 0), (4, 32)])
-def test_select(backend, kind: str, length: int, sinks: int, recent: int) -> None:
-    scores = SCORES[kind]((3, 2, length), torch.Generator().manual_seed(length)).cuda()
-    lens = torch.tensor([length, length // 2 + 1, 0], dtype=torch.int32, device="cuda")
-    check_select(backend, scores, lens, (40, min(1200, length), 7), sinks, recent)
-    check_select(backend, scores, lens, (0, -(2**31), 2**31 - 1), sinks, recent)
 
 
 # decode
@@ -198,12 +191,25 @@ def expected_decode(backend, batch: Batch) -> tuple[torch.Tensor, list[int]]:
                     params.num_sink_tokens,
                     params.recent_window,
                 )
-            k, v = REFERENCE._tokens(
-                params, batch.page, batch.block_table[row], kv_head, tokens.cuda()
-            )
+            k, v = stored_tokens(batch, row, kv_head, tokens.cuda())
             p = (k @ batch.query[row, head].float() * params.softmax_scale).softmax(0)
             out[row, head] = (p @ v).cpu()
     return out, stats
+
+
+def stored_tokens(
+    batch: Batch, row: int, kv_head: int, tokens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """K and V of some tokens of a row, float32 ``[tokens, D]``."""
+    params, layout = batch.params, batch.params.layout
+    block = batch.block_table[row, tokens // layout.block_size].long()
+    found = []
+    for plane, scale in ((layout.k, params.k_scale), (layout.v, params.v_scale)):
+        x = plane(batch.kv_cache)[block, kv_head, tokens % layout.block_size]
+        found.append(
+            x.view(ELEMENTS[params.fp8].values).float() * scale if params.fp8 else x.float()
+        )
+    return found[0], found[1]
 
 
 @over_clusters
@@ -246,7 +252,7 @@ def test_decode_of_any_scores(backend, data: str, score: str, selection: str, cl
     batch = case.build(backend, "cuda")
     if plain:
         mislead(batch, data)
-        backend.append(batch.params, batch.key, batch.value, batch.page, batch.slots)
+        append_again(backend, batch)
     check_decode(backend, batch, cluster)
 
 
@@ -265,7 +271,7 @@ def test_decode_of_long_contexts(backend, selection: str, cluster: int) -> None:
 @pytest.mark.parametrize("score", ["dot", "manhattan"])
 def test_decode_of_a_million_tokens(backend, selection: str, score: str) -> None:
     """The longest context that is served, and an odd one beside it."""
-    lengths, budgets = (MAX_CONTEXT, 999_999), (256, 4096)
+    lengths, budgets = (limits().max_context, 999_999), (256, 4096)
     case = Case(lengths, budgets, heads=(4, 1), score=score, selection=selection)
     check_decode(backend, case.build(backend, "cuda"), cluster=0)
 
@@ -276,7 +282,7 @@ def test_decode_of_a_million_tokens(backend, selection: str, score: str) -> None
 )
 def test_large_groups_have_long_contexts(backend, group: int, head_size: int, selection) -> None:
     """What a block keeps of the context and of the heads fits its memory together."""
-    case = Case((MAX_CONTEXT,), 256, (group, 1), head_size, selection=selection)
+    case = Case((limits().max_context,), 256, (group, 1), head_size, selection=selection)
     check_decode(backend, case.build(backend, "cuda"), cluster=0)
 
 
@@ -288,7 +294,7 @@ def test_decode_of_misleading_long_contexts(backend, data: str, cluster: int) ->
         mislead(batch, data)
     else:
         batch.key.copy_(batch.key[:1].expand_as(batch.key))
-    backend.append(batch.params, batch.key, batch.value, batch.page, batch.slots)
+    append_again(backend, batch)
     skip_unless_fits(backend, batch, cluster)
     check_decode(backend, batch, cluster)
 
@@ -326,11 +332,12 @@ def test_decode_dense_and_sparse(backend, cluster: int) -> None:
         (100, (4, 2), 96, None),
         (512, (16, 4), 128, None),
         (4096, (2, 1), 64, None),
-        (MAX_ROWS, (1, 1), 256, None),  # the largest batch
+        (None, (1, 1), 256, None),  # the largest batch
     ],
 )
-def test_decode_many_rows(backend, rows: int, heads, head_size: int, fp8, cluster: int) -> None:
+def test_decode_many_rows(backend, rows, heads, head_size: int, fp8, cluster: int) -> None:
     """Enough token sets for small blocks, whose rows go through shared memory."""
+    rows = rows or limits().max_rows
     g = torch.Generator().manual_seed(3)
     longest = 400 if rows <= 512 else 40
     lengths = tuple(torch.randint(0, longest, (rows,), generator=g).tolist())
@@ -351,7 +358,7 @@ def test_decode_many_rows_of_long_contexts(backend, selection: str, data: str) -
     batch = case.build(backend, "cuda")
     if data == "late":
         mislead(batch, data)
-        backend.append(batch.params, batch.key, batch.value, batch.page, batch.slots)
+        append_again(backend, batch)
     check_decode(backend, batch, cluster=0)
 
 
@@ -363,7 +370,7 @@ def test_nan_stays_where_it_is(backend, cluster: int) -> None:
     batch.query[1, 3, 7] = torch.nan
     batch.query[2, 5] = torch.nan
     batch.key[10, 0, 0] = torch.nan  # of row 0, KV head 0: query heads 0 to 3
-    backend.append(batch.params, batch.key, batch.value, batch.page, batch.slots)
+    append_again(backend, batch)
     output, _ = batch.decode(backend, cluster=cluster)
     seen = torch.zeros(3, 8, dtype=torch.bool, device="cuda")
     seen[0, :4] = seen[1, 3] = seen[2, 5] = True
@@ -400,8 +407,7 @@ def test_surroundings_change_nothing(backend, name: str, cluster: int) -> None:
 def test_lengths_are_cut(backend, budget: int, window: int, cluster: int) -> None:
     case = Case((200, 65, 300, 129, 40, 0), budget, heads=(4, 2), window=window)
     batch = case.build(backend, "cuda")
-    held = batch.block_table.shape[1] * case.block_size
-    skip_unless_fits(backend, batch, cluster, held)
+    skip_unless_fits(backend, batch, cluster)
     check_lengths_are_cut(backend, batch, cluster=cluster)
 
 
@@ -428,56 +434,80 @@ def test_graph_replay_with_other_rows(backend, cluster: int, selection: str, sco
     skip_unless_fits(backend, batch, cluster, longest)
     output = torch.zeros_like(batch.query)
     stats = torch.zeros(4, dtype=torch.int64, device="cuda")
-    args = (batch.params, *batch.rows, batch.budgets, output, stats)
-    how = {"max_seq_len": longest, "overlap": True, "cluster": cluster}
+    step = batch.step(max_seq_len=longest, overlap=True)
+    args = (batch.bound(backend), batch.query, step, output, stats)
     backend.reserve(batch.params, 3, longest)
-    backend.decode(*args, **how)
+    backend.decode(*args, cluster=cluster)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        backend.decode(*args, **how)
-    for lengths, limits, order in [
+        backend.decode(*args, cluster=cluster)
+    for lengths, budgets, order in [
         ((8000, 2000, 0), (64, 3000, 8), (0, 1, 2)),
         ((1, 2300, 33), (4, 100, 32), (0, 1, 2)),
         ((40, 2300, 9000), (16, 100, 64), (2, 1, 0)),
     ]:
         batch.block_table.copy_(batch.block_table[torch.tensor(order)].clone())
         batch.seq_lens.copy_(torch.tensor(lengths))
-        batch.budgets.copy_(torch.tensor(limits))
+        batch.budgets.copy_(torch.tensor(budgets))
         output.fill_(float("nan"))
         stats.zero_()
         graph.replay()
-        again, counted = batch.decode(backend, **how)
+        again, counted = batch.decode(backend, max_seq_len=longest, overlap=True, cluster=cluster)
         assert torch.equal(output, again)
         assert stats.tolist() == counted
         expected, _ = expected_decode(backend, batch)
         assert relative_error(output.cpu(), expected).max() <= 2 * TOLERANCE[output.dtype]
 
 
+@SELECTIONS
+def test_plans_follow_the_longest_context(backend, selection: str) -> None:
+    """One kernel for short contexts of few rows, three for long ones; one reservation serves them all."""
+    params = Case(selection=selection, heads=(8, 2)).params
+    layout = params.layout
+    pages = torch.zeros(1, 2, layout.block_size, layout.token_bytes // 2, dtype=layout.dtype)
+    layer = backend.bind(params, pages.cuda())
+    dtype, longest = torch.bfloat16, limits().max_context
+    assert backend.plan(layer, 1, dtype, 4096).cluster > 0
+    assert backend.plan(layer, 1, dtype, longest).cluster == 0
+    reserved = backend.workspace_bytes(params, 8, longest)
+    for rows in (1, 8):
+        for tokens in (1, 1000, 5000, 65536, 65537, 300_000, longest):
+            assert backend.plan(layer, rows, dtype, tokens).workspace_bytes <= reserved
+
+
 def test_a_dropped_cache_is_freed(backend) -> None:
     batch = Case().build(backend, "cuda")
     batch.scan(backend)
     batch.decode(backend)
+    layer = batch.bound(backend)
     held, before = batch.memory.nbytes, torch.cuda.memory_allocated()
     batch.memory = None
+    del batch.kv_cache
     assert before - torch.cuda.memory_allocated() >= held
+    assert not layer.is_bound_to(batch.key)
 
 
 def test_refusals(backend) -> None:
     batch = Case((64,), 1).build(backend, "cuda")
-    query, page, table, lens = batch.rows
-    with pytest.raises(ValueError, match="seq_lens"):
-        backend.scan(batch.params, query, page, table, lens.long())
-    with pytest.raises(ValueError, match="query"):
-        backend.scan(batch.params, query.half(), page, table, lens)
-    with pytest.raises(ValueError, match="cluster"):
-        batch.decode(backend, cluster=17)
-    for wrong in (page[..., :-1], page[:, :, :16], page.transpose(1, 2), page[0]):
-        with pytest.raises(ValueError, match=r"^page: "):
-            backend.scan(batch.params, query, wrong, table, lens)
-    rows = many(MAX_ROWS + 1).build(backend, "cuda")
-    with pytest.raises(AdamasError, match=f"{MAX_ROWS + 1} rows"):
+    with pytest.raises(ValueError, match=r"^cluster: "):
+        batch.decode(backend, cluster=limits().max_cluster + 1)
+    rows = many(limits().max_rows + 1).build(backend, "cuda")
+    with pytest.raises(AdamasError, match=f"{limits().max_rows + 1} rows"):
         rows.decode(backend)
-    for mean in (torch.zeros(2, 64), torch.zeros(2, 128).double(), torch.zeros(128, 2).T):
-        params = dataclasses.replace(batch.params, key_mean=mean.cuda())
-        with pytest.raises(ValueError, match="key_mean"):
-            backend.append(params, batch.key, batch.value, batch.page, batch.slots)
+
+
+@pytest.mark.parametrize("name", ["query", "block_table", "seq_lens", "budgets"])
+def test_arguments_on_another_device(backend, name: str) -> None:
+    batch = Case((64,), 1).build(backend, "cuda")
+    elsewhere = dataclasses.replace(batch, **{name: getattr(batch, name).cpu()})
+    layer = batch.bound(backend)
+    output, stats = torch.empty_like(batch.query), torch.zeros(4, dtype=torch.int64, device="cuda")
+    with pytest.raises(ValueError, match=f"^{name}: expected a tensor on cuda:0, got one on cpu"):
+        backend.decode(layer, elsewhere.query, elsewhere.step(), output, stats)
+
+
+def test_a_key_mean_on_another_device(backend) -> None:
+    batch = Case().build(backend, "cuda")
+    params = dataclasses.replace(batch.params, key_mean=torch.zeros(2, 128))
+    with pytest.raises(ValueError, match=r"^key_mean: expected a tensor on cuda"):
+        backend.bind(params, batch.kv_cache)

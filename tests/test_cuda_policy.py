@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
+import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from cases import Batch, Case
 from common import refused
 
+from vllm_adamas.backends.base import MAX_GROUP
 from vllm_adamas.backends.cuda import backend as cuda
-from vllm_adamas.backends.cuda.backend import (
-    MAX_BLOCK,
-    MAX_CANDIDATES,
-    MAX_CONTEXT,
-    MAX_ROWS,
-    MAX_STEP,
-    SAMPLES,
-    candidate_capacity,
-    prefers_fused,
-)
-from vllm_adamas.backends.reference import ReferenceBackend
+from vllm_adamas.backends.cuda import policy
+from vllm_adamas.backends.cuda.library import LIBRARY, Limits, limits, load
+from vllm_adamas.backends.cuda.policy import LaunchPlan, candidate_capacity, prefers_fused
 from vllm_adamas.budget import TokenBudget
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.layout import PageLayout
 
 RECORD = Path(__file__).parents[1] / "benchmarks" / "results" / "decode_gpu.json"
+needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason="the CUDA library is not built")
+
+
+# the choice between one kernel and three
 
 
 def recorded() -> list[tuple[str, int, dict, dict]]:
@@ -71,135 +69,349 @@ def test_choice_follows_the_budget(budget: int | float, fused: bool) -> None:
     assert prefers_fused(3, 8192, 1, params.budget.most(8192)) == fused
 
 
-@pytest.mark.parametrize("budget", [1, 64, 2048, 100000])
-def test_candidates_of_longer_contexts_are_no_fewer(budget: int) -> None:
-    """A workspace that is reserved for the longest context serves every step."""
-    lengths = [1, 1000, *(n + i for n, _ in SAMPLES for i in (0, 1)), 100000]
-    sizes = [candidate_capacity(n, budget) for n in sorted(lengths)]
-    assert sizes == sorted(sizes) and sizes[-1] <= MAX_CANDIDATES
+# plans, with a library that computes nothing
 
 
-@pytest.mark.parametrize("length, sample", SAMPLES)
-@pytest.mark.parametrize("budget", [64, 256, 1024])
-def test_candidates_hold_what_encode_aims_at(length: int, sample: int, budget: int) -> None:
-    expected = budget * sample / length
-    rank = int(expected + 6 * math.sqrt(1.5 * expected) + 3)
-    most = rank + rank // 2  # that find_pivot accepts
-    assert (most + 5 * math.sqrt(most)) * length / sample <= candidate_capacity(length, budget)
+MAX_SEQ_LEN = 8  #: its place among the arguments of the library's decode
+INVENTED = Limits(
+    max_context=1 << 20, max_block=96, max_rows=50, max_step=1 << 22, max_group=4, max_cluster=5
+)
 
 
 class Recorder:
-    """Stands for the library: says what was called and computes nothing."""
+    """Stands for the library: keeps the arguments of every call, and runs 20 clusters of 3 blocks."""
 
     def __init__(self):
-        self.called: list[str] = []
+        self.calls: dict[str, list[tuple]] = {}
 
     def __getattr__(self, name: str):
-        return lambda *args: self.called.append(name) or 0
+        def call(*args):
+            self.calls.setdefault(name, []).append(args)
+            answers = {"max_sample_bits": 12, "sample_rank": 20}
+            if name == "workspace_bytes":
+                return args[-2] * args[-1]
+            if name == "fused_clusters":
+                return 20 if args[-1] <= 3 else 0
+            return answers.get(name, 0)
+
+        return call
 
 
-@pytest.fixture
-def backend(monkeypatch) -> cuda.CudaBackend:
-    monkeypatch.setattr(cuda, "_library", Recorder)
+def on_hopper(monkeypatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    return cuda.CudaBackend()
+
+
+@pytest.fixture
+def recorder(monkeypatch) -> Recorder:
+    found = Recorder()
+    for module in (cuda, policy):
+        monkeypatch.setattr(module, "load", lambda: found)
+        monkeypatch.setattr(module, "limits", lambda: INVENTED)
+    on_hopper(monkeypatch)
+    return found
+
+
+def decode(backend, layer, lengths: tuple[int, ...], columns: int, max_seq_len: int | None):
+    """A step whose tensors are as long as they say, and hold nothing."""
+    rows, params = len(lengths), layer.params
+    query = torch.zeros(rows, params.num_query_heads, params.layout.head_size).bfloat16()
+    batch = cuda.DecodeBatch(
+        torch.zeros(rows, columns, dtype=torch.int32),
+        torch.tensor(lengths, dtype=torch.int32),
+        torch.ones(rows, dtype=torch.int32),
+        max_seq_len,
+    )
+    backend.decode(layer, query, batch, torch.empty_like(query), torch.zeros(4, dtype=torch.int64))
+
+
+def bound(backend, case: Case) -> cuda.CudaLayer:
+    layout = case.params.layout
+    shape = (4, case.heads[1], layout.block_size, layout.token_bytes // layout.dtype.itemsize)
+    return backend.bind(case.params, torch.zeros(shape, dtype=layout.dtype))
+
+
+def test_rounded_contexts() -> None:
+    steps = list(policy.rounded_contexts(1 << 20))
+    assert steps[0] == policy.LEAST_CONTEXT and steps[-1] == 1 << 20
+    assert steps == sorted(set(steps)) and len(steps) == 41  # four per octave, and the first one
+    for tokens in (0, 1, 1024, 1025, 1281, 40960, 40961, (1 << 20) - 1, *steps):
+        found = policy.rounded_context(tokens)
+        assert found in steps and tokens <= found <= max(1024, tokens * 5 / 4)
+        assert policy.rounded_context(found) == found
+
+
+def test_growing_contexts_share_plans(recorder) -> None:
+    """A step is looked at once per kind of layer and quarter of an octave; kernels get the bound as it is."""
+    backend = cuda.CudaBackend()
+    layers = [bound(backend, Case(heads=(8, 2))) for _ in range(3)]
+    for longest in range(1025, 1281, 15):
+        for layer in layers:
+            decode(backend, layer, (7, longest), 100, longest)
+    assert layers[0].plans is layers[2].plans and len(layers[0].plans) == 1
+    assert len(recorder.calls["workspace_bytes"]) == 1
+    asked = [args[MAX_SEQ_LEN] for args in recorder.calls["decode"]]
+    assert asked == [n for n in range(1025, 1281, 15) for _ in layers]
+    decode(backend, layers[0], (7, 1281), 100, 1281)
+    assert len(layers[0].plans) == 2
+    other = bound(backend, Case(heads=(8, 4)))
+    decode(backend, other, (7, 1281), 100, 1281)
+    assert len(layers[0].plans) == 2 and len(other.plans) == 1
+
+
+def test_the_bound_of_a_step(recorder) -> None:
+    """What the batch says, but never more than its block table; the longest context without either."""
+    backend = cuda.CudaBackend()
+    layer = bound(backend, Case(heads=(1, 1)))
+    for columns, max_seq_len, expected in (
+        (4, None, 256),
+        (4, 100, 100),
+        (4, 5000, 256),
+        (1 << 15, None, 1 << 20),
+    ):
+        decode(backend, layer, (3,), columns, max_seq_len)
+        assert recorder.calls["decode"][-1][MAX_SEQ_LEN] == expected
+
+
+def test_a_plan_takes_the_form_that_the_policy_prefers(recorder) -> None:
+    """The stand-in runs 20 clusters of up to 3 blocks at once."""
+    backend = cuda.CudaBackend()
+    layer = bound(backend, Case(heads=(2, 2), selection="kv_head"))
+    for rows, longest, cluster in ((1, 4096, 3), (10, 4096, 3), (11, 4096, 0), (1, 49152, 0)):
+        assert backend.plan(layer, rows, torch.bfloat16, longest).cluster == cluster
+    assert backend.plan(layer, 1, torch.bfloat16, 1 << 17).sample_bits == 11
+    plan = LaunchPlan(3, 10, 4096, 4096)
+    assert backend.plan(layer, 1, torch.bfloat16, 4096) == plan
+
+
+def test_what_the_kernels_do_not_hold(recorder) -> None:
+    """The library's limits decide, whatever they are."""
+    backend = cuda.CudaBackend()
+    params = Case(heads=(2, 1)).params
+    backend.workspace_bytes(params, 4, 1 << 20)
+    refused(lambda: backend.workspace_bytes(params, 1, (1 << 20) + 1), "1048577 tokens", "triton")
+    refused(lambda: backend.workspace_bytes(params, 51, 1), "51 rows", "--max-num-seqs 50")
+    refused(lambda: backend.workspace_bytes(params, 5, 1 << 20), "--max-model-len", str(1 << 22))
+    layer = bound(backend, Case(heads=(1, 1)))
+    with pytest.raises(AdamasError, match="51 rows"):
+        decode(backend, layer, (1,) * 51, 1, None)
+    refused(lambda: bound(backend, Case(block_size=112)), "112 tokens", "--block-size", "triton")
+    refused(lambda: bound(backend, Case(heads=(5, 1))), "5 query heads", "4")
+    refused(lambda: bound(backend, Case(dtype=torch.float32)), "float32", "triton")
+
+
+def test_without_the_library(monkeypatch) -> None:
+    missing = Path("/no/libadamas_cuda.so")
+    monkeypatch.setattr("vllm_adamas.backends.cuda.library.LIBRARY", missing)
+    for cached in (load, limits):
+        cached.cache_clear()
+    for ask in (limits, cuda.CudaBackend, lambda: policy.check_block(16)):
+        refused(ask, missing.name, "ADAMAS_BUILD_CUDA=1", "kernels=triton")
+
+
+# candidates: the library says what encode aims at
+
+
+@needs_library
+@pytest.mark.parametrize("most_sample_bits", [9, 10, 12])
+@pytest.mark.parametrize("budget", [1, 64, 2048, 100000])
+def test_candidates_of_longer_contexts_are_no_fewer(budget: int, most_sample_bits: int) -> None:
+    """A workspace that is reserved for the longest context serves every step."""
+    lengths = [1, 1000, *policy.rounded_contexts(1 << 20), 65537, 99999]
+    sizes = [candidate_capacity(n, budget, most_sample_bits) for n in sorted(lengths)]
+    assert sizes == sorted(sizes) and sizes[-1] <= policy.MOST_CANDIDATES
+
+
+@needs_library
+@pytest.mark.parametrize("length", [8192, 1 << 16, 1 << 18, 1 << 20])
+@pytest.mark.parametrize("budget", [64, 256, 1024])
+def test_candidates_hold_what_encode_aims_at(length: int, budget: int) -> None:
+    sample = 1 << policy.sample_bits(length, 12)
+    rank = load().sample_rank(budget, sample, length)
+    most = rank + rank // 2  # that find_pivot accepts
+    assert (most + 5 * most**0.5) * length / sample <= candidate_capacity(length, budget, 12)
+
+
+# arguments: the library checks them before it looks for a GPU
+
+
+@pytest.fixture
+def layer(monkeypatch, batch) -> cuda.CudaLayer:
+    on_hopper(monkeypatch)
+    return batch.bound(cuda.CudaBackend())
 
 
 @pytest.fixture
 def batch() -> Batch:
-    return Case((200, 64), 16, padding=0).build(ReferenceBackend())
+    if not LIBRARY.exists():
+        pytest.skip("the CUDA library is not built")
+    nothing = SimpleNamespace(bind=lambda *args: None, append=lambda *args: None)
+    return Case((200, 64), 16, padding=0).build(nothing)
 
 
-def call(backend, batch: Batch, operation: str, **changes) -> None:
-    """An operation with some of its tensors changed."""
-    names = {
-        "append": ("key", "value", "page", "slots"),
-        "scan": ("query", "page", "block_table", "seq_lens"),
-        "decode": ("query", "page", "block_table", "seq_lens", "budgets", "output", "stats"),
-        "gather": ("page", "block_table", "seq_lens", "key", "value"),
-    }[operation]
-    tensors = {name: getattr(batch, name, None) for name in names}
-    tensors |= {"output": torch.empty_like(batch.query), "stats": torch.zeros(4, dtype=torch.int64)}
+ARGUMENTS = {
+    "append": ("key", "value", "slots"),
+    "scan": ("query", "block_table", "seq_lens", "scores", "work"),
+    "decode": ("query", "output", "block_table", "seq_lens", "budgets", "stats", "work"),
+    "gather": ("block_table", "seq_lens", "key", "value"),
+}
+#: Of a decode step: max_seq_len, cluster, sample_bits, capacity, overlap, stages
+LAUNCH = (200, 0, 10, 4096, False, cuda.ALL_STAGES)
+
+
+def call(layer: cuda.CudaLayer, batch: Batch, operation: str, **changes) -> None:
+    """An operation of the library with some of its tensors changed."""
+    tensors = {name: getattr(batch, name, None) for name in ARGUMENTS[operation]}
+    made = {
+        "output": torch.empty_like(batch.query),
+        "stats": torch.zeros(4, dtype=torch.int64),
+        "scores": torch.zeros(2, batch.params.num_score_heads, 200),
+        "work": torch.empty(1, dtype=torch.uint8),
+    }
+    tensors |= {name: x for name, x in made.items() if name in tensors}
     tensors |= {name: change(tensors[name]) for name, change in changes.items()}
-    getattr(backend, operation)(batch.params, *(tensors[name] for name in names))
+    numbers = LAUNCH if operation == "decode" else ()
+    getattr(load(), operation)(layer.native, *tensors.values(), *numbers)
 
 
-OPERATIONS = ("append", "scan", "decode", "gather")
+def unaligned(x: torch.Tensor) -> torch.Tensor:
+    """The same shape, one element behind an aligned address."""
+    return torch.zeros(x.numel() + 1, dtype=x.dtype)[1:].view_as(x)
 
 
-@pytest.mark.parametrize("operation", OPERATIONS)
-def test_fitting_arguments_reach_the_kernel(backend, batch, operation: str) -> None:
-    call(backend, batch, operation)
-    assert operation in backend._lib.called
+@pytest.mark.parametrize("operation", ARGUMENTS)
+def test_fitting_arguments_need_a_gpu(layer, batch, operation: str) -> None:
+    """Of tensors on a CPU nothing else is wrong."""
+    with pytest.raises(ValueError, match=r"^kv_cache: expected a layer .* CUDA device$"):
+        call(layer, batch, operation)
+
+
+@pytest.mark.parametrize("operation", ["append", "decode"])
+def test_padding_may_follow(layer, batch, operation: str) -> None:
+    """Rows behind those of the batch, tokens behind the slots."""
+    names = {"append": ("key", "value"), "decode": ("query", "output")}[operation]
+    longer = {name: lambda x: torch.cat((x, x)) for name in names}
+    with pytest.raises(ValueError, match="CUDA device"):
+        call(layer, batch, operation, **longer)
+
+
+STEP = ("scan", "decode", "gather")
 
 
 @pytest.mark.parametrize(
     ("operations", "name", "change"),
     [
         (("append",), "slots", torch.Tensor.int),
+        (("append",), "slots", lambda slots: slots[None]),
         (("append",), "key", torch.Tensor.half),
+        (("append", "gather"), "value", torch.Tensor.float),
+        (("append",), "value", lambda value: value[:-1]),
+        (("append", "gather"), "key", lambda key: key[:, :1]),
         (("scan", "decode"), "query", torch.Tensor.half),
+        (("scan", "decode"), "query", lambda query: query[:1]),
+        (("scan", "decode"), "query", lambda query: query[..., :64]),
+        (("scan", "decode"), "query", lambda query: query.transpose(1, 2).contiguous().mT),
+        (("scan", "decode"), "query", unaligned),
+        (("decode",), "output", unaligned),
         (("decode",), "output", torch.Tensor.float),
+        (("decode",), "output", lambda output: output[:1]),
         (("decode",), "budgets", torch.Tensor.long),
+        (("decode",), "budgets", lambda budgets: budgets[:1]),
         (("decode",), "stats", torch.Tensor.int),
-        (("scan", "decode", "gather"), "seq_lens", torch.Tensor.long),
-        (("scan", "decode", "gather"), "block_table", torch.Tensor.long),
-        (("scan", "decode", "gather"), "block_table", lambda table: table[:1]),
-        (("append",), "value", lambda value: value.to("meta")),
-        (("scan", "decode", "gather"), "block_table", lambda table: table.to("meta")),
-        (("decode",), "budgets", lambda budgets: budgets.to("meta")),
-        (("gather",), "key", lambda key: torch.empty(key.numel() + 1).bfloat16()[1:].view_as(key)),
+        (("decode",), "stats", lambda stats: stats[:3]),
+        (("scan",), "scores", torch.Tensor.double),
+        (("scan",), "scores", lambda scores: scores[:, :2]),
+        (STEP, "seq_lens", torch.Tensor.long),
+        (STEP, "seq_lens", lambda lens: lens.repeat_interleave(2)[::2]),
+        (STEP, "block_table", torch.Tensor.long),
+        (STEP, "block_table", lambda table: table[:1]),
+        (STEP, "block_table", lambda table: table.T.contiguous().T),
+        (("gather",), "key", unaligned),
     ],
 )
-def test_arguments_that_do_not_fit(backend, batch, operations, name: str, change) -> None:
+def test_arguments_that_do_not_fit(layer, batch, operations, name: str, change) -> None:
     for operation in operations:
-        with pytest.raises(ValueError, match="slot_mapping" if name == "slots" else name):
-            call(backend, batch, operation, **{name: change})
-        assert operation not in backend._lib.called
+        with pytest.raises(
+            ValueError, match="^slot_mapping: " if name == "slots" else f"^{name}: "
+        ):
+            call(layer, batch, operation, **{name: change})
 
 
-def test_scores_of_select_hold_the_contexts(backend, batch) -> None:
-    lens, budgets = batch.seq_lens, batch.budgets
-    scores = torch.zeros(2, 8, 200)
-    backend.select(batch.params, scores, lens, budgets)
-    for wrong in ((scores[..., :199], lens, budgets), (scores, lens.long(), budgets)):
-        with pytest.raises(ValueError, match="seq_lens"):
-            backend.select(batch.params, *wrong)
-    with pytest.raises(ValueError, match="budgets"):
-        backend.select(batch.params, scores, lens, budgets.long())
+def test_a_sentence_says_what_was_given(layer, batch) -> None:
+    with pytest.raises(
+        ValueError, match=r"got float16 \[2, 8, 128\] with strides \[1024, 128, 1\]$"
+    ):
+        call(layer, batch, "decode", query=torch.Tensor.half)
 
 
-def test_contexts_are_not_longer_than_the_kernels_bitmap(backend, batch) -> None:
-    backend.workspace_bytes(batch.params, 1, MAX_CONTEXT)
-    for longest in (MAX_CONTEXT + 1, 2 * MAX_CONTEXT):
-        with pytest.raises(AdamasError, match=f"{longest} tokens"):
-            backend.workspace_bytes(batch.params, 1, longest)
-
-
-def test_steps_are_not_larger_than_what_the_kernels_count(backend, batch) -> None:
-    backend.workspace_bytes(batch.params, MAX_ROWS, MAX_CONTEXT)
-    refused(lambda: backend.workspace_bytes(batch.params, MAX_ROWS + 1, 1), "--max-num-seqs 8192")
-    most = MAX_STEP // MAX_ROWS // MAX_CONTEXT
-    cuda.check_step(MAX_ROWS, most, MAX_CONTEXT)
-    refused(
-        lambda: cuda.check_step(MAX_ROWS, most + 1, MAX_CONTEXT), "--max-model-len", str(MAX_ROWS)
+def test_steps_that_the_kernels_do_not_hold(layer, batch) -> None:
+    """The library looks for itself: a plan holds for more than one length."""
+    most = limits()
+    rows = most.max_rows + 1
+    many = dataclasses.replace(
+        batch,
+        query=batch.query[:1].expand(rows, -1, -1),
+        block_table=batch.block_table[:1].expand(rows, -1),
+        seq_lens=torch.zeros(rows, dtype=torch.int32),
+        budgets=torch.zeros(rows, dtype=torch.int32),
     )
+    with pytest.raises(ValueError, match="more rows"):
+        call(layer, many, "decode")
+    policy.check_step(most.max_rows, most.max_step // most.max_rows // most.max_context, 1)
 
 
-def test_blocks_are_not_larger_than_what_the_kernels_divide_by(backend) -> None:
-    for block_size, fits in ((MAX_BLOCK, True), (MAX_BLOCK + 16, False)):
+def test_kv_caches_that_the_kernels_do_not_read(layer, batch) -> None:
+    backend, params = cuda.CudaBackend(), batch.params
+    layout, pages = params.layout, batch.kv_cache
+    for wrong in (pages[..., :-1], pages[:, :, :16], pages.transpose(1, 2)):
+        with pytest.raises(AdamasError, match="layout"):
+            backend.bind(params, wrong)
+    with pytest.raises(ValueError, match=r"^kv_cache: expected \[blocks, Hkv, N, C\]"):
+        backend.bind(params, pages[:, :1])
+    shifted = torch.zeros(pages.numel() + 1, dtype=layout.dtype)[1:].view(pages.shape)
+    with pytest.raises(ValueError, match=r"^kv_cache: .* 16 bytes$"):
+        backend.bind(params, shifted)
+    # Memory that nothing touches.
+    memory = torch.empty((1 << 30) + (1 << 22), dtype=layout.dtype)
+    strides = (1 << 30, 1 << 20, pages.shape[3], 1)
+    large = memory.as_strided((2, 2, 64, pages.shape[3]), strides)
+    with pytest.raises(ValueError, match="2 GiB"):
+        backend.bind(params, large)
+
+
+def test_key_means_that_do_not_fit(layer, batch) -> None:
+    backend = cuda.CudaBackend()
+    for mean in (torch.zeros(2, 64), torch.zeros(2, 128).double(), torch.zeros(128, 2).T):
+        params = dataclasses.replace(batch.params, key_mean=mean)
+        with pytest.raises(ValueError, match=r"^key_mean: expected contiguous float32"):
+            backend.bind(params, batch.kv_cache)
+
+
+def test_a_layer_keeps_its_key_mean_and_not_its_pages(layer, batch) -> None:
+    mean, pages = torch.zeros(2, 128), batch.kv_cache.clone()
+    params = dataclasses.replace(batch.params, key_mean=mean)
+    held = cuda.CudaBackend().bind(params, pages)
+    assert held.is_bound_to(pages)
+    gone = weakref.ref(pages)
+    del pages
+    assert gone() is None
+    with pytest.raises(RuntimeError, match="bind it again"):
+        held.kv_cache  # noqa: B018
+
+
+@needs_library
+def test_groups_that_serving_accepts_are_held() -> None:
+    assert limits().max_group >= MAX_GROUP
+
+
+def test_blocks_as_large_as_the_kernels_divide_by(layer) -> None:
+    backend, most = cuda.CudaBackend(), limits().max_block
+    for block_size, fits in ((most, True), (most + 16, False)):
         layout = PageLayout(64, block_size, torch.bfloat16)
         params = dataclasses.replace(Case(heads=(1, 1), head_size=64).params, layout=layout)
+        pages = torch.empty(1, 1, block_size, layout.token_bytes // 2, dtype=torch.bfloat16)
         if fits:
-            assert backend._numbers(params)[0] == block_size
+            assert backend.bind(params, pages).is_bound_to(pages)
         else:
-            refused(lambda p=params: backend._numbers(p), f"{block_size} tokens", "triton")
-
-
-def test_lengths_beyond_the_block_table_are_not_asked_for(backend, batch) -> None:
-    """A scan has as many scores as the block table has tokens; what is longer is cut on the device."""
-    lens = torch.full_like(batch.seq_lens, 10**6)
-    scores = backend.scan(batch.params, batch.query, batch.page, batch.block_table, lens)
-    assert scores.shape[2] == batch.block_table.shape[1] * 64
+            refused(lambda p=params, x=pages: backend.bind(p, x), f"{block_size} tokens", "triton")

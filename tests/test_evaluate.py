@@ -201,8 +201,10 @@ def test_what_is_done_is_not_missing(tmp_path: Path) -> None:
 def test_results_of_other_settings_are_not_mixed(tmp_path: Path) -> None:
     study(tmp_path)._save()
     refused(lambda: study(tmp_path, context=64), "r.json", "context")
-    (tmp_path / "r.json").write_text("{}")
-    refused(lambda: study(tmp_path), "r.json", "not a results file")
+    held = json.loads((tmp_path / "r.json").read_text())
+    for spoilt in ({}, held | {"version": 1}, held | {"environment": {"device": "x"}}):
+        (tmp_path / "r.json").write_text(json.dumps(spoilt))
+        refused(lambda: study(tmp_path), "r.json", "not a results file")
 
 
 def test_parts_of_a_study_are_put_together(tmp_path: Path) -> None:

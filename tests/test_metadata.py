@@ -210,7 +210,7 @@ def check(metadata: AdamasMetadata, options: dict, requests: list[Request], rows
     assert metadata.decode.budgets.tolist() == budgets + padding
     assert metadata.query_start_loc.tolist() == list(range(decodes + 1))
     longest = max((request.context for request in requests), default=0)
-    assert longest <= metadata.decode.max_seq_len <= min(1.25 * longest + 1, MAX_MODEL_LEN)
+    assert longest <= metadata.decode.max_seq_len <= MAX_MODEL_LEN
     tables = block_tables(rows)
     assert torch.equal(metadata.decode.block_table[: len(single)], tables[: len(single)])
     several = requests[len(single) :]

@@ -229,6 +229,20 @@ def test_nothing_is_a_problem_without_cause() -> None:
     assert json.loads(json.dumps(fine.record(), allow_nan=False))["ok"] is True
 
 
+def test_the_text_has_the_numbers_in_tables() -> None:
+    text = report(
+        checks={"replayed": Verdict(tokens=10, compared=7, parted=2, distances=[0.1, 0.3])},
+        ttft=[0.5, 1.5],
+        memory={"warm": {"rss": 500.0, "gpu": 70.0}, "end": {"rss": 599.0}},
+    ).text()
+    lines = [line.split() for line in text.splitlines()]
+    assert ["replayed", "10", "7", "2", "0", "0.1", "0.3", "0.3"] in lines
+    assert ["TTFT", "500", "1500", "1500"] in lines
+    assert ["ITL"] in lines
+    assert ["warm", "70", "500"] in lines
+    assert ["end", "599"] in lines
+
+
 # A whole storm, against a server that is not a model
 
 

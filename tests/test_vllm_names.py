@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 from vllm_adamas.serving import compat
 
@@ -30,7 +31,7 @@ def test_the_installed_vllm_has_every_name(uses) -> None:
 
 def test_the_newest_accepted_vllm_has_every_name(uses) -> None:
     """A name that is missing may be new here: `make vllm-names WHEEL=...` looks it up."""
-    major, minor = map(int, RECORDED["version"].split(".")[:2])
+    major, minor = Version(RECORDED["version"]).release[:2]
     assert (major, minor + 1) == compat.VLLM_MAX
     assert names.problems(uses, RECORDED["names"]) == []
 

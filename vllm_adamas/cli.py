@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import sys
 import textwrap
@@ -11,9 +10,12 @@ from pathlib import Path
 
 from vllm_adamas import __version__, tables
 from vllm_adamas.config import AdamasConfig
+from vllm_adamas.environment import package_versions
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.serving import compat
 
+#: Whose versions ``info`` prints.
+PACKAGES = ("vllm-adamas", "vllm", "torch", "triton", "apache-tvm-ffi")
 DTYPES = ("bfloat16", "float16", "float32", "fp8")
 
 
@@ -198,19 +200,8 @@ def _calibrate(args) -> int:
 
 
 def _versions() -> dict[str, str]:
-    import torch
-
-    versions = {
-        "vllm-adamas": __version__,
-        "vllm": compat.vllm_version(),
-        "torch": torch.__version__,
-    }
-    for name in ("triton", "apache-tvm-ffi"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
+    installed = package_versions(PACKAGES) | {"vllm": compat.vllm_version()}
+    return {name: installed.get(name, "not installed") for name in PACKAGES}
 
 
 #: Kernels that ``info`` looks for, by device.

@@ -86,7 +86,7 @@ class Environment(BaseModel):
 def package_versions(packages: Sequence[str] = ()) -> dict[str, str]:
     """Versions of Python, this package, ``PACKAGES`` and further distributions; absent if not installed."""
     found = {"python": platform.python_version(), "vllm-adamas": __version__}
-    more = {name: (name,) for name in packages if name not in PACKAGES}
+    more = {name: (name,) for name in packages if name not in {*found, *PACKAGES}}
     for name, distributions in (PACKAGES | more).items():
         for distribution in distributions:
             with suppress(importlib.metadata.PackageNotFoundError):

@@ -17,6 +17,7 @@ import triton.language as tl
 from vllm_adamas.backends.arguments import check_tensor
 from vllm_adamas.backends.base import MAX_GROUP, MIN_CAPABILITY, Backend, Layer, Params
 from vllm_adamas.backends.inspect import Inspectable
+from vllm_adamas.backends.launch import rounded_context
 from vllm_adamas.backends.triton.append import append_kernel
 from vllm_adamas.backends.triton.attend import attend_kernel, merge_kernel
 from vllm_adamas.backends.triton.gather import gather_kernel
@@ -93,7 +94,8 @@ class TritonBackend(Backend, Inspectable):
         key = (params, max_rows, max_seq_len)
         if key not in self._reserved:  # the layers of a model ask alike
             self._reserved[key] = max(
-                Plan(params, rows + 1, max_seq_len, device).nbytes for rows in range(max_rows)
+                Plan(params, rows + 1, rounded_context(max_seq_len), device).nbytes
+                for rows in range(max_rows)
             )
         return self._workspace.at_least(device, self._reserved[key]).nbytes
 
@@ -167,15 +169,16 @@ class TritonBackend(Backend, Inspectable):
             longest = min(longest, batch.max_seq_len)
         dense = params.sliding_window > 0 or budgets is seq_lens
         plan = self._plan(params, rows, longest, query.device)
+        scores, tokens = (x[..., :longest] for x in (plan.scores, plan.tokens))
         for first in range(0, rows, plan.rows):
             some = slice(first, first + plan.rows)
             out = output[some]
             rows_of_pass = (block_table[some], seq_lens[some], budgets[some])
             if not dense:
-                self._scan(plan, layer, query[some], *rows_of_pass, plan.scores)
-                self._select(params, plan.scores, plan.tokens, *rows_of_pass[1:], sparse_only=True)
-                self._attend(plan, layer, query[some], *rows_of_pass, plan.tokens)
-            self._attend(plan, layer, query[some], *rows_of_pass, None)
+                self._scan(plan, layer, query[some], *rows_of_pass, scores)
+                self._select(params, scores, tokens, *rows_of_pass[1:], sparse_only=True)
+                self._attend(plan, layer, query[some], *rows_of_pass, longest, tokens)
+            self._attend(plan, layer, query[some], *rows_of_pass, longest, None)
             merge_kernel[len(out), params.num_query_heads](
                 plan.partial, plan.maximum, plan.total, out, *out.stride()[:2], *rows_of_pass[1:], stats,
                 params.v_scale, longest, params.least_budget, WINDOW=params.sliding_window,
@@ -227,7 +230,7 @@ class TritonBackend(Backend, Inspectable):
             SAMPLES=SAMPLES, TOKENS=SELECT_TOKENS, CANDIDATES=CANDIDATES, num_warps=8,
         )  # fmt: skip
 
-    def _attend(self, plan, layer, query, block_table, seq_lens, budgets, tokens):
+    def _attend(self, plan, layer, query, block_table, seq_lens, budgets, longest, tokens):
         """Partial attention of the rows with a selection, or where ``tokens`` is None of the others."""
         params, planes, sparse = layer.params, layer.planes, tokens is not None
         layout = params.layout
@@ -240,7 +243,7 @@ class TritonBackend(Backend, Inspectable):
             block_table, block_table.stride(0), seq_lens, budgets,
             tokens, *(tokens.stride()[:2] if sparse else (0, 0)),
             plan.partial, plan.maximum, plan.total,
-            params.softmax_scale * params.k_scale / math.log(2), plan.scores.shape[2],
+            params.softmax_scale * params.k_scale / math.log(2), longest,
             params.least_budget, WINDOW=params.sliding_window,
             SPARSE=sparse, HEADS=1 if alone else params.group, GROUP=params.group,
             N=layout.block_size, **_sizes(layout.head_size), FP8=params.fp8, DTYPE=DTYPES[dtype],
@@ -256,6 +259,7 @@ class TritonBackend(Backend, Inspectable):
         return rows
 
     def _plan(self, params: Params, rows: int, longest: int, device: torch.device) -> Plan:
+        longest = rounded_context(longest)
         key = (params, rows, longest, device)
         plan = self._plans.get(key) or Plan(params, rows, longest, device)
         memory = self._workspace.at_least(device, plan.nbytes)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -57,9 +58,19 @@ class Cell:
         """int32 ``[rows]``."""
         return torch.full((self.rows,), self.length, dtype=torch.int32, device=self.key.device)
 
-    def query_start_loc(self) -> torch.Tensor:
-        """int32 ``[rows + 1]``."""
-        return torch.arange(self.rows + 1, dtype=torch.int32, device=self.key.device)
+    def varlen_arguments(self, block_size: int) -> dict[str, Any]:
+        """What functions of FlashAttention's varlen interface are told, beside query, table and output."""
+        key, value = self.pages(block_size)
+        return {
+            "k": key,
+            "v": value,
+            "cu_seqlens_q": torch.arange(self.rows + 1, dtype=torch.int32, device=key.device),
+            "max_seqlen_q": 1,
+            "seqused_k": self.seq_lens(),
+            "max_seqlen_k": self.length,
+            "softmax_scale": self.softmax_scale,
+            "causal": True,
+        }
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,7 @@ NUM_SPLITS = 32  #: as vLLM bounds them inside of CUDA graphs
 def prepare(cell: Cell) -> dict[str, Callable[[], list[Call]]]:
     from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
 
-    key, value = cell.pages(BLOCK_SIZE)
-    lens, starts = cell.seq_lens(), cell.query_start_loc()
+    batch = cell.varlen_arguments(BLOCK_SIZE)
     tables = cell.block_tables(BLOCK_SIZE)
     queries = cell.queries(len(tables))
     outputs = [torch.empty_like(query) for query in queries]
@@ -31,9 +30,9 @@ def prepare(cell: Cell) -> dict[str, Callable[[], list[Call]]]:
         num_heads_q=cell.num_query_heads,
         num_heads_kv=cell.num_kv_heads,
         headdim=cell.head_size,
-        cache_seqlens=lens,
-        qkv_dtype=key.dtype,
-        cu_seqlens_q=starts,
+        cache_seqlens=batch["seqused_k"],
+        qkv_dtype=cell.key.dtype,
+        cu_seqlens_q=batch["cu_seqlens_q"],
         page_size=BLOCK_SIZE,
         causal=True,
         num_splits=NUM_SPLITS,
@@ -42,19 +41,7 @@ def prepare(cell: Cell) -> dict[str, Callable[[], list[Call]]]:
     def calls(**extra) -> list[Call]:
         return [
             lambda q=q, t=t, o=o: flash_attn_varlen_func(
-                q=q,
-                k=key,
-                v=value,
-                out=o,
-                cu_seqlens_q=starts,
-                max_seqlen_q=1,
-                seqused_k=lens,
-                max_seqlen_k=cell.length,
-                softmax_scale=cell.softmax_scale,
-                causal=True,
-                block_table=t,
-                fa_version=3,
-                **extra,
+                q=q, out=o, block_table=t, fa_version=3, **batch, **extra
             )
             for q, t, o in zip(queries, tables, outputs, strict=True)
         ]

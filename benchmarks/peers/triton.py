@@ -18,43 +18,33 @@ def prepare(cell: Cell) -> dict[str, Callable[[], list[Call]]]:
     )
     from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
-    key, value = cell.pages(BLOCK_SIZE)
-    lens, starts = cell.seq_lens(), cell.query_start_loc()
+    device = cell.key.device
     threshold = MIN_LAUNCH_GRID_SIZE_2D // cell.num_kv_heads
     partial = (threshold, cell.num_query_heads, NUM_PAR_SOFTMAX_SEGMENTS)
     segments, maxima, sums = (
-        torch.empty(*partial, *tail, device=key.device) for tail in ((cell.head_size,), (), ())
+        torch.empty(*partial, *tail, device=device) for tail in ((cell.head_size,), (), ())
     )
-    one = torch.ones(1, device=key.device).expand(cell.rows, cell.num_kv_heads)
+    one = torch.ones(1, device=device).expand(cell.rows, cell.num_kv_heads)
+    arguments = {
+        **cell.varlen_arguments(BLOCK_SIZE),
+        "window_size": (-1, -1),
+        "softcap": 0.0,
+        "q_descale": None,
+        "k_descale": one,
+        "v_descale": one,
+        "seq_threshold_3D": threshold,
+        "num_par_softmax_segments": NUM_PAR_SOFTMAX_SEGMENTS,
+        "softmax_segm_output": segments,
+        "softmax_segm_max": maxima,
+        "softmax_segm_expsum": sums,
+    }
     tables = cell.block_tables(BLOCK_SIZE)
     queries = cell.queries(len(tables))
     outputs = [torch.empty_like(query) for query in queries]
 
     def calls() -> list[Call]:
         return [
-            lambda q=q, t=t, o=o: unified_attention(
-                q=q,
-                k=key,
-                v=value,
-                out=o,
-                cu_seqlens_q=starts,
-                max_seqlen_q=1,
-                seqused_k=lens,
-                max_seqlen_k=cell.length,
-                softmax_scale=cell.softmax_scale,
-                causal=True,
-                window_size=(-1, -1),
-                block_table=t,
-                softcap=0.0,
-                q_descale=None,
-                k_descale=one,
-                v_descale=one,
-                seq_threshold_3D=threshold,
-                num_par_softmax_segments=NUM_PAR_SOFTMAX_SEGMENTS,
-                softmax_segm_output=segments,
-                softmax_segm_max=maxima,
-                softmax_segm_expsum=sums,
-            )
+            lambda q=q, t=t, o=o: unified_attention(q=q, out=o, block_table=t, **arguments)
             for q, t, o in zip(queries, tables, outputs, strict=True)
         ]
 

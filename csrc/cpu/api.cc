@@ -11,6 +11,7 @@
 
 #include <string>
 
+#include "common/arguments.h"
 #include "cpu/kernels.h"
 
 namespace adamas {
@@ -24,7 +25,6 @@ using tvm::ffi::ObjectRef;
 using tvm::ffi::Optional;
 using tvm::ffi::String;
 using tvm::ffi::Tensor;
-using tvm::ffi::TensorView;
 
 const Kernels* active = find_kernels("auto");
 
@@ -35,11 +35,7 @@ String use_isa(String name) {
   return String(active->name);
 }
 
-// What a caller got wrong, as one sentence that names the argument and the constraint.
-void expect(bool holds, const char* constraint) {
-  if (!holds) TVM_FFI_THROW(ValueError) << constraint;
-}
-bool is_int(const TensorView& t, int bits) { return t.dtype().code == kDLInt && t.dtype().bits == bits; }
+bool is_int(const TensorView& t, int bits) { return is_dtype(t, kDLInt, bits); }
 
 Element element_of(const TensorView& t, const char* constraint) {
   const DLDataType type = t.dtype();
@@ -52,7 +48,7 @@ Element element_of(const TensorView& t, const char* constraint) {
 // int32 [rows]; any number of rows when negative
 const int32_t* row_numbers(const TensorView& t, const char* constraint, int64_t rows = -1) {
   expect(t.ndim() == 1 && is_int(t, 32) && t.stride(0) == 1 && (rows < 0 || t.size(0) == rows), constraint);
-  return static_cast<const int32_t*>(t.data_ptr());
+  return data<const int32_t>(t);
 }
 
 // [tokens, heads, head_size]
@@ -73,25 +69,26 @@ T number_of(const Map<String, Any>& description, const char* name) {
 Page page_of(const TensorView& kv_cache, const Map<String, Any>& description) {
   auto integer = [&](const char* name) { return number_of<int64_t>(description, name); };
   const int64_t size = kv_cache.dtype().bits / 8, block_size = integer("block_size");
-  const int64_t token_bytes = integer("scale_offset") / block_size + 2, content = (token_bytes + size - 1) / size;
-  expect(kv_cache.ndim() == 4 && kv_cache.size(2) == block_size && kv_cache.size(3) == content &&
-             kv_cache.stride(2) == content && kv_cache.stride(3) == 1,
-         "kv_cache: expected [blocks, Hkv, N, C] with N and C of the layout, and dense in both");
-  expect(kv_cache.size(1) == integer("num_kv_heads"), "kv_cache: expected as many KV heads as the layer has");
-  expect(block_size * content * size < int64_t(1) << 31, "kv_cache: a block of one KV head spans 2 GiB or more");
-  return Page{static_cast<uint8_t*>(kv_cache.data_ptr()),
-              kv_cache.stride(0) * size,
-              kv_cache.stride(1) * size,
-              int(block_size),
-              int(integer("head_size")),
-              int(kv_cache.size(1)),
-              integer("v_offset"),
-              integer("hi_offset"),
-              integer("lo_offset"),
-              integer("scale_offset"),
-              Element(integer("element")),
-              float(number_of<double>(description, "k_scale")),
-              float(number_of<double>(description, "v_scale"))};
+  Page page{};
+  page.v_offset = integer("v_offset");
+  page.hi_offset = integer("hi_offset");
+  page.lo_offset = integer("lo_offset");
+  page.scale_offset = integer("scale_offset");
+  page.element = Element(integer("element"));
+  page.k_scale = float(number_of<double>(description, "k_scale"));
+  page.v_scale = float(number_of<double>(description, "v_scale"));
+  page.block_size = int(block_size);
+  page.head_size = int(integer("head_size"));
+  page.num_kv_heads = int(integer("num_kv_heads"));
+  const Argument pages{"kv_cache", "[blocks, Hkv, N, C] with N and C of the layout, and dense in both", kv_cache,
+                       kv_cache.device()};
+  expect_pages(pages, page, page.num_kv_heads, block_size);
+  expect(block_size * kv_cache.size(3) * size < int64_t(1) << 31,
+         "kv_cache: a block of one KV head spans 2 GiB or more");
+  page.base = data<uint8_t>(kv_cache);
+  page.block_stride = kv_cache.stride(0) * size;
+  page.head_stride = kv_cache.stride(1) * size;
+  return page;
 }
 
 // One attention layer. It knows where its pages lie and does not keep them alive.
@@ -142,7 +139,7 @@ void append_op(Layer layer, TensorView key, TensorView value, TensorView slots) 
   p.coding = layer->coding;
   expect(slots.ndim() == 1 && is_int(slots, 64) && slots.stride(0) == 1, "slot_mapping: expected int64 [T]");
   p.num_tokens = slots.size(0);
-  p.slots = static_cast<const int64_t*>(slots.data_ptr());
+  p.slots = data<const int64_t>(slots);
   for (int64_t i = 0; i < p.num_tokens; ++i)
     expect(p.slots[i] < layer->num_blocks * p.page.block_size, "slot_mapping: a slot lies behind the last block");
   const int heads = p.page.num_kv_heads, head_size = p.page.head_size;
@@ -170,7 +167,7 @@ struct DecodeArgs {
     expect(block_table.ndim() == 2 && is_int(block_table, 32) && block_table.stride(1) == 1 &&
                block_table.size(0) == p.num_rows,
            "block_table: expected int32 [R, blocks] with contiguous rows");
-    p.block_table = static_cast<const int32_t*>(block_table.data_ptr());
+    p.block_table = data<const int32_t>(block_table);
     p.blocks_per_row = block_table.stride(0);
     for (int row = 0; row < p.num_rows; ++row) {
       const int64_t length = p.seq_lens[row], used = (length + page.block_size - 1) / page.block_size;
@@ -210,7 +207,7 @@ void decode_op(Layer layer, TensorView query, TensorView block_table, TensorView
   p.output = rows_of(output, p.num_rows, p.num_query_heads, p.page.head_size,
                      "output: expected float32, float16 or bfloat16 [R, Hq, D] with a contiguous D");
   expect(stats.ndim() == 1 && is_int(stats, 64) && stats.size(0) == 4, "stats: expected int64 [4]");
-  p.stats = static_cast<int64_t*>(stats.data_ptr());
+  p.stats = data<int64_t>(stats);
   decode(*active, p);
 }
 
@@ -219,7 +216,7 @@ void scan_op(Layer layer, TensorView query, TensorView block_table, TensorView s
   args.query(query);
   check_scores(scores, args.p);
   expect(scores.size(1) == args.p.score_heads(), "scores: expected as many score heads as the query has token sets");
-  scan(*active, args.p, static_cast<float*>(scores.data_ptr()), scores.stride(0), scores.stride(1));
+  scan(*active, args.p, data<float>(scores), scores.stride(0), scores.stride(1));
 }
 
 void select_op(TensorView scores, TensorView seq_lens, TensorView budgets, TensorView tokens,
@@ -238,8 +235,8 @@ void select_op(TensorView scores, TensorView seq_lens, TensorView budgets, Tenso
   expect(fits, "tokens: expected int32 [R, heads, tokens] with room for what is selected");
   p.num_query_heads = int(scores.size(1));
   p.per_query_head = true;
-  select(*active, p, static_cast<const float*>(scores.data_ptr()), scores.stride(0), scores.stride(1),
-         static_cast<int32_t*>(tokens.data_ptr()), tokens.stride(0), tokens.stride(1));
+  select(*active, p, data<const float>(scores), scores.stride(0), scores.stride(1),
+         data<int32_t>(tokens), tokens.stride(0), tokens.stride(1));
 }
 
 void gather_op(Layer layer, TensorView block_table, TensorView seq_lens, TensorView key, TensorView value) {

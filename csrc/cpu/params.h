@@ -1,44 +1,24 @@
-// Parameters of the CPU kernels, filled once per call on the host side (binding.cc).
+// Parameters of the CPU kernels: what belongs to a layer is filled when it is bound, the rest in each call (api.cc).
 #pragma once
 #include <cstdint>
 
+#include "common/coding.h"
+#include "common/page.h"
+
 namespace adamas {
 
-// A tile is 16 tokens: one uint32 word (32 dimensions) of 16 tokens fills a 512-bit register.
-constexpr int kTile = 16;
-constexpr int kWord = 32;
 constexpr int kMaxHeadSize = 256;
 constexpr int kMaxWords = kMaxHeadSize / kWord;
-// Bits of the query in the dot score: two's complement planes, the last one negative.
-constexpr int kQueryBits = 4;
-constexpr int kQueryMax = (1 << (kQueryBits - 1)) - 1;
 
-enum class Element : int { f32, bf16, f16, e4m3, e5m2 };
-
-// One layer's pages; offsets are bytes inside a (block, KV head) run, see vllm_adamas/layout.py.
-struct Page {
+// One layer's pages.
+struct Page : PageLayout {
   uint8_t* base;
   int64_t block_stride, head_stride;  // bytes
   int block_size, head_size, num_kv_heads;
-  int64_t v_offset, hi_offset, lo_offset, scale_offset;
-  Element element;
-  float k_scale, v_scale;  // fp8 to real
 
   uint8_t* run(int64_t block, int kv_head) const {
     return base + block * block_stride + kv_head * head_stride;
   }
-};
-
-struct Coding {
-  float threshold;
-  bool relative;  // in units of the vector's RMS
-};
-
-// A dense [tokens, heads, head_size] tensor; strides in elements.
-struct Rows {
-  void* data;
-  int64_t token_stride, head_stride;
-  Element element;
 };
 
 struct AppendParams {

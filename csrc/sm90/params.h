@@ -1,63 +1,41 @@
-// Parameters of the CUDA kernels, filled once per call on the host side (binding.cu).
+// Parameters of the kernels: what belongs to a layer is filled when it is bound (layer.cu), the rest in each
+// call (api.cu).
 #pragma once
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define ADAMAS_BOTH __host__ __device__
-#else
-#define ADAMAS_BOTH
-#endif
+#include "common/coding.h"
+#include "common/page.h"
 
 namespace adamas {
 
-// A tile is 16 tokens: uint32 [D/32 words][16 tokens] per signature plane (vllm_adamas/layout.py).
-constexpr int kTile = 16;
-constexpr int kWord = 32;
-// Bits of the query in the dot score: two's complement planes, the last one negative.
-constexpr int kQueryBits = 4;
-constexpr int kQueryMax = (1 << (kQueryBits - 1)) - 1;
 // A thread scores four neighbouring tokens (a token quad) for one head of four (a head quad): that
 // is how the fragments of the binary tensor core fall.
 constexpr int kQuad = 4;
 constexpr int kMaxHeadQuads = 4;
-// What the kernels hold (backends/cuda/__init__.py has the same): tokens of a context and of a block, rows of
-// a step, and rows * KV heads * tokens of the longest context, whose stages scan counts in 32 bits.
-constexpr int kMaxContext = 1 << 20, kMaxBlock = 1 << 16, kMaxRows = 8192;
+constexpr int kMaxGroup = kQuad * kMaxHeadQuads;  // query heads per KV head
+// What the kernels hold; Python asks for these numbers (limits in api.cu). Tokens of a context, a bitmap of
+// which fits shared memory, and of a block; rows of a step, and rows * KV heads * tokens of the longest context,
+// whose stages scan counts in 32 bits; blocks of a cluster.
+constexpr int kMaxContext = 1 << 20, kMaxBlock = 1 << 16, kMaxRows = 8192, kMaxCluster = 16;
 constexpr int64_t kMaxStep = int64_t(1) << 37;
 // Planes of an encoded query: 2 with two bits each (dot) or 3 thermometer planes (manhattan).
 constexpr int kMaxQueryPlanes = 3;
 
-enum class Element : int { bf16 = 1, f16, e4m3, e5m2 };
-
 // dot; manhattan per query head; manhattan summed over the query heads of a KV head.
 enum class Mode : int { dot, manhattan, manhattan_sum };
 
-// One layer's pages; offsets are bytes inside a (block, KV head) run.
-struct Page {
+// How a page and a token in it are found.
+struct PageAddress {
   uint8_t* base;
   uint32_t block_stride;  // bytes
   int64_t head_stride;    // bytes
   int block_size;
   uint32_t quad_magic;  // ceil(2^32 / token quads of a block)
   int head_size, words, num_kv_heads;
-  int64_t v_offset, hi_offset, lo_offset, scale_offset;
-  Element element;
-  float k_scale, v_scale;  // real values per stored value; 1 but for fp8
-
-  ADAMAS_BOTH bool fp8() const { return element == Element::e4m3 || element == Element::e5m2; }
 };
 
-struct Coding {
-  float threshold;
-  bool relative;  // in units of the vector's RMS
-};
-
-// A dense [tokens, heads, head_size] tensor; strides in elements.
-struct Rows {
-  void* data;
-  int64_t token_stride, head_stride;
-  Element element;
-};
+// The pages of one layer.
+struct Page : PageAddress, PageLayout {};
 
 struct AppendParams {
   Page page;
@@ -108,10 +86,11 @@ struct DecodeParams {
   Mode mode;
   bool per_query_head;
   int num_sink_tokens, recent_window, sliding_window;
-  int least_budget;  // what is always kept, and one token; 0 in scan alone
-  bool overlap;  // lengths, budgets and block table were complete before the kernel in front started
+  int least_budget;  // sinks and recent window, which are always kept, and one token; 0 in scan alone
+  bool overlap;  // lengths, budgets and block table were complete before the preceding kernel started
   int capacity;  // candidates per set
   int dense_workers;
+  int sample_bits;  // log2 of the tokens of a context that encode samples
   int64_t* stats;  // sparse rows, dense rows, context tokens, attended tokens (over query heads)
   // scan alone: every score, no candidates
   float* scores;
@@ -119,26 +98,16 @@ struct DecodeParams {
   Workspace work;
 };
 
-struct SelectParams {
-  const float* scores;  // [rows, heads, max_seq_len]
-  int64_t row_stride, head_stride;
-  const int32_t* seq_lens;
-  const int32_t* budgets;
-  int32_t* tokens;  // [rows, heads, most], filled with -1
-  int64_t tokens_row_stride, tokens_head_stride;
-  int num_rows, num_heads, max_seq_len, most;
-  int num_sink_tokens, recent_window, least_budget;
-};
-
 void append(const AppendParams& p, void* stream);
 void gather(const GatherParams& p, void* stream);
 void encode(const DecodeParams& p, void* stream);
 void scan(const DecodeParams& p, void* stream);
-void select(const SelectParams& p, void* stream);
 void attend(const DecodeParams& p, void* stream);
+int max_sample_bits(const DecodeParams& p);  // the largest sample that the shared memory of encode holds
 // The whole step in one kernel, a cluster of blocks per (row, KV head).
 void fused(const DecodeParams& p, int cluster, void* stream);
+bool fused_fits(const DecodeParams& p, int cluster);     // whether the kernel takes the shape
 int fused_clusters(const DecodeParams& p, int cluster);  // that run at once; 0 if the shape does not fit
-int64_t workspace(DecodeParams& p, uint8_t* base);  // lays the workspace out; returns its bytes
+int64_t workspace(DecodeParams& p, uint8_t* base);       // lays the workspace out; returns its bytes
 
 }  // namespace adamas

@@ -2,6 +2,7 @@
 // one value, and equal scores go to the most recent token.
 #pragma once
 #include "sm90/common.cuh"
+#include "sm90/sample.h"
 
 namespace adamas {
 
@@ -124,18 +125,6 @@ __device__ uint64_t block_threshold(uint32_t* bins, int bits, uint32_t need, Eac
     if (found.size == need || shift == 0) return prefix << shift;
     __syncthreads();
   }
-}
-
-// log2 of the tokens of a context that encode samples.
-__host__ __device__ inline int sample_bits(int max_seq_len) {
-  return max_seq_len <= 65536 ? 10 : max_seq_len <= 1 << 18 ? 11 : 12;
-}
-// What a pivot ranks in the sample, at least: six standard deviations below the k-th best. It ranks half as
-// much again at most, or twice where scores tie (find_pivot); candidate_capacity() of
-// backends/cuda/__init__.py sizes lists for the half.
-__device__ __forceinline__ int sample_rank(int need, int sample, int length) {
-  const float expected = __fdividef(float(need) * sample, length);
-  return int(expected + 6.0f * sqrtf(1.5f * expected) + 3.0f);
 }
 
 __device__ __forceinline__ int token_bits(int length) { return 32 - __clz(length); }

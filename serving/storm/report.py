@@ -10,6 +10,7 @@ from typing import Any
 
 from vllm_adamas.serving.storm.client import Outcome
 from vllm_adamas.serving.storm.reference import Verdict
+from vllm_adamas.tables import plain
 
 COMPARED_AT_LEAST = 0.7  #: of the tokens of the answers that were to be checked
 EXAMPLES = 20  #: of each kind of problem in the record
@@ -119,30 +120,57 @@ class Report:
             "itl_ms": percentiles(self.gaps, 1e3),
         }
 
+    def _tables(self) -> list[str]:
+        """Checks, times and memory, as far as there are any."""
+        made = []
+        if self.checks:
+            headers = ["checked", "tokens", "compared", "right, not best", "wrong"]
+            rows = [
+                [
+                    name,
+                    verdict.tokens,
+                    verdict.compared,
+                    verdict.parted,
+                    len(verdict.wrong),
+                    *_numbers(percentiles(verdict.distances), PERCENTILES),
+                ]
+                for name, verdict in self.checks.items()
+            ]
+            made.append(plain([*headers, *(f"distance {p}" for p in PERCENTILES)], rows))
+        times = {"TTFT": self.ttft, "ITL": self.gaps}
+        rows = [
+            [name, *_numbers(percentiles(values, 1e3), PERCENTILES)]
+            for name, values in times.items()
+        ]
+        made.append(plain(["ms", *PERCENTILES], rows))
+        if self.memory:
+            names = sorted({name for found in self.memory.values() for name in found})
+            rows = [[when, *_numbers(found, names)] for when, found in self.memory.items()]
+            made.append(plain(["memory, MiB", *names], rows))
+        return "\n\n".join(made).splitlines()
+
     def text(self) -> str:
-        """A few lines for people."""
+        """What people read."""
         lines = [f"{sum(self.requests.values())} requests: {_listed(self.requests)}"]
         lines.append(f"{self.refused} were refused as they should, {self.left} left by the client")
-        for name, verdict in self.checks.items():
-            spread = percentiles(verdict.distances)
-            lines.append(
-                f"{name}: {verdict.compared} of {verdict.tokens} tokens compared, {verdict.parted} right "
-                f"but not the best, {len(verdict.wrong)} wrong; distances {_listed(spread)}"
-            )
+        lines += ["", *self._tables(), ""]
+        for verdict in self.checks.values():
             lines += [
                 f"  {w.kind}, unit {w.unit}: token {w.position} after {w.prompt_tokens} of prompt is {w.token}, "
                 f"not {w.best}; distance {w.distance}"
                 for w in verdict.wrong[:5]
             ]
         lines.append(f"counters: {_listed(self.moved)}")
-        lines += [f"memory, {when}: {_listed(found)} MiB" for when, found in self.memory.items()]
         lines += [f"memory not watched: {name}" for name in self.unwatched()]
-        for name, values in (("TTFT", self.ttft), ("ITL", self.gaps)):
-            lines.append(f"{name}: {_listed(percentiles(values, 1e3))} ms")
         lines += [f"  {e['kind']}, unit {e['unit']}: {e['error']}" for e in self.examples[:5]]
         found = self.problems()
         lines += [f"PROBLEM: {problem}" for problem in found] or ["All is well."]
         return "\n".join(lines)
+
+
+def _numbers(values: dict[str, float], names: Sequence[str]) -> list[str]:
+    """The named values as cells of a table; empty where there is none."""
+    return [f"{values[name]:.6g}" if name in values else "" for name in names]
 
 
 def _summary(verdict: Verdict) -> dict[str, Any]:
@@ -157,6 +185,9 @@ def _summary(verdict: Verdict) -> dict[str, Any]:
     }
 
 
+PERCENTILES = ("p50", "p99", "max")
+
+
 def percentiles(values: Sequence[float], scale: float = 1.0) -> dict[str, float]:
     """p50, p99 and the greatest, times ``scale``; empty without values."""
     if not values:
@@ -166,7 +197,7 @@ def percentiles(values: Sequence[float], scale: float = 1.0) -> dict[str, float]
     def at(share: float) -> float:
         return round(scale * ordered[math.ceil(share * len(ordered)) - 1], 6)
 
-    return {"p50": at(0.5), "p99": at(0.99), "max": at(1.0)}
+    return dict(zip(PERCENTILES, (at(0.5), at(0.99), at(1.0)), strict=True))
 
 
 def _listed(values: dict) -> str:

@@ -351,6 +351,7 @@ def load(path: Path) -> dict:
     try:
         data = json.loads(path.read_text())
         if data["format"] == FORMAT and data["version"] == VERSION:
+            Environment.model_validate(data["environment"])
             return data
     except (ValueError, KeyError, TypeError, OSError):
         pass

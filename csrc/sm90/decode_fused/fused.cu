@@ -6,7 +6,7 @@
 namespace adamas {
 namespace {
 
-FusedShape shape_of(const DecodeParams& p, int cluster) {
+FusedShape fused_shape(const DecodeParams& p, int cluster) {
   const int sets = p.score_heads_per_kv, head_size = p.page.head_size, chunks = p.page.words <= 4 ? 1 : 2;
   FusedShape s{cluster, kFusedWarps / sets};
   s.set_magic = (255 + s.warps_per_set) / s.warps_per_set;
@@ -49,12 +49,15 @@ int run(const DecodeParams& p, const FusedShape& s, void* stream, bool count) {
 
 }  // namespace
 
-int fused_clusters(const DecodeParams& p, int cluster) {
-  if ((p.page.head_size != 64 && p.page.head_size != 128) || p.group > kFusedGroup || cluster > kMaxCluster) return 0;
-  const FusedShape s = shape_of(p, cluster);
-  return s.bytes <= max_block_memory() ? run(p, s, nullptr, true) : 0;
+bool fused_fits(const DecodeParams& p, int cluster) {
+  if ((p.page.head_size != 64 && p.page.head_size != 128) || p.group > kFusedGroup) return false;
+  return cluster > 0 && cluster <= kMaxCluster && fused_shape(p, cluster).bytes <= max_block_memory();
 }
 
-void fused(const DecodeParams& p, int cluster, void* stream) { run(p, shape_of(p, cluster), stream, false); }
+int fused_clusters(const DecodeParams& p, int cluster) {
+  return fused_fits(p, cluster) ? run(p, fused_shape(p, cluster), nullptr, true) : 0;
+}
+
+void fused(const DecodeParams& p, int cluster, void* stream) { run(p, fused_shape(p, cluster), stream, false); }
 
 }  // namespace adamas

@@ -20,7 +20,6 @@ namespace adamas {
 constexpr int kFusedThreads = 256, kFusedWarps = kFusedThreads / 32;
 constexpr int kFusedGroup = kFusedWarps;  // query heads per KV head, at most: a warp for each of them
 constexpr int kFusedStages = 3;           // of a warp's ring
-constexpr int kMaxCluster = 16;
 constexpr int kEdgeBins = 128, kEdgeWords = kEdgeBins / 2;  // two 16-bit counts per word
 constexpr int kMembers = 128;                               // of the edge bin of one head
 constexpr int kCandidates = 512;                            // that a warp lists

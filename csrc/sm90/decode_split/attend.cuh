@@ -211,7 +211,7 @@ struct Attend {
 
     // How many of them to fetch before their number is known: a little more than encode aims at.
     static __device__ __forceinline__ int expected(const DecodeParams& p, const RowPlan& plan) {
-      const int bits = sample_bits(p.max_seq_len);
+      const int bits = p.sample_bits;
       const int64_t aim = int64_t(sample_rank(plan.need, 1 << bits, plan.length)) * plan.length * 5 / 4 >> bits;
       return (min(int(aim), kKept) + kAttendThreads - 1) / kAttendThreads * kAttendThreads;
     }

@@ -182,24 +182,30 @@ __global__ void __maxnreg__(most_registers(kQuads)) encode_kernel(const __grid_c
   }
 }
 
+// Shared memory of a block in bytes.
+int encode_memory(const DecodeParams& p, int sample_bits) {
+  const int chunks = p.page.words <= 4 ? 1 : 2;
+  const int words = p.head_quads * query_planes(p.mode) * chunks * 32 + 4 * kMaxHeadQuads +
+                    p.score_heads_per_kv * kPivotWords +
+                    std::max(p.score_heads_per_kv << sample_bits, p.group * chunks * 4 * 32);
+  return words * 4;
+}
+
 }  // namespace
+
+int max_sample_bits(const DecodeParams& p) {
+  int bits = 0;
+  while (encode_memory(p, bits + 1) <= max_block_memory()) ++bits;
+  return bits;
+}
 
 void encode(const DecodeParams& p, void* stream) {
   with_scan_types(p, [&](auto chunks, auto mode, auto quads) {
-    constexpr int kChunks = decltype(chunks)::value;
-    constexpr Mode kMode = decltype(mode)::value;
-    int bits = sample_bits(p.max_seq_len);
-    auto words_with = [&](int bits) {
-      return p.head_quads * query_planes(kMode) * kChunks * 32 + 4 * kMaxHeadQuads + p.score_heads_per_kv * kPivotWords +
-             std::max(p.score_heads_per_kv << bits, p.group * kChunks * 4 * 32);
-    };
-    while (words_with(bits) * 4 > max_block_memory()) --bits;  // many heads of a long context
-    const int words = words_with(bits);
     // Large blocks are quicker, small ones share a processor.
     const int groups = p.num_rows * p.page.num_kv_heads;
     const int threads = groups <= num_multiprocessors() || p.group > 8 ? kMostThreads : kMostThreads / 2;
-    launch(encode_kernel<kChunks, kMode, decltype(quads)::value>, dim3(groups), threads, words * 4, stream,
-           p.overlap, "encode", p, bits);
+    launch(encode_kernel<decltype(chunks)::value, decltype(mode)::value, decltype(quads)::value>, dim3(groups),
+           threads, encode_memory(p, p.sample_bits), stream, p.overlap, "encode", p, p.sample_bits);
   });
 }
 

@@ -1,0 +1,146 @@
+"""How a decode step is launched, and which steps are refused.
+
+What the kernels hold is asked from the library; every other number that decides stands here, and is
+passed to the kernels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from vllm_adamas.backends.cuda.library import limits, load
+from vllm_adamas.backends.launch import LEAST_CONTEXT, rounded_context
+from vllm_adamas.errors import AdamasError
+
+#: Tokens that encode samples (log2), by the longest context; the last entry is for all longer ones
+SAMPLE_BITS = ((1 << 16, 10), (1 << 18, 11), (None, 12))
+LEAST_CANDIDATES, MOST_CANDIDATES = 4096, 32768  #: per token set
+#: Policy of the fused kernel. One block for a (row, KV head) loses to the three kernels.
+MIN_CLUSTER = 2
+#: A block looks through its scores several times, so it has at most
+SCORES_PER_BLOCK = 12288
+#: The least of the best scores of groups of tokens bounds the k-th best if there are k groups; over the
+#: token sets of a KV head a block has
+GROUPS_PER_BLOCK = 128
+
+
+@dataclass(frozen=True)
+class LaunchPlan:
+    """The launch of a decode step.
+
+    Args:
+        cluster: blocks per (row, KV head) of the fused kernel, 0 for the three kernels.
+        sample_bits: log2 of the tokens of a context that encode samples.
+        capacity: candidates per token set.
+        workspace_bytes: device memory beside the arguments.
+    """
+
+    cluster: int
+    sample_bits: int
+    capacity: int
+    workspace_bytes: int
+
+
+def rounded_contexts(max_seq_len: int) -> Iterator[int]:
+    """Every value of :func:`rounded_context` up to that of ``max_seq_len``, ascending."""
+    tokens, last = LEAST_CONTEXT, rounded_context(max_seq_len)
+    while tokens <= last:
+        yield tokens
+        tokens = rounded_context(tokens + 1)
+
+
+def prefers_fused(cluster: int, max_seq_len: int, sets: int, budget: int) -> bool:
+    """Whether the fused kernel in ``cluster`` blocks per (row, KV head) beats the three kernels.
+
+    Args:
+        sets: token sets of a KV head.
+        budget: tokens of a set.
+    """
+    return (
+        cluster >= MIN_CLUSTER
+        and max_seq_len * sets <= SCORES_PER_BLOCK * cluster
+        and budget * sets <= GROUPS_PER_BLOCK * cluster
+    )
+
+
+def largest_cluster(groups: int, clusters_at_once: Callable[[int], int]) -> int:
+    """Blocks per (row, KV head) with which the fused kernel runs all at once; 0: there are none.
+
+    Args:
+        groups: rows * KV heads.
+        clusters_at_once: of so many blocks each, how many the device runs.
+    """
+    sizes = range(limits().max_cluster, 0, -1)
+    return next((size for size in sizes if clusters_at_once(size) >= groups), 0)
+
+
+def sample_bits(max_seq_len: int, most: int) -> int:
+    """log2 of the tokens that encode samples; ``most`` fit its shared memory."""
+    wanted = next(bits for tokens, bits in SAMPLE_BITS if tokens is None or max_seq_len <= tokens)
+    return min(wanted, most)
+
+
+def candidate_capacity(max_seq_len: int, budget: int, most_sample_bits: int) -> int:
+    """Candidates that a token set may keep before its scores are computed again.
+
+    A pivot ranks `rank` to half as many more in a sample (sample_rank and find_pivot of csrc/sm90), so
+    that many times the stride are expected to reach it; six standard deviations more fit, and mostly
+    the twice as many that tied scores may bring. Never less than for a shorter context, so that a
+    workspace for the longest one serves every step.
+    """
+    wanted = LEAST_CANDIDATES
+    for tokens in rounded_contexts(max_seq_len):
+        sample = 1 << sample_bits(tokens, most_sample_bits)
+        rank = load().sample_rank(budget, sample, tokens)
+        most = rank + rank // 2
+        wanted = max(wanted, int(tokens / sample * (most + 6 * math.sqrt(1.5 * most))))
+    return min(MOST_CANDIDATES, -(-wanted // 1024) * 1024)
+
+
+def check_context(tokens: int) -> None:
+    """
+    Raises:
+        AdamasError: contexts of so many tokens do not fit the kernels, or there are no kernels.
+    """
+    most = limits().max_context
+    if tokens > most:
+        raise AdamasError(
+            f"contexts of {tokens} tokens are longer than the {most} that the CUDA kernels hold: "
+            f"pass --max-model-len {most}, or choose kernels=triton."
+        )
+
+
+def check_block(tokens: int) -> None:
+    """
+    Raises:
+        AdamasError: the kernels do not find a token in blocks of so many, or there are no kernels.
+    """
+    most = limits().max_block
+    if tokens > most:
+        raise AdamasError(
+            f"blocks of {tokens} tokens are larger than the {most} that the CUDA kernels divide by: "
+            f"pass a --block-size of at most {most}, or choose kernels=triton."
+        )
+
+
+def check_step(rows: int, kv_heads: int, max_seq_len: int) -> None:
+    """
+    Raises:
+        AdamasError: a decode step of so many rows, or of as many of such contexts, does not fit the kernels,
+            or there are no kernels.
+    """
+    most = limits()
+    if rows > most.max_rows:
+        raise AdamasError(
+            f"decode steps of {rows} rows are larger than the {most.max_rows} that the CUDA kernels hold: "
+            f"pass --max-num-seqs {most.max_rows}, or choose kernels=triton."
+        )
+    check_context(max_seq_len)
+    if rows * kv_heads * max_seq_len > most.max_step:
+        raise AdamasError(
+            f"{rows} rows of {max_seq_len} tokens and {kv_heads} KV heads are more than the "
+            f"{most.max_step} tokens that the CUDA kernels count in a decode step: pass a smaller "
+            "--max-num-seqs or --max-model-len, or choose kernels=triton."
+        )

@@ -1,0 +1,23 @@
+// The page: one block of one KV head, a dense run of bytes (vllm_adamas/layout.py owns the offsets).
+#pragma once
+#include <cstdint>
+
+#include "common/element.h"
+
+namespace adamas {
+
+// Signature planes are made of tiles of 16 tokens: uint32 [D/32 words][16 tokens].
+constexpr int kTile = 16;
+constexpr int kWord = 32;
+
+// Where the planes of a page lie, and what K and V are made of. Offsets are bytes from the start of the page, K
+// has none. Each device adds how it finds a page and a token.
+struct PageLayout {
+  int64_t v_offset, hi_offset, lo_offset, scale_offset;
+  Element element;
+  float k_scale, v_scale;  // real values per stored value; 1 but for fp8
+
+  ADAMAS_BOTH bool fp8() const { return is_fp8(element); }
+};
+
+}  // namespace adamas

@@ -1,0 +1,20 @@
+// What encode aims at in its sample of a context; backends/cuda/policy.py sizes lists of candidates by it.
+#pragma once
+#include <cmath>
+
+#include "common/element.h"
+
+namespace adamas {
+
+// What a pivot ranks in the sample, at least: six standard deviations below the k-th best. It ranks half as
+// much again at most, or twice where scores tie (find_pivot).
+ADAMAS_BOTH inline int sample_rank(int need, int sample, int length) {
+#ifdef __CUDA_ARCH__
+  const float expected = __fdividef(float(need) * sample, length);
+#else
+  const float expected = float(need) * sample / length;
+#endif
+  return int(expected + 6.0f * sqrtf(1.5f * expected) + 3.0f);
+}
+
+}  // namespace adamas
