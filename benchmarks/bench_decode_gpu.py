@@ -138,13 +138,20 @@ class Pool:
                 self.v[start : start + step] = value
 
     def params(self, score: str, selection: str, budget: int = BUDGET) -> Params:
-        return params_of(self.layout, score, selection, self.kv_heads, self.fp8, budget)
+        return Params.of(
+            AdamasConfig(score=score, selection=selection, token_budget=budget),
+            self.layout,
+            num_query_heads=QUERY_HEADS,
+            num_kv_heads=self.kv_heads,
+            softmax_scale=HEAD_SIZE**-0.5,
+            fp8=self.fp8,
+        )
 
     def layer(self, backend, score: str, selection: str, budget: int = BUDGET) -> CudaLayer:
         return backend.bind(self.params(score, selection, budget), self.pages)
 
     def signature_bytes(self, length: int, rows: int) -> int:
-        return signature_bytes(length, rows, self.kv_heads)
+        return length * rows * self.kv_heads * (HEAD_SIZE // 4 + 2)
 
     def attended_bytes(self, rows: int, selection: str, budget: int) -> int:
         sets = QUERY_HEADS if selection == "query_head" else self.kv_heads
@@ -173,21 +180,6 @@ class Pool:
             at = i * need % (len(order) - need + 1)
             tables.append(order[at : at + need].view(rows, per_row).contiguous())
         return tables
-
-
-def params_of(layout, score: str, selection: str, kv_heads=KV_HEADS, fp8=None, budget=BUDGET):
-    return Params.of(
-        AdamasConfig(score=score, selection=selection, token_budget=budget),
-        layout,
-        num_query_heads=QUERY_HEADS,
-        num_kv_heads=kv_heads,
-        softmax_scale=HEAD_SIZE**-0.5,
-        fp8=fp8,
-    )
-
-
-def signature_bytes(length: int, rows: int, kv_heads: int = KV_HEADS) -> int:
-    return length * rows * kv_heads * (HEAD_SIZE // 4 + 2)
 
 
 def bench_read(pool, length, rows, copies):

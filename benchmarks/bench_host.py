@@ -19,10 +19,12 @@ from vllm_adamas.backends.registry import get_backend
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.layout import PageLayout
+from vllm_adamas.tables import plain
 
 QUERY_HEADS, KV_HEADS, HEAD_SIZE, BLOCK_SIZE, DTYPE = 32, 8, 128, 64, torch.bfloat16
 CONTEXT = 64
 CALLS, REPEATS = 200, 21  # few enough calls that a GPU's queue never fills
+KEYS = ("median", "q1", "q3")
 BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
@@ -71,7 +73,8 @@ def main():
                 print(f"{name} is left out: {error}")
                 continue
             found[name] = host_time(backend, device) | {"description": backend.description}
-            print(f"{name:>7} {found[name]['median']:8.2f} us", flush=True)
+    rows = [[name, *(f"{one[key]:.2f}" for key in KEYS)] for name, one in found.items()]
+    print(plain(["us", *KEYS], rows))
     if args.name:
         result = {"environment": environment(), "context": CONTEXT, "calls": CALLS, "us": found}
         print("wrote", save(args.name, result))

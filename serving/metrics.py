@@ -20,7 +20,7 @@ import torch
 from vllm_adamas.config import AdamasConfig
 
 FOLDER = "VLLM_ADAMAS_METRICS_DIR"
-_announced = False  # by this process
+_exported = False  # by this process
 NAMES = (
     ("sparse_rows", "Decode rows (query tokens times layers) that attended to selected tokens."),
     ("dense_rows", "Decode rows of sparse layers that attended to their whole context."),
@@ -29,16 +29,16 @@ NAMES = (
 )
 
 
-def announce() -> None:
+def export() -> None:
     """In the process that serves HTTP: names the folder and exports what workers write into it.
 
     An engine or worker process, which is spawned, keeps the folder it inherits. A process that was
     started as a command makes its own, whatever the process that started it had named.
     """
-    global _announced
-    if _announced or multiprocessing.parent_process() is not None:
+    global _exported
+    if _exported or multiprocessing.parent_process() is not None:
         return
-    _announced = True
+    _exported = True
     folder = tempfile.mkdtemp(prefix="vllm-adamas-")
     os.environ[FOLDER] = folder
     owner = os.getpid()

@@ -35,7 +35,7 @@ def _check(vllm_config) -> None:
     from vllm_adamas.serving.checks import check_config
 
     if check_config(vllm_config).metrics:
-        metrics.announce()
+        metrics.export()
 
 
 def _problems(**layer) -> list[str]:

@@ -13,8 +13,8 @@ from vllm_adamas.serving import metrics
 
 def test_a_command_names_a_folder_of_its_own_and_removes_it(tmp_path) -> None:
     script = (
-        "import os; from vllm_adamas.serving import metrics; metrics.announce(); "
-        "folder = os.environ[metrics.FOLDER]; metrics.announce(); "
+        "import os; from vllm_adamas.serving import metrics; metrics.export(); "
+        "folder = os.environ[metrics.FOLDER]; metrics.export(); "
         "assert os.environ[metrics.FOLDER] == folder; assert os.path.isdir(folder); print(folder)"
     )
     inherited = {**os.environ, metrics.FOLDER: str(tmp_path)}

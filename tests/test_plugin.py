@@ -114,10 +114,10 @@ def test_only_the_adamas_backend_is_checked(platform) -> None:
 
 @pytest.mark.parametrize("wanted", [True, False])
 def test_counters_are_exported_if_wanted(platform, monkeypatch, wanted: bool) -> None:
-    announced = []
-    monkeypatch.setattr("vllm_adamas.serving.metrics.announce", lambda: announced.append(1))
+    exported = []
+    monkeypatch.setattr("vllm_adamas.serving.metrics.export", lambda: exported.append(1))
     engine_config("ADAMAS", {"metrics": wanted})
-    assert bool(announced) == wanted
+    assert bool(exported) == wanted
 
 
 @pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0.0", "0.8.5+cpu"])
