@@ -9,7 +9,8 @@ import torch
 
 from vllm_adamas.errors import AdamasError
 
-MODEL = Path(__file__).parents[1] / ".models" / "SmolLM2-135M-Instruct"  # `make model` makes it
+ROOT = Path(__file__).parents[1]
+MODEL = ROOT / ".models" / "SmolLM2-135M-Instruct"  # `make model` makes it
 
 
 def is_one_sentence(text: str) -> bool:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from aiohttp import web
-from common import MODEL, is_one_sentence, random_llama
+from common import MODEL, ROOT, is_one_sentence, random_llama
 from extension import with_path
 
 from vllm_adamas import __version__
@@ -495,8 +495,8 @@ def test_properties_of_benchmark_servers_meet_in_all_pairs(swap: bool) -> None:
 
 # A whole storm against vLLM, and servers that are made wrong: see faults/adamas_fault.py
 
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
-FAULTS = Path(__file__).parent / "faults"
+BENCHMARKS = ROOT / "benchmarks"
+FAULTS = ROOT / "tests" / "faults"
 BUDGET = 128
 SERVER = (
     "--dtype float32 --enforce-eager --block-size 32 --max-num-seqs 16 --max-model-len 1024 "

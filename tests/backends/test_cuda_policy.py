@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cases import Batch, Case
-from common import refused
+from common import ROOT, refused
 
 from vllm_adamas.backends.base import MAX_GROUP
 from vllm_adamas.backends.cuda import backend as cuda
@@ -22,7 +22,7 @@ from vllm_adamas.budget import TokenBudget
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.layout import PageLayout
 
-RECORD = Path(__file__).parents[1] / "benchmarks" / "results" / "decode_gpu.json"
+RECORD = ROOT / "benchmarks" / "results" / "decode_gpu.json"
 needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason="the CUDA library is not built")
 
 

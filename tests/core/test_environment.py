@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from common import ROOT
 
 from vllm_adamas import __version__, environment
 from vllm_adamas.environment import Environment
 
-ROOT = Path(__file__).parents[1]
 RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
 
 

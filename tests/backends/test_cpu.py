@@ -24,7 +24,7 @@ from cases import (
     over_kinds,
     relative_error,
 )
-from common import refused
+from common import ROOT, refused
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -283,7 +283,7 @@ def test_one_thread_and_several_give_the_same_bytes(backend) -> None:
         env = {**os.environ, "OMP_NUM_THREADS": threads}
         command = [sys.executable, "-c", DIGEST, backend.isa]
         done = subprocess.run(
-            command, env=env, cwd=Path(__file__).parent, capture_output=True, text=True, check=True
+            command, env=env, cwd=ROOT / "tests", capture_output=True, text=True, check=True
         )
         digests.add(done.stdout)
     assert len(digests) == 1

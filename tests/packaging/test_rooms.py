@@ -8,10 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from common import ROOT
 
-ROOT = Path(__file__).parents[1]
-while not (ROOT / "pyproject.toml").exists():
-    ROOT = ROOT.parent
 ROOMS = {"vllm_adamas": "vllm_adamas", "backends": "vllm_adamas.backends"}
 ROOMS |= {"serving": "vllm_adamas.serving"}
 #: Floors from the bottom: a module imports its own floor and those below.

@@ -12,8 +12,8 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
+from common import ROOT
 
-ROOT = Path(__file__).parents[1]
 IMPORTS = """
 import vllm_adamas, vllm_adamas.backends, vllm_adamas.serving, vllm_adamas.serving.launch
 for module in (vllm_adamas, vllm_adamas.backends, vllm_adamas.serving):

@@ -9,11 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from common import ROOT
 from packaging.version import Version
 
 from vllm_adamas.serving import compat
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+sys.path.insert(0, str(ROOT / "scripts"))
 
 import check_vllm_names as names
 

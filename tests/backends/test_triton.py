@@ -8,7 +8,6 @@ import os
 import subprocess
 import sys
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
@@ -28,7 +27,7 @@ from cases import (
     many,
     relative_error,
 )
-from common import is_one_sentence
+from common import ROOT, is_one_sentence
 
 from vllm_adamas.backends.reference import ReferenceBackend
 from vllm_adamas.backends.registry import get_backend
@@ -383,7 +382,7 @@ def test_kernels_compile_for_every_generation(tmp_path) -> None:
     done = subprocess.run(
         [sys.executable, "-c", COMPILE],
         env={**env, "TRITON_CACHE_DIR": str(tmp_path)},
-        cwd=Path(__file__).parent,
+        cwd=ROOT / "tests",
         capture_output=True,
         text=True,
     )
