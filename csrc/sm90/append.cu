@@ -1,4 +1,10 @@
 // append: K, V and signature of each token into its slot; one warp per (token, KV head).
+#include <cuda_bf16.h>
+#include <cuda_fp8.h>
+
+#include "sm90/launch.cuh"
+#include "sm90/memory.cuh"
+#include "sm90/rows.cuh"
 #include "sm90/signature.cuh"
 
 namespace adamas {
@@ -29,7 +35,7 @@ __device__ __forceinline__ void store_fp8(uint8_t* to, const float (&x)[kWords],
 
 template <int kWords>
 __global__ void __launch_bounds__(kThreads) append_kernel(const __grid_constant__ AppendParams p) {
-  let_next_start();  // decode waits before it reads pages
+  launch_dependents();  // decode waits before it reads pages
   const Page& page = p.page;
   const int lane = threadIdx.x % 32;
   const int64_t item = (int64_t(blockIdx.x) * kThreads + threadIdx.x) / 32;

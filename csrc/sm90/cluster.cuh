@@ -1,6 +1,7 @@
-// Clusters of blocks: their barrier, and each other's shared memory.
+// Clusters of blocks: their barrier, and access to each other's shared memory. A store is seen by its block after
+// the next cluster barrier. A block must not exit while another one may still access its memory.
 #pragma once
-#include "sm90/common.cuh"
+#include "sm90/memory.cuh"
 
 namespace adamas {
 
@@ -19,7 +20,7 @@ __device__ __forceinline__ void cluster_sync() {
 // The address of this block's shared memory at `p` in another block of the cluster.
 __device__ __forceinline__ uint32_t remote(const void* p, int rank) {
   uint32_t at;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(uint32_t(__cvta_generic_to_shared(p))), "r"(rank));
+  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(p)), "r"(rank));
   return at;
 }
 __device__ __forceinline__ uint4 remote_load16(uint32_t at) {

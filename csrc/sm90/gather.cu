@@ -1,5 +1,10 @@
 // gather: K and V of whole contexts out of the pages, back to back; one warp per (token, KV head) at a time.
-#include "sm90/common.cuh"
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_fp8.h>
+
+#include "sm90/launch.cuh"
+#include "sm90/rows.cuh"
 
 namespace adamas {
 namespace {
@@ -28,11 +33,11 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant_
   const Page& page = p.page;
   const int row = blockIdx.y, lane = threadIdx.x % 32;
   int64_t start = 0;
-  for (int r = lane; r < row; r += 32) start += length_of(p, r);
+  for (int r = lane; r < row; r += 32) start += context_length(p, r);
 #pragma unroll
   for (int step = 16; step; step /= 2) start += __shfl_xor_sync(kFull, start, step);
   const int row_bytes = page.head_size * (page.fp8() ? 1 : 2);
-  const int length = int(min(int64_t(length_of(p, row)), p.num_tokens - start));
+  const int length = int(min(int64_t(context_length(p, row)), p.num_tokens - start));
   const int warps = gridDim.x * kThreads / 32, items = length * page.num_kv_heads;
   for (int i = (blockIdx.x * kThreads + threadIdx.x) / 32; i < items; i += warps) {
     const int token = i / page.num_kv_heads, head = i % page.num_kv_heads;

@@ -1,39 +1,17 @@
-// A warp's ring of signature stages in shared memory, filled by the bulk copy engine.
+// The signatures of a context, streamed through shared memory: each warp has a ring of stages of up to 64 tokens,
+// which it fills by bulk copies ahead of its use and waits for alone; no barrier of the block is involved.
 //
-// A stage is up to 64 tokens. The signature planes of a block lie back to back, so a block of up to
-// 64 tokens is one copy. Plain loads in fragment order would ask for the planes in halves of cache
-// lines, which costs a third of the bandwidth; the copy engine reads whole lines.
+// The signature planes of a block lie back to back, so a block of up to 64 tokens is one copy. Plain loads in
+// fragment order would ask for the planes in halves of cache lines, which costs a third of the bandwidth; the copy
+// engine reads whole lines.
 #pragma once
+#include "sm90/address.cuh"
+#include "sm90/barrier.cuh"
 #include "sm90/score.cuh"
 
 namespace adamas {
 
 constexpr int kStageTokens = 64;
-
-// A barrier in shared memory that counts one arrival and the bytes that it announces.
-__device__ __forceinline__ void barrier_init(uint32_t barrier) {
-  asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier) : "memory");
-}
-// Once barriers are initialised: the copy engine sees them, and what was stored before.
-__device__ __forceinline__ void barrier_init_done() {
-  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
-__device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t phase) {
-  asm volatile(
-      "{ .reg .pred p; AGAIN_%=: mbarrier.try_wait.parity.shared.b64 p, [%0], %1; @p bra DONE_%=; bra AGAIN_%=; DONE_%=: }" ::"r"(
-          barrier),
-      "r"(phase)
-      : "memory");
-}
-__device__ __forceinline__ void bulk_copy(uint32_t to, const uint8_t* from, int bytes, uint32_t barrier) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-               "l"(from), "r"(bytes), "r"(barrier)
-               : "memory");
-}
 
 // How stages are made of blocks: `parts` pieces of `part_tokens` tokens each.
 struct StageShape {
@@ -54,15 +32,24 @@ struct StageShape {
   }
 };
 
+// The block that holds this lane's part of the stage that starts at `token`. Lanes without a part, or with one at
+// or beyond `end`, get 0 and load nothing, as do all if the stage is not `wanted`.
+__device__ __forceinline__ uint32_t load_stage_block(const DecodeParams& p, const StageShape& shape,
+                                                     const int32_t* blocks, int token, int end, bool wanted = true) {
+  const int lane = threadIdx.x % 32, first = token + lane * shape.part_tokens;
+  return lane < shape.parts && wanted && first < end ? __ldg(blocks + block_index(p.page, first / kQuad)) : 0;
+}
+
+// Of shared memory, whatever the block size.
 inline int stage_bytes(const Page& page) { return kStageTokens * (page.head_size / 4 + 2); }
 
 template <int kStages>
 class StageRing {
  public:
-  // memory: kStages * bytes, aligned to 16; barriers: kStages. Call once per warp.
+  // One ring per warp. memory: kStages * bytes, aligned to 16; barriers: kStages.
   __device__ StageRing(uint8_t* memory, uint64_t* barriers, int bytes)
-      : data_(uint32_t(__cvta_generic_to_shared(memory))),
-        barriers_(uint32_t(__cvta_generic_to_shared(barriers))),
+      : data_(shared_address(memory)),
+        barriers_(shared_address(barriers)),
         bytes_(bytes) {
     if (threadIdx.x % 32 == 0) {
       for (int i = 0; i < kStages; ++i) barrier_init(barriers_ + i * 8);
@@ -73,9 +60,9 @@ class StageRing {
 
   __device__ __forceinline__ uint32_t data(int slot) const { return data_ + slot * bytes_; }
 
-  // Fetches the stage that starts at `token` of a context. block: this lane's block, if it is below
-  // the number of parts. Every lane calls it; no lane may still read the slot.
-  __device__ __forceinline__ void fill(int slot, const Page& page, const StageShape& shape, const uint8_t* run,
+  // Fetches the stage that starts at `token` of a context of `length` tokens. block: from load_stage_block(). Every
+  // lane calls it; no lane may still read the slot.
+  __device__ __forceinline__ void fill(int slot, const Page& page, const StageShape& shape, const uint8_t* pages,
                                        int token, int length, uint32_t block) {
     const int lane = threadIdx.x % 32;
     const int parts = shape.parts == 1 ? 1 : min(shape.parts, (length - token + shape.part_tokens - 1) / shape.part_tokens);
@@ -83,7 +70,7 @@ class StageRing {
     if (lane == 0) barrier_expect(barrier, parts * shape.part_bytes);
     if (lane < parts) {
       const uint32_t to = data(slot) + lane * shape.part_bytes;
-      const uint8_t* from = run + uint64_t(block) * page.block_stride;
+      const uint8_t* from = pages + uint64_t(block) * page.block_stride;
       if (shape.whole_blocks) {
         bulk_copy(to, from + page.hi_offset, shape.part_bytes, barrier);
       } else {
@@ -96,7 +83,7 @@ class StageRing {
     }
   }
 
-  // The same where a stage is one copy of `bytes`.
+  // The same where a stage is one contiguous copy.
   __device__ __forceinline__ void fill(int slot, const uint8_t* from, int bytes) {
     if (threadIdx.x % 32) return;
     barrier_expect(barriers_ + slot * 8, bytes);
@@ -116,7 +103,7 @@ struct StageReader {
   static constexpr int kStep = 32;  // tokens that a warp scores at a time
   static constexpr int kSteps = kStageTokens / kStep;
 
-  int token[kSteps];  // first token of the lane's quad, out of reach beyond the stage's end
+  int token[kSteps];  // first token of the lane's quad; beyond the stage's end it is one that no context has
 
   __device__ explicit StageReader(const StageShape& shape) {
     const int lane = threadIdx.x % 32;
@@ -139,10 +126,10 @@ struct StageReader {
   __device__ __forceinline__ void load(Signatures<kChunks, kMode>& to, uint32_t data, int i) const {
 #pragma unroll
     for (int k = 0; k < kChunks; ++k) {
-      to.hi[k] = shared16(data + quad_at_[i] + word_at_[k]);
-      to.lo[k] = shared16(data + quad_at_[i] + word_at_[k] + plane_bytes_);
+      to.hi[k] = load_shared16(data + quad_at_[i] + word_at_[k]);
+      to.lo[k] = load_shared16(data + quad_at_[i] + word_at_[k] + plane_bytes_);
     }
-    if (kMode == Mode::dot) to.scale = shared8(data + scale_at_[i]);
+    if (kMode == Mode::dot) to.scale = load_shared8(data + scale_at_[i]);
   }
 
  private:

@@ -6,7 +6,8 @@
 
 namespace adamas {
 
-// The encoded queries of one (row, KV head) in shared memory.
+// The encoded queries of one (row, KV head) in shared memory. A block encodes them, a warp per query head; where
+// heads share a token set, their sum is encoded instead (dot), or their biases are summed (manhattan_sum).
 struct QueryMemory {
   uint32_t* planes;  // as in the workspace
   int32_t* bias;     // [kMaxHeadQuads][4]

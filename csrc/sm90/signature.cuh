@@ -1,7 +1,10 @@
 // Hadamard transform, 2-bit codes and query planes (arXiv 2510.18413, section 3.1), one warp per
 // vector: lane i holds dimension 32*w + i of word w in x[w].
 #pragma once
-#include "sm90/common.cuh"
+#include <cuda_fp16.h>
+
+#include "sm90/params.h"
+#include "sm90/reduce.cuh"
 
 namespace adamas {
 
@@ -33,7 +36,7 @@ __device__ __forceinline__ void hadamard(float (&x)[kWords], int head_size, floa
   for (int w = 0; w < kWords; ++w) x[w] *= norm;
 }
 
-// A vector as it lies in memory; nothing waits for it before it is widened.
+// A vector as it lies in memory. Converting it is left to widen(), so that no thread waits for the load yet.
 template <int kWords>
 __device__ __forceinline__ void load_raw(uint16_t (&raw)[kWords], const Rows& rows, int64_t token, int head,
                                          int words) {

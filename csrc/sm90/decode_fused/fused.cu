@@ -1,7 +1,7 @@
 // The fused kernel's shape: what a block keeps in shared memory, and where.
 #include <algorithm>
 
-#include "sm90/decode_fused/fused.cuh"
+#include "sm90/decode_fused/kernel.cuh"
 
 namespace adamas {
 namespace {

@@ -1,4 +1,4 @@
-#include "sm90/decode_fused/fused.cuh"
+#include "sm90/decode_fused/kernel.cuh"
 
 namespace adamas {
 

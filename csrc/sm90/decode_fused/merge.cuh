@@ -1,0 +1,59 @@
+// Stage 4 of the fused kernel: the warps' softmax states become the output.
+//
+// First a block merges its warps, a thread per output value. Every block of the cluster then finishes an equal run of
+// the group's outputs: the others send it theirs, with the softmax state of every head, and it merges over blocks
+// after one cluster barrier.
+#pragma once
+#include "sm90/attention.cuh"
+#include "sm90/decode_fused/block.cuh"
+
+namespace adamas {
+
+template <int D, class T, class Softmax>
+__device__ __forceinline__ void merge_cluster(const FusedBlock& b, Softmax& softmax) {
+  const DecodeParams& p = b.p;
+  const FusedMemory& m = b.m;
+  const FusedShape& s = b.s;
+  const int rank = b.rank, lane = b.lane;
+  softmax.finish();
+  const bool by_set = b.plan.sparse && p.per_query_head;  // a warp has seen one head, not the group
+  const int columns = by_set ? 1 : p.group;
+  softmax.share(m.states, 0, columns);
+  __syncthreads();
+  const int outputs = p.group * D, own = (outputs + s.cluster - 1) / s.cluster;
+  for (int i = threadIdx.x; i < outputs; i += kFusedThreads) {
+    const int head = i / D, d = i % D;
+    const float* from = m.states + head * (by_set ? b.warps_per_set : 1) * Softmax::kHeadFloats;
+    const int step = columns * Softmax::kHeadFloats, active = m.heads[by_set ? head : 0].active;
+    const SoftmaxValue x =
+        active == 1 ? SoftmaxValue{from[0], from[4 + d], from[1]} : merge_parts(from, active, step, d);
+    const int to = i / own;
+    remote_store(remote(m.partial + rank * own + i - to * own, to), x.value);
+    if (d < s.cluster)  // a thread per block it is sent to
+      remote_store8(remote(m.softmax + rank * p.group + head, d),
+                    make_uint2(__float_as_uint(x.top), __float_as_uint(x.sum)));
+  }
+  cluster_sync();
+  // Eight lanes merge the parts of a large cluster, one those of a small one.
+  const int lanes = s.cluster > 4 ? 8 : 1;
+  for (int i = threadIdx.x / lanes; i < (own + 31) / 32 * 32; i += kFusedThreads / lanes) {
+    const int at = min(rank * own + i, outputs - 1), head = at / D;
+    float best = -INFINITY, value = 0, total = 0;
+    for (int r = lane % lanes; r < s.cluster; r += lanes) best = fmaxf(best, m.softmax[r * p.group + head].x);
+    for (int step = 1; step < lanes; step *= 2) best = fmaxf(best, __shfl_xor_sync(kFull, best, step));
+    for (int r = lane % lanes; r < s.cluster; r += lanes) {
+      const float2 state = m.softmax[r * p.group + head];
+      const float weight = softmax_weight(state.x, best);
+      value += weight * m.partial[r * own + min(i, own - 1)];
+      total += weight * state.y;
+    }
+    for (int step = 1; step < lanes; step *= 2) {
+      value += __shfl_xor_sync(kFull, value, step);
+      total += __shfl_xor_sync(kFull, total, step);
+    }
+    if (lane % lanes == 0 && i < own && rank * own + i < outputs)
+      b.output<T>(head)[at % D] = T(softmax_output(value, total, p.page.v_scale));
+  }
+}
+
+}  // namespace adamas

@@ -1,0 +1,155 @@
+// Stage 1 of the fused kernel: the block scores its own tokens into shared memory.
+//
+// A warp owns every kFusedWarps-th stage of the block and streams them through its ring; a lane scores a token quad
+// for one head of four at a time. The first copies leave as soon as the preceding kernel has finished; the queries
+// are encoded while they are on their way. Waits on nothing but the ring, with two barriers of the block around.
+#pragma once
+#include <climits>
+#include <type_traits>
+
+#include "sm90/decode_fused/block.cuh"
+#include "sm90/order.cuh"
+#include "sm90/query.cuh"
+
+namespace adamas {
+
+// The best and the worst of the warp's scores of each head, merged into the block's, and a floor.
+//
+// The scores of a head are cut into groups, each of which has one score at or above the floor: its best. If there
+// are at least as many groups as tokens are needed, no token below the floor is selected. The fewer groups, the
+// higher is the floor: a group is what four lanes, two lanes, one lane, or half of a lane have scored.
+template <int kQuads>
+__device__ __forceinline__ void merge_range(const FusedBlock& b, const float (&best)[kQuads][2],
+                                            const float (&worst)[kQuads]) {
+  const int lane = b.lane;
+  const int warps = min(b.s.cluster * kFusedWarps, b.plan.length / kStageTokens);
+  int per_warp = 2;  // groups of a head
+  while (per_warp < 16 && per_warp * warps < b.plan.need) per_warp *= 2;
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {
+    float top = fmaxf(best[q][0], best[q][1]), bottom = worst[q];
+    float floor = INFINITY;
+    int groups = 0;
+    auto add_group = [&](float x, int size) {
+      if (x > -INFINITY) floor = fminf(floor, x), groups += size;
+    };
+    if (per_warp <= 8) {
+      float x = top;
+      if (per_warp <= 4) x = fmaxf(x, __shfl_xor_sync(kFull, x, 4));
+      if (per_warp <= 2) x = fmaxf(x, __shfl_xor_sync(kFull, x, 8));
+      add_group(x, (lane & (8 / per_warp - 1) * 4) == 0);
+    } else {
+      add_group(best[q][0], 1);
+      add_group(best[q][1], 1);
+    }
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2) {
+      groups += __shfl_xor_sync(kFull, groups, step);
+      floor = fminf(floor, __shfl_xor_sync(kFull, floor, step));
+      top = fmaxf(top, __shfl_xor_sync(kFull, top, step));
+      bottom = fminf(bottom, __shfl_xor_sync(kFull, bottom, step));
+    }
+    const int head = q * 4 + lane;
+    if (lane < 4 && head < b.sets && top > -INFINITY) {
+      atomicMin(&b.m.heads[head].floor, order_key(floor));
+      atomicMax(&b.m.heads[head].best, order_key(top));
+      atomicMin(&b.m.heads[head].worst, order_key(bottom));
+      atomicAdd(&b.m.heads[head].groups, uint32_t(groups));
+    }
+  }
+}
+
+template <int kChunks, Mode kMode, int kQuads>
+__device__ __forceinline__ void score_own_tokens(const FusedBlock& b) {
+  using Reader = StageReader<kChunks, kMode>;
+  static_assert(Reader::kSteps == 2);
+  const DecodeParams& p = b.p;
+  const FusedShape& s = b.s;
+  const FusedMemory& m = b.m;
+  const RowPlan& plan = b.plan;
+  const StageShape& shape = s.stage;
+  const int lane = b.lane, warp = b.warp;
+  StageRing<kFusedStages> ring(m.ring + warp * kFusedStages * s.stage_bytes, m.barriers + warp * kFusedStages,
+                               s.stage_bytes);
+  const int32_t* blocks = row_blocks(p, b.row);
+  const uint8_t* pages = head_pages(p, b.kv_head);
+  const int stride = kFusedWarps * s.cluster * shape.tokens;  // from one stage of a warp to its next
+  // The row's length is still on the way, so these are bounded by the longest context.
+  uint32_t block[kFusedStages];
+#pragma unroll
+  for (int i = 0; i < kFusedStages; ++i)
+    block[i] = load_stage_block(p, shape, blocks, b.first_token(warp) + i * stride, p.max_seq_len);
+  QueryMemory queries{m.planes, m.bias, m.scores};
+  clear_queries<kChunks, kMode>(p, queries);
+  for (int i = threadIdx.x; i < b.sets * kEdgeWords; i += kFusedThreads) m.counts[i] = 0;
+  if (int(threadIdx.x) < b.sets) {
+    auto& head = m.heads[threadIdx.x];
+    head.floor = head.worst = kFull, head.best = 0, head.groups = 0, head.placed = 0;
+  }
+  if (threadIdx.x == 0) m.search_failed() = 0;
+  b.begin();
+
+  uint16_t raw[kChunks * 4] = {};
+  if (warp < p.group) load_raw(raw, p.query, b.row, b.kv_head * p.group + warp, p.page.words);
+  auto fill = [&](int slot, int token, uint32_t block) {
+    if (token < plan.length) ring.fill(slot, p.page, shape, pages, token, plan.length, block);
+  };
+  int token = b.first_token(warp);
+#pragma unroll
+  for (int i = 0; i < kFusedStages; ++i) fill(i, token + i * stride, block[i]);
+  uint32_t next_block = load_stage_block(p, shape, blocks, token + kFusedStages * stride, plan.length);
+  float x[kChunks * 4];
+  widen(x, raw, p.query.element);
+  __syncthreads();
+  encode_queries<kChunks, kMode>(p, x, queries);
+  QueryFragments<kChunks, kMode, kQuads> query;
+  query.load(m.planes, m.bias, p.head_quads);
+
+  const Reader reader(shape);
+  float best[kQuads][Reader::kSteps], worst[kQuads];
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) best[q][0] = best[q][1] = -INFINITY, worst[q] = INFINITY;
+  float* to = m.scores + warp * kStageTokens + lane % 4 * s.score_stride + lane / 4 * kQuad;
+  auto score_stage = [&](const Signatures<kChunks, kMode>(&signatures)[Reader::kSteps], auto whole) {
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) {
+#pragma unroll
+      for (int i = 0; i < Reader::kSteps; ++i) {
+        float score[4];
+        score_quad(query, signatures[i], q, score);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const bool here = decltype(whole)::value || in_middle(p, plan, token + reader.token[i] + j);
+          worst[q] = fminf(worst[q], here ? score[j] : INFINITY);
+          score[j] = here ? score[j] : -INFINITY;
+          best[q][i] = fmaxf(best[q][i], score[j]);
+        }
+        if (q * 4 + lane % 4 < b.sets)
+          *reinterpret_cast<float4*>(to + q * 4 * s.score_stride + i * Reader::kStep) =
+              make_float4(score[0], score[1], score[2], score[3]);
+      }
+    }
+  };
+  // Stages wholly in the middle need no test per token. Where the code of a stage is long, one form serves all:
+  // two would not fit the instruction cache.
+  constexpr bool kTwoForms = kMode != Mode::manhattan_sum;
+  const int last_whole = shape.tokens == kStageTokens ? p.num_sink_tokens + plan.middle - kStageTokens : INT_MIN;
+  int slot = 0;
+  uint32_t phase = 0;
+  for (; token < plan.length; token += stride, to += kFusedWarps * kStageTokens) {
+    ring.wait(slot, phase);
+    Signatures<kChunks, kMode> signatures[Reader::kSteps];
+#pragma unroll
+    for (int i = 0; i < Reader::kSteps; ++i) reader.load(signatures[i], ring.data(slot), i);
+    if (kTwoForms && token >= p.num_sink_tokens && token <= last_whole) score_stage(signatures, std::true_type());
+    else score_stage(signatures, std::false_type());
+    __syncwarp();  // every lane has read the slot
+    fill(slot, token + kFusedStages * stride, next_block);
+    next_block = load_stage_block(p, shape, blocks, token + (kFusedStages + 1) * stride, plan.length);
+    if (++slot == kFusedStages) slot = 0, phase ^= 1;
+  }
+  merge_range(b, best, worst);
+  __syncthreads();
+}
+
+}  // namespace adamas

@@ -1,0 +1,118 @@
+// The candidates of a token set, and the choice of the k best among them by a block of attend.
+//
+// Scores above the pivot fall into kBins equal bins. One pass over the candidates fills the bins; a second one selects
+// what lies above the bin of the k-th best and collects that bin's few members, which are ranked one by one. A thread
+// looks at the candidates that it has copied to shared memory itself, so the copies need no barrier.
+#pragma once
+#include "sm90/bitmap.cuh"
+#include "sm90/histogram.cuh"
+#include "sm90/order.cuh"
+#include "sm90/rows.cuh"
+#include "sm90/sample.h"
+
+namespace adamas {
+
+constexpr int kEdgeMembers = 128;  // of the k-th best's bin, that are ranked one by one
+
+// The first kKept candidates of a set lie in shared memory, behind the histogram; the others, if there are any, are
+// read from global memory each time.
+template <int kThreads, int kKept>
+struct CandidateList {
+  const uint2* from;
+  uint2* kept;
+
+  __device__ CandidateList(const DecodeParams& p, int set, uint32_t* bins)
+      : from(p.work.candidates + int64_t(set) * p.capacity), kept(reinterpret_cast<uint2*>(bins + kHistogramWords)) {}
+
+  // How many of them to fetch before their number is known: a little more than encode aims at.
+  static __device__ __forceinline__ int expected(const DecodeParams& p, const RowPlan& plan) {
+    const int bits = p.sample_bits;
+    const int64_t aim = int64_t(sample_rank(plan.need, 1 << bits, plan.length)) * plan.length * 5 / 4 >> bits;
+    return (min(int(aim), kKept) + kThreads - 1) / kThreads * kThreads;
+  }
+
+  __device__ __forceinline__ void fetch(int begin, int end) const {
+#pragma unroll 4
+    for (int i = begin + int(threadIdx.x); i < end; i += kThreads) copy_async8(shared_address(kept + i), from + i);
+  }
+
+  // visit(score, token), each candidate by one thread.
+  template <class Visit>
+  __device__ __forceinline__ void each(int count, Visit visit) const {
+#pragma unroll 4
+    for (int i = threadIdx.x; i < min(count, kKept); i += kThreads) visit(__uint_as_float(kept[i].x), kept[i].y);
+#pragma unroll 1
+    for (int i = kKept + int(threadIdx.x); i < count; i += kThreads) {
+      const uint2 x = from[i];
+      visit(__uint_as_float(x.x), x.y);
+    }
+  }
+};
+
+// Equal steps of the score above the pivot.
+struct ScoreBins {
+  float pivot, scale;
+  __device__ __forceinline__ int operator()(float x) const {
+    return scale > 0 ? min(int(fmaxf(x - pivot, 0.0f) * scale), kBins - 1) : 0;
+  }
+};
+
+// Radix selection within one bin that has too many members. The scores are taken relative to the bin's lowest: when
+// they are all equal, only the bits of the tokens are left. Rare, hence not inlined.
+template <int kThreads, int kKept>
+__device__ __noinline__ void select_in_bin(CandidateList<kThreads, kKept> candidates, int count, ScoreBins bin_at,
+                                           int index, int wanted, int bits, uint32_t* bins, uint32_t* bitmap) {
+  uint32_t* range = bins + kFreeWord;
+  if (threadIdx.x == 0) range[0] = kFull, range[1] = 0;
+  __syncthreads();
+  candidates.each(count, [&](float score, uint32_t) {
+    if (bin_at(score) == index) atomicMin(range, order_key(score)), atomicMax(range + 1, order_key(score));
+  });
+  __syncthreads();
+  const uint32_t low = range[0], high = range[1];
+  auto members = [&](auto visit) {
+    candidates.each(count, [&](float score, uint32_t token) {
+      if (bin_at(score) == index) visit(rank_key(order_key(score) - low, token, bits), token);
+    });
+  };
+  const uint64_t threshold =
+      block_threshold<kThreads>(bins, 32 - __clz(high - low) + bits, wanted,
+                                [&](auto visit) { members([&](uint64_t v, uint32_t) { visit(v); }); });
+  members([&](uint64_t v, uint32_t token) {
+    if (v >= threshold) set_bit(bitmap, token);
+  });
+}
+
+// Sets the bits of the plan.need best of `count` candidates; there are at least that many. `bins`: kHistogramWords,
+// zero, and synchronised. The caller synchronises before it reads the bitmap.
+template <int kThreads, int kKept>
+__device__ __forceinline__ void select_candidates(const CandidateList<kThreads, kKept>& candidates,
+                                                  const RowPlan& plan, int count, const ScoreBins& bin_at,
+                                                  uint32_t* bins, uint32_t* bitmap) {
+  candidates.each(count, [&](float score, uint32_t) { atomicAdd(bins + padded(bin_at(score)), 1u); });
+  __syncthreads();
+  const Bin edge = find_block_bin<kThreads>(bins, plan.need);
+  const int index = int(edge.index), wanted = int(plan.need - edge.before), size = int(edge.size);
+  const int bits = token_bits(plan.length);
+  uint64_t* members = reinterpret_cast<uint64_t*>(bins);  // the counts are not needed any more
+  uint32_t* num_members = bins + kFreeWord;
+  if (threadIdx.x == 0) *num_members = 0;
+  __syncthreads();
+  candidates.each(count, [&](float score, uint32_t token) {
+    const int bin = bin_at(score);
+    if (bin > index || (bin == index && size == wanted)) set_bit(bitmap, token);
+    else if (bin == index && size <= kEdgeMembers)
+      members[atomicAdd(num_members, 1u)] = rank_key(order_key(score), token, bits);
+  });
+  if (size == wanted) return;
+  __syncthreads();
+  if (size > kEdgeMembers) return select_in_bin(candidates, count, bin_at, index, wanted, bits, bins, bitmap);
+  for (int m = threadIdx.x; m < size; m += kThreads) {
+    const uint64_t mine = members[m];
+    int better = 0;
+    for (int i = 0; i < size; ++i) better += members[i] > mine;
+    if (better < wanted) set_bit(bitmap, uint32_t(mine & ((1ull << bits) - 1)));
+  }
+}
+
+}  // namespace adamas

@@ -1,0 +1,76 @@
+// Dense rows, by the first blocks of attend as workers: each takes an equal run of the chunks of all dense rows, which
+// may begin and end within a (row, KV head).
+//
+// The warps of a worker take the chunks of a (row, KV head) in turn. A worker that has all of them writes the output.
+// Otherwise it leaves its state in global memory, and the last of the workers that share the (row, KV head) merges
+// theirs; nobody waits for it.
+#pragma once
+#include "sm90/decode_split/memory.cuh"
+#include "sm90/launch.cuh"
+
+namespace adamas {
+
+template <class Shape>
+__device__ void attend_dense(const DecodeParams& p, int worker, uint8_t* memory) {
+  using T = typename Shape::Element;
+  constexpr int kWarps = Shape::kWarps;
+  int64_t* cum = reinterpret_cast<int64_t*>(memory);
+  int* last = reinterpret_cast<int*>(cum + p.num_rows + 1);
+  float* buffer = reinterpret_cast<float*>(memory + ((p.num_rows + 1) * 8 + 31) / 16 * 16);
+  const int warp = threadIdx.x / 32, kv_heads = p.page.num_kv_heads;
+  auto row_chunks = [&](const RowPlan& plan) {
+    return plan.sparse || plan.length <= 0 ? 0 : (plan.length + kChunk - 1) / kChunk - plan.first / kChunk;
+  };
+  prefix_sum_rows(cum, p.num_rows, [&](int row) { return int64_t(row_chunks(RowPlan(p, row))) * kv_heads; });
+  // No more workers than chunks, so that each of them has one at least.
+  const int64_t total = cum[p.num_rows], workers = min(int64_t(p.dense_workers), total);
+  if (worker >= workers) return;
+  int64_t at = total * worker / workers;
+  const int64_t end = total * (worker + 1) / workers;
+  wait_for_preceding_kernel();
+  while (at < end) {
+    const int row = find_row(cum, p.num_rows, at);
+    const RowPlan plan(p, row);
+    const int chunks = row_chunks(plan);
+    const int64_t in_row = at - cum[row];
+    const int kv_head = int(in_row / chunks), first = int(in_row % chunks);
+    const int count = int(min(end - at, int64_t(chunks - first)));
+    const int64_t group = int64_t(row) * kv_heads + kv_head;
+
+    typename Shape::Softmax softmax;
+    softmax.start(p, row, kv_head * p.group, p.group);
+    const int32_t* blocks = row_blocks(p, row);
+    const uint8_t* pages = head_pages(p, kv_head);
+    for (int i = warp; i < count; i += kWarps)
+      softmax.attend_chunk(p, plan, pages, blocks, (plan.first / kChunk + first + i) * kChunk);
+    softmax.finish();
+    T* output = head_vector<T>(p.output, row, kv_head * p.group);
+    if (count == chunks) {
+      softmax.template write_merged<kWarps>(buffer, output, p.output.head_stride, p.group, p.page.v_scale);
+    } else {
+      // Workers [low, high] share this (row, KV head).
+      const int64_t start = at - first;
+      const int low = int(((start + 1) * workers + total - 1) / total) - 1;
+      const int high = int(((start + chunks) * workers + total - 1) / total) - 1;
+      softmax.template merge_warps<kWarps>(buffer, p.group);
+      if (warp == 0) {
+        softmax.store(p.work.partials + (worker + group) * Shape::kStateFloats);
+        __threadfence();  // each lane's state before the arrival of lane 0
+        __syncwarp();
+        if (threadIdx.x == 0) *last = atomicAdd(p.work.arrived + group, 1u) == uint32_t(high - low);
+      }
+      __syncthreads();
+      if (*last) {
+        __threadfence();  // the arrivals before the others' states
+        softmax.reset();
+        for (int w = low + warp; w <= high; w += kWarps)
+          softmax.merge(p.work.partials + (w + group) * Shape::kStateFloats);
+        softmax.template write_merged<kWarps>(buffer, output, p.output.head_stride, p.group, p.page.v_scale);
+      }
+    }
+    __syncthreads();  // buffer and `last` are free again
+    at += count;
+  }
+}
+
+}  // namespace adamas

@@ -1,0 +1,47 @@
+// What a block of attend keeps in shared memory. A block first does a token set, then dense work, in the same memory.
+#pragma once
+#include "sm90/attention.cuh"
+#include "sm90/bitmap.cuh"
+#include "sm90/histogram.cuh"
+
+namespace adamas {
+
+template <int D, class T, int kTiles, int kThreads, bool kFp8>
+struct AttendShape {
+  using Element = T;
+  using Softmax = Attention<D, T, kTiles, kFp8>;
+  static constexpr int kHeadSize = D, kNumThreads = kThreads, kWarps = kThreads / 32;
+  static constexpr int kRowBytes = Softmax::kRowBytes;
+  static constexpr int kStateFloats = Softmax::kFloats * 32;  // of a warp
+
+  // A token set, in this order: sums of each_set_bit; bins and kept candidates, or staged K and V rows; addresses of
+  // selected tokens; the bitmap. In the end the merge of the warps lies where bins, candidates and addresses were.
+  static constexpr int kSums = 16 * 4;
+  // Many token sets: whole rows go through shared memory, since the memory serves them faster than pieces of them.
+  // The padding keeps the rows that a load touches in different banks.
+  static constexpr bool kStaged = kThreads <= 128;
+  static constexpr int kStagedRow = kRowBytes + 16, kStagedBytes = 2 * kChunk * kStagedRow;  // a warp's K and V
+  static constexpr int kPieces = kRowBytes / 16;  // of a row
+  static constexpr int kKept = kStaged ? 1792 : 4096;  // candidates: mostly all of a set
+  static constexpr int kSelectBytes = kHistogramWords * 4 + kKept * 8;
+  static constexpr int kFrontBytes =
+      kStaged && kWarps * kStagedBytes > kSelectBytes ? kWarps * kStagedBytes : kSelectBytes;
+  static constexpr int kList = 8 * kThreads;  // addresses at a time
+
+  static __host__ __device__ int merge_bytes(const DecodeParams& p) {
+    return kWarps * (p.group < 8 ? p.group : 8) * Softmax::kHeadFloats * 4;
+  }
+  // Bins, candidates and addresses, or the merge.
+  static __host__ __device__ int scratch_bytes(const DecodeParams& p) {
+    const int select = kFrontBytes + kList * 8, merge = merge_bytes(p);
+    return select > merge ? select : merge;
+  }
+
+  static int shared_bytes(const DecodeParams& p) {
+    const int bitmap = (bitmap_words(p.max_seq_len) + 3) / 4 * 16, rows = (p.num_rows + 1) * 8;
+    const int sparse = kSums + scratch_bytes(p) + bitmap, dense = rows + 32 + merge_bytes(p);
+    return sparse > dense ? sparse : dense;
+  }
+};
+
+}  // namespace adamas

@@ -1,0 +1,116 @@
+// Scores of tokens straight from the page, by one warp: for encode's sample, whose tiles are scattered, and for
+// attend where candidates do not suffice. A whole context goes through stages (pipeline.cuh) instead.
+#pragma once
+#include "sm90/address.cuh"
+#include "sm90/memory.cuh"
+#include "sm90/score.cuh"
+
+namespace adamas {
+
+// Loads the signatures of one KV head from the page to registers; four lanes share a token quad, a word each.
+template <int kChunks, Mode kMode>
+struct SignatureReader {
+  const uint8_t* hi[kChunks];  // this lane's words in block 0
+  uint32_t lo, scale;          // from hi to lo, and from the head's run to the scales
+  const uint8_t* run;
+  uint32_t block_stride, quads_per_block, quad_magic, tile_bytes;
+
+  __device__ SignatureReader(const Page& page, int kv_head) {
+    run = page.base + kv_head * page.head_stride;
+#pragma unroll
+    for (int k = 0; k < kChunks; ++k) {
+      const int word = int(threadIdx.x % 4) + 4 * k;
+      hi[k] = run + page.hi_offset + (word < page.words ? word : 0) * kTile * 4;
+    }
+    lo = uint32_t(page.lo_offset - page.hi_offset);
+    scale = uint32_t(page.scale_offset);
+    block_stride = page.block_stride;
+    quads_per_block = page.block_size / kQuad;
+    quad_magic = page.quad_magic;
+    tile_bytes = page.words * kTile * 4;
+  }
+
+  __device__ __forceinline__ uint32_t index(uint32_t quad) const { return block_index(quad_magic, quad); }
+
+  struct Place {  // of a quad, from the start of the head's first block
+    uint64_t words, scale;
+  };
+  __device__ __forceinline__ Place place(uint32_t quad, uint32_t block) const {
+    const uint32_t inside = quad - index(quad) * quads_per_block;
+    const uint64_t at = uint64_t(block) * block_stride;
+    return {at + (inside / 4 * tile_bytes + inside % 4 * 16), at + (scale + inside * 8)};
+  }
+
+  __device__ __forceinline__ void load(Signatures<kChunks, kMode>& to, const Place& from) const {
+#pragma unroll
+    for (int k = 0; k < kChunks; ++k) {
+      to.hi[k] = load16(hi[k] + from.words);
+      to.lo[k] = load16(hi[k] + from.words + lo);
+    }
+    if (kMode == Mode::dot) to.scale = load8(run + from.scale);
+  }
+
+  // Into the L2 cache only: the preceding kernel may still write there, and L2 stays coherent.
+  __device__ __forceinline__ void prefetch(const Place& from) const {
+#pragma unroll
+    for (int k = 0; k < kChunks; ++k) {
+      prefetch_l2(hi[k] + from.words);
+      prefetch_l2(hi[k] + from.words + lo);
+    }
+    if (kMode == Mode::dot) prefetch_l2(run + from.scale);
+  }
+};
+
+// Scores `steps` steps of 8 token quads (32 tokens) of one (row, KV head). Loads run kDepth steps ahead of the
+// scores, block table entries twice as far; kDepth is what registers allow.
+//   quad_of(step)  this lane's token quad
+//   begin()        called before the first signature is read, once the first are on their way to the L2 cache
+//   ready()        called once the first loads are on their way, before the first score
+//   sink(step, first token, head quad, scores of four tokens for head lane % 4)
+template <int kChunks, Mode kMode, int kQuads, class QuadOf, class Begin, class Ready, class Sink>
+__device__ __forceinline__ void scan_quads(const Page& page, int kv_head, const int32_t* blocks, int length,
+                                           const QueryFragments<kChunks, kMode, kQuads>& query, int steps,
+                                           QuadOf quad_of, Begin begin, Ready ready, Sink sink) {
+  constexpr int kDepth = kChunks == 1 ? 4 : 2;
+  const SignatureReader<kChunks, kMode> reader(page, kv_head);
+  const uint32_t last = uint32_t(length - 1) / kQuad;
+  auto quad_at = [&](int step) { return min(uint32_t(quad_of(step)), last); };  // a quad that exists
+  uint32_t block[kDepth];
+  Signatures<kChunks, kMode> data[kDepth];
+  auto fetch_block = [&](int step) { return uint32_t(__ldg(blocks + reader.index(quad_at(step)))); };
+  typename SignatureReader<kChunks, kMode>::Place place[kDepth];
+  if (steps > 0) {  // steps beyond the last load a quad that nobody scores
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i) block[i] = fetch_block(i);
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i) place[i] = reader.place(quad_at(i), block[i]);
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i) reader.prefetch(place[i]);
+  }
+  begin();
+  if (steps > 0) {
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i) reader.load(data[i], place[i]);
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i)
+      if (kDepth + i < steps) block[i] = fetch_block(kDepth + i);
+  }
+  ready();
+  for (int step = 0; step < steps; step += kDepth) {
+#pragma unroll
+    for (int i = 0; i < kDepth; ++i) {
+      if (step + i >= steps) break;
+      const int token = quad_of(step + i) * kQuad;
+#pragma unroll
+      for (int q = 0; q < kQuads; ++q) {
+        float score[4];
+        score_quad(query, data[i], q, score);
+        sink(step + i, token, q, score);
+      }
+      if (step + i + kDepth < steps) reader.load(data[i], reader.place(quad_at(step + i + kDepth), block[i]));
+      if (step + i + 2 * kDepth < steps) block[i] = fetch_block(step + i + 2 * kDepth);
+    }
+  }
+}
+
+}  // namespace adamas

@@ -1,0 +1,160 @@
+// The k-th best of many values by histograms: which bin holds it, and how many values lie in higher bins.
+//
+// A search assigns the bins to threads in descending order, so that a prefix sum over the threads counts the
+// values from the best on; the thread whose sum first reaches k looks through its own bins. Radix selection
+// repeats this for every digit of the values, from the highest on: any distribution of values ends after
+// ceil(bits / digit) passes, each of which reads all values once.
+#pragma once
+#include "sm90/memory.cuh"
+#include "sm90/reduce.cuh"
+
+namespace adamas {
+
+constexpr int kBinBits = 9;
+constexpr int kBins = 1 << kBinBits;
+constexpr int kBinWords = padded(kBins);
+// Behind the bins lies scratch: sums of up to 16 warps and the bin found, then kFreeWords for the caller.
+constexpr int kScratchWords = 32, kFreeWord = kBinWords + 20, kFreeWords = 12;
+constexpr int kHistogramWords = kBinWords + kScratchWords;
+
+struct Bin {
+  uint32_t index, before, size;  // before: values in higher bins
+};
+
+template <int kCount>
+__device__ __forceinline__ uint32_t sum_bins(const uint32_t* bins, int top) {
+  uint32_t sum = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) sum += bins[padded(top - i)];
+  return sum;
+}
+
+// Shows the bin of the `need`-th best value, one of kCount bins from `top` downwards above which lie `before` values.
+template <int kCount, class Visit>
+__device__ __forceinline__ void walk_bins(const uint32_t* bins, int top, uint32_t before, uint32_t need, Visit visit) {
+  for (int i = 0; i < kCount; ++i) {
+    const uint32_t size = bins[padded(top - i)];
+    if (before + size >= need) {
+      visit(Bin{uint32_t(top - i), before, size});
+      break;
+    }
+    before += size;
+  }
+}
+
+// The search by a warp: the bin of the `need`-th best value among 2^kBits bins; size 0 if there are fewer values.
+template <int kBits>
+__device__ __forceinline__ Bin find_warp_bin(const uint32_t* bins, uint32_t need) {
+  constexpr int kPerLane = (1 << kBits) / 32;
+  const int lane = threadIdx.x % 32;
+  const int top = (1 << kBits) - 1 - lane * kPerLane;
+  const uint32_t own = sum_bins<kPerLane>(bins, top), sum = warp_prefix_sum(own);
+  const unsigned reached = __ballot_sync(kFull, sum >= need);
+  if (!reached) return {0, 0, 0};
+  const int owner = __ffs(reached) - 1;
+  Bin bin{0, sum - own, 0};
+  if (lane == owner) walk_bins<kPerLane>(bins, top, sum - own, need, [&](const Bin& found) { bin = found; });
+  return {__shfl_sync(kFull, bin.index, owner), __shfl_sync(kFull, bin.before, owner),
+          __shfl_sync(kFull, bin.size, owner)};
+}
+
+// The search by a warp whose lanes hold the counts of 32 * kCount bins in registers, each kCount of them downwards,
+// lane 0 the highest. `bin` is the one searched for in the lane that owns it: where the values down to the lane's
+// last bin reach `need`, and those above its first do not.
+struct LaneBin {
+  Bin bin;
+  uint32_t above, sum;  // values above the lane's bins; those and its own
+  __device__ __forceinline__ bool owned(uint32_t need) const { return sum >= need && above < need; }
+};
+template <int kCount>
+__device__ __forceinline__ LaneBin find_lane_bin(const uint32_t (&count)[kCount], uint32_t need) {
+  uint32_t own = 0;
+#pragma unroll
+  for (int i = 0; i < kCount; ++i) own += count[i];
+  const uint32_t sum = warp_prefix_sum(own);
+  uint32_t before = sum - own, size = count[0];
+  int index = 32 * kCount - 1 - kCount * (threadIdx.x % 32);
+#pragma unroll
+  for (int i = 1; i < kCount; ++i)
+    if (before + size < need) before += size, size = count[i], --index;
+  return {{uint32_t(index), before, size}, sum - own, sum};
+}
+
+// The search by a block: the bin of kBins that holds the `need`-th best value; there have to be that many.
+// `bins`: kHistogramWords. Starts and ends synchronised.
+template <int kThreads>
+__device__ __forceinline__ Bin find_block_bin(uint32_t* bins, uint32_t need) {
+  constexpr int kPerThread = kBins / kThreads, kWarps = kThreads / 32;
+  static_assert(kPerThread * kThreads == kBins && kBinWords + kWarps + 3 <= kFreeWord);
+  uint32_t* warp_sums = bins + kBinWords;
+  uint32_t* found = warp_sums + kWarps;
+  const int top = kBins - 1 - threadIdx.x * kPerThread;
+  const uint32_t own = sum_bins<kPerThread>(bins, top);
+  const uint32_t sum = block_prefix_sum<kThreads>(own, warp_sums).prefix;
+  if (sum >= need && sum - own < need)  // one thread
+    walk_bins<kPerThread>(bins, top, sum - own, need, [&](const Bin& bin) {
+      found[0] = bin.index, found[1] = bin.before, found[2] = bin.size;
+    });
+  __syncthreads();
+  return {found[0], found[1], found[2]};
+}
+
+// A pass of radix selection: bits [shift, above) of the values whose higher bits are `prefix`.
+struct RadixDigit {
+  uint64_t prefix;
+  int above, shift;
+  __device__ __forceinline__ bool has(uint64_t value) const { return value >> above == prefix; }
+  __device__ __forceinline__ uint32_t operator()(uint64_t value) const {
+    return uint32_t(value >> shift) & ((1u << (above - shift)) - 1);
+  }
+};
+
+// The value at or above which there are `need` values, or at most `slack` more, by a warp and kBits bits per
+// pass. each(visit) shows every value below 2^bits to visit, in any order and spread over the lanes in any way.
+template <int kBits, class Each>
+__device__ uint64_t warp_threshold(uint32_t* bins, int bits, uint32_t need, uint32_t slack, Each each) {
+  const int lane = threadIdx.x % 32;
+  uint64_t prefix = 0;
+  for (int shift = bits;;) {
+    const int width = min(kBits, shift), above = shift;
+    shift -= width;
+    __syncwarp();  // every lane has read the bins of the pass before
+    for (int i = lane; i < padded(1 << kBits); i += 32) bins[i] = 0;
+    __syncwarp();
+    const RadixDigit digit{prefix, above, shift};
+    each([&](uint64_t v) {
+      if (digit.has(v)) atomicAdd(&bins[padded(digit(v))], 1u);
+    });
+    __syncwarp();
+    const Bin found = find_warp_bin<kBits>(bins, need);
+    const uint32_t size = found.size;
+    need -= found.before;
+    prefix = prefix << width | found.index;
+    if (size - need <= slack || shift == 0) return prefix << shift;
+  }
+}
+
+// The same without slack by a block, kBinBits bits per pass. `bins`: kHistogramWords. Starts and ends
+// synchronised.
+template <int kThreads, class Each>
+__device__ uint64_t block_threshold(uint32_t* bins, int bits, uint32_t need, Each each) {
+  uint64_t prefix = 0;
+  for (int shift = bits;;) {
+    const int width = min(kBinBits, shift), above = shift;
+    shift -= width;
+    for (int i = threadIdx.x; i < kBinWords; i += kThreads) bins[i] = 0;
+    __syncthreads();
+    const RadixDigit digit{prefix, above, shift};
+    each([&](uint64_t v) {
+      if (digit.has(v)) atomicAdd(&bins[padded(digit(v))], 1u);
+    });
+    __syncthreads();
+    const Bin found = find_block_bin<kThreads>(bins, need);
+    need -= found.before;
+    prefix = prefix << width | found.index;
+    if (found.size == need || shift == 0) return prefix << shift;
+    __syncthreads();  // every thread has read the bin found
+  }
+}
+
+}  // namespace adamas

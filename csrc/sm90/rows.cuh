@@ -1,0 +1,78 @@
+// Rows of a decode step: how long a context is, what of it is attended to, the counters, and how work that is
+// a sum over rows is cut into equal runs.
+#pragma once
+#include "sm90/params.h"
+#include "sm90/reduce.cuh"
+
+namespace adamas {
+
+// Tokens of a row's context, clamped to [0, max_seq_len] whatever the caller wrote there.
+template <class Params>
+__device__ __forceinline__ int context_length(const Params& p, int row) {
+  int length = p.seq_lens[row];
+  // One comparison for both bounds: in this form the clamp costs attend no register.
+  if (uint32_t(length) > uint32_t(p.max_seq_len)) length = length < 0 ? 0 : p.max_seq_len;
+  return length;
+}
+
+// What a row attends to: all visible tokens, or the sinks, the recent window and the `need` best of the tokens
+// between them (the middle). Every thread computes it; it costs one load of the length and one of the budget.
+struct RowPlan {
+  int length, first;  // tokens [first, length) are visible
+  bool sparse;
+  int budget, middle, need;
+
+  __device__ RowPlan(const DecodeParams& p, int row) {
+    length = context_length(p, row);
+    budget = max(p.budgets ? p.budgets[row] : 0, p.least_budget);
+    sparse = p.scores || (budget < length && p.sliding_window == 0);
+    if (length <= 0) sparse = false;
+    first = p.sliding_window > 0 ? max(0, length - p.sliding_window) : 0;
+    middle = length - p.num_sink_tokens - p.recent_window;
+    need = budget - p.num_sink_tokens - p.recent_window;
+  }
+};
+
+// Whether a token is one of the middle. One comparison for both bounds; a negative token is none.
+__device__ __forceinline__ bool in_middle(const DecodeParams& p, const RowPlan& plan, int token) {
+  return uint32_t(token - p.num_sink_tokens) < uint32_t(plan.middle);
+}
+
+// Adds a row to the counters; one thread per row.
+__device__ __forceinline__ void count_row(const DecodeParams& p, const RowPlan& plan) {
+  if (!p.stats || plan.length <= 0) return;
+  auto* stats = reinterpret_cast<unsigned long long*>(p.stats);
+  const int attended = plan.sparse ? plan.budget : plan.length - plan.first;
+  atomicAdd(stats + (plan.sparse ? 0 : 1), 1ull);
+  atomicAdd(stats + 2, (unsigned long long)(plan.length) * p.num_query_heads);
+  atomicAdd(stats + 3, (unsigned long long)(attended) * p.num_query_heads);
+}
+
+// Exclusive prefix sums of work(row), in shared memory: cum[0 .. rows]. The whole block calls it; its first warp
+// works, a row per lane. Ends synchronised.
+template <class Work>
+__device__ void prefix_sum_rows(int64_t* cum, int rows, Work work) {
+  const int lane = threadIdx.x % 32;
+  if (threadIdx.x < 32) {
+    int64_t total = 0;
+    for (int base = 0; base < rows; base += 32) {
+      const int64_t own = base + lane < rows ? work(base + lane) : 0, sum = warp_prefix_sum(own);
+      if (base + lane < rows) cum[base + lane] = total + sum - own;
+      total += __shfl_sync(kFull, sum, 31);
+    }
+    if (lane == 0) cum[rows] = total;
+  }
+  __syncthreads();
+}
+
+// The row that item `at` belongs to: the last one with cum[row] <= at.
+__device__ __forceinline__ int find_row(const int64_t* cum, int rows, int64_t at) {
+  int low = 0, high = rows;
+  while (high - low > 1) {
+    const int mid = (low + high) / 2;
+    (cum[mid] <= at ? low : high) = mid;
+  }
+  return low;
+}
+
+}  // namespace adamas
