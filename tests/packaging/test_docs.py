@@ -82,3 +82,12 @@ def test_the_loss_in_the_readme_is_measured():
     assert f"it adds {mean:.3f} nats per token" in text
     assert f"95 % interval {low:.3f} to {high:.3f} nats" in text
     assert f"512 tokens add {rows['dot-512']['dnll'][0]:.3f}." in text
+
+
+def test_kernel_sources_that_are_named_exist():
+    """docs/kernels.md names them without their folders."""
+    named = re.findall(
+        r"`(?:[\w]+/)?([\w]+\.(?:cuh?|h))`", (ROOT / "docs" / "kernels.md").read_text()
+    )
+    assert len(named) > 20
+    assert [name for name in named if not list((ROOT / "csrc" / "sm90").rglob(name))] == []
