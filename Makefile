@@ -65,18 +65,19 @@ sanitize-cpu: $(READY) ## CPU kernels under AddressSanitizer and UndefinedBehavi
 		$(PYTHON) setup.py -q build_ext --build-temp build/sanitized --build-lib build/sanitized
 	@ADAMAS_CPU_LIBRARY=$(ASAN_LIBRARY) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 		LD_PRELOAD="$$($${CXX:-c++} -print-file-name=libasan.so) $$($${CXX:-c++} -print-file-name=libstdc++.so)" \
-		$(PYTHON) -m pytest --noconftest -m "not gpu" tests/backends/test_cpu.py -q -x -s $(ARGS)
+		$(PYTHON) -m pytest --noconftest -m "not gpu" -k "not triton" \
+		tests/ops tests/backends/test_cpu.py -q -x -s $(ARGS)
 
 # Small cases of every kernel: the tools slow it down a hundredfold.
-SANITIZED := (test_append and e4m3 and not rounds) or test_decode[block16 or test_decode_dense[0-64 or \
-	test_decode_many_rows[100-heads3-96-None-0] or test_gather[block16] or (test_select and 33]) or \
-	test_append_skips or test_lengths_are_cut or test_surroundings_change_nothing[plain or \
-	test_decode[forced or test_decode[little-budget or test_gather_of_many_rows[None]
+SANITIZED := cuda and ((test_append and e4m3 and not rounds) or (cluster and block16) or test_decode_dense[0-64 or \
+	test_decode_many_rows[100-heads3-96-None-0] or test_gather[cuda-block16] or test_append_skips or \
+	test_lengths_are_cut or (test_surroundings_change_nothing and plain) or (test_decode[ and forced) or \
+	(test_decode[ and little-budget) or test_gather_of_many_rows[cuda-4096])
 
 sanitize-gpu: $(READY) ## CUDA kernels under compute-sanitizer
 	@for tool in memcheck racecheck; do \
 		compute-sanitizer --tool $$tool --kernel-name kns=adamas --error-exitcode 1 \
-			$(PYTHON) -m pytest --noconftest -m gpu tests/backends/test_cuda.py -q -k "$(SANITIZED)" || exit 1; \
+			$(PYTHON) -m pytest --noconftest -m gpu tests/ops tests/backends/test_cuda.py -q -k "$(SANITIZED)" || exit 1; \
 	done
 
 bench-cpu: model ## kernel and serving benchmarks on this CPU

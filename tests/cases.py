@@ -6,7 +6,6 @@ import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
 
-import pytest
 import torch
 
 from vllm_adamas.backends.base import Backend, DecodeBatch, Layer, Params
@@ -200,10 +199,10 @@ class Batch:
         behind = column >= -(-self.seq_lens[:, None] // size)
         return dataclasses.replace(new, block_table=self.block_table.masked_fill(behind, NO_BLOCK))
 
-    def gathered(self, backend: Backend) -> torch.Tensor:
-        """K and V, ``[2, T, Hkv, D]`` of the queries' type."""
+    def gathered(self, backend: Backend, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """K and V, ``[2, T, Hkv, D]`` of the queries' type unless told another."""
         shape = (2, sum(self.lengths), self.params.num_kv_heads, self.params.layout.head_size)
-        out = torch.zeros(shape, dtype=self.query.dtype, device=self.query.device)
+        out = torch.zeros(shape, dtype=dtype or self.query.dtype, device=self.query.device)
         backend.gather(self.bound(backend), self.block_table, self.seq_lens, *out)
         return out
 
@@ -341,12 +340,9 @@ CASES = {
     "long-ties": Case((5000, 2048), (1000, 30), heads=(2, 1), head_size=64, data="few"),
 }
 
-over_cases = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-
 #: Of every kind of page and row some, for what does not depend on the values.
 KINDS = ("plain", "block48", "mixed-kv_head", "mixed-manhattan", "d96", "d192-manhattan", "fp16")
 KINDS += ("fp32", "e4m3", "e5m2", "forced", "sliding", "long")
-over_kinds = pytest.mark.parametrize("name", KINDS)
 
 
 def many(rows: int, heads: tuple[int, int] = (2, 1)) -> Case:

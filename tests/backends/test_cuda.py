@@ -1,63 +1,19 @@
-"""Every CUDA operation against the reference, by the three kernels and by the fused one."""
+"""What is special to the CUDA kernels: long and misleading contexts, many rows, graphs, plans, refusals."""
 
 from __future__ import annotations
 
 import dataclasses
 
 import pytest
+import targets
 import torch
-from cases import (
-    CASES,
-    TOLERANCE,
-    Batch,
-    Case,
-    check_append,
-    check_lengths_are_cut,
-    check_slots_are_skipped,
-    check_surroundings,
-    many,
-    relative_error,
-)
+from cases import TOLERANCE, Batch, Case, many, relative_error
+from targets import CLUSTERS, CudaTarget, attend_selected, needs_hopper
 
-from vllm_adamas.backends.cuda.library import LIBRARY, limits
-from vllm_adamas.backends.reference import ReferenceBackend
-from vllm_adamas.backends.reference.backend import select_tokens
-from vllm_adamas.dtypes import ELEMENTS
+from vllm_adamas.backends.cuda.library import limits
 from vllm_adamas.errors import AdamasError
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
-        reason="needs a Hopper GPU",
-    ),
-    pytest.mark.skipif(not LIBRARY.exists(), reason="the CUDA library is not built"),
-]
-REFERENCE = ReferenceBackend()
-#: Queries in fp8 pages' cases are bf16 or fp16, and the kernels have no float32.
-GPU_CASES = {
-    name: case if case.dtype != torch.float32 else dataclasses.replace(case, dtype=torch.bfloat16)
-    for name, case in CASES.items()
-    if case.dtype != torch.float32 or case.fp8
-} | {
-    "block16": Case((1, 15, 16, 17, 700, 0), 30, heads=(6, 1), block_size=16),
-    "block144": Case((1, 143, 145, 700), 30, block_size=144),
-    "group7": Case(heads=(7, 1), score="manhattan"),
-    "group12": Case(heads=(12, 1), head_size=256, score="manhattan"),
-    "group16": Case(heads=(16, 1), head_size=64, dtype=torch.float16),
-    "group16-kv_head": Case(heads=(16, 1), score="manhattan", selection="kv_head"),
-    "group16-e4m3": Case(heads=(16, 1), selection="kv_head", fp8="e4m3"),
-    "group9": Case(heads=(9, 1)),
-    "group10-d256": Case(heads=(10, 1), head_size=256),
-    "group13-manhattan": Case(heads=(13, 1), score="manhattan"),
-    "group15-d96": Case(heads=(15, 1), head_size=96, dtype=torch.float16),
-    "e4m3-d192": Case(fp8="e4m3", head_size=192, heads=(4, 1)),
-    "e5m2-d256": Case(fp8="e5m2", head_size=256, heads=(4, 1), score="manhattan"),
-    "sinks-group12": Case((300, 65, 40, 0), 40, (12, 1), sinks=4, recent=8, score="manhattan"),
-}
-over_cases = pytest.mark.parametrize("case", GPU_CASES.values(), ids=GPU_CASES)
-#: Sizes of the fused kernel's clusters; 0 is the three kernels.
-CLUSTERS = (0, 1, 3, 16)
+pytestmark = needs_hopper
 over_clusters = pytest.mark.parametrize("cluster", CLUSTERS)
 SELECTIONS = pytest.mark.parametrize("selection", ["query_head", "kv_head"])
 
@@ -69,155 +25,17 @@ def backend():
     return CudaBackend()
 
 
+def check_decode(backend, batch: Batch, cluster: int) -> None:
+    targets.check_decode(CudaTarget(backend, "cuda", {"cluster": cluster}), batch)
+
+
 def skip_unless_fits(backend, batch: Batch, cluster: int, longest: int | None = None) -> None:
-    longest = longest or batch.block_table.shape[1] * batch.params.layout.block_size
-    layer, dtype = batch.bound(backend), batch.query.dtype
-    if cluster and not backend.fused_clusters(layer, dtype, longest, cluster):
-        pytest.skip("the fused kernel does not take this shape")
+    CudaTarget(backend, "cuda", {"cluster": cluster}).skip_unless_fits(batch, longest)
 
 
 def append_again(backend, batch: Batch) -> None:
     """After its keys were changed."""
     backend.append(batch.bound(backend), batch.key, batch.value, batch.slots)
-
-
-def on_cpu(batch: Batch) -> Batch:
-    """The same pages and rows, for the reference."""
-    params = batch.params
-    if params.key_mean is not None:
-        params = dataclasses.replace(params, key_mean=params.key_mean.cpu())
-    moved = {
-        field.name: getattr(batch, field.name).cpu()
-        for field in dataclasses.fields(batch)
-        if field.name != "params"
-    }
-    return Batch(params=params, **moved)
-
-
-# append
-
-
-@over_cases
-def test_append(backend, case: Case) -> None:
-    check_append(case.build(backend, "cuda"), case.build(REFERENCE))
-
-
-@pytest.mark.parametrize("kind", ["e4m3", "e5m2"])
-def test_append_rounds_to_fp8_as_torch_does(backend, kind: str) -> None:
-    """Every bf16 value but NaN: zeros of both signs, subnormals, ties, saturation, infinities."""
-    bits = torch.arange(0x7F80 + 64, dtype=torch.int32).clamp_max(0x7F80).to(torch.int16)
-    both = torch.cat((bits, bits | -(2**15))).view(torch.bfloat16).view(-1, 1, 64)
-    params = dataclasses.replace(
-        Case(fp8=kind, heads=(1, 1), head_size=64).params, k_scale=1.0, v_scale=1.0
-    )
-    page = torch.zeros(len(both) // 64 + 1, 1, 64, params.layout.token_bytes, dtype=torch.uint8)
-    ours, slots = page.cuda(), torch.arange(len(both))
-    backend.append(backend.bind(params, ours), both.cuda(), -both.cuda(), slots.cuda())
-    REFERENCE.append(REFERENCE.bind(params, page), both, -both, slots)
-    for plane in (params.layout.k, params.layout.v):
-        assert torch.equal(plane(ours).cpu(), plane(page))
-
-
-def test_append_of_nothing_but_padding(backend) -> None:
-    batch = Case().build(backend, "cuda")
-    before = batch.memory.clone()
-    slots = torch.full_like(batch.slots, -1)
-    backend.append(batch.bound(backend), batch.key, batch.value, slots)
-    assert torch.equal(before.view(torch.uint8), batch.memory.view(torch.uint8))
-
-
-def test_append_skips_slots_behind_the_cache(backend) -> None:
-    check_slots_are_skipped(backend, Case().build(backend, "cuda"))
-
-
-# scan
-
-
-@over_cases
-def test_scan(backend, case: Case) -> None:
-    """Bit-identical: a score is an exact integer times the token's scale, rounded once."""
-    batch = case.build(backend, "cuda")
-    ours, host = batch.scan(backend).cpu(), on_cpu(batch)
-    clear = ~host.ambiguous()
-    assert clear.float().mean() > 0.75
-    assert torch.equal(ours[clear], host.scan(REFERENCE)[clear])
-
-
-# decode
-
-
-def check_decode(backend, batch: Batch, cluster: int, **kwargs) -> None:
-    """Exact attention over the tokens that the reference selects from the CUDA scores."""
-    for workspace in backend._workspace.buffers.values():
-        workspace.fill_(0xFF)
-    ours, counted = batch.decode(backend, cluster=cluster, **kwargs)
-    rows = len(batch.lengths)
-    assert ours[rows:].isnan().all(), "padding was written"
-    expected, stats = expected_decode(backend, batch)
-    got = ours[:rows].cpu()
-    assert got.isfinite().all()
-    error = relative_error(got, expected)
-    limit = 1.5 * TOLERANCE[ours.dtype]  # weights are rounded to the dtype of the values
-    assert error.max() <= limit, (error.max(), (error > limit).nonzero()[:8])
-    assert counted == stats
-    for _ in range(3):
-        again, _ = batch.decode(backend, cluster=cluster, overlap=True, **kwargs)
-        assert torch.equal(again.view(torch.int16), ours.view(torch.int16)), "not deterministic"
-
-
-def expected_decode(backend, batch: Batch) -> tuple[torch.Tensor, list[int]]:
-    """Float32, on the GPU where the batch is; sorting is stable, so ties go as they should."""
-    params, stats = batch.params, [0, 0, 0, 0]
-    scores = batch.scan(backend)
-    lengths, heads = batch.lengths, params.num_query_heads
-    out = torch.zeros(len(lengths), heads, params.layout.head_size)
-    budgets = params.attended(batch.seq_lens, batch.budgets).tolist()
-    for row, (n, budget) in enumerate(zip(lengths, budgets, strict=True)):
-        if n == 0:
-            continue
-        visible = min(n, params.sliding_window or n)
-        sparse = budget < n and not params.sliding_window
-        stats[0 if sparse else 1] += 1
-        stats[2] += n * heads
-        stats[3] += (budget if sparse else visible) * heads
-        for head in range(heads):
-            tokens = torch.arange(n - visible, n)
-            kv_head = head // params.group
-            if sparse:
-                score_head = head if params.selection == "query_head" else kv_head
-                tokens = select_tokens(
-                    scores[row, score_head, :n].cpu(),
-                    budget,
-                    params.num_sink_tokens,
-                    params.recent_window,
-                )
-            k, v = stored_tokens(batch, row, kv_head, tokens.cuda())
-            p = (k @ batch.query[row, head].float() * params.softmax_scale).softmax(0)
-            out[row, head] = (p @ v).cpu()
-    return out, stats
-
-
-def stored_tokens(
-    batch: Batch, row: int, kv_head: int, tokens: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """K and V of some tokens of a row, float32 ``[tokens, D]``."""
-    params, layout = batch.params, batch.params.layout
-    block = batch.block_table[row, tokens // layout.block_size].long()
-    found = []
-    for plane, scale in ((layout.k, params.k_scale), (layout.v, params.v_scale)):
-        x = plane(batch.kv_cache)[block, kv_head, tokens % layout.block_size]
-        found.append(
-            x.view(ELEMENTS[params.fp8].values).float() * scale if params.fp8 else x.float()
-        )
-    return found[0], found[1]
-
-
-@over_clusters
-@over_cases
-def test_decode(backend, case: Case, cluster: int) -> None:
-    batch = case.build(backend, "cuda")
-    skip_unless_fits(backend, batch, cluster)
-    check_decode(backend, batch, cluster)
 
 
 MISLEADING = ("equal", "few", "huge", "zero", "drift", "late")
@@ -378,46 +196,6 @@ def test_nan_stays_where_it_is(backend, cluster: int) -> None:
     assert torch.equal(output[:3][~seen], clean[:3][~seen])
 
 
-# gather
-
-
-@over_cases
-def test_gather(backend, case: Case) -> None:
-    batch = case.build(backend, "cuda")
-    assert torch.equal(batch.gathered(backend), torch.stack(batch.stored()).to(case.dtype))
-
-
-# what the tensors do not hold
-
-
-KINDS = ("plain", "mixed-kv_head", "d192", "e4m3", "forced", "sliding", "group16", "long")
-
-
-@over_clusters
-@pytest.mark.parametrize("name", KINDS)
-def test_surroundings_change_nothing(backend, name: str, cluster: int) -> None:
-    batch = GPU_CASES[name].build(backend, "cuda")
-    skip_unless_fits(backend, batch, cluster)
-    check_surroundings(backend, batch, cluster=cluster)
-
-
-@over_clusters
-@pytest.mark.parametrize("window", [0, 100])
-@pytest.mark.parametrize("budget", [9, 1 << 30])
-def test_lengths_are_cut(backend, budget: int, window: int, cluster: int) -> None:
-    case = Case((200, 65, 300, 129, 40, 0), budget, heads=(4, 2), window=window)
-    batch = case.build(backend, "cuda")
-    skip_unless_fits(backend, batch, cluster)
-    check_lengths_are_cut(backend, batch, cluster=cluster)
-
-
-@pytest.mark.parametrize("fp8", [None, "e4m3"])
-def test_gather_of_many_rows(backend, fp8: str | None) -> None:
-    case = dataclasses.replace(many(4096), fp8=fp8)
-    batch = case.build(backend, "cuda")
-    assert torch.equal(batch.gathered(backend), torch.stack(batch.stored()).to(case.dtype))
-
-
 # graphs and arguments
 
 
@@ -455,7 +233,7 @@ def test_graph_replay_with_other_rows(backend, cluster: int, selection: str, sco
         again, counted = batch.decode(backend, max_seq_len=longest, overlap=True, cluster=cluster)
         assert torch.equal(output, again)
         assert stats.tolist() == counted
-        expected, _ = expected_decode(backend, batch)
+        expected, _ = attend_selected(backend, batch)
         assert relative_error(output.cpu(), expected).max() <= 2 * TOLERANCE[output.dtype]
 
 

@@ -1,4 +1,4 @@
-"""The Triton kernels against the reference: compiled where there is a GPU, else interpreted.
+"""What is special to the Triton kernels: compiled where there is a GPU, else interpreted.
 
 Triton decides when it is imported (see conftest.py), so one process tests one of the two.
 """
@@ -7,68 +7,28 @@ import dataclasses
 import os
 import subprocess
 import sys
-from functools import cache
 
 import pytest
 import torch
-from cases import (
-    CASES,
-    MIXED,
-    MIXED_BUDGETS,
-    SCORES,
-    TOLERANCE,
-    Case,
-    as_bytes,
-    check_append,
-    check_lengths_are_cut,
-    check_select,
-    check_slots_are_skipped,
-    check_surroundings,
-    many,
-    relative_error,
-)
+from cases import MIXED, MIXED_BUDGETS, Case, as_bytes, check_select, many
 from common import ROOT, is_one_sentence
+from targets import (
+    COMPILED,
+    REFERENCE,
+    SMALL,
+    TRITON_CASES,
+    TritonTarget,
+    check_decode,
+    needs_triton,
+)
 
-from vllm_adamas.backends.reference import ReferenceBackend
 from vllm_adamas.backends.registry import get_backend
 from vllm_adamas.backends.triton import TritonBackend
 from vllm_adamas.backends.triton import backend as ops
 from vllm_adamas.errors import AdamasError
 
-COMPILED = torch.cuda.is_available()
 DEVICE = "cuda" if COMPILED else "cpu"
-pytestmark = [pytest.mark.gpu] if COMPILED else []
-REFERENCE = ReferenceBackend()
-
-SMALL = (33, 1, 0, 70, 17)  #: contexts, for the interpreter's sake
-SMALL_BUDGETS = (8, 1, 4, 69, 40)
-#: Every dimension of the page and of the method at least once; a GPU runs CASES too.
-SMALL_CASES = {
-    "group1": Case(SMALL, SMALL_BUDGETS, (2, 2), 64),
-    "group2-shared": Case(SMALL, SMALL_BUDGETS, (4, 2), 128, selection="kv_head"),
-    "group3-manhattan": Case(SMALL, SMALL_BUDGETS, (6, 2), 96, 32, score="manhattan"),
-    "group5-shared": Case(SMALL, 8, (5, 1), 96, 48, torch.float16, selection="kv_head"),
-    "group6-manhattan": Case(
-        SMALL, 8, (6, 1), 192, 16, score="manhattan", selection="kv_head", centred=True, seed=2
-    ),
-    "group7": Case(SMALL, 8, (7, 1), 64, 128, torch.float32),
-    "group16": Case(SMALL, SMALL_BUDGETS, (16, 1), 256, 16),
-    "group16-manhattan": Case(SMALL, 8, (16, 1), 64, 16, score="manhattan", selection="kv_head"),
-    "e4m3": Case(SMALL, SMALL_BUDGETS, (3, 1), 64, fp8="e4m3", selection="kv_head"),
-    "e5m2": Case(SMALL, SMALL_BUDGETS, (2, 1), 96, 32, torch.float16, fp8="e5m2"),
-    "huge-e4m3": Case(SMALL, 8, (2, 1), 64, fp8="e4m3", data="huge"),  # saturates
-    "few": Case(SMALL, 20, (4, 2), 64, data="few", selection="kv_head"),
-    "zero": Case(SMALL, 20, (2, 1), 64, data="zero"),
-    "tiny": Case(SMALL, 8, (2, 1), 64, 32, torch.float16, data="tiny", score="manhattan"),
-    "sinks": Case((90, 65, 40, 0), 40, (2, 1), 64, sinks=4, recent=8),
-    "sliding": Case((90, 1, 39, 40, 41, 0), 16, (4, 2), 64, window=40),
-    "forced": Case((90, 12, 13, 5, 40, 0), (8, 5, 0, 3, -5, 1), (2, 1), 64, sinks=4, recent=8),
-    "little-budget": Case(SMALL, (0, -(2**31), 1, -1, 2**31 - 1), (4, 2), 64, selection="kv_head"),
-    "centred": Case(SMALL, 8, (4, 1), 128, centred=True, selection="kv_head"),
-    "long": Case((2500,), (300,), (2, 1), 64, selection="kv_head"),
-    "empty": Case((0, 0), 4, (2, 1), 64),
-}
-over_cases = pytest.mark.parametrize("name", [*SMALL_CASES, *(CASES if COMPILED else [])])
+pytestmark = needs_triton
 
 
 @pytest.fixture(autouse=True)
@@ -78,66 +38,20 @@ def interpreter(monkeypatch) -> None:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
 
 
+def built(name: str):
+    """A case, and its batch as the kernels have appended it."""
+    case = TRITON_CASES[name]
+    return case, TritonTarget(TritonBackend(), DEVICE).build(case)
+
+
 @pytest.fixture(scope="module")
 def backend() -> TritonBackend:
     return TritonBackend()
 
 
-@cache
-def built(name: str):
-    """A case, built by the kernels on their device and by the reference on the CPU."""
-    case = SMALL_CASES.get(name) or CASES[name]
-    return case, case.build(TritonBackend(), DEVICE), case.build(REFERENCE)
-
-
-@over_cases
-def test_append(name: str) -> None:
-    check_append(*built(name)[1:])
-
-
-@over_cases
-def test_scan(backend, name: str) -> None:
-    """Bit-identical: a score is an exact integer times the token's scale, rounded once."""
-    case, batch, reference = built(name)
-    # Codes on a threshold may differ, so the reference reads what the kernels wrote.
-    reference = dataclasses.replace(reference, memory=batch.memory.cpu())
-    ours, theirs = batch.scan(backend).cpu(), reference.scan(REFERENCE)
-    clear = ~reference.ambiguous()
-    assert clear.float().mean() > 0.75
-    assert torch.equal(ours[clear], theirs[clear])
-    for row, length in enumerate(case.lengths):
-        assert ours[row, :, :length].isfinite().all()
-        assert (ours[row, :, length:] == -torch.inf).all()
-
-
-def check_decode(backend, case: Case, batch, reference, **kwargs) -> None:
-    rows = len(case.lengths)
-    for workspace in backend._workspace.buffers.values():
-        workspace.fill_(0xFF)  # NaN
-    # The interpreter truncates to bf16 where a GPU rounds; what the kernels compute is float32.
-    ours, counted = batch.decode(backend, None if COMPILED else torch.float32, **kwargs)
-    theirs, expected = dataclasses.replace(reference, memory=batch.memory.cpu()).decode(
-        REFERENCE, torch.float32
-    )
-    assert counted == expected
-    ours = ours.cpu()
-    assert ours[:rows].isfinite().all()
-    assert ours[rows:].isnan().all(), "padding was written"
-    assert (ours[:rows][reference.seq_lens == 0] == 0).all()
-    per_set = case.heads[0] // reference.params.num_score_heads
-    clear = ~reference.ambiguous().repeat_interleave(per_set, 1)
-    error = relative_error(ours[:rows], theirs[:rows])[clear]
-    assert error.max() <= TOLERANCE[case.dtype if COMPILED else torch.float32]
-
-
-@over_cases
-def test_decode(backend, name: str) -> None:
-    check_decode(backend, *built(name))
-
-
 def test_workspaces_are_float32_whatever_the_default(backend) -> None:
     """A server builds its layers under the dtype of the model."""
-    case, batch, reference = built("sinks")
+    case, batch = built("sinks")
     expected, fresh = batch.scan(backend), TritonBackend()
     torch.set_default_dtype(torch.float16)
     try:
@@ -147,31 +61,7 @@ def test_workspaces_are_float32_whatever_the_default(backend) -> None:
         torch.set_default_dtype(torch.float32)
     assert got.dtype == torch.float32
     assert torch.equal(got, expected)
-    check_decode(fresh, case, batch, reference)
-
-
-@over_cases
-def test_gather(backend, name: str) -> None:
-    case, batch, reference = built(name)
-    out = torch.zeros(2, sum(case.lengths), *batch.key.shape[1:], dtype=torch.float32).to(DEVICE)
-    backend.gather(batch.bound(backend), batch.block_table, batch.seq_lens, *out)
-    for got, stored in zip(out.cpu(), reference.stored(), strict=True):
-        assert torch.equal(got, stored)
-
-
-@pytest.mark.parametrize("name", ["group3-manhattan", "e4m3", "forced"])
-def test_surroundings_change_nothing(backend, name: str) -> None:
-    check_surroundings(backend, built(name)[1], None if COMPILED else torch.float32)
-
-
-@pytest.mark.parametrize("name", ["group2-shared", "sliding"])
-def test_lengths_are_cut(backend, name: str) -> None:
-    """The rows' buffers follow one another, so that what is written beyond one's end is another's."""
-    check_lengths_are_cut(backend, built(name)[1], None if COMPILED else torch.float32)
-
-
-def test_append_skips_slots_behind_the_cache(backend) -> None:
-    check_slots_are_skipped(backend, built("group2-shared")[1])
+    check_decode(TritonTarget(fresh, DEVICE), batch)
 
 
 def test_gather_of_a_thousand_rows(backend) -> None:
@@ -188,18 +78,18 @@ def test_gather_of_a_thousand_rows(backend) -> None:
 
 def test_rows_in_several_passes(backend, monkeypatch) -> None:
     """Scores of all rows may not fit; then a step takes more than one pass, in any grouping."""
-    case, batch, reference = built("group2-shared")
+    case, batch = built("group2-shared")
     longest = batch.block_table.shape[1] * case.block_size
     for rows in (1, 2, 4):
         monkeypatch.setattr(ops, "SCORE_BYTES", 8 * case.heads[1] * longest * rows)
         assert ops.Plan(batch.params, len(SMALL), longest, torch.device(DEVICE)).rows == rows
-        check_decode(TritonBackend(), case, batch, reference)
+        check_decode(TritonTarget(TritonBackend(), DEVICE), batch)
         assert torch.equal(batch.scan(TritonBackend()), batch.scan(backend))
 
 
 def test_decode_of_dense_rows_alone(backend) -> None:
     """Budgets that are the lengths themselves: the layer selects nothing, the result is the same."""
-    _, batch, _ = built("group2-shared")
+    _, batch = built("group2-shared")
     outputs = []
     for budgets in (batch.seq_lens, batch.seq_lens.clone()):
         outputs += [dataclasses.replace(batch, budgets=budgets).decode(backend)]
@@ -211,7 +101,7 @@ def test_decode_of_dense_rows_alone(backend) -> None:
 def test_reserve_covers_every_step(backend) -> None:
     """Nothing is allocated after it, whatever the number of rows, and the size is what it says."""
     backend = TritonBackend()
-    case, batch, reference = built("group2-shared")
+    _, batch = built("group2-shared")
     assert backend.reserve(batch.params, len(SMALL), 128) == sum(
         memory.nbytes for memory in backend._workspace.buffers.values()
     )
@@ -228,20 +118,7 @@ def test_reserve_covers_every_step(backend) -> None:
     assert before == {
         device: memory.data_ptr() for device, memory in backend._workspace.buffers.items()
     }
-    check_decode(backend, case, batch, reference, max_seq_len=100)
-
-
-@pytest.mark.parametrize("length", [1, 3001])
-@pytest.mark.parametrize("kind", SCORES)
-def test_select(backend, kind: str, length: int) -> None:
-    scores = SCORES[kind]((3, 2, length), torch.Generator().manual_seed(length)).to(DEVICE)
-    lens = torch.tensor([length, length // 2 + 1, 0], dtype=torch.int32, device=DEVICE)
-    kept = {(1, 0, 0), (length // 2 + 1, 0, 0), (length + 9, 0, 0)}
-    if length > 8:
-        kept |= {(length - 1, 0, 5), (max(8, length // 10), 3, 4)}
-    for budget, sinks, recent in kept:
-        check_select(backend, scores, lens, (budget, 2 * budget, budget), sinks, recent)
-    check_select(backend, scores, lens, (0, -(2**31), 2), 2, 5)
+    check_decode(TritonTarget(backend, DEVICE), batch, max_seq_len=100)
 
 
 def test_select_when_the_sample_misleads(backend) -> None:
@@ -254,14 +131,8 @@ def test_select_when_the_sample_misleads(backend) -> None:
         check_select(backend, scores.to(DEVICE), lens, (budget,), 0, 0)
 
 
-def test_select_takes_both_zeros_as_one_score(backend) -> None:
-    scores = torch.tensor([[[0.0, -0.0, 0.0, -0.0, -1.0]]], device=DEVICE)
-    lens = torch.tensor([5], dtype=torch.int32, device=DEVICE)
-    check_select(backend, scores, lens, (2,), 0, 0)
-
-
 def test_steps_repeat_bit_by_bit(backend) -> None:
-    _, batch, _ = built("group1")
+    _, batch = built("group1")
     first, second = (as_bytes(batch.decode(backend)[0]) for _ in range(2))
     assert torch.equal(first, second)
 
@@ -398,7 +269,7 @@ if COMPILED:
         """Lengths and budgets are read on the device; the workspace may not grow meanwhile."""
         backend = TritonBackend()
         case = Case(MIXED, MIXED_BUDGETS, selection="kv_head")
-        batch, reference = case.build(backend, DEVICE), case.build(REFERENCE)
+        batch = case.build(backend, DEVICE)
         output = torch.zeros_like(batch.query)
         stats = torch.zeros(4, dtype=torch.int64, device=DEVICE)
         step = batch.step(max_seq_len=4096)
@@ -417,9 +288,8 @@ if COMPILED:
             ((180, 1, 0, 0, 20, 100), (64, 4, 9, 9, 1 << 30, 99)),
             (MIXED, MIXED_BUDGETS),
         ):
-            for now in (batch, reference):
-                now.seq_lens.copy_(torch.tensor(lengths))
-                now.budgets.copy_(torch.tensor(budgets))
+            batch.seq_lens.copy_(torch.tensor(lengths))
+            batch.budgets.copy_(torch.tensor(budgets))
             output.fill_(float("nan"))
             stats.zero_()
             graph.replay()
@@ -427,4 +297,4 @@ if COMPILED:
             rows = len(lengths)
             assert torch.equal(as_bytes(output[:rows]), as_bytes(again[:rows]))
             assert counted == stats.tolist()
-            check_decode(backend, dataclasses.replace(case, lengths=lengths), batch, reference)
+            check_decode(TritonTarget(backend, DEVICE), batch)

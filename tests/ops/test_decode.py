@@ -1,0 +1,118 @@
+"""Decode: select and attend, in every form of a step that a backend has."""
+
+import dataclasses
+
+import pytest
+import torch
+from cases import (
+    CASES,
+    KINDS,
+    TOLERANCE,
+    Case,
+    check_lengths_are_cut,
+    check_surroundings,
+    many,
+    relative_error,
+)
+from targets import (  # noqa: F401
+    Target,
+    check_decode,
+    over_cases,
+    over_targets,
+    picked,
+    target,
+)
+
+
+@over_cases(forms=True)
+def test_decode(target: Target, case: Case) -> None:
+    batch = target.build(case)
+    target.skip_unless_fits(batch)
+    check_decode(target, batch)
+
+
+@over_targets("cpu")
+@pytest.mark.parametrize(
+    "name", ["plain", "block32", "group3", "d192", "fp16", "fp32", "e4m3", "e5m2", "long"]
+)
+@pytest.mark.parametrize("over", [0, 1, 1 << 30])
+def test_decode_with_every_token_is_plain_attention(target: Target, name: str, over: int) -> None:
+    """Against the appended keys and values themselves, never having seen a page."""
+    case = dataclasses.replace(CASES[name], budgets=tuple(n + over for n in CASES[name].lengths))
+    batch = target.build(case)
+    ours, counted = target.decode(batch)
+    q_heads, group = case.heads[0], batch.params.group
+    key, value = (x.split(case.lengths) for x in batch.stored())  # R x [L, Hkv, D]
+    for row, length in enumerate(case.lengths):
+        if not length:
+            continue
+        exact = torch.nn.functional.scaled_dot_product_attention(
+            batch.query[row].float().unsqueeze(1),  # [Hq, 1, D]
+            key[row].transpose(0, 1).repeat_interleave(group, 0),  # [Hq, L, D]
+            value[row].transpose(0, 1).repeat_interleave(group, 0),
+        ).squeeze(1)
+        assert relative_error(ours[row], exact).max() <= TOLERANCE[case.dtype]
+    tokens = sum(case.lengths) * q_heads
+    assert counted == [0, sum(n > 0 for n in case.lengths), tokens, tokens]
+
+
+@over_targets("cpu")
+@pytest.mark.parametrize("score", ["dot", "manhattan"])
+def test_decode_finds_the_needle(target: Target, score: str) -> None:
+    """One key in 2000 is the query itself: a budget of 8 finds it, wherever it lies."""
+    case = Case((2000,), 8, heads=(2, 2), dtype=torch.float32, score=score)
+    for at in (0, 777, 1999):
+        batch = target.build(case)
+        batch.key[at] = batch.query[0]
+        target.backend.append(batch.bound(target.backend), batch.key, batch.value, batch.slots)
+        output, _ = target.decode(batch)
+        assert relative_error(output[0], batch.value[at]).max() < 0.02
+
+
+@over_targets("cpu")
+def test_counters_add_up(target: Target) -> None:
+    batch = target.build(Case((100, 10, 0), 32, heads=(8, 2)))
+    output, stats = torch.empty_like(batch.query), torch.tensor([1, 10, 100, 1000])
+    target.backend.decode(batch.bound(target.backend), batch.query, batch.step(), output, stats)
+    assert stats.tolist() == [1 + 1, 10 + 1, 100 + 8 * 110, 1000 + 8 * (32 + 10)]
+
+
+@over_targets("cpu")
+def test_decode_of_a_thousand_rows(target: Target) -> None:
+    check_decode(target, target.build(many(1030)))
+
+
+SURROUNDED = {"cpu": KINDS, "triton": ("group3-manhattan", "e4m3", "forced")}
+SURROUNDED["cuda"] = (
+    "plain",
+    "mixed-kv_head",
+    "d192",
+    "e4m3",
+    "forced",
+    "sliding",
+    "group16",
+    "long",
+)
+
+
+@over_cases(forms=True, cases=picked(**SURROUNDED))
+def test_surroundings_change_nothing(target: Target, case: Case) -> None:
+    """Of scan, decode and gather."""
+    batch = target.build(case)
+    target.skip_unless_fits(batch)
+    check_surroundings(target.backend, batch, target.decode_dtype, **target.options)
+
+
+CUT = {
+    f"{budget}-{window}": Case((200, 65, 300, 129, 40, 0), budget, heads=(4, 2), window=window)
+    for budget in (9, 1 << 30)
+    for window in (0, 100)
+}
+
+
+@over_cases(forms=True, cases={**picked(triton=("group2-shared", "sliding")), "cuda": CUT})
+def test_lengths_are_cut(target: Target, case: Case) -> None:
+    """The rows' buffers follow one another, so that what is written beyond one's end is another's."""
+    batch = target.build(case)
+    target.skip_unless_fits(batch)
+    check_lengths_are_cut(target.backend, batch, target.decode_dtype, **target.options)
