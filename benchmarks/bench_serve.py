@@ -23,6 +23,7 @@ from vllm_adamas.tables import plain
 
 MODEL = Path(__file__).parent.parent / ".models" / "SmolLM2-135M-Instruct"
 BACKENDS = ("cpu_attn", "adamas")
+MAX_MODEL_LEN = 8192
 
 
 def parse_args():
@@ -72,7 +73,8 @@ def measure(args) -> tuple[list[dict], str]:
     samples = {
         name: {c: {"tpot": [], "itl": [], "ttft": []} for c in args.contexts} for name in BACKENDS
     }
-    extra = ["--max-model-len", "8192", "--no-enable-prefix-caching", "--disable-log-stats"]
+    extra = ["--max-model-len", str(MAX_MODEL_LEN), "--no-enable-prefix-caching"]
+    extra += ["--disable-log-stats"]
     line = ""
     for seed in range(args.rounds):
         # The order alternates, so that neither backend always follows the other.

@@ -33,6 +33,7 @@ from vllm_adamas.serving.launch import Server
 from vllm_adamas.tables import plain
 
 BACKENDS = ("flash_attn", "adamas")
+MAX_MODEL_LEN = 131072
 LLAMA_8B = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -43,7 +44,7 @@ LLAMA_8B = {
     "num_key_value_heads": 8,
     "head_dim": 128,
     "vocab_size": 49152,
-    "max_position_embeddings": 131072,
+    "max_position_embeddings": MAX_MODEL_LEN,
     "rope_theta": 500000.0,
     "rms_norm_eps": 1e-05,
     "torch_dtype": "bfloat16",
@@ -274,7 +275,7 @@ class Bench:
     ) -> dict[str, Server]:
         extra = ["--load-format", "dummy", "--block-size", "64", "--max-num-seqs", "32"]
         extra += ["--gpu-memory-utilization", "0.45", "--kv-cache-memory-bytes", kv_bytes]
-        extra += ["--max-model-len", "131072"]
+        extra += ["--max-model-len", str(MAX_MODEL_LEN)]
 
         def one(name: str) -> Server:
             config = json.loads(self.args.config) if name == "adamas" else None

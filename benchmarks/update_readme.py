@@ -1,20 +1,37 @@
-"""Writes the results part of README.md from the JSON files in benchmarks/results.
+"""Writes the figures of README.md and docs/benchmarks.md, and the README's plot, from benchmarks/results.
 
     python benchmarks/update_readme.py [--check]
 
-With --check nothing is written; the exit status is 1 when README.md differs from the results.
+With --check nothing is written; the exit status is 1 when a document differs from the results.
 """
 
 from __future__ import annotations
 
+import json
 import sys
 
+import bench_serve
+import bench_serve_gpu
 from common import RESULTS, load, update_document
+from peers import PEERS
 
+from vllm_adamas.config import AdamasConfig
 from vllm_adamas.environment import Environment
+from vllm_adamas.evaluate.report import summary
 from vllm_adamas.tables import markdown
 
-README = RESULTS.parent.parent / "README.md"
+ROOT = RESULTS.parent.parent
+README = ROOT / "README.md"
+BENCHMARKS = ROOT / "docs" / "benchmarks.md"
+PLOT = RESULTS / "overview.png"
+BASELINE = next(iter(PEERS.values()))
+QUALITY = "quality_SmolLM2-135M-Instruct"
+
+#: What README.md shows: loads (context, requests) of the GPU server, a cell of the kernels (context, rows),
+#: and the context of the CPU server.
+LOADS = ((32000, 1), (32000, 8), (128000, 5))
+CELL = (32768, 32)
+CPU_CONTEXT = 8000
 
 
 def times(stat: dict, digits: int = 2) -> str:
@@ -30,10 +47,137 @@ def where(environment: Environment) -> str:
     return f"{environment.cpu} ({sets}), {software(environment)}, {environment.date}"
 
 
+def change(row: dict, key: str, digits: int = 1) -> str:
+    """Medians of both backends in milliseconds."""
+    dense, sparse = (row[f"{who}_{key}_ms"]["median"] for who in ("dense", "adamas"))
+    return f"{dense:,.{digits}f} → {sparse:,.{digits}f}"
+
+
+def used(cell: dict, name: str) -> dict:
+    """The form of the step that runs."""
+    return cell[name][cell[name]["runs"]]
+
+
+def find(measured: list[dict], **values) -> dict:
+    """The row that has these values."""
+    return next(row for row in measured if all(row[key] == value for key, value in values.items()))
+
+
+def mixed_row(serve: dict) -> dict:
+    """The mixed load in the form of the other rows."""
+    mixed = serve["mixed"]
+    row = {f"{key}_ratio": mixed[f"{key}_ratio"] for key in ("tpot", "itl", "ttft")}
+    for who, backend in (("dense", "flash_attn"), ("adamas", "adamas")):
+        row |= {f"{who}_{key}": value for key, value in mixed[backend].items()}
+    return row
+
+
+def readme() -> list[str]:
+    """The five rows of README.md."""
+    serve, environment = load("serve_gpu")
+    gpu = (environment.gpu or "").removeprefix("NVIDIA ")
+    rows = []
+    for context, concurrency in LOADS:
+        row = find(serve["rows"], context=context, concurrency=concurrency)
+        rows.append(
+            [
+                f"{gpu} server, {context:,} tokens x {concurrency}",
+                "FLASH_ATTN",
+                f"TPOT {change(row, 'tpot')} ms",
+                f"{row['tpot_ratio']:.2f}x (ITL {row['itl_ratio']:.2f}x)",
+                f"{bench_serve_gpu.MAX_MODEL_LEN:,}",
+            ]
+        )
+    context, count = CELL
+    cell = find(load("decode_gpu")[0]["cells"], context=context, rows=count)
+    dense, one = cell[BASELINE.name]["us"], used(cell, "dot kv_head")
+    rows.append(
+        [
+            f"{gpu}, decode kernels of one layer, {context:,} tokens x {count}",
+            BASELINE.title,
+            f"{dense:.0f} → {one['us']:.0f} µs",
+            f"{one['speedup']:.2f}x",
+            f"{context:,}, exactly the context",
+        ]
+    )
+    row = find(load("serve_cpu")[0]["rows"], context=CPU_CONTEXT)
+    rows.append(
+        [
+            f"CPU server, one worker thread, {CPU_CONTEXT:,} tokens x 1",
+            "CPU_ATTN",
+            f"TPOT {change(row, 'tpot')} ms",
+            f"{row['tpot_ratio']['median']:.2f}x",
+            f"{bench_serve.MAX_MODEL_LEN:,}",
+        ]
+    )
+    headers = ["measured", "compared with", "dense → adamas", "ratio", "`max_model_len`"]
+    return markdown(headers, rows)
+
+
+def gpu_tables() -> list[str]:
+    serve, environment = load("serve_gpu")
+    lines = [
+        f"{environment.gpu}, driver {environment.driver}, {software(environment)}, Llama-3.1-8B's shape, bfloat16, CUDA "
+        f"graphs, `max_model_len` {bench_serve_gpu.MAX_MODEL_LEN:,}, over HTTP, against FLASH_ATTN ({BASELINE.title}), "
+        f"{serve['output_len']} output tokens, cached prompts; {serve['adamas'].partition(', profile')[0]}. "
+        "Medians; ratios are dense / adamas, above 1 is faster.",
+        "",
+    ]
+    rows = [(f"{row['context']:,} tokens x {row['concurrency']}", row) for row in serve["rows"]]
+    rows.append(("mixed", mixed_row(serve)))
+    headers = ["load", "TPOT ms", "ratio", "ITL ms", "ratio", "TTFT ms", "ratio"]
+    lines += markdown(
+        headers,
+        [
+            [
+                name,
+                change(row, "tpot"),
+                f"{row['tpot_ratio']:.2f}x",
+                change(row, "itl"),
+                f"{row['itl_ratio']:.2f}x",
+                change(row, "ttft", 0),
+                f"{row['ttft_ratio']:.3f}x",
+            ]
+            for name, row in rows
+        ],
+    )
+    mixed, tokens = serve["mixed"], list(serve["kv_cache_tokens"].values())[-1]
+    return [
+        *lines,
+        "",
+        f"Mixed: {mixed['requests']} questions of {mixed['question']} tokens about {mixed['documents']} cached documents "
+        f"of {mixed['context']:,} arrive at {mixed['rate']:g} a second, with {mixed['output_len']} output tokens each. "
+        f"With the same memory the KV cache holds {tokens['adamas'] / tokens['flash_attn']:.1%} of FLASH_ATTN's tokens "
+        f"({tokens['adamas']:,} of {tokens['flash_attn']:,}).",
+        "",
+    ]
+
+
+def serve_table(result: dict) -> list[str]:
+    lines = [
+        f"`vllm bench serve`, {result['model']}, concurrency 1, 1 worker thread, torch.compile on, `max_model_len` "
+        f"{bench_serve.MAX_MODEL_LEN:,}, {result['output_len']} output tokens; {result['adamas'].rstrip('.')}. Median "
+        f"and quartiles over {result['rows'][0]['requests']} requests per cell.",
+        "",
+    ]
+    headers = ["context", "TPOT dense ms", "TPOT adamas ms", "TPOT ratio", "TTFT ratio"]
+    rows = [
+        [
+            row["context"],
+            f"{row['dense_tpot_ms']['median']:.1f}",
+            f"{row['adamas_tpot_ms']['median']:.1f}",
+            f"{times(row['tpot_ratio'])}x",
+            f"{times(row['ttft_ratio'])}x",
+        ]
+        for row in result["rows"]
+    ]
+    return lines + markdown(headers, rows)
+
+
 def decode_table(result: dict) -> list[str]:
     model = result["model"]
     lines = [
-        f"Decode attention, all {model['layers']} layers of SmolLM2-135M's shape, batch 1, "
+        f"Decode attention alone, all {model['layers']} layers of SmolLM2-135M's shape, batch 1, "
         f"{result['threads']} thread, bfloat16, budget {result['rows'][0]['budget']}, "
         f"dense layers {model['dense_layers']}: {result['sparse']} against {result['dense']} in one process. "
         "Median and quartiles.",
@@ -57,89 +201,83 @@ def decode_table(result: dict) -> list[str]:
     return lines + markdown([*headers, "MB read at least", "GB/s"], rows)
 
 
-def serve_table(result: dict) -> list[str]:
-    lines = [
-        f"End to end, `vllm bench serve`, {result['model']}, concurrency 1, 1 worker thread, torch.compile on, "
-        f"{result['output_len']} output tokens; {result['adamas'].rstrip('.')}. Median and quartiles over "
-        f"{result['rows'][0]['requests']} requests per cell.",
-        "",
-    ]
-    headers = ["context", "TPOT dense ms", "TPOT adamas ms", "TPOT ratio", "TTFT ratio"]
-    rows = [
-        [
-            row["context"],
-            f"{row['dense_tpot_ms']['median']:.1f}",
-            f"{row['adamas_tpot_ms']['median']:.1f}",
-            f"{times(row['tpot_ratio'])}x",
-            f"{times(row['ttft_ratio'])}x",
-        ]
-        for row in result["rows"]
-    ]
-    return lines + markdown(headers, rows)
-
-
-def both(row: dict, key: str) -> list[str]:
-    """Medians of both backends, and their ratio."""
-    dense, sparse = (row[f"{who}_{key}_ms"]["median"] for who in ("dense", "adamas"))
-    return [f"{dense:.1f} → {sparse:.1f}", f"{row[f'{key}_ratio']:.2f}x"]
-
-
-def serve_row(load: str, row: dict) -> list[str]:
-    return [load, *both(row, "tpot"), *both(row, "itl"), f"{row['ttft_ratio']:.3f}x"]
-
-
-def gpu_tables(serve: dict, environment: Environment, decode: dict) -> list[str]:
-    lines = [
-        f"**On GPUs**: {environment.gpu}, driver {environment.driver}, {software(environment)}, Llama-3.1-8B's shape, "
-        f"bfloat16, CUDA graphs, over HTTP, against FLASH_ATTN (FlashAttention 3), {serve['output_len']} output "
-        "tokens, cached prompts ([method](docs/benchmarks.md)); "
-        f"{serve['adamas'].partition(', profile')[0]}.",
-        "",
-    ]
-    headers = ["load", "TPOT ms", "ratio", "ITL ms", "ratio", "TTFT ratio"]
-    rows = [
-        serve_row(f"{row['context']:,} tokens x {row['concurrency']}", row) for row in serve["rows"]
-    ]
-    mixed = serve["mixed"]
-    row = {f"{key}_ratio": mixed[f"{key}_ratio"] for key in ("tpot", "itl", "ttft")}
-    for who, backend in (("dense", "flash_attn"), ("adamas", "adamas")):
-        row |= {f"{who}_{key}": value for key, value in mixed[backend].items()}
-    load = (
-        f"mixed: {mixed['question']}-token questions about {mixed['documents']} documents of "
-        f"{mixed['context']:,}, {mixed['rate']:g} a second"
-    )
-    lines += markdown(headers, [*rows, serve_row(load, row)])
-    tokens = list(serve["kv_cache_tokens"].values())[-1]
-    kept = tokens["adamas"] / tokens["flash_attn"]
-    lines += ["", f"With the same memory the KV cache holds {kept:.1%} of FLASH_ATTN's tokens."]
-    cells = []
-    for cell in decode["cells"]:
-        one = cell["dot kv_head"]
-        ratio = one[one["runs"]]["speedup"]
-        cells.append(f"{cell['context'] // 1024}K x {cell['rows']} {ratio:.2f}x")
-    lines += [
-        "",
-        "The decode kernels alone, one set per KV head, against FlashAttention 3: "
-        + ", ".join(cells)
-        + ". [docs/kernels.md](docs/kernels.md) says what bounds each.",
-        "",
-    ]
-    return lines
-
-
-def render() -> list[str]:
+def benchmarks() -> list[str]:
+    """Every table of docs/benchmarks.md."""
     serve, environment = load("serve_cpu")
-    lines = ["Ratios are dense / adamas: above 1 is faster.", ""]
-    lines += gpu_tables(*load("serve_gpu"), load("decode_gpu")[0])
-    lines += [f"**On a CPU**: {where(environment)}.", ""]
-    lines += [
+    return [
+        "### GPU servers",
+        "",
+        *gpu_tables(),
+        "### CPU server",
+        "",
+        f"{where(environment)}.",
+        "",
         *serve_table(serve),
         "",
-        "![TPOT against context length](benchmarks/results/serve_cpu.png)",
+        "![TPOT against context length](../benchmarks/results/serve_cpu.png)",
         "",
+        "### CPU kernels",
+        "",
+        *decode_table(load("decode_cpu")[0]),
     ]
-    return lines + decode_table(load("decode_cpu")[0])
+
+
+def plot() -> None:
+    """TPOT of the GPU servers, and what sparse decode adds to the loss by token budget."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    serve, environment = load("serve_gpu")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
+    loads = {f"{row['context']:,}\nx {row['concurrency']}": row for row in serve["rows"]}
+    loads["mixed\n"] = mixed_row(serve)
+    for place, (who, label) in enumerate((("dense", "FLASH_ATTN"), ("adamas", "ADAMAS"))):
+        heights = [row[f"{who}_tpot_ms"]["median"] for row in loads.values()]
+        bars = left.bar(
+            [n + 0.4 * place - 0.2 for n in range(len(loads))], heights, 0.4, label=label
+        )
+        left.bar_label(bars, fmt="%.1f", fontsize=8)
+    left.set_xticks(
+        range(len(loads)), [f"{name}\n{row['tpot_ratio']:.2f}x" for name, row in loads.items()]
+    )
+    left.set(
+        title=f"TPOT, Llama-3.1-8B's shape, {environment.gpu}",
+        xlabel="context length (tokens), requests, ratio",
+        ylabel="median TPOT (ms)",
+    )
+    left.legend()
+    result = json.loads((RESULTS / f"{QUALITY}.json").read_text())
+    for family, label in (
+        ("dot", "one set per KV head (default)"),
+        ("dot-query-head", "one set per query head"),
+    ):
+        rows = [row for row in summary(result) if row["family"] == family and row["budget"] >= 64]
+        budgets = [row["budget"] for row in rows]
+        mean, low, high = zip(*(row["dnll"] for row in rows), strict=True)
+        (line,) = right.plot(budgets, mean, ".-", label=label)
+        right.fill_between(budgets, low, high, color=line.get_color(), alpha=0.2)
+    default = AdamasConfig().token_budget
+    right.axvline(default, color="gray", linestyle=":", label=f"default, {default} tokens")
+    right.set_xscale("log", base=2)
+    right.set_xticks(budgets, list(map(str, budgets)))
+    right.set(
+        title=f"loss, {result['model']['name']}, {result['settings']['context']:,} tokens",
+        xlabel="token budget",
+        ylabel="ΔNLL (nats per token), 95% interval",
+        ylim=(0, None),
+    )
+    right.grid(alpha=0.3)
+    right.legend()
+    figure.savefig(PLOT, dpi=120)
 
 
 if __name__ == "__main__":
-    sys.exit(update_document(README, "update_readme", render()))
+    if "--check" not in sys.argv:
+        plot()
+    differs = [
+        update_document(README, "update_readme", readme()),
+        update_document(BENCHMARKS, "update_readme", benchmarks()),
+    ]
+    sys.exit(max(differs))

@@ -37,6 +37,7 @@ PARAMETERS = {
     "vllm_config": "vllm.config.VllmConfig",
     "model_config": "vllm.config.ModelConfig",
     "attn_selector_config": "vllm.v1.attention.selector.AttentionSelectorConfig",
+    "ops": "vllm._custom_ops",
     "common_attn_metadata": "vllm.v1.attention.backend.CommonAttentionMetadata",
     "spec": "vllm.v1.kv_cache_interface.AttentionSpec",
     "worker": "vllm.v1.worker.gpu_worker.Worker",

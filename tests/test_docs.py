@@ -1,5 +1,6 @@
-"""What the documents claim comes from files that a benchmark wrote, and their links lead somewhere."""
+"""What the documents claim comes from files that a benchmark wrote, and what they name is there."""
 
+import json
 import re
 import subprocess
 import sys
@@ -7,8 +8,23 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parent.parent
-DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+ROOT = next(folder for folder in Path(__file__).parents if (folder / "pyproject.toml").exists())
+README = ROOT / "README.md"
+DOCUMENTS = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
+over_documents = pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+
+FOLDERS = "backends benchmarks csrc docs scripts serving tests vllm_adamas"
+SOURCE = re.compile(rf"`((?:{'|'.join(FOLDERS.split())})/[\w./*-]+)`")
+GENERATED = re.compile(r"<!-- results: begin.*?<!-- results: end -->", re.DOTALL)
+
+
+def anchors(document: Path) -> set[str]:
+    """The headings of a document as GitHub links to them."""
+    headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
 
 
 @pytest.mark.parametrize("script", ["update_readme", "update_kernels", "update_quality"])
@@ -17,15 +33,61 @@ def test_figures_are_those_of_the_result_files(script):
     assert subprocess.run(command, cwd=ROOT).returncode == 0, f"run benchmarks/{script}.py"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+@over_documents
 def test_relative_links_lead_to_files(document):
     links = re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text())
     missing = [link for link in links if not (document.parent / link).exists()]
     assert not missing
 
 
+@over_documents
+def test_links_lead_to_headings(document):
+    links = re.findall(r"\]\((?!https?://)([^)#]*)#([^)]+)\)", document.read_text())
+    missing = [
+        (path, heading)
+        for path, heading in links
+        if heading not in anchors(document.parent / path if path else document)
+    ]
+    assert not missing
+
+
+@over_documents
+def test_source_files_that_are_named_exist(document):
+    named = SOURCE.findall(document.read_text())
+    assert [path for path in named if not list(ROOT.glob(path.rstrip("/")))] == []
+
+
 def test_every_option_is_documented():
     from vllm_adamas.config import AdamasConfig
 
-    table = (ROOT / "README.md").read_text()
+    table = README.read_text()
     assert [name for name in AdamasConfig.model_fields if f"| `{name}` |" not in table] == []
+
+
+def test_ratios_in_the_readme_are_measured():
+    """Those of its sentences stand in a table of some document, which a script wrote."""
+    tables = "".join("".join(GENERATED.findall(path.read_text())) for path in DOCUMENTS)
+    claimed = re.findall(r"\b\d+\.\d+x", GENERATED.sub("", README.read_text()))
+    assert claimed
+    assert [ratio for ratio in claimed if ratio not in tables] == []
+
+
+def test_the_loss_in_the_readme_is_measured():
+    from vllm_adamas.evaluate.report import summary
+
+    study = ROOT / "benchmarks" / "results" / "quality_SmolLM2-135M-Instruct.json"
+    rows = {row["name"]: row for row in summary(json.loads(study.read_text()))}
+    mean, low, high = rows["dot-256"]["dnll"]
+    text = " ".join(README.read_text().split())
+    assert f"it adds {mean:.3f} nats per token" in text
+    assert f"95 % interval {low:.3f} to {high:.3f} nats" in text
+    assert f"512 tokens add {rows['dot-512']['dnll'][0]:.3f}." in text
+
+
+def test_kernel_sources_that_are_named_exist():
+    """docs/kernels.md names them without their folders."""
+    named = re.findall(
+        r"`(?:[\w]+/)?([\w]+\.(?:cuh?|h))`", (ROOT / "docs" / "kernels.md").read_text()
+    )
+    assert len(named) > 20
+    assert [name for name in named if not list((ROOT / "csrc" / "sm90").rglob(name))] == []

@@ -123,18 +123,19 @@ class CpuAttention(DenseAttention):
     def prefill(self, backend, layer, plan, query, key, value, output):
         if plan.prepared is None:
             plan.prepared = parts(plan, self._max_tokens, layer.params.layout.block_size)
+        ops, isa_of = compat.cpu_attention()
+        layout, kind = layer.params.layout, kv_cache_dtype(layer.params.fp8)
+        isa = isa_of(query.dtype, layout.block_size, layout.head_size, kind)
         for part in plan.prepared:
-            self._prefill(backend, layer, part, query, key, value, output)
+            self._prefill(ops, isa, backend, layer, part, query, key, value, output)
 
-    def _prefill(self, backend, layer, plan, query, key, value, output):
+    def _prefill(self, ops, isa, backend, layer, plan, query, key, value, output):
         from vllm import envs
 
-        ops, isa_of = compat.cpu_attention()
         params = layer.params
         kind = kv_cache_dtype(params.fp8)
         layout, window = params.layout, params.sliding_window or -1
         size, heads, block = layout.head_size, params.num_kv_heads, layout.block_size
-        isa = isa_of(query.dtype, block, size, kind)
         here, scratch = plan.tokens, plan.prepared
         cache = self._buffer("_cache", (scratch.num_blocks, heads, 2 * block, size), layout.dtype)
         # The kernel multiplies the unused tail of a block by zero weights: no NaN may be left there.
