@@ -215,6 +215,21 @@ class Backend(ABC):
     def description(self) -> str:
         """Name and instruction set, for the log."""
 
+    @classmethod
+    def check_server(
+        cls, block_size: int | None, num_kv_heads: int, max_rows: int, max_seq_len: int
+    ) -> None:
+        """Whether the kernels are there and hold what a server may be asked for. No device is touched.
+
+        Args:
+            block_size: tokens, None if vLLM has not chosen yet.
+            num_kv_heads: of a rank.
+            max_rows, max_seq_len: of the largest decode step.
+
+        Raises:
+            AdamasError: they are not built, or do not hold it.
+        """
+
     def prepare(self, kv_cache: torch.Tensor) -> None:  # noqa: B027 (an optional step)
         """Called with a KV cache before it is used, for the whole allocation that it is part of.
 

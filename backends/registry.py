@@ -1,16 +1,91 @@
-"""Which compute backend runs where."""
+"""Which kernels there are, where they run, and the backend that drives them: one table."""
 
 from __future__ import annotations
 
-from vllm_adamas.backends.base import HOPPER, Backend
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+
+from vllm_adamas.backends.base import HOPPER, MIN_CAPABILITY, Backend
 from vllm_adamas.errors import AdamasError
 
+Capability = tuple[int, int]
 
-def gpu_kernels(name: str, capability: tuple[int, int]) -> str:
-    """Which kernels ``name`` stands for on a GPU: ``auto`` is CUDA on Hopper, Triton elsewhere."""
-    if name == "auto":
-        return "cuda" if capability == HOPPER else "triton"
-    return name
+
+@dataclass(frozen=True)
+class Kernels:
+    """One value of the option ``kernels``.
+
+    Args:
+        device: type of the device that they run on.
+        backend: class that drives them, ``module:Class`` below ``vllm_adamas.backends``.
+        needs: GPUs that they run on, in words.
+        runs_on: the same of a compute capability.
+    """
+
+    name: str
+    device: str
+    backend: str
+    needs: str = ""
+    runs_on: Callable[[Capability], bool] = lambda capability: True
+
+    def backend_class(self) -> type[Backend]:
+        module, _, name = self.backend.partition(":")
+        return getattr(import_module(f"vllm_adamas.backends.{module}"), name)
+
+
+#: ``auto`` takes the first that runs on the device.
+KERNELS = (
+    Kernels("cpu", "cpu", "cpu.backend:CpuBackend"),
+    Kernels("reference", "cpu", "reference.backend:ReferenceBackend"),
+    Kernels(
+        "cuda",
+        "cuda",
+        "cuda.backend:CudaBackend",
+        "a Hopper GPU (compute capability 9.0)",
+        lambda capability: capability == HOPPER,
+    ),
+    Kernels(
+        "triton",
+        "cuda",
+        "triton.backend:TritonBackend",
+        f"compute capability {'.'.join(map(str, MIN_CAPABILITY))} or newer",
+        lambda capability: capability >= MIN_CAPABILITY,
+    ),
+)
+
+
+def kernel_names(device_type: str) -> tuple[str, ...]:
+    """Values of the option ``kernels`` on a device."""
+    return ("auto", *(kernels.name for kernels in KERNELS if kernels.device == device_type))
+
+
+def find_kernels(name: str, device_type: str, capability: Capability | None = None) -> Kernels:
+    """The kernels that a value of the option stands for on a device.
+
+    Args:
+        capability: of the GPU; None is that of the current one.
+
+    Raises:
+        AdamasError: there are no such kernels for the device.
+    """
+    here = [kernels for kernels in KERNELS if kernels.device == device_type]
+    named = [kernels for kernels in here if name in ("auto", kernels.name)]
+    if not named:
+        raise AdamasError(
+            f"kernels={name!r} do not run on {device_type} devices: choose one of "
+            f"{', '.join(kernel_names(device_type))}, or another attention backend."
+        )
+    if device_type == "cuda" and capability is None:
+        import torch
+
+        capability = torch.cuda.get_device_capability()
+    found = [kernels for kernels in named if kernels.runs_on(capability or (0, 0))]
+    if not found:
+        others = [k.name for k in here if k not in named and k.runs_on(capability or (0, 0))]
+        way_out = f"choose {' or '.join(['auto', *others])}, or another attention backend"
+        raise AdamasError(f"kernels={name!r} need {named[-1].needs}: {way_out}.")
+    return found[0]
 
 
 def get_backend(name: str, device_type: str = "cpu") -> Backend:
@@ -19,27 +94,4 @@ def get_backend(name: str, device_type: str = "cpu") -> Backend:
     Raises:
         AdamasError: the backend does not exist for the device or its library is not built.
     """
-    if device_type == "cuda" and name == "auto":
-        import torch
-
-        name = gpu_kernels(name, torch.cuda.get_device_capability())
-    if device_type == "cuda" and name == "cuda":
-        from vllm_adamas.backends.cuda.backend import CudaBackend
-
-        return CudaBackend()
-    if device_type == "cuda" and name == "triton":
-        from vllm_adamas.backends.triton.backend import TritonBackend
-
-        return TritonBackend()
-    if device_type == "cpu" and name in ("auto", "cpu"):
-        from vllm_adamas.backends.cpu.backend import CpuBackend
-
-        return CpuBackend()
-    if device_type == "cpu" and name == "reference":
-        from vllm_adamas.backends.reference.backend import ReferenceBackend
-
-        return ReferenceBackend()
-    raise AdamasError(
-        f"kernels={name!r} do not run on {device_type} devices: choose auto there, "
-        "or another attention backend."
-    )
+    return find_kernels(name, device_type).backend_class()()

@@ -8,8 +8,8 @@ import torch
 
 from vllm_adamas import identity
 from vllm_adamas import profile as profiles
-from vllm_adamas.backends.base import HOPPER, MAX_GROUP, MIN_CAPABILITY
-from vllm_adamas.backends.registry import get_backend, gpu_kernels
+from vllm_adamas.backends.base import MAX_GROUP, MIN_CAPABILITY
+from vllm_adamas.backends.registry import find_kernels, kernel_names
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.dtypes import KV_CACHE_DTYPES, MODEL_DTYPES, fp8_element
 from vllm_adamas.errors import AdamasError
@@ -87,41 +87,24 @@ def block_size_multiple() -> int:
 
 
 def _check_kernels(vllm_config, config: AdamasConfig) -> None:
-    names = ("auto", "cpu", "reference") if compat.on_cpu() else ("auto", "cuda", "triton")
-    if config.kernels not in names:
-        _refuse(f"kernels={config.kernels!r} on this device", f"choose one of {', '.join(names)}")
-    if compat.on_cpu():
-        get_backend(config.kernels)
+    device, model = "cpu" if compat.on_cpu() else "cuda", vllm_config.model_config
+    if config.kernels not in kernel_names(device):
+        names = ", ".join(kernel_names(device))
+        _refuse(f"kernels={config.kernels!r} on this device", f"choose one of {names}")
+    kernels = find_kernels(config.kernels, device, _capability())
+    if model is None:
         return
-    model, group = vllm_config.model_config, 1
-    if model is not None:
-        parallel = vllm_config.parallel_config
-        group = model.get_num_attention_heads(parallel) // model.get_num_kv_heads(parallel)
-    if group > MAX_GROUP:
+    parallel = vllm_config.parallel_config
+    kv_heads = model.get_num_kv_heads(parallel)
+    group = model.get_num_attention_heads(parallel) // kv_heads
+    if device == "cuda" and group > MAX_GROUP:
         _refuse(f"{group} query heads per KV head on GPUs (at most {MAX_GROUP})", OTHER_BACKEND)
-    if gpu_kernels(config.kernels, _capability()) == "cuda":
-        _check_cuda_kernels(vllm_config)
-
-
-def _check_cuda_kernels(vllm_config) -> None:
-    if _capability() != HOPPER:
-        _refuse(
-            "kernels='cuda' on GPUs other than Hopper (compute capability 9.0)",
-            "choose auto or triton",
-        )
-    from vllm_adamas.backends.cuda.backend import LIBRARY, check_block, check_step
-
-    model, block_size = vllm_config.model_config, vllm_config.cache_config.block_size
-    if block_size is not None:
-        check_block(block_size)
-    if model is not None:
-        kv_heads = model.get_num_kv_heads(vllm_config.parallel_config)
-        check_step(compat.max_decode_rows(vllm_config), kv_heads, model.max_model_len)
-    if not LIBRARY.exists():
-        raise AdamasError(
-            f"the CUDA kernels are not built ({LIBRARY.name} is missing): reinstall the package with "
-            "ADAMAS_BUILD_CUDA=1 on a host with nvcc, or choose kernels=triton."
-        )
+    kernels.backend_class().check_server(
+        vllm_config.cache_config.block_size,
+        kv_heads,
+        compat.max_decode_rows(vllm_config),
+        model.max_model_len,
+    )
 
 
 def _capability() -> tuple[int, int]:

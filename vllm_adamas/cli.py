@@ -16,7 +16,6 @@ from vllm_adamas.serving import compat
 
 #: Whose versions ``info`` prints.
 PACKAGES = ("vllm-adamas", "vllm", "torch", "triton", "apache-tvm-ffi")
-DTYPES = ("bfloat16", "float16", "float32", "fp8")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -204,14 +203,10 @@ def _versions() -> dict[str, str]:
     return {name: installed.get(name, "not installed") for name in PACKAGES}
 
 
-#: Kernels that ``info`` looks for, by device.
-KERNELS = {"cpu": ("cpu", "reference"), "cuda": ("cuda", "triton")}
-
-
 def _kernels(config: AdamasConfig) -> dict[str, str]:
     import torch
 
-    from vllm_adamas.backends.registry import get_backend
+    from vllm_adamas.backends.registry import get_backend, kernel_names
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -223,7 +218,7 @@ def _kernels(config: AdamasConfig) -> dict[str, str]:
                 raise
             return f"not available: {error}"
 
-    found = {name: describe(name) for name in KERNELS[device]}
+    found = {name: describe(name) for name in kernel_names(device) if name != "auto"}
     return found | {"used here": describe(config.kernels)}
 
 

@@ -49,6 +49,10 @@ class CpuBackend(Backend, Inspectable):
         self._lib = _library()
         self.isa = str(self._lib.use_isa(isa))
 
+    @classmethod
+    def check_server(cls, block_size, num_kv_heads, max_rows, max_seq_len):
+        _library()
+
     @property
     def description(self) -> str:
         return f"cpu ({self.isa})"

@@ -6,7 +6,6 @@ import torch
 
 from vllm_adamas.backends.base import HOPPER, Backend, DecodeBatch, Layer, Params
 from vllm_adamas.backends.cuda import policy
-from vllm_adamas.backends.cuda.library import LIBRARY as LIBRARY
 from vllm_adamas.backends.cuda.library import limits, load
 from vllm_adamas.backends.cuda.policy import LaunchPlan, check_block, check_step
 from vllm_adamas.backends.inspect import Inspectable
@@ -54,6 +53,13 @@ class CudaBackend(Backend, Inspectable):
         self._workspace = Workspace()
         self._plans: dict[tuple, dict[tuple, LaunchPlan]] = {}
         self._max_context = limits().max_context
+
+    @classmethod
+    def check_server(cls, block_size, num_kv_heads, max_rows, max_seq_len):
+        limits()  # of a library that is there
+        if block_size is not None:
+            check_block(block_size)
+        check_step(max_rows, num_kv_heads, max_seq_len)
 
     @property
     def description(self) -> str:

@@ -71,7 +71,8 @@ struct Attention {
   template <bool kShared>
   __device__ __forceinline__ uint2 load4_values(const uint8_t* row, int first) const {
     row += first * (kRowBytes / D);
-    if constexpr (kFp8) return from_fp8<T>(kShared ? load_shared4(row) : __ldg(reinterpret_cast<const uint32_t*>(row)), e5m2);
+    if constexpr (kFp8)
+      return from_fp8<T>(kShared ? load_shared4(row) : __ldg(reinterpret_cast<const uint32_t*>(row)), e5m2);
     else return kShared ? load_shared8(row) : load8(row);
   }
 

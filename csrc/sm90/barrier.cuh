@@ -21,8 +21,9 @@ __device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {
 // Waits for the phase of this parity. Asm labels need a unique name (%=), as the function is inlined.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t phase) {
   asm volatile(
-      "{ .reg .pred p; AGAIN_%=: mbarrier.try_wait.parity.shared.b64 p, [%0], %1; @p bra DONE_%=; bra AGAIN_%=; DONE_%=: }" ::"r"(
-          barrier),
+      "{ .reg .pred p;\n"
+      "AGAIN_%=: mbarrier.try_wait.parity.shared.b64 p, [%0], %1; @p bra DONE_%=; bra AGAIN_%=;\n"
+      "DONE_%=: }" ::"r"(barrier),
       "r"(phase)
       : "memory");
 }

@@ -29,17 +29,16 @@ __device__ __forceinline__ uint32_t sum_bins(const uint32_t* bins, int top) {
   return sum;
 }
 
-// Shows the bin of the `need`-th best value, one of kCount bins from `top` downwards above which lie `before` values.
-template <int kCount, class Visit>
-__device__ __forceinline__ void walk_bins(const uint32_t* bins, int top, uint32_t before, uint32_t need, Visit visit) {
+// The bin of the `need`-th best value among kCount bins from `top` downwards; `before` values lie above them.
+template <int kCount>
+__device__ __forceinline__ Bin walk_bins(const uint32_t* bins, int top, uint32_t before, uint32_t need) {
+  Bin bin{0, before, 0};
   for (int i = 0; i < kCount; ++i) {
-    const uint32_t size = bins[padded(top - i)];
-    if (before + size >= need) {
-      visit(Bin{uint32_t(top - i), before, size});
-      break;
-    }
-    before += size;
+    bin.index = top - i, bin.size = bins[padded(bin.index)];
+    if (bin.before + bin.size >= need) break;
+    bin.before += bin.size;
   }
+  return bin;
 }
 
 // The search by a warp: the bin of the `need`-th best value among 2^kBits bins; size 0 if there are fewer values.
@@ -53,7 +52,7 @@ __device__ __forceinline__ Bin find_warp_bin(const uint32_t* bins, uint32_t need
   if (!reached) return {0, 0, 0};
   const int owner = __ffs(reached) - 1;
   Bin bin{0, sum - own, 0};
-  if (lane == owner) walk_bins<kPerLane>(bins, top, sum - own, need, [&](const Bin& found) { bin = found; });
+  if (lane == owner) bin = walk_bins<kPerLane>(bins, top, sum - own, need);
   return {__shfl_sync(kFull, bin.index, owner), __shfl_sync(kFull, bin.before, owner),
           __shfl_sync(kFull, bin.size, owner)};
 }
@@ -91,10 +90,10 @@ __device__ __forceinline__ Bin find_block_bin(uint32_t* bins, uint32_t need) {
   const int top = kBins - 1 - threadIdx.x * kPerThread;
   const uint32_t own = sum_bins<kPerThread>(bins, top);
   const uint32_t sum = block_prefix_sum<kThreads>(own, warp_sums).prefix;
-  if (sum >= need && sum - own < need)  // one thread
-    walk_bins<kPerThread>(bins, top, sum - own, need, [&](const Bin& bin) {
-      found[0] = bin.index, found[1] = bin.before, found[2] = bin.size;
-    });
+  if (sum >= need && sum - own < need) {  // one thread
+    const Bin bin = walk_bins<kPerThread>(bins, top, sum - own, need);
+    found[0] = bin.index, found[1] = bin.before, found[2] = bin.size;
+  }
   __syncthreads();
   return {found[0], found[1], found[2]};
 }

@@ -65,7 +65,8 @@ class StageRing {
   __device__ __forceinline__ void fill(int slot, const Page& page, const StageShape& shape, const uint8_t* pages,
                                        int token, int length, uint32_t block) {
     const int lane = threadIdx.x % 32;
-    const int parts = shape.parts == 1 ? 1 : min(shape.parts, (length - token + shape.part_tokens - 1) / shape.part_tokens);
+    const int parts =
+        shape.parts == 1 ? 1 : min(shape.parts, (length - token + shape.part_tokens - 1) / shape.part_tokens);
     const uint32_t barrier = barriers_ + slot * 8;
     if (lane == 0) barrier_expect(barrier, parts * shape.part_bytes);
     if (lane < parts) {

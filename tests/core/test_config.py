@@ -97,7 +97,6 @@ INVALID = [
     ],
     ({"profile": "a.json", "score": "manhattan"}, ("profile", "score='dot'", "remove")),
     ({"profile": 3}, ("profile=3", "string", "calibrate")),
-    ({"kernels": "gpu"}, ("kernels='gpu'", "'auto'", "'cpu'", "'cuda'", "'reference'")),
     ({"log_interval": -1}, ("log_interval=-1", "0")),
     ({"metrics": "yes"}, ("metrics='yes'", "boolean")),
     ({"token_budget": 32, "num_sink_tokens": 4, "recent_window": 28}, ("token_budget=32", "32")),

@@ -7,7 +7,8 @@ import pytest
 import torch
 from common import MODEL, refused
 
-from vllm_adamas.backends import registry as backends
+from vllm_adamas.backends import registry
+from vllm_adamas.backends.cuda import library
 from vllm_adamas.backends.cuda.library import Limits
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
@@ -240,9 +241,9 @@ def on_gpu(monkeypatch, **changes) -> None:
     hopper["get_device_capability"] = lambda: SimpleNamespace(major=9, minor=0)
     platform = SimpleNamespace(**{**hopper, **changes})
     monkeypatch.setattr("vllm.platforms.current_platform", platform)
-    monkeypatch.setattr("vllm_adamas.backends.cuda.backend.LIBRARY", Path(__file__))
     most = Limits(1 << 20, 1 << 16, 8192, 1 << 37, max_group=16, max_cluster=16)
-    monkeypatch.setattr("vllm_adamas.backends.cuda.policy.limits", lambda: most)
+    for module in ("policy", "backend"):
+        monkeypatch.setattr(f"vllm_adamas.backends.cuda.{module}.limits", lambda: most)
 
 
 def test_a_hopper_gpu_passes(vllm_config, monkeypatch) -> None:
@@ -287,7 +288,7 @@ def test_other_devices(vllm_config, monkeypatch) -> None:
 def test_other_gpus_take_the_triton_kernels(vllm_config, monkeypatch, major, minor) -> None:
     capability = SimpleNamespace(major=major, minor=minor)
     on_gpu(monkeypatch, get_device_capability=lambda: capability)
-    assert backends.gpu_kernels("auto", (major, minor)) == "triton"
+    assert registry.find_kernels("auto", "cuda", (major, minor)).name == "triton"
     for kernels in ("auto", "triton"):
         checks.check_config(
             Changed(vllm_config, additional_config={"adamas": {"kernels": kernels}})
@@ -298,7 +299,9 @@ def test_other_gpus_take_the_triton_kernels(vllm_config, monkeypatch, major, min
 
 def test_gpu_kernels_that_are_not_built(vllm_config, monkeypatch) -> None:
     on_gpu(monkeypatch)
-    monkeypatch.setattr("vllm_adamas.backends.cuda.backend.LIBRARY", Path("/no/libadamas_cuda.so"))
+    monkeypatch.setattr(library, "LIBRARY", Path("/no/libadamas_cuda.so"))
+    monkeypatch.setattr("vllm_adamas.backends.cuda.backend.limits", library.limits.__wrapped__)
+    library.load.cache_clear()
     check_refusal(vllm_config, ("libadamas_cuda.so", "ADAMAS_BUILD_CUDA=1", "kernels=triton"))
     triton = Changed(vllm_config, additional_config={"adamas": {"kernels": "triton"}})
     checks.check_config(triton)

@@ -21,7 +21,8 @@ __device__ __forceinline__ void attend_selected(const FusedBlock& b, const Candi
     return here && (x > score || (x == score && b.token(index) >= token));
   };
   int count = 0;
-  candidates.each([&](float x, int index, bool here) { count += __popc(__ballot_sync(kFull, chosen(x, index, here))); });
+  candidates.each(
+      [&](float x, int index, bool here) { count += __popc(__ballot_sync(kFull, chosen(x, index, here))); });
   if (lane == 0) m.warps[warp] = count;
   __syncthreads();
   int before = 0, total = 0;  // of the set: in warps before this one, in all

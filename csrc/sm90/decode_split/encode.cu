@@ -23,7 +23,8 @@ constexpr int kMostThreads = 512;
 constexpr int most_registers(int quads) { return quads == 4 ? 128 : 80; }
 
 template <int kChunks, Mode kMode, int kQuads>
-__global__ void __maxnreg__(most_registers(kQuads)) encode_kernel(const __grid_constant__ DecodeParams p, int sample_bits) {
+__global__ void __maxnreg__(most_registers(kQuads))
+    encode_kernel(const __grid_constant__ DecodeParams p, int sample_bits) {
   extern __shared__ __align__(16) uint8_t memory[];
   constexpr int kPlanes = query_planes(kMode);
   const int threads = blockDim.x, warps = threads / 32;
@@ -53,7 +54,8 @@ __global__ void __maxnreg__(most_registers(kQuads)) encode_kernel(const __grid_c
   s.planes = reinterpret_cast<uint32_t*>(memory);
   s.bias = reinterpret_cast<int32_t*>(s.planes + plane_words);
   uint32_t* bins = reinterpret_cast<uint32_t*>(s.bias + 4 * kMaxHeadQuads);  // [score head][kPivotWords]
-  float* scores = s.scratch = reinterpret_cast<float*>(bins + p.score_heads_per_kv * kPivotWords);  // [score head][sample]
+  // [score head][sample]
+  float* scores = s.scratch = reinterpret_cast<float*>(bins + p.score_heads_per_kv * kPivotWords);
   clear_queries<kChunks, kMode>(p, s);
   __syncthreads();
 

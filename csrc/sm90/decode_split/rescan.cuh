@@ -10,8 +10,8 @@
 
 namespace adamas {
 
-// A warp takes every (kThreads / 32)-th run of 32 tokens. `head`: the token set's, of its KV head. Not inlined, since it
-// is rare and its registers would burden the kernel.
+// A warp takes every (kThreads / 32)-th run of 32 tokens. `head`: the token set's number in its KV head. Not inlined,
+// since it is rare and its registers would burden the kernel.
 template <int kThreads, int kChunks, Mode kMode>
 __device__ __noinline__ void select_from_scan(const DecodeParams& p, int row, int kv_head, int head,
                                               const RowPlan& plan, uint32_t* bins, uint32_t* bitmap) {

@@ -97,7 +97,8 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(kChunks, kQuads
   while (dealer.advance(p.work.pieces)) {
     const int row = find_row(cum, p.num_rows, dealer.at);
     const RowPlan plan(p, row);
-    const uint32_t row_stages = (plan.length + shape.tokens - 1) / shape.tokens, in_row = uint32_t(dealer.at - cum[row]);
+    const uint32_t row_stages = (plan.length + shape.tokens - 1) / shape.tokens;
+    const uint32_t in_row = uint32_t(dealer.at - cum[row]);
     const int kv_head = int(in_row / row_stages), first = int(in_row % row_stages);
     const int stages = int(min(dealer.end - dealer.at, row_stages - first));
     const int64_t group = int64_t(row) * kv_heads + kv_head;

@@ -63,18 +63,18 @@ struct SignatureReader {
 
 // Scores `steps` steps of 8 token quads (32 tokens) of one (row, KV head). Loads run kDepth steps ahead of the
 // scores, block table entries twice as far; kDepth is what registers allow.
-//   quad_of(step)  this lane's token quad
-//   begin()        called before the first signature is read, once the first are on their way to the L2 cache
-//   ready()        called once the first loads are on their way, before the first score
+//   lane_quad(step) this lane's token quad
+//   begin()         called before the first signature is read, once the first are on their way to the L2 cache
+//   ready()         called once the first loads are on their way, before the first score
 //   sink(step, first token, head quad, scores of four tokens for head lane % 4)
-template <int kChunks, Mode kMode, int kQuads, class QuadOf, class Begin, class Ready, class Sink>
+template <int kChunks, Mode kMode, int kQuads, class LaneQuad, class Begin, class Ready, class Sink>
 __device__ __forceinline__ void scan_quads(const Page& page, int kv_head, const int32_t* blocks, int length,
                                            const QueryFragments<kChunks, kMode, kQuads>& query, int steps,
-                                           QuadOf quad_of, Begin begin, Ready ready, Sink sink) {
+                                           LaneQuad lane_quad, Begin begin, Ready ready, Sink sink) {
   constexpr int kDepth = kChunks == 1 ? 4 : 2;
   const SignatureReader<kChunks, kMode> reader(page, kv_head);
   const uint32_t last = uint32_t(length - 1) / kQuad;
-  auto quad_at = [&](int step) { return min(uint32_t(quad_of(step)), last); };  // a quad that exists
+  auto quad_at = [&](int step) { return min(uint32_t(lane_quad(step)), last); };  // a quad that exists
   uint32_t block[kDepth];
   Signatures<kChunks, kMode> data[kDepth];
   auto fetch_block = [&](int step) { return uint32_t(__ldg(blocks + reader.index(quad_at(step)))); };
@@ -100,7 +100,7 @@ __device__ __forceinline__ void scan_quads(const Page& page, int kv_head, const 
 #pragma unroll
     for (int i = 0; i < kDepth; ++i) {
       if (step + i >= steps) break;
-      const int token = quad_of(step + i) * kQuad;
+      const int token = lane_quad(step + i) * kQuad;
 #pragma unroll
       for (int q = 0; q < kQuads; ++q) {
         float score[4];
