@@ -15,8 +15,8 @@ def test_append(target: Target, case: Case) -> None:
     check_append(target.build(case), case.build(REFERENCE))
 
 
-@over_targets("cpu")
 @pytest.mark.parametrize("name", ["plain", "block48", "d96", "fp32", "e4m3"])
+@over_targets("cpu")
 def test_append_writes_its_slots_alone(target: Target, name: str) -> None:
     """Other blocks, other slots and a neighbour's head keep all their bytes."""
     batch = target.build(CASES[name])
@@ -56,8 +56,8 @@ def test_append_skips_slots_behind_the_cache(target: Target, case: Case) -> None
     check_slots_are_skipped(target.backend, target.build(case))
 
 
-@over_targets("cpu", "cuda")
 @pytest.mark.parametrize("kind", ["e4m3", "e5m2"])
+@over_targets("cpu", "cuda")
 def test_append_rounds_to_fp8_as_torch_does(target: Target, kind: str) -> None:
     """Every bf16 value but NaN: zeros of both signs, subnormals, ties, saturation, infinities."""
     bits = torch.arange(0x7F80 + 64, dtype=torch.int32).clamp_max(0x7F80).to(torch.int16)

@@ -31,11 +31,11 @@ def test_decode(target: Target, case: Case) -> None:
     check_decode(target, batch)
 
 
-@over_targets("cpu")
 @pytest.mark.parametrize(
     "name", ["plain", "block32", "group3", "d192", "fp16", "fp32", "e4m3", "e5m2", "long"]
 )
 @pytest.mark.parametrize("over", [0, 1, 1 << 30])
+@over_targets("cpu")
 def test_decode_with_every_token_is_plain_attention(target: Target, name: str, over: int) -> None:
     """Against the appended keys and values themselves, never having seen a page."""
     case = dataclasses.replace(CASES[name], budgets=tuple(n + over for n in CASES[name].lengths))
@@ -56,8 +56,8 @@ def test_decode_with_every_token_is_plain_attention(target: Target, name: str, o
     assert counted == [0, sum(n > 0 for n in case.lengths), tokens, tokens]
 
 
-@over_targets("cpu")
 @pytest.mark.parametrize("score", ["dot", "manhattan"])
+@over_targets("cpu")
 def test_decode_finds_the_needle(target: Target, score: str) -> None:
     """One key in 2000 is the query itself: a budget of 8 finds it, wherever it lies."""
     case = Case((2000,), 8, heads=(2, 2), dtype=torch.float32, score=score)

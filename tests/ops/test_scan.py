@@ -22,9 +22,9 @@ def test_scan(target: Target, case: Case) -> None:
         assert (ours[row, :, length:] == -torch.inf).all()
 
 
-@over_targets("cpu")
 @pytest.mark.parametrize("selection", ["query_head", "kv_head"])
 @pytest.mark.parametrize("head_size, dim", [(64, 3), (96, 3), (96, 95), (192, 70)])
+@over_targets("cpu")
 def test_scan_of_a_query_with_nan(target: Target, head_size: int, dim: int, selection: str) -> None:
     """It has no codes, whichever part of the head the transform spreads the NaN over."""
     case = Case(head_size=head_size, selection=selection, lengths=(300, 70))

@@ -33,16 +33,16 @@ def check_kept(target: Target, kind: str, length: int, kept: list[tuple[int, int
     check_select(target.backend, scores, lens, (0, -(2**31), 2), 2, 5)
 
 
-@over_targets("cpu", "triton")
 @pytest.mark.parametrize("length", [1, 3001])
 @pytest.mark.parametrize("kind", SCORES)
+@over_targets("cpu", "triton")
 def test_select(target: Target, kind: str, length: int) -> None:
     check_kept(target, kind, length, kept_tokens(length))
 
 
-@over_targets("cpu")
 @pytest.mark.parametrize("length", [1, 2, 17, 255, 1023, 1024, 1025, 5003])
 @pytest.mark.parametrize("kind", SCORES)
+@over_targets("cpu")
 def test_select_of_odd_lengths(target: Target, kind: str, length: int) -> None:
     check_kept(target, kind, length, kept_tokens(length) + more_kept_tokens(length))
 
