@@ -1,7 +1,7 @@
 """Package layout and native libraries; everything else is in pyproject.toml.
 
-`csrc/cpu` and `csrc/sm90` become one shared library each, which is loaded with `tvm_ffi.load_module`. They
-use no CPython ABI, so one wheel serves every Python version. Objects are kept in `build/native`
+`csrc/cpu` and each `csrc/sm<capability>` become one shared library, which is loaded with `tvm_ffi.load_module`.
+They use no CPython ABI, so one wheel serves every Python version. Objects are kept in `build/native`
 (`--build-temp` names another folder); they are rebuilt when a source, a header or the compiler's
 command line changes.
 
@@ -38,7 +38,7 @@ ISA_FLAGS = {
     " -Wno-uninitialized -Wno-maybe-uninitialized",
 }
 NVCC_FLAGS = (
-    "-std=c++17 -O3 -gencode=arch=compute_90a,code=sm_90a --expt-relaxed-constexpr"
+    "-std=c++17 -O3 --expt-relaxed-constexpr"
     " -Xcompiler -fPIC,-fvisibility=hidden -Xfatbin -compress-all"
 )
 
@@ -69,14 +69,15 @@ def libraries() -> list[Extension]:
     wanted = os.environ.get("ADAMAS_BUILD_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
         raise SystemExit(f"ADAMAS_BUILD_CUDA={wanted} is not valid: use auto, 0 or 1.")
-    found = {"cpu": sources("csrc/cpu", ".cc")}
+    found = {"cpu.libadamas_cpu": sources("csrc/cpu", ".cc")}
     if wanted == "1" and find_nvcc() is None:
         raise SystemExit("ADAMAS_BUILD_CUDA=1 needs nvcc: put it on PATH or set CUDA_HOME.")
     if wanted == "1" or (wanted == "auto" and find_nvcc()):
-        found["cuda"] = sources("csrc/sm90", ".cu")
+        for folder in sorted(Path("csrc").glob("sm*")):
+            found[f"cuda.libadamas_{folder.name}"] = sources(str(folder), ".cu")
     return [
-        Extension(f"vllm_adamas.backends.{device}.libadamas_{device}", files)
-        for device, files in found.items()
+        Extension(f"vllm_adamas.backends.{library}", files)
+        for library, files in found.items()
         if files
     ]
 
@@ -123,8 +124,10 @@ class BuildNative(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         tvm_ffi = Path(find_spec("tvm_ffi").submodule_search_locations[0])
-        if ext.name.endswith("_cuda"):
-            compiler = [find_nvcc(), *shlex.split(NVCC_FLAGS)]
+        capability = ext.name.rpartition("_sm")[2]
+        if capability.isdigit():
+            arch = f"-gencode=arch=compute_{capability}a,code=sm_{capability}a"
+            compiler = [find_nvcc(), arch, *shlex.split(NVCC_FLAGS)]
             # Static, so that the library loads beside any CUDA runtime.
             link_flags = ["-cudart", "static"]
         else:

@@ -215,7 +215,7 @@ class Backend(ABC):
     def description(self) -> str:
         """Name and instruction set, for the log."""
 
-    @classmethod
+    @classmethod  # noqa: B027 (most backends hold any)
     def check_server(
         cls, block_size: int | None, num_kv_heads: int, max_rows: int, max_seq_len: int
     ) -> None:

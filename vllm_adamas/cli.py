@@ -36,7 +36,9 @@ def main(argv: list[str] | None = None) -> int:
     info.add_argument("--num-kv-heads", type=int, default=8)
     info.add_argument("--num-layers", type=int, default=32)
     info.add_argument(
-        "--kv-cache-dtype", choices=DTYPES, help="default: the model's dtype, or bfloat16"
+        "--kv-cache-dtype",
+        metavar="DTYPE",
+        help="bfloat16, float16, float32 or fp8; default: the model's dtype, or bfloat16",
     )
     info.add_argument("--json", action="store_true", help="print one JSON object")
     info.set_defaults(run=_info)
@@ -223,6 +225,8 @@ def _kernels(config: AdamasConfig) -> dict[str, str]:
 
 
 def _model_shape(args) -> dict:
+    from vllm_adamas.dtypes import ELEMENTS
+
     shape = {
         "head_size": args.head_size,
         "num_kv_heads": args.num_kv_heads,
@@ -239,7 +243,7 @@ def _model_shape(args) -> dict:
     model = json.loads(path.read_text())
     model = {**model, **model.get("text_config", {})}
     dtype = model.get("dtype") or model.get("torch_dtype")
-    if args.kv_cache_dtype is None and dtype in DTYPES:
+    if args.kv_cache_dtype is None and dtype in ELEMENTS:
         shape["dtype"] = dtype
     try:
         heads = model["num_attention_heads"]
@@ -254,11 +258,17 @@ def _model_shape(args) -> dict:
 
 
 def _page(shape: dict) -> dict:
-    import torch
 
+    from vllm_adamas.dtypes import ELEMENTS, FP8
     from vllm_adamas.layout import PageLayout, overhead, token_bytes
 
-    dtype = torch.uint8 if shape["dtype"] == "fp8" else getattr(torch, shape["dtype"])
+    name = FP8[0] if shape["dtype"] == "fp8" else shape["dtype"]
+    if name not in ELEMENTS:
+        raise AdamasError(
+            f"--kv-cache-dtype {name} is not an element type of pages: give fp8 or one of "
+            f"{', '.join(ELEMENTS)}."
+        )
+    dtype = ELEMENTS[name].storage
     size = shape["head_size"]
     PageLayout(size, 32, dtype)  # refuses an unsupported head size
     dense = 2 * size * dtype.itemsize

@@ -15,19 +15,22 @@ class Element:
         code: its number in native code (``csrc/common/element.h``).
         values: what its bytes mean.
         storage: what a KV cache tensor says it holds; fp8 is kept as bytes.
+        mantissa: bits of an fp8 element's mantissa; the exponent has the others. With more than two the
+            largest code is NaN and there is no infinity.
     """
 
     code: int
     values: torch.dtype
     storage: torch.dtype
+    mantissa: int | None = None
 
 
 ELEMENTS = {
     "float32": Element(0, torch.float32, torch.float32),
     "bfloat16": Element(1, torch.bfloat16, torch.bfloat16),
     "float16": Element(2, torch.float16, torch.float16),
-    "e4m3": Element(3, torch.float8_e4m3fn, torch.uint8),
-    "e5m2": Element(4, torch.float8_e5m2, torch.uint8),
+    "e4m3": Element(3, torch.float8_e4m3fn, torch.uint8, mantissa=3),
+    "e5m2": Element(4, torch.float8_e5m2, torch.uint8, mantissa=2),
 }
 FP8 = tuple(name for name, element in ELEMENTS.items() if element.storage is torch.uint8)
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from vllm_adamas.errors import AdamasError
 
-LIBRARY = Path(__file__).with_name("libadamas_cuda.so")
+LIBRARY = Path(__file__).with_name("libadamas_sm90.so")
 
 
 class Limits(NamedTuple):

@@ -12,18 +12,22 @@ ROWS = tl.constexpr(MAX_GROUP)  #: query heads of a program, padded to what a te
 
 
 @triton.jit
-def dequantize(x, FP8: tl.constexpr):
+def dequantize(x, MANTISSA: tl.constexpr):
     """K or V elements as they lie in a plane, to a float type that holds them exactly.
 
     fp8 is taken apart by hand: not every GPU converts it.
+
+    Args:
+        MANTISSA: bits of the mantissa of an fp8 element, None for other elements.
     """
-    if FP8 is not None:
+    if MANTISSA is not None:
         bits = x.to(tl.int16)
-        if FP8 == "e5m2":  # the upper half of a float16
-            x = (bits << 8).to(tl.float16, bitcast=True)
-        else:  # e4m3: the exponent's bias is 7 instead of 15, and the largest code is NaN
-            x = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
-            x = tl.where((bits & 0x7F) == 0x7F, float("nan"), x.to(tl.float32) * 256.0)
+        x = (((bits & 0x80) << 8) | ((bits & 0x7F) << (10 - MANTISSA))).to(tl.float16, bitcast=True)
+        if (
+            MANTISSA > 2
+        ):  # a shorter exponent than that of float16: a smaller bias, and the largest code is NaN
+            scale = float(1 << (16 - (1 << (6 - MANTISSA))))
+            x = tl.where((bits & 0x7F) == 0x7F, float("nan"), x.to(tl.float32) * scale)
     return x
 
 
@@ -56,7 +60,7 @@ def attend_kernel(
     N: tl.constexpr,
     SIZE: tl.constexpr,
     PADDED: tl.constexpr,
-    FP8: tl.constexpr,
+    MANTISSA: tl.constexpr,
     DTYPE: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
@@ -96,8 +100,8 @@ def attend_kernel(
         first_of = block.to(tl.int64) * kv_block + kv * kv_head + token % N * SIZE
         at = first_of[:, None] + dim[None, :]
         whole = inside[:, None] & (dim < SIZE)[None, :]
-        key = dequantize(tl.load(k + at, mask=whole, other=0), FP8).to(DTYPE)
-        value = dequantize(tl.load(v + at, mask=whole, other=0), FP8).to(DTYPE)
+        key = dequantize(tl.load(k + at, mask=whole, other=0), MANTISSA).to(DTYPE)
+        value = dequantize(tl.load(v + at, mask=whole, other=0), MANTISSA).to(DTYPE)
         logit = tl.dot(q, tl.trans(key), input_precision="ieee") * factor
         logit = tl.where(inside[None, :], logit, float("-inf"))
         higher = tl.maximum(top, tl.max(logit, 1))

@@ -199,7 +199,7 @@ class TritonBackend(Backend, Inspectable):
             planes.k, planes.v, *planes.strides[:2], block_table, block_table.stride(0),
             seq_lens, key, value, *key.stride()[:2], *value.stride()[:2], len(key), longest,
             params.k_scale, params.v_scale, N=layout.block_size, **_sizes(layout.head_size),
-            FP8=params.fp8, TOKENS=GATHER_TOKENS,
+            MANTISSA=_mantissa(params), TOKENS=GATHER_TOKENS,
         )  # fmt: skip
 
     def _scan(self, plan, layer, query, block_table, seq_lens, budgets, scores):
@@ -246,7 +246,7 @@ class TritonBackend(Backend, Inspectable):
             params.softmax_scale * params.k_scale / math.log(2), longest,
             params.least_budget, WINDOW=params.sliding_window,
             SPARSE=sparse, HEADS=1 if alone else params.group, GROUP=params.group,
-            N=layout.block_size, **_sizes(layout.head_size), FP8=params.fp8, DTYPE=DTYPES[dtype],
+            N=layout.block_size, **_sizes(layout.head_size), MANTISSA=_mantissa(params), DTYPE=DTYPES[dtype],
             TOKENS=max(16, min(64, 16384 // row_bytes)),
         )  # fmt: skip
 
@@ -339,6 +339,10 @@ class Plan:
 
 def _whole(shape: tuple[int, ...]) -> int:
     return -(-math.prod(shape) // 64) * 64
+
+
+def _mantissa(params: Params) -> int | None:
+    return ELEMENTS[params.fp8].mantissa if params.fp8 else None
 
 
 def _padded(size: int) -> int:

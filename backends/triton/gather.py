@@ -33,7 +33,7 @@ def gather_kernel(
     N: tl.constexpr,
     SIZE: tl.constexpr,
     PADDED: tl.constexpr,
-    FP8: tl.constexpr,
+    MANTISSA: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
     """One program: TOKENS tokens of one row and KV head."""
@@ -51,9 +51,9 @@ def gather_kernel(
     whole = inside[:, None] & (dim < SIZE)[None, :]
     at = block.to(tl.int64) * kv_block + head * kv_head + token % N * SIZE
     at = at[:, None] + dim[None, :]
-    one = dequantize(tl.load(k + at, mask=whole, other=0), FP8)
-    two = dequantize(tl.load(v + at, mask=whole, other=0), FP8)
-    if FP8 is not None:
+    one = dequantize(tl.load(k + at, mask=whole, other=0), MANTISSA)
+    two = dequantize(tl.load(v + at, mask=whole, other=0), MANTISSA)
+    if MANTISSA is not None:
         one, two = one.to(tl.float32) * k_scale, two.to(tl.float32) * v_scale
     to = ((before + token) * key_token + head * key_head)[:, None] + dim[None, :]
     tl.store(key + to, one.to(key.dtype.element_ty), mask=whole)

@@ -202,7 +202,7 @@ def test_what_the_kernels_do_not_hold(recorder) -> None:
 
 
 def test_without_the_library(monkeypatch) -> None:
-    missing = Path("/no/libadamas_cuda.so")
+    missing = Path("/no/libadamas_sm90.so")
     monkeypatch.setattr("vllm_adamas.backends.cuda.library.LIBRARY", missing)
     for cached in (load, limits):
         cached.cache_clear()

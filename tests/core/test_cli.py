@@ -62,6 +62,7 @@ def test_info_for_people_has_the_same_sections(capsys) -> None:
         (["--config", '{"profile": "nope"}'], "profile"),
         (["--model", "/no/such/folder"], "config.json does not exist"),
         (["--head-size", "80"], "head_size 80"),
+        (["--kv-cache-dtype", "int3"], "int3"),
     ],
 )
 def test_mistakes_give_one_sentence(capsys, args: list[str], named: str) -> None:

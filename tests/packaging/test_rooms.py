@@ -141,3 +141,11 @@ def test_a_factory_stands_apart_from_what_it_makes() -> None:
                 found.append(f"{module}.{node.name}")
                 assert returns not in classes, f"{module}.{node.name} makes {returns}"
     assert "vllm_adamas.backends.registry.get_backend" in found
+
+
+def test_the_range_of_vllm_stands_once() -> None:
+    """The extra for GPU hosts says in pip's words what `compat.py` says."""
+    from vllm_adamas.serving.compat import VLLM_MAX, VLLM_MIN
+
+    low, high = (".".join(map(str, version)) for version in (VLLM_MIN, VLLM_MAX))
+    assert f'"vllm>={low},<{high}"' in (ROOT / "pyproject.toml").read_text()

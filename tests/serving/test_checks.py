@@ -299,10 +299,10 @@ def test_other_gpus_take_the_triton_kernels(vllm_config, monkeypatch, major, min
 
 def test_gpu_kernels_that_are_not_built(vllm_config, monkeypatch) -> None:
     on_gpu(monkeypatch)
-    monkeypatch.setattr(library, "LIBRARY", Path("/no/libadamas_cuda.so"))
+    monkeypatch.setattr(library, "LIBRARY", Path("/no/libadamas_sm90.so"))
     monkeypatch.setattr("vllm_adamas.backends.cuda.backend.limits", library.limits.__wrapped__)
     library.load.cache_clear()
-    check_refusal(vllm_config, ("libadamas_cuda.so", "ADAMAS_BUILD_CUDA=1", "kernels=triton"))
+    check_refusal(vllm_config, ("libadamas_sm90.so", "ADAMAS_BUILD_CUDA=1", "kernels=triton"))
     triton = Changed(vllm_config, additional_config={"adamas": {"kernels": "triton"}})
     checks.check_config(triton)
 
