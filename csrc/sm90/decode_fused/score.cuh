@@ -110,12 +110,15 @@ __device__ __forceinline__ void score_own_tokens(const FusedBlock& b) {
 #pragma unroll
   for (int q = 0; q < kQuads; ++q) best[q][0] = best[q][1] = -INFINITY, worst[q] = INFINITY;
   float* to = m.scores + warp * kStageTokens + lane % 4 * s.score_stride + lane / 4 * kQuad;
-  auto score_stage = [&](const Signatures<kChunks, kMode>(&signatures)[Reader::kSteps], auto whole) {
+  // Summed distances have the longest code of a step: both steps' signatures at once would spill registers.
+  constexpr bool kOneStep = kMode == Mode::manhattan_sum;
+  auto score_stage = [&](Signatures<kChunks, kMode>(&signatures)[Reader::kSteps], uint32_t data, auto whole) {
 #pragma unroll
     for (int q = 0; q < kQuads; ++q) {
 #pragma unroll
       for (int i = 0; i < Reader::kSteps; ++i) {
         float score[4];
+        if (kOneStep) reader.load(signatures[i], data, i);
         score_quad(query, signatures[i], q, score);
 #pragma unroll
         for (int j = 0; j < 4; ++j) {
@@ -140,9 +143,11 @@ __device__ __forceinline__ void score_own_tokens(const FusedBlock& b) {
     ring.wait(slot, phase);
     Signatures<kChunks, kMode> signatures[Reader::kSteps];
 #pragma unroll
-    for (int i = 0; i < Reader::kSteps; ++i) reader.load(signatures[i], ring.data(slot), i);
-    if (kTwoForms && token >= p.num_sink_tokens && token <= last_whole) score_stage(signatures, std::true_type());
-    else score_stage(signatures, std::false_type());
+    for (int i = 0; !kOneStep && i < Reader::kSteps; ++i) reader.load(signatures[i], ring.data(slot), i);
+    if (kTwoForms && token >= p.num_sink_tokens && token <= last_whole)
+      score_stage(signatures, ring.data(slot), std::true_type());
+    else
+      score_stage(signatures, ring.data(slot), std::false_type());
     __syncwarp();  // every lane has read the slot
     fill(slot, token + kFusedStages * stride, next_block);
     next_block = load_stage_block(p, shape, blocks, token + (kFusedStages + 1) * stride, plan.length);
