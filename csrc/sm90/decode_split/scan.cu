@@ -19,7 +19,7 @@ namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
 constexpr int kDealFrom = 8;    // stages per warp from which part of them is dealt on demand
-constexpr int kDealtShare = 4;  // one stage in kDealShare is dealt on demand
+constexpr int kDealtShare = 4;  // one stage in kDealtShare is dealt on demand
 
 // Stages per ring, limited by the registers and the shared memory of an SM.
 constexpr int ring_stages(int chunks, int quads) { return chunks == 1 && quads < 4 ? 3 : 2; }
