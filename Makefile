@@ -1,4 +1,4 @@
-# `make` lists the targets. An interpreter named as PYTHON=... is used as it is, and nothing is set up for it.
+# `make` lists the targets. An interpreter given as PYTHON=... is used as it is, without any setup.
 
 VENV       := .venv
 STAMP      := $(VENV)/.setup-done
@@ -15,10 +15,10 @@ PYTHON := $(VENV)/bin/python
 READY  := setup
 endif
 
-# GiB, read on CPU only: vLLM's default share of a small NUMA node does not fit into it.
+# In GiB, read on CPUs only: vLLM's default does not fit into a small NUMA node.
 export VLLM_CPU_KVCACHE_SPACE ?= 2
 
-# Without an NVIDIA driver nothing here runs the CUDA kernels: do not spend minutes compiling them.
+# Without an NVIDIA driver the CUDA kernels cannot run, so do not spend minutes compiling them.
 export ADAMAS_BUILD_CUDA ?= $(if $(wildcard /proc/driver/nvidia/version),auto,0)
 
 .DEFAULT_GOAL := help
@@ -34,14 +34,14 @@ $(STAMP): pyproject.toml scripts/setup.sh scripts/mend_vllm_cpu.py
 	@bash scripts/setup.sh $(VENV)
 	@touch $@
 
-# Compiles only what has changed.
+# Compiles only changed sources.
 native: | $(if $(READY),$(STAMP))
 	@$(PYTHON) setup.py -q build_ext --inplace
 
 model: $(READY) ## make the demonstration model
 	@test "$(MODEL)" != "$(DEMO_MODEL)" || $(PYTHON) scripts/fetch_model.py
 
-demo: model ## a long question to a real server: sparse against dense
+demo: model ## ask a real server about a long text, sparse against dense
 	@$(PYTHON) scripts/demo.py --model $(MODEL) $(ARGS)
 
 serve: model ## run the server (MODEL, PORT, BACKEND, ARGS)
@@ -57,10 +57,10 @@ test-gpu: model ## run the tests that need a GPU
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1 -O1
 ASAN_LIBRARY := build/sanitized/vllm_adamas/backends/cpu/libadamas_cpu.so
 
-# The runtime comes before everything else, and libstdc++ beside it, or exceptions would not find it. Python and
-# PyTorch never free what lives as long as the process, so leaks are not looked for. The report goes to stderr,
-# which pytest must not catch (-s), because the process ends there.
-sanitize-cpu: $(READY) ## CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer
+# The sanitizer's runtime must be loaded first, and libstdc++ with it, or exceptions would not find it. Python and
+# PyTorch never free objects that live as long as the process, so leaks are not checked. The report goes to stderr,
+# which pytest must not capture (-s), because the process ends at an error.
+sanitize-cpu: $(READY) ## test CPU kernels under AddressSanitizer and UndefinedBehaviorSanitizer
 	@ADAMAS_CXX_FLAGS="$(SANITIZE)" ADAMAS_BUILD_CUDA=0 \
 		$(PYTHON) setup.py -q build_ext --build-temp build/sanitized --build-lib build/sanitized
 	@ADAMAS_CPU_LIBRARY=$(ASAN_LIBRARY) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
@@ -68,38 +68,38 @@ sanitize-cpu: $(READY) ## CPU kernels under AddressSanitizer and UndefinedBehavi
 		$(PYTHON) -m pytest --noconftest -m "not gpu" -k "not triton" \
 		tests/ops tests/backends/test_cpu.py -q -x -s $(ARGS)
 
-# Small cases of every kernel: the tools slow it down a hundredfold.
+# Small cases of every kernel, because the tools slow kernels down a hundredfold.
 SANITIZED := cuda and ((test_append and e4m3 and not rounds) or (cluster and block16) or test_decode_dense[0-64 or \
 	test_decode_many_rows[100-heads3-96-None-0] or test_gather[cuda-block16] or test_append_skips or \
 	test_lengths_are_cut or (test_surroundings_change_nothing and plain) or (test_decode[ and forced) or \
 	(test_decode[ and little-budget) or test_gather_of_many_rows[cuda-4096])
 
-sanitize-gpu: $(READY) ## CUDA kernels under compute-sanitizer
+sanitize-gpu: $(READY) ## test CUDA kernels under compute-sanitizer
 	@for tool in memcheck racecheck; do \
 		compute-sanitizer --tool $$tool --kernel-name kns=adamas --error-exitcode 1 \
 			$(PYTHON) -m pytest --noconftest -m gpu tests/ops tests/backends/test_cuda.py -q -k "$(SANITIZED)" || exit 1; \
 	done
 
-bench-cpu: model ## kernel and serving benchmarks on this CPU
+bench-cpu: model ## run kernel and serving benchmarks on this CPU
 	@$(PYTHON) benchmarks/bench_decode_cpu.py
 	@$(PYTHON) benchmarks/bench_serve.py $(ARGS)
 
-bench-gpu: model ## kernel and serving benchmarks on a GPU
+bench-gpu: model ## run kernel and serving benchmarks on a GPU
 	@$(PYTHON) benchmarks/bench_decode_gpu.py
 	@$(PYTHON) benchmarks/bench_dense_gpu.py
 	@$(PYTHON) benchmarks/bench_serve_gpu.py $(ARGS)
 
-storm: model ## mixed traffic against servers of this host, answers checked (MINUTES)
+storm: model ## send mixed traffic to servers on this host and check the answers (MINUTES)
 	@$(PYTHON) benchmarks/storm.py --minutes $(MINUTES) $(ARGS)
 
 lint: $(READY) ## check style
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
 
-vllm-names: $(READY) ## check what is used of vLLM against another one, and keep the result (WHEEL)
+vllm-names: $(READY) ## check the vLLM names in use against a vLLM and record the result (WHEEL)
 	@$(PYTHON) scripts/check_vllm_names.py $(WHEEL) --record
 
-vllm-tests: $(READY) ## run vLLM's own tests of attention backends on ADAMAS (TESTS, a folder that holds them)
+vllm-tests: $(READY) ## run vLLM's own tests of attention backends on ADAMAS (TESTS, a folder with them)
 	@$(PYTHON) scripts/run_vllm_tests.py $(if $(TESTS),--tests $(TESTS))
 
 clean: ## remove build outputs; .venv and .models stay

@@ -1,9 +1,9 @@
 """Package layout and native libraries; everything else is in pyproject.toml.
 
-`csrc/cpu` and each `csrc/sm<capability>` become one shared library, which is loaded with `tvm_ffi.load_module`.
-They use no CPython ABI, so one wheel serves every Python version. Objects are kept in `build/native`
-(`--build-temp` names another folder); they are rebuilt when a source, a header or the compiler's
-command line changes.
+`csrc/cpu` and each `csrc/sm<capability>` become a shared library that is loaded with `tvm_ffi.load_module`.
+The libraries do not use the CPython ABI, so one wheel serves every Python version. Objects are kept in
+`build/native` (`--build-temp` names another folder). They are rebuilt when a source, a header or the
+compiler's command line changes.
 
 Environment: CXX, ADAMAS_CXX_FLAGS (added to its flags, as in `make sanitize-cpu`), CUDA_HOME, MAX_JOBS,
 ADAMAS_BUILD_CUDA = auto (default: if nvcc is found), 0 or 1.
@@ -32,7 +32,7 @@ ROOMS = {
 CXX_FLAGS = "-std=c++20 -O3 -fopenmp -fPIC -fvisibility=hidden -Wall"
 ISA_FLAGS = {
     "_avx2": "-mavx2 -mfma -mf16c -mbmi2 -mpopcnt",
-    # GCC 12 warns about its own AVX-512 headers, hence the last two.
+    # GCC 12 warns about its own AVX-512 headers, hence the last two flags.
     "_avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512vbmi -mavx512vnni"
     " -mavx512vpopcntdq -mavx512bitalg -mf16c -mfma -mbmi2 -mpopcnt -mprefer-vector-width=512"
     " -Wno-uninitialized -Wno-maybe-uninitialized",
@@ -93,7 +93,7 @@ def run(command: list[str]) -> None:
 
 
 def refresh(target: Path, newest_input: float, command: list[str]) -> None:
-    """Runs the command unless it made the target already and no input has changed since."""
+    """Runs the command unless it has already made the target and no input has changed since."""
     record = target.with_suffix(f"{target.suffix}.cmd")
     text = shlex.join(command)
     if (
@@ -107,7 +107,7 @@ def refresh(target: Path, newest_input: float, command: list[str]) -> None:
     record.unlink(missing_ok=True)
     started = time.time()
     run(command)
-    # An input that is edited during the run counts as newer than the target.
+    # An input edited during the run counts as newer than the target.
     os.utime(target, (started, started))
     record.write_text(text)
 
@@ -128,7 +128,7 @@ class BuildNative(build_ext):
         if capability.isdigit():
             arch = f"-gencode=arch=compute_{capability}a,code=sm_{capability}a"
             compiler = [find_nvcc(), arch, *shlex.split(NVCC_FLAGS)]
-            # Static, so that the library loads beside any CUDA runtime.
+            # Static, so that the library loads with any CUDA runtime.
             link_flags = ["-cudart", "static"]
         else:
             added = os.environ.get("ADAMAS_CXX_FLAGS", "")

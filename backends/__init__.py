@@ -1,1 +1,1 @@
-"""Compute backends, one folder each, behind the operations of :mod:`vllm_adamas.backends.base`."""
+"""Compute backends, one folder each, that implement :mod:`vllm_adamas.backends.base`."""

@@ -1,4 +1,4 @@
-"""Checks of tensors where Python meets a kernel; they cost little when everything fits."""
+"""Checks of tensor arguments before a kernel launch; cheap when everything fits."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import torch
 
 
 def check_same_device(**tensors: torch.Tensor) -> None:
-    """Checks that tensors are on one device, that of the first one.
+    """Checks that all tensors are on the device of the first one.
 
     Raises:
-        ValueError: names the argument that is elsewhere.
+        ValueError: a tensor is on another device; the message names the argument.
     """
     device = next(iter(tensors.values())).device
     for name, x in tensors.items():
@@ -18,10 +18,10 @@ def check_same_device(**tensors: torch.Tensor) -> None:
 
 
 def check_tensor(name: str, x: torch.Tensor, dtype: torch.dtype, *shape: int | None) -> None:
-    """Checks the dtype, the shape (None fits any size) and a contiguous last dimension.
+    """Checks the dtype, the shape (None fits any size) and that the last dimension is contiguous.
 
     Raises:
-        ValueError: names the argument and the constraint that is not met.
+        ValueError: a constraint is not met; the message names it and the argument.
     """
     if x.dtype != dtype:
         raise ValueError(f"{name}: expected {dtype}, got {x.dtype}")

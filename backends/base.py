@@ -1,7 +1,7 @@
-"""The operations that every compute backend offers, and the parameters they share.
+"""The operations of every compute backend, and the parameters they share.
 
 Shapes use R rows (one query token each), T tokens, Hq query heads, Hkv KV heads, G = Hq / Hkv,
-D = head_size, N = block_size, L = the longest context of the batch. A score is better when larger.
+D = head_size, N = block_size, L = the longest context of the batch. Larger scores are better.
 """
 
 from __future__ import annotations
@@ -20,31 +20,32 @@ from vllm_adamas.dtypes import element_of
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.layout import PageLayout
 
-HOPPER = (9, 0)  #: the compute capability that the CUDA library has code for
-MIN_CAPABILITY = (8, 0)  #: of the Triton kernels, and of vLLM's FlashAttention
-MAX_GROUP = 16  #: query heads per KV head that fit the fragments of GPU kernels
-MOST_TOKENS = 1 << 30  #: of sinks, of windows: kernels add two of them in 32 bits
+HOPPER = (9, 0)  #: the compute capability that the CUDA library is built for
+MIN_CAPABILITY = (8, 0)  #: lowest that the Triton kernels and vLLM's FlashAttention support
+MAX_GROUP = 16  #: most query heads per KV head that fit the fragments of GPU kernels
+MOST_TOKENS = 1 << 30  #: bound of sinks and windows: kernels add two of them in 32 bits
 
 
 @dataclass(frozen=True)
 class Params:
-    """What the kernels of one layer need to know, filled once when the layer is built.
+    """Constants of one layer that its kernels need.
 
     Args:
-        layout: the page.
-        num_query_heads, num_kv_heads: heads of this rank.
-        softmax_scale: factor on q.k.
+        layout: layout of the layer's pages.
+        num_query_heads, num_kv_heads: heads on this rank.
+        softmax_scale: factor applied to q.k.
         coding: thresholds of the 2-bit codes.
         score: ``dot`` or ``manhattan``.
         selection: one token set per ``query_head`` or per ``kv_head``.
         num_sink_tokens, recent_window: tokens always selected, inside the budget.
-        sliding_window: tokens visible to a query (its own included), 0 = all. Such rows are dense.
+        sliding_window: tokens visible to a query (its own included), 0 = all. With a window every row
+            is dense.
         fp8: ``e4m3`` or ``e5m2`` when the K and V planes hold fp8 bytes.
         k_scale, v_scale: factors from fp8 to real values.
-        budget: as configured: what launches are sized for, while decode obeys the budgets that it is given.
+        budget: the configured budget, which launches are sized for; decode obeys the batch's budgets.
         key_mean: float32 ``[Hkv, D]`` on the device of the pages, the layer's mean key after the
-            Hadamard transform; keys are coded less this mean. It moves all scores of a query alike,
-            so it never changes the true ranking. None is zero.
+            Hadamard transform, subtracted from keys before coding. It shifts all scores of a query
+            equally, so the exact ranking does not change. None means zero.
     """
 
     layout: PageLayout
@@ -91,7 +92,7 @@ class Params:
 
     @cached_property
     def native(self) -> dict[str, int | float | bool]:
-        """What native code is told of a layer, beside the KV cache and the mean key."""
+        """The layer's parameters for native code, apart from the KV cache and the mean key."""
         layout = self.layout
         return {
             "block_size": layout.block_size,
@@ -117,13 +118,13 @@ class Params:
 
     @property
     def least_budget(self) -> int:
-        """Sinks and recent window are kept whatever a row's budget is, and one token at least."""
+        """Minimum budget in tokens: sinks and recent window are always kept, and at least one token."""
         return max(1, self.num_sink_tokens + self.recent_window)
 
     def attended(self, seq_lens: torch.Tensor, budgets: torch.Tensor) -> torch.Tensor:
-        """Tokens that rows attend to without a sliding window: int32 ``[R]``, from int32 ``[R]`` each.
+        """Tokens that rows without a sliding window attend to: int32 ``[R]``, from int32 ``[R]`` each.
 
-        Budgets count as :attr:`least_budget` at least.
+        Budgets below :attr:`least_budget` are raised to it.
         """
         return torch.minimum(budgets.clamp_min(self.least_budget), seq_lens).clamp_min(0)
 
@@ -135,16 +136,16 @@ class Params:
 
 @dataclass(eq=False)
 class DecodeBatch:
-    """The decode rows of one step, one query token each; all layers of a kind share it.
+    """The decode rows of one step, one query token each; all layers of a KV cache group share it.
 
     Args:
         block_table: int32 ``[R, blocks]``.
         seq_lens: int32 ``[R]``, tokens in the context, the query's own included.
         budgets: int32 ``[R]``, tokens that a sparse layer attends to.
-        max_seq_len: an upper bound of ``seq_lens``, which holds for every replay of a captured graph; rows are
-            read up to there. Default: what the block table and the kernels hold.
-        overlap: the three tensors were complete before the device began the work that precedes this
-            step's, so they may be read while that runs.
+        max_seq_len: an upper bound of ``seq_lens`` for every replay of a captured graph; longer rows
+            are cut there. Default: the most tokens that the block table and the kernels hold.
+        overlap: whether the three tensors were complete before the preceding kernel started, so that
+            decode may read them while that kernel runs.
     """
 
     block_table: torch.Tensor
@@ -160,15 +161,15 @@ class DecodeBatch:
 
 
 class Layer:
-    """One attention layer as a backend sees it: parameters and pages. :meth:`Backend.bind` makes it.
+    """One attention layer bound to its KV cache by :meth:`Backend.bind`.
 
-    It does not keep the KV cache alive: a server drops the one that it profiles with.
+    It does not keep the KV cache alive, since a server drops the one it profiles with.
 
     Args:
         kv_cache: ``[num_blocks, Hkv, N, C]``.
 
     Raises:
-        AdamasError: the tensor has not the layout of the parameters.
+        AdamasError: the tensor does not have the layout of the parameters.
     """
 
     def __init__(self, params: Params, kv_cache: torch.Tensor):
@@ -177,14 +178,14 @@ class Layer:
         self._kv_cache = weakref.ref(kv_cache)
 
     def is_bound_to(self, kv_cache: torch.Tensor) -> bool:
-        """Whether this very tensor was bound."""
+        """Whether the layer is bound to this tensor object."""
         return self._kv_cache() is kv_cache
 
     @property
     def kv_cache(self) -> torch.Tensor:
         """
         Raises:
-            RuntimeError: it has been dropped.
+            RuntimeError: the KV cache has been dropped.
         """
         found = self._kv_cache()
         if found is None:
@@ -193,19 +194,19 @@ class Layer:
 
 
 class Backend(ABC):
-    """Operations over pages; every tensor is on one device.
+    """Operations over pages; all tensors are on one device.
 
-    A backend belongs to one engine. It owns its workspace, and holds no page.
+    A backend belongs to one engine. It owns its workspace but no pages.
 
-    Of a page, what belongs to no token of the batch may hold anything, NaN included: other blocks, and
-    the slots behind a row's context in its last block. Of a block table, so may the columns behind it.
+    Memory past the end of a context may hold anything, NaN included: the remaining slots of the
+    context's last block, other blocks, and the remaining columns of its block table row.
 
-    Lengths, slots and blocks that do not fit the tensors are a caller's error. Where the host can see
-    them (``cpu``, ``reference``) it is raised. On a GPU it is not, since looking would stop the device;
-    what is written stays inside the tensors: a length counts as 0 if it is negative, and as the longest
-    that fits if it is longer; slots behind the last block are skipped. Blocks are not checked there.
+    Lengths, slots and blocks that do not fit the tensors are errors of the caller. They are raised where
+    the host sees them (``cpu``, ``reference``). GPU backends do not check them, since that would
+    synchronise, but write nothing outside the tensors: lengths are clamped to 0 and to the longest that
+    fits, and slots past the last block are skipped. Block numbers are not checked on a GPU.
 
-    A budget counts as sinks and recent window if it is less, and as one token if it is less than that.
+    Budgets below :attr:`Params.least_budget` are raised to it.
     """
 
     name: str
@@ -213,41 +214,46 @@ class Backend(ABC):
     @property
     @abstractmethod
     def description(self) -> str:
-        """Name and instruction set, for the log."""
+        """Name of the backend and what it runs on, for the log."""
 
-    @classmethod  # noqa: B027 (most backends hold any)
+    @classmethod  # noqa: B027 (most backends have no limits)
     def check_server(
         cls, block_size: int | None, num_kv_heads: int, max_rows: int, max_seq_len: int
     ) -> None:
-        """Whether the kernels are there and hold what a server may be asked for. No device is touched.
+        """Checks, without touching a device, that the kernels can serve the largest decode step.
 
         Args:
-            block_size: tokens, None if vLLM has not chosen yet.
-            num_kv_heads: of a rank.
-            max_rows, max_seq_len: of the largest decode step.
+            block_size: tokens per block, None if vLLM has not chosen yet.
+            num_kv_heads: KV heads on a rank.
+            max_rows, max_seq_len: rows and tokens of the longest context in the largest decode step.
 
         Raises:
-            AdamasError: they are not built, or do not hold it.
+            AdamasError: the kernels are not built, or the step exceeds their limits.
         """
 
     def prepare(self, kv_cache: torch.Tensor) -> None:  # noqa: B027 (an optional step)
-        """Called with a KV cache before it is used, for the whole allocation that it is part of.
+        """Prepares the whole allocation that a KV cache is part of, before it is used.
 
-        What has been written there stays.
+        Contents are preserved.
         """
 
     def reserve(self, params: Params, max_rows: int, max_seq_len: int) -> int:
-        """Allocates what decode steps need beside their arguments; returns its size in bytes."""
+        """Allocates the workspace of the largest decode step; returns its size in bytes.
+
+        Args:
+            max_rows: rows of the step.
+            max_seq_len: tokens of its longest context.
+        """
         return 0
 
     def bind(self, params: Params, kv_cache: torch.Tensor) -> Layer:
-        """What the other operations need of a layer, worked out once.
+        """Binds a layer's parameters to its KV cache, for the other operations.
 
         Args:
-            kv_cache: ``[num_blocks, Hkv, N, C]``; the caller keeps it while it uses the layer.
+            kv_cache: ``[num_blocks, Hkv, N, C]``; the caller keeps it alive while it uses the layer.
 
         Raises:
-            AdamasError: the kernels do not read such pages, or serve such heads.
+            AdamasError: the kernels do not support the pages or the heads.
         """
         return Layer(params, kv_cache)
 
@@ -255,14 +261,16 @@ class Backend(ABC):
     def append(
         self, layer: Layer, key: torch.Tensor, value: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
-        """Writes K, V and signatures of T tokens (paper, section 3.1; codes from the unquantised key).
+        """Writes K, V and signatures of T tokens (paper, section 3.1).
+
+        Codes are computed from the unquantised key.
 
         Args:
-            key, value: ``[T, Hkv, D]`` after RoPE; more tokens than slots may follow.
+            key, value: ``[T, Hkv, D]`` after RoPE; tokens beyond the last slot are ignored.
             slot_mapping: int64 ``[T]``, block * N + offset; negative slots are skipped.
 
         Raises:
-            ValueError, IndexError: the host sees a slot behind the last block.
+            ValueError, IndexError: the host sees a slot past the last block.
         """
 
     @abstractmethod
@@ -276,10 +284,10 @@ class Backend(ABC):
     ) -> None:
         """Attention of R query tokens over their selected tokens: scan, select, exact softmax.
 
-        Rows whose budget reaches the context attend to every token. A row with context 0 gives 0.
+        Rows whose budget reaches the context attend to every token. Rows with context 0 output 0.
 
         Args:
-            query, output: ``[R, Hq, D]``; more rows than the batch has may follow, and are left alone.
+            query, output: ``[R, Hq, D]``; rows beyond those of the batch are ignored.
             stats: int64 ``[4]`` counters that the kernel adds to: sparse rows, dense rows, context tokens
                 and attended tokens, the last two summed over query heads.
         """
@@ -293,9 +301,11 @@ class Backend(ABC):
         key: torch.Tensor,
         value: torch.Tensor,
     ) -> None:
-        """Copies the K and V of R contexts, back to back, out of the pages.
+        """Copies the K and V of R contexts from the pages, back to back.
 
         Args:
-            key, value: ``[sum(seq_lens), Hkv, D]``, written; fp8 planes arrive as real values. What
-                is beyond their end is left out on a GPU, and an error elsewhere.
+            block_table: int32 ``[R, blocks]``.
+            seq_lens: int32 ``[R]``, tokens in each context.
+            key, value: ``[sum(seq_lens), Hkv, D]``, written; fp8 is converted to real values. If they
+                are too short, tokens past their end are dropped on a GPU and an error elsewhere.
         """

@@ -1,4 +1,4 @@
-"""What a decode step does inside, as operations of their own: for studies and tests, never for serving."""
+"""The stages of a decode step as separate operations, for studies and tests, never for serving."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vllm_adamas.backends.base import Layer, Params
 
 
 class Inspectable(ABC):
-    """A backend whose scores and selected tokens can be looked at."""
+    """A backend whose scores and selected tokens can be inspected."""
 
     @abstractmethod
     def scan(
@@ -28,8 +28,8 @@ class Inspectable(ABC):
             seq_lens: int32 ``[R]``, the row's own token included.
 
         Returns:
-            float32 ``[R, num_score_heads, L]`` with L the longest context; beyond a row's context the
-            value is -inf.
+            float32 ``[R, num_score_heads, L]`` with L the longest context; -inf past the end of a row's
+            context.
         """
 
     def select(
@@ -42,12 +42,13 @@ class Inspectable(ABC):
         """The exact top-k tokens of each row and score head; ties go to the most recent token.
 
         Args:
-            scores: as :meth:`scan` returns; no NaN.
-            budgets: int32 ``[R]``, tokens to keep; at or above the context everything is kept.
+            scores: as :meth:`scan` returns them, without NaN.
+            seq_lens: int32 ``[R]``, the row's own token included.
+            budgets: int32 ``[R]``, tokens to keep; a budget that reaches the context keeps all of it.
 
         Returns:
-            int32 ``[R, num_score_heads, K]``, ascending, padded with -1; K is what the row that keeps
-            the most keeps (:meth:`Params.attended`).
+            int32 ``[R, num_score_heads, K]``, ascending, padded with -1. K is the most tokens that any
+            row keeps (:meth:`Params.attended`).
         """
         return select_tokens(params, scores, seq_lens, budgets)
 
@@ -62,14 +63,14 @@ def select_tokens(
     kept = params.attended(lens, budgets.view(-1, 1, 1))  # [R, 1, 1]
     most = int(kept.max()) if rows else 0
     forced = (position < params.num_sink_tokens) | (position >= lens - params.recent_window)
-    # By rank: what is always kept, then the scores, the most recent of equal ones first; nothing behind a context.
+    # Order: forced tokens, then the others by score, ties by recency. Past the end of a context: -inf.
     order = scores.masked_fill(forced, torch.inf).masked_fill(position >= lens, -torch.inf)
     inside = (position < lens).expand_as(scores)
     by_score = order.flip(-1).sort(dim=-1, descending=True, stable=True).indices
     index = longest - 1 - by_score  # [R, heads, L] best first
-    # A score of -inf ranks with what lies behind the context, which goes last.
-    behind = (~inside.gather(-1, index)).sort(dim=-1, stable=True).indices
-    index = index.gather(-1, behind)[..., :most]
+    # Tokens of the context whose score is -inf precede positions past its end.
+    inside_first = (~inside.gather(-1, index)).sort(dim=-1, stable=True).indices
+    index = index.gather(-1, inside_first)[..., :most]
     rank = torch.arange(most, device=scores.device)
     index = index.masked_fill(rank >= kept, longest).sort(-1).values
     return index.masked_fill(index == longest, -1).to(torch.int32)

@@ -1,15 +1,15 @@
-"""What the launches of every GPU backend have in common."""
+"""Launch rules common to all GPU backends."""
 
 from __future__ import annotations
 
 from functools import lru_cache
 
-LEAST_CONTEXT = 1024  #: steps of shorter contexts are launched alike
+LEAST_CONTEXT = 1024  #: shorter contexts are launched like this one
 
 
 @lru_cache(maxsize=1024)
 def rounded_context(max_seq_len: int) -> int:
-    """The next of 1, 1.25, 1.5 and 1.75 times a power of two: contexts that grow seldom need a new plan."""
+    """Rounds up to 1, 1.25, 1.5 or 1.75 times a power of two, so growing contexts rarely need a new plan."""
     tokens = max(max_seq_len, LEAST_CONTEXT)
     step = 1 << ((tokens - 1).bit_length() - 3)
     return -(-tokens // step) * step

@@ -1,4 +1,4 @@
-"""Which kernels there are, where they run, and the backend that drives them: one table."""
+"""The table of kernels: names, the devices they run on, and the backends that drive them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ class Kernels:
 
     Args:
         device: type of the device that they run on.
-        backend: class that drives them, ``module:Class`` below ``vllm_adamas.backends``.
-        needs: GPUs that they run on, in words.
-        runs_on: the same of a compute capability.
+        backend: class that drives them, ``module:Class`` in ``vllm_adamas.backends``.
+        needs: the GPUs that they need, in words.
+        runs_on: whether they run on GPUs of a compute capability.
     """
 
     name: str
@@ -34,7 +34,7 @@ class Kernels:
         return getattr(import_module(f"vllm_adamas.backends.{module}"), name)
 
 
-#: ``auto`` takes the first that runs on the device.
+#: ``auto`` takes the first kernels that run on the device.
 KERNELS = (
     Kernels("cpu", "cpu", "cpu.backend:CpuBackend"),
     Kernels("reference", "cpu", "reference.backend:ReferenceBackend"),
@@ -56,18 +56,18 @@ KERNELS = (
 
 
 def kernel_names(device_type: str) -> tuple[str, ...]:
-    """Values of the option ``kernels`` on a device."""
+    """Valid values of the option ``kernels`` on a device."""
     return ("auto", *(kernels.name for kernels in KERNELS if kernels.device == device_type))
 
 
 def find_kernels(name: str, device_type: str, capability: Capability | None = None) -> Kernels:
-    """The kernels that a value of the option stands for on a device.
+    """The kernels that a value of the option selects on a device.
 
     Args:
-        capability: of the GPU; None is that of the current one.
+        capability: compute capability of the GPU; default: that of the current one.
 
     Raises:
-        AdamasError: there are no such kernels for the device.
+        AdamasError: no such kernels run on the device.
     """
     here = [kernels for kernels in KERNELS if kernels.device == device_type]
     named = [kernels for kernels in here if name in ("auto", kernels.name)]
@@ -89,9 +89,9 @@ def find_kernels(name: str, device_type: str, capability: Capability | None = No
 
 
 def get_backend(name: str, device_type: str = "cpu") -> Backend:
-    """A new backend called ``name``; ``auto`` takes the fastest one for the device.
+    """A new backend for a value of the option ``kernels``; ``auto`` takes the device's fastest.
 
     Raises:
-        AdamasError: the backend does not exist for the device or its library is not built.
+        AdamasError: no such backend exists for the device, or its library is not built.
     """
     return find_kernels(name, device_type).backend_class()()

@@ -1,4 +1,4 @@
-"""Device memory that the steps of an engine share."""
+"""Device memory shared by the steps of an engine."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from vllm_adamas.errors import AdamasError
 
 
 def capturing(device: torch.device) -> bool:
-    """Whether what is queued on the device now goes into a CUDA graph."""
+    """Whether the device's current stream is being captured in a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 class Workspace:
     """One buffer per device, grown to the largest step; the steps of a device run on one stream.
 
-    A captured graph keeps the addresses that it was captured with, so a buffer that a graph may use
-    outlives its successor, until the workspace goes.
+    A captured graph keeps the addresses that it was captured with. A buffer that a graph may use is
+    therefore kept after it is replaced, as long as the workspace lives.
 
     Args:
-        release: called before a buffer is replaced: lets go of every view of it.
+        release: called before a buffer is replaced, to drop every view of it.
     """
 
     def __init__(self, release: Callable[[], None] = lambda: None):
@@ -31,10 +31,10 @@ class Workspace:
         self._release = release
 
     def at_least(self, device: torch.device, size: int) -> torch.Tensor:
-        """A uint8 tensor of ``size`` bytes or more, its contents undefined.
+        """A uint8 tensor of at least ``size`` bytes with undefined contents.
 
         Raises:
-            AdamasError: it would have to grow while a CUDA graph is captured.
+            AdamasError: the buffer would have to grow while a CUDA graph is captured.
         """
         found, recording = self.buffers.get(device), capturing(device)
         if found is None or found.numel() < size:
@@ -48,7 +48,7 @@ class Workspace:
                 self._captured.remove(device)
             self._release()
             self.buffers.pop(device, None)
-            del found  # before the larger one is there
+            del found  # free it before the larger one is allocated
             found = self.buffers[device] = torch.empty(size, dtype=torch.uint8, device=device)
         if recording:
             self._captured.add(device)

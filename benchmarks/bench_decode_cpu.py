@@ -1,8 +1,8 @@
-"""Decode attention of every layer of a model on a CPU: sparse kernels beside vLLM's dense kernel.
+"""Decode attention of every layer of a model on a CPU: sparse kernels against vLLM's dense kernel.
 
-One process, one thread by default. Each layer has pages of its own. The two take turns: a step to
-bring the caches into the state that decoding leaves them in, then STEPS timed ones. Times are per
-decode step over all layers; a ratio is of neighbouring turns.
+One process, one thread by default. Each layer has its own pages. The two alternate: one step brings the
+CPU caches into the state that decoding leaves them in, then STEPS steps are timed. Times are per decode
+step over all layers; ratios are of adjacent turns.
 
     python benchmarks/bench_decode_cpu.py --contexts 4096 8192
 """
@@ -41,7 +41,7 @@ def parse_args():
     parser.add_argument("--scores", nargs="+", default=["dot", "manhattan"])
     parser.add_argument("--selections", nargs="+", default=["query_head", "kv_head"])
     parser.add_argument("--isa", default="auto", help="auto, avx512, avx2 or portable")
-    parser.add_argument("--name", default="decode_cpu", help="result file; empty keeps none")
+    parser.add_argument("--name", default="decode_cpu", help="result file; empty writes none")
     return parser.parse_args()
 
 
@@ -62,7 +62,7 @@ from vllm_adamas.tables import plain  # noqa: E402
 
 torch.set_num_threads(args.threads)
 current_platform.import_kernels()
-torch.cpu._init_amx()  # permission from the kernel to use tiles, which a vLLM worker also asks for
+torch.cpu._init_amx()  # asks Linux for permission to use tiles, as a vLLM worker does
 from vllm import _custom_ops as ops  # noqa: E402
 from vllm.v1.attention.backends.cpu_attn import _get_attn_isa  # noqa: E402
 
@@ -95,7 +95,7 @@ class Dense:
     def __init__(self, batch: Batch):
         self.batch = batch
         self.isa = _get_attn_isa(DTYPE, BLOCK_SIZE, HEAD_SIZE)
-        # One allocation for all layers, as vLLM's LBHNC layout has it.
+        # One allocation for all layers, as in vLLM's LBHNC layout.
         shape = (LAYERS, batch.num_blocks, KV_HEADS, 2 * BLOCK_SIZE, HEAD_SIZE)
         self.caches = [cache.chunk(2, dim=2) for cache in torch.zeros(shape, dtype=DTYPE)]
         for k_cache, v_cache in self.caches:
@@ -134,7 +134,7 @@ class Sparse:
         self.stats = torch.zeros(4, dtype=torch.int64)
 
     def configure(self, score: str, selection: str, budget: int):
-        # One coding for both scores, so that the pages need not be written again.
+        # One coding for both scores, so that pages need not be rewritten.
         config = AdamasConfig(
             score=score, selection=selection, token_budget=budget, thresholds="rms"
         )
@@ -157,7 +157,7 @@ class Sparse:
             self.backend.decode(layer, query, rows, b.output, self.stats)
 
     def bytes_per_step(self) -> int:
-        """Least bytes a step must read: K and V of dense layers, signatures and selected K and V."""
+        """Bytes that a step must at least read: K and V of dense layers, signatures, selected K and V."""
         element, sets = DTYPE.itemsize, self.params.num_score_heads
         context, budget = self.batch.context, int(self.budgets[0])
         dense = context * KV_HEADS * 2 * HEAD_SIZE * element
@@ -177,7 +177,7 @@ def timed(step) -> float:
 
 
 def table(rows: list[dict]) -> str:
-    """What people see of the cells of one context."""
+    """The cells of one context as a table."""
     headers = ["context", "budget", "score", "selection", "dense ms", "sparse ms", "speed-up"]
     return plain(
         [*headers, "q1", "q3", "GB/s"],

@@ -1,13 +1,13 @@
-"""Decode attention of one layer on a Hopper GPU: adamas beside FlashAttention 3, in one run.
+"""Decode attention of one layer on a Hopper GPU: adamas and FlashAttention 3 in one run.
 
-Every cell is a CUDA graph of several decode calls over different blocks and queries, together larger
-than the L2 cache; the time of a call is the median over replays. `read` is the measured ceiling: a
-plain read of the signature planes through the same block tables. Stages are differences between
-graphs with one, two and three of the kernels. The fused kernel is measured beside them; a star marks
-what the policy takes.
+Every cell is a CUDA graph of several decode calls over different blocks and queries that together exceed
+the L2 cache; the time of a call is the median over replays. `read` is the measured upper bound: a plain
+read of the signature planes through the same block tables. Times of stages are differences between graphs
+with one, two and three of the kernels. The fused kernel is measured as well; a star marks the policy's
+choice.
 
-The peers, one file each in `peers`, read a dense cache of the same keys and values. Of several ways to call
-one the fastest counts. Speed-ups are over FlashAttention 3.
+The peers, one file each in `peers`, read a dense cache of the same keys and values. If a peer can be called
+in several ways, the fastest counts. Speed-ups are relative to FlashAttention 3.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ DTYPE = torch.bfloat16
 QUERY_HEADS, KV_HEADS, HEAD_SIZE, BLOCK_SIZE, BUDGET = 32, 8, 128, 64, 256
 SELECTIONS = ("query_head", "kv_head")
 K = 1024
-#: Contexts and rows of each part of the record.
+#: (context, rows) of the cells in each part of the record.
 CELLS = {
     "cells": [
         (n * K, rows) for n, r in ((8, (1, 8, 32)), (32, (1, 8, 32)), (128, (1, 8))) for rows in r
@@ -67,7 +67,7 @@ def _read_planes(
     blocks,
     WORDS: tl.constexpr,
 ):
-    """Sums the signature planes of four blocks; the sum is never the value that would be stored."""
+    """Sums the signature planes of four blocks; the store never happens but keeps the loads alive."""
     row, head = tl.program_id(1), tl.program_id(2)
     at = tl.arange(0, WORDS)
     total = tl.zeros((WORDS,), tl.int32)
@@ -84,7 +84,7 @@ def _read_planes(
 def captured(calls) -> torch.cuda.CUDAGraph:
     """A CUDA graph of calls, each of which has run once before."""
     side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())  # tables and queries are ready
+    side.wait_stream(torch.cuda.current_stream())  # until tables and queries are ready
     with torch.cuda.stream(side):
         for call in calls:
             call()
@@ -97,7 +97,7 @@ def captured(calls) -> torch.cuda.CUDAGraph:
 
 
 def timed(calls, replays: int = REPLAYS) -> dict:
-    """Median microseconds of one call, and the quartiles over replays."""
+    """Microseconds of one call: median and quartiles over replays."""
     graph = captured(calls)
     times = []
     for i in range(WARMUP + replays):
@@ -158,12 +158,12 @@ class Pool:
         return rows * sets * budget * 2 * HEAD_SIZE * self.layout.dtype.itemsize
 
     def dense_rate(self, result: dict, length: int, rows: int) -> dict:
-        """A result of :func:`timed` with the rate at which K and V of whole contexts were read."""
+        """A result of :func:`timed` with the rate of reading K and V of whole contexts."""
         moved = rows * length * self.kv_heads * HEAD_SIZE * 2 * DTYPE.itemsize
         return result | {"GBps": round(moved / result["us"] / 1e3)}
 
     def cell(self, length: int, rows: int, copies: int) -> Cell:
-        """The dense cache and ``copies`` steps over it, as peers take them."""
+        """The dense cache and ``copies`` steps over it, for peers."""
 
         def block_tables(block_size: int) -> list[torch.Tensor]:
             return self.tables(length, rows, copies, block_size)
@@ -171,7 +171,7 @@ class Pool:
         return Cell(self.k, self.v, block_tables, QUERY_HEADS, length, rows)
 
     def tables(self, length: int, rows: int, copies: int, block_size: int) -> list[torch.Tensor]:
-        """One shuffled block table per copy; copies are disjoint as long as the pool lasts."""
+        """One shuffled block table per copy; copies are disjoint if the pool is large enough."""
         per_row = length // block_size
         order = torch.randperm(self.tokens // block_size, device="cuda").to(torch.int32)
         need = rows * per_row
@@ -183,7 +183,7 @@ class Pool:
 
 
 def bench_read(pool, length, rows, copies):
-    """The signature planes of a block lie back to back, the scales behind them."""
+    """Times a plain read of the signature planes and the scales, which follow each other in a block."""
     layout = pool.layout
     runs = layout.runs(pool.pages).view(torch.int32)
     out = torch.zeros(1, dtype=torch.int32, device="cuda")
@@ -204,7 +204,7 @@ def bench_read(pool, length, rows, copies):
 
 
 def bench_adamas(backend, pool, length, rows, copies, score, selection, budget, stages) -> dict:
-    """The three kernels and the fused one; ``runs`` is what the policy takes."""
+    """Times the three kernels and the fused one; ``runs`` is the policy's choice."""
     layer = pool.layer(backend, score, selection, budget)
     lens = torch.full((rows,), length, dtype=torch.int32, device="cuda")
     budgets = torch.full((rows,), budget, dtype=torch.int32, device="cuda")
@@ -239,7 +239,7 @@ def bench_adamas(backend, pool, length, rows, copies, score, selection, budget, 
 
 
 def bench_peer(peer: Peer, pool, length, rows, copies) -> dict:
-    """A peer called in the fastest of its ways; the times of all if it has several."""
+    """Times a peer in its fastest way; also records the times of all ways if it has several."""
     ways = peer.prepare(pool.cell(length, rows, copies))
     times = {name: timed(make()) for name, make in ways.items()}
     name, best = min(times.items(), key=lambda item: item[1]["us"])
@@ -249,7 +249,7 @@ def bench_peer(peer: Peer, pool, length, rows, copies) -> dict:
 
 
 class Bench:
-    """One run: the baseline is measured once per shape, beside what is compared with it."""
+    """One run; the baseline is measured once per shape, in the same process."""
 
     def __init__(self, dense: bool, peers: list[str], scores: list[str]):
         self.backend, self.dense, self.scores = CudaBackend(), dense, scores
@@ -269,7 +269,7 @@ class Bench:
         for peer in list(self.peers) if read else ():
             try:
                 cell[peer.name] = bench_peer(peer, pool, length, rows, copies)
-            except Exception as error:  # code of others, which may not run here
+            except Exception as error:  # third-party code, which may not run here
                 print(f"{peer.title} is left out: {error}")
                 self.peers.remove(peer)
             else:
@@ -296,7 +296,7 @@ class Bench:
 
 
 def compare(cell: dict, result: dict) -> None:
-    """Adds the speed-up over the baseline to a result, where that was measured."""
+    """Adds the speed-up over the baseline to a result, if the baseline was measured."""
     if BASELINE in cell:
         result["speedup"] = round(cell[BASELINE]["us"] / result["us"], 2)
 
@@ -333,11 +333,11 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--no-fa3", action="store_true", help="measure adamas alone, without vLLM")
     parser.add_argument(
-        "--peers", nargs="*", default=OTHERS, choices=OTHERS, help="beside it, if installed"
+        "--peers", nargs="*", default=OTHERS, choices=OTHERS, help="other peers, if installed"
     )
     parser.add_argument("--score", nargs="+", default=["dot", "manhattan"])
     parser.add_argument("--parts", nargs="+", default=list(CELLS), choices=CELLS)
-    parser.add_argument("--cells", nargs="+", help="LENGTHxROWS of the part 'cells', default: all")
+    parser.add_argument("--cells", nargs="+", help="LENGTHxROWS of the part 'cells'; default: all")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args()
     if args.cells:

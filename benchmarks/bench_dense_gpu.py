@@ -1,12 +1,12 @@
 """Dense attention on a Hopper GPU: decode of a dense layer, and prefill over bf16 and fp8 pages.
 
-Decode: the kernels' dense rows beside FlashAttention over the page. Both read the same pages through
-the same block tables inside a CUDA graph that is valid for contexts up to `MAX_CONTEXT`, as a server
-captures it. The third column is FlashAttention over a cache of its own layout with the exact bound:
-what a dense layer can cost at best.
+Decode: the kernels' dense rows and FlashAttention over the page. Both read the same pages through the same
+block tables inside a CUDA graph that is valid for contexts up to `MAX_CONTEXT`, as a server captures it.
+The third column is FlashAttention over a cache in its own layout with the exact bound, the lower limit for
+a dense layer.
 
-Prefill: the last `NEW` tokens of a context, over bf16 pages in place, over fp8 pages that are copied out
-as real values first, that copy alone, and FlashAttention in fp8 over a cache of its own layout.
+Prefill: the last `NEW` tokens of a context, over bf16 pages in place, over fp8 pages that are first copied
+out as real values, that copy alone, and FlashAttention in fp8 over a cache in its own layout.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from vllm_adamas.tables import plain
 
 CELLS = ("1024x1", "1024x32", "8192x1", "8192x8", "32768x1", "32768x8", "32768x22", "131072x5")
 MAX_CONTEXT = 131072
-NEW, CONTEXTS = 8192, (8192, 32768, 131072)  # of prefill
+NEW, CONTEXTS = 8192, (8192, 32768, 131072)  # new tokens and contexts of prefill
 WORKING_SET = 200 << 20  # bytes that one graph touches, several times the L2 cache
 
 
@@ -71,7 +71,7 @@ def fp8_cache(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def prefill(backend, flash, pools: dict, length: int) -> dict:
-    """Microseconds of a layer's attention for one request whose last NEW tokens are being computed."""
+    """Microseconds of a layer's attention for one request whose last NEW tokens are prefilled."""
     starts = torch.tensor([0, NEW], dtype=torch.int32)
     lens = torch.tensor([length], dtype=torch.int32)
     query = torch.randn(NEW, QUERY_HEADS, HEAD_SIZE, device="cuda").bfloat16()
@@ -84,7 +84,7 @@ def prefill(backend, flash, pools: dict, length: int) -> dict:
         args = (backend, layer, plan, query, None, None, output)
         row[name] = timed([lambda args=args: flash.prefill(*args)], replays=9)
     rows = torch.empty(2, length, KV_HEADS, HEAD_SIZE, dtype=query.dtype, device="cuda")
-    args = (layer, table, plan.seq_lens, *rows)  # of the fp8 pool, the last one
+    args = (layer, table, plan.seq_lens, *rows)  # of the last pool, fp8
     row["copy"] = timed([lambda: backend.gather(*args)], replays=9)
     k, v = fp8_cache(length)
     one, q = torch.ones(1, KV_HEADS, device="cuda"), query.to(torch.float8_e4m3fn)
@@ -105,7 +105,7 @@ def prefill(backend, flash, pools: dict, length: int) -> dict:
 
 
 def table(rows: list[dict], places: tuple[str, str], what: str) -> str:
-    """The medians of measurements in µs, one column each, behind the two keys that say of what."""
+    """The medians of measurements in µs, one column each after the two keys ``places``."""
     names = [name for name, one in rows[0].items() if isinstance(one, dict)]
     shown = [[*(row[p] for p in places), *(f"{row[n]['us']:.1f}" for n in names)] for row in rows]
     return f"{what}, us\n{plain([*places, *names], shown)}\n"

@@ -1,7 +1,7 @@
 """Host time of one eager decode of one row, by backend: argument checks, launch plan and launches.
 
-On a GPU the calls are queued and not waited for. On a CPU the row itself is computed in the call; its
-context is short, so that little of the time is its attention.
+On a GPU the calls are queued and not waited for. On a CPU a call computes the row itself, so its context is
+short and attention takes little of the time.
 
     python benchmarks/bench_host.py
 """
@@ -29,7 +29,7 @@ BACKENDS = {"cpu": ("cpu",), "cuda": ("cuda", "triton")}
 
 
 def host_time(backend: Backend, device: str) -> dict:
-    """Microseconds of a call: median and quartiles over repeats of ``CALLS``."""
+    """Microseconds per call: median and quartiles over repeats of ``CALLS`` calls."""
     layout = PageLayout(HEAD_SIZE, BLOCK_SIZE, DTYPE)
     params = Params.of(
         AdamasConfig(),
@@ -56,12 +56,12 @@ def host_time(backend: Backend, device: str) -> dict:
         times.append((time.perf_counter() - start) / CALLS * 1e6)
         if device == "cuda":
             torch.cuda.synchronize()
-    return spread(times[1:])  # the first one compiles and allocates
+    return spread(times[1:])  # the first repeat compiles and allocates
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--name", default="host", help="result file; empty keeps none")
+    parser.add_argument("--name", default="host", help="result file; empty writes none")
     args = parser.parse_args()
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     found = {}

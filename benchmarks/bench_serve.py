@@ -1,7 +1,7 @@
 """`vllm bench serve` against two servers that differ in the attention backend alone.
 
-The servers take turns, one at a time (an idle one still costs its neighbour some of a small machine),
-with the same prompts. Concurrency 1, prefix caching off (every prompt is new), torch.compile on.
+The servers run one at a time with the same prompts, because even an idle server slows another one on a small
+machine. Concurrency 1, prefix caching off (every prompt is new), torch.compile on.
 
     python benchmarks/bench_serve.py --contexts 1024 2048 4096 8000
 """
@@ -35,7 +35,7 @@ def parse_args():
         "--prompts", type=int, default=2, help="requests per backend, context and round"
     )
     parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--config", default="{}", help="options of the adamas backend, JSON")
+    parser.add_argument("--config", default="{}", help="options of the adamas backend as JSON")
     parser.add_argument("--name", default="serve_cpu", help="result file")
     return parser.parse_args()
 
@@ -43,7 +43,7 @@ def parse_args():
 def run_bench(
     server: Server, context: int, output_len: int, prompts: int, seed: int, concurrency: int = 1
 ) -> dict:
-    """One `vllm bench serve`; per request, in ms: TPOT, median inter-token latency and TTFT."""
+    """Runs `vllm bench serve`; per request in ms: TPOT, median inter-token latency and TTFT."""
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve",
@@ -77,7 +77,7 @@ def measure(args) -> tuple[list[dict], str]:
     extra += ["--disable-log-stats"]
     line = ""
     for seed in range(args.rounds):
-        # The order alternates, so that neither backend always follows the other.
+        # The order alternates, so that neither backend always runs second.
         for name in BACKENDS if seed % 2 == 0 else BACKENDS[::-1]:
             config = json.loads(args.config) if name == "adamas" else None
             with Server(args.model, name, config, extra_args=extra) as server:
@@ -100,7 +100,7 @@ def compare(context: int, dense: dict, sparse: dict) -> dict:
 
 
 def table(rows: list[dict]) -> str:
-    """Medians, and the quartiles of the ratios."""
+    """Medians, with quartiles of the ratios."""
     headers = ["context", "dense TPOT ms", "adamas TPOT ms", "TPOT ratio", "q1", "q3"]
     return plain(
         [*headers, "TTFT ratio", "q1", "q3"],

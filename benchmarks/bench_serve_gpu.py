@@ -1,12 +1,12 @@
-"""TPOT of FLASH_ATTN and ADAMAS as a client sees it under load on a GPU.
+"""TPOT of FLASH_ATTN and ADAMAS as a client measures it under load on a GPU.
 
-Dummy weights in the shape of Llama-3.1-8B: the speed of decode does not depend on their values. Prompts
-of random tokens are sent cold, for TTFT, and then again: their prefixes are cached by then, so TPOT and
-the inter-token latency (ITL) are those of decode steps with every request running. A mixed load comes
-after `--loads`: fresh questions about cached documents, which arrive at a rate.
+The weights are dummies in the shape of Llama-3.1-8B, since the speed of decode does not depend on their
+values. Prompts of random tokens are sent cold, for TTFT, and then again. By then their prefixes are cached,
+so TPOT and the inter-token latency (ITL) are those of decode steps with every request running. After
+`--loads` follows a mixed load: new questions about cached documents, which arrive at a fixed average rate.
 
-For these both servers share one GPU and take turns. The `--big-loads`, whose KV cache needs a whole GPU,
-run on one server after the other, or side by side with a GPU for each (`--devices`).
+For these loads both servers share one GPU and take turns. The `--big-loads`, whose KV cache needs a whole
+GPU, run on one server after the other, or side by side with one GPU each (`--devices`).
 
     python benchmarks/bench_serve_gpu.py --tokenizer DIR --devices 0 1
 """
@@ -64,18 +64,20 @@ def parse_args():
         "--loads", nargs="*", default=["32000x1", "32000x8"], help="CONTEXTxREQUESTS"
     )
     parser.add_argument(
-        "--big-loads", nargs="*", default=["32000x22", "128000x5"], help="a GPU for each server"
+        "--big-loads", nargs="*", default=["32000x22", "128000x5"], help="one GPU per server"
     )
     parser.add_argument("--output-len", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3, help="warm rounds of every load")
     parser.add_argument(
-        "--cold", type=int, default=12, help="cold prompts of each of --loads at least"
+        "--cold", type=int, default=12, help="minimum number of cold prompts for each of --loads"
     )
     parser.add_argument("--mixed-rounds", type=int, default=1, help="rounds of the mixed load")
-    parser.add_argument("--config", default="{}", help="options of the adamas backend, JSON")
+    parser.add_argument("--config", default="{}", help="options of the adamas backend as JSON")
     parser.add_argument("--kv-bytes", default="42G", help="KV cache of servers that share a GPU")
-    parser.add_argument("--big-kv-bytes", default="96G", help="KV cache of a server that does not")
-    parser.add_argument("--devices", nargs=2, help="GPUs of the servers of --big-loads, at once")
+    parser.add_argument(
+        "--big-kv-bytes", default="96G", help="KV cache of a server with its own GPU"
+    )
+    parser.add_argument("--devices", nargs=2, help="one GPU per server of --big-loads, run at once")
     parser.add_argument("--name", default="serve_gpu", help="result file")
     return parser.parse_args()
 
@@ -117,13 +119,13 @@ def at_once(server: Server, prompts: list[list[int]], tokens: int, waits=None) -
 
 
 def in_turn(names, turn: int) -> list[str]:
-    """The other way round in every second turn."""
+    """The names, in reverse order in every second turn."""
     return list(names)[:: 1 if turn % 2 == 0 else -1]
 
 
 @dataclass
 class Load:
-    """`requests` prompts of `context` tokens at once; samples per backend and key."""
+    """`requests` prompts of `context` tokens sent at once, and samples per backend and key."""
 
     context: int
     requests: int
@@ -134,7 +136,7 @@ class Load:
         return cls(*map(int, text.split("x")))
 
     def prompts(self, turn: int = 0) -> list[list[int]]:
-        name = f"{self.context}x{self.requests}/{turn}"  # no load finds another's prompts cached
+        name = f"{self.context}x{self.requests}/{turn}"  # distinct, so that no load finds another's prompts cached
         return [random_prompt(f"{name}/{i}", self.context) for i in range(self.requests)]
 
     def measure(
@@ -145,8 +147,11 @@ class Load:
         rounds: int,
         apart: bool = False,
     ) -> None:
-        """`cold` rounds of new prompts, then the last ones again, `rounds` times. Servers take turns;
-        those `apart`, with a GPU of their own, not for cold prompts, which take long."""
+        """Sends `cold` rounds of new prompts, then the last ones again, `rounds` times.
+
+        Servers take turns. Those that are `apart`, with one GPU each, run cold prompts at once, since these
+        take long.
+        """
         for turn in range(cold):
             prompts, names = self.prompts(turn), in_turn(servers, turn)
             with ThreadPoolExecutor(len(names) if apart else 1) as pool:
@@ -176,8 +181,10 @@ class Load:
 
 
 def floors(context: int, rows: int, config: dict, read_rate: float) -> tuple[float, float]:
-    """What a decode step costs in ms if it did nothing but read, dense and sparse: weights, and K and V
-    or signatures and the selected K and V."""
+    """Time in ms to read the data of a decode step, dense and sparse.
+
+    These are the weights, and K and V, or the signatures and the selected K and V.
+    """
     m = LLAMA_8B
     kv_width = m["num_key_value_heads"] * m["head_dim"]
     layer = 2 * m["hidden_size"] ** 2 + 2 * m["hidden_size"] * kv_width
@@ -196,14 +203,16 @@ def floors(context: int, rows: int, config: dict, read_rate: float) -> tuple[flo
 
 
 def measured_read_rate() -> float:
-    """Bytes per second: the best that FlashAttention reads K and V at, from `decode_gpu.json`."""
+    """Highest rate in bytes per second at which FlashAttention reads K and V in `decode_gpu.json`."""
     cells = json.loads((RESULTS / "decode_gpu.json").read_text())["cells"]
     return 1e9 * max(cell["fa3"]["GBps"] for cell in cells)
 
 
 def mixed_load(servers: dict[str, Server], output_len: int, rounds: int) -> dict:
-    """Questions about cached documents, new ones in every round; arrivals are Poisson, the same for
-    both servers, which take turns."""
+    """Sends questions about cached documents, new ones in every round, to both servers in turn.
+
+    Arrivals are a Poisson process, the same for both servers.
+    """
     documents = Load(MIXED["context"], MIXED["documents"]).prompts()
     rng, waits = random.Random(0), [0.0]
     while len(waits) < MIXED["requests"]:
@@ -244,7 +253,7 @@ def mixed_load(servers: dict[str, Server], output_len: int, rounds: int) -> dict
 
 
 def check_equal(servers: dict[str, Server]) -> dict:
-    """Greedy tokens of both servers on prompts shorter than the budget."""
+    """Compares greedy tokens of both servers on prompts shorter than the budget."""
     prompts = [f"Tell me about the number {n}." for n in range(4)]
     answers = {}
     for name, server in servers.items():
@@ -263,7 +272,7 @@ def check_equal(servers: dict[str, Server]) -> dict:
 
 
 class Bench:
-    """The servers of one benchmark, and what they say about themselves."""
+    """The servers of one benchmark, and the facts that are recorded about them."""
 
     def __init__(self, args, model: Path):
         self.args, self.model = args, model
@@ -298,7 +307,7 @@ class Bench:
         return servers
 
     def run(self) -> dict:
-        """Every load; the file is kept up to date, because a run takes long and may be cut short."""
+        """Runs every load and updates the file after each, because a run is long and may be interrupted."""
         args = self.args
         if args.loads or args.mixed_rounds:
             self.run_on_one_gpu([Load.parse(x) for x in args.loads])
@@ -313,7 +322,7 @@ class Bench:
         return self.result()
 
     def run_on_one_gpu(self, loads: list[Load]) -> None:
-        """What both servers measure in turn on one GPU."""
+        """Measures both servers in turn on one GPU."""
         args = self.args
         with ExitStack() as stack:
             one_gpu = args.devices and args.devices[:1] * 2
@@ -346,13 +355,13 @@ class Bench:
 
 
 def kv_tokens(log: str) -> int:
-    """From vLLM's line 'GPU KV cache size: N tokens'."""
+    """Tokens in the KV cache, from vLLM's line 'GPU KV cache size: N tokens'."""
     line = next(x for x in log.splitlines() if "KV cache size:" in x)
     return int(line.partition("KV cache size:")[2].split()[0].replace(",", ""))
 
 
 def table(rows: list[dict]) -> str:
-    """Medians, their ratios, and what reading alone would take."""
+    """Medians, their ratios, and the times that reading alone would take."""
     headers = ["context", "requests", "dense TPOT ms", "adamas TPOT ms", "ratio", "ITL ratio"]
     return plain(
         [*headers, "TTFT ratio", "dense floor ms", "adamas floor ms"],

@@ -1,4 +1,4 @@
-"""What every benchmark shares: the environment, statistics, and the file that keeps the result."""
+"""Shared by all benchmarks: the environment, statistics and result files."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def environment(packages: Sequence[str] = ()) -> dict:
-    """What a result file keeps of this host and its software: :class:`Environment`.
+    """The record of this host and its software for a result file (:class:`Environment`).
 
     Args:
-        packages: distributions that are measured beside the project's own kernels.
+        packages: distributions that are measured besides the project's own kernels.
     """
     return Environment.capture(RESULTS.parent, packages).record()
 
 
 def load(name: str) -> tuple[dict, Environment]:
-    """``benchmarks/results/<name>.json`` and the environment it was measured in."""
+    """Loads ``benchmarks/results/<name>.json`` and the environment it was measured in."""
     result = json.loads((RESULTS / f"{name}.json").read_text())
     return result, Environment.model_validate(result["environment"])
 
@@ -43,9 +43,9 @@ def save(name: str, result: dict) -> Path:
 
 
 def update_document(document: Path, script: str, lines: list[str]) -> int:
-    """Writes ``lines`` between the markers that name the script; the exit status of a command.
+    """Writes ``lines`` between the markers that name the script; returns the exit status.
 
-    With ``--check`` on the command line nothing is written, and it is 1 when the document differs.
+    With ``--check`` on the command line nothing is written, and the status is 1 if the document differs.
     """
     begin = f"<!-- results: begin (benchmarks/{script}.py writes this part) -->"
     end = "<!-- results: end -->"

@@ -1,8 +1,8 @@
 """The quality study of docs/quality.md: every configuration, selector and budget on one model.
 
-Results go to benchmarks/results/quality_<model>.json, where an interrupted run is continued; the report
-and the plot beside it. A study can be split into runs of some families or tasks, each with an --output of
-its own; --merge puts their results together.
+Results go to benchmarks/results/quality_<model>.json, from which an interrupted run resumes, with the
+report and the plot next to it. A study can be split into runs of some families or tasks, each with its own
+--output; --merge merges their results.
 
     python benchmarks/quality.py MODEL --text FILE ... --families dot manhattan --output one
     python benchmarks/quality.py MODEL --text FILE ... --families oracle quest=64,256 --output two
@@ -23,13 +23,13 @@ from vllm_adamas.evaluate import texts
 from vllm_adamas.evaluate.command import BUDGETS, write_report
 from vllm_adamas.evaluate.study import FAMILIES, TASKS, Arm, Settings, Study, load, merge
 
-#: Retrieval is measured for these; text quality for every budget.
+#: Budgets for which retrieval is measured; text quality is measured for every budget.
 RETRIEVAL_BUDGETS = (64, 128, 256, 512)
-#: What the reference selectors run.
+#: Tasks that the reference selectors run.
 SELECTOR_TASKS = ("perplexity", "passkey", "single", "multikey")
 PROFILE = "+profile"
 PROFILE_FAMILIES = ("dot", "dot-query-head")
-#: With fewer or more dense first layers than by default.
+#: Families with fewer or more dense first layers than the default.
 VARIANTS = {
     f"{family}-dense{layers}": {**FAMILIES[family], "num_dense_layers": layers}
     for family in PROFILE_FAMILIES
@@ -38,7 +38,7 @@ VARIANTS = {
 
 
 def arms(families: list[str], budgets: list[int], profile: str | None) -> list[Arm]:
-    """Every family with the budgets; ``<family>=64,256`` names budgets of its own."""
+    """Every family with the budgets; ``<family>=64,256`` sets a family's own budgets."""
     made = []
     for entry in families:
         family, _, own = entry.partition("=")
@@ -47,7 +47,7 @@ def arms(families: list[str], budgets: list[int], profile: str | None) -> list[A
 
 
 def arm(family: str, budget: int, profile: str | None) -> Arm:
-    """A family or variant with a budget; ``<family>+profile`` takes the profile."""
+    """A family or variant with a budget; ``<family>+profile`` uses the profile."""
     if family in VARIANTS:
         options = {**VARIANTS[family], "token_budget": budget}
         return Arm(f"{family}-{budget}", family, budget, options)
@@ -89,7 +89,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("model")
-    parser.add_argument("--name", help="default: the model's folder")
+    parser.add_argument("--name", help="name in the result files; default: the model's folder")
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--text", nargs="+", metavar="FILE")
     what.add_argument("--merge", nargs="+", type=Path, metavar="FILE")
@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--families", nargs="+")
     parser.add_argument("--budgets", nargs="+", type=int, default=BUDGETS)
     parser.add_argument("--retrieval-budgets", nargs="+", type=int, default=RETRIEVAL_BUDGETS)
-    parser.add_argument("--profile", help="of <family>+profile")
+    parser.add_argument("--profile", help="profile of <family>+profile")
     parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument("--max-num-batched-tokens", type=int)
     parser.add_argument("--kv-cache-gib", type=float)

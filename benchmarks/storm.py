@@ -1,10 +1,9 @@
-"""Storms over servers of many configurations: traffic as ordinary clients make it, its answers checked.
+"""Storms over servers of many configurations: traffic like that of ordinary clients, with answers checked.
 
-On GPUs eight servers run side by side, whose six properties meet in all pairs, and a stock server by which
-those with a budget above every context are scored; the others are replayed. A second stock server goes
-through the same storm: its distances say what rounding and batching do alone. On a CPU three servers take
-turns.
-The exit status is 0 if all is well.
+On GPUs eight servers run side by side; they cover all pairs of values of six properties. A stock server
+scores those whose budget is above every context, and the others are replayed. A second stock server runs
+through the same storm: its distances are those of rounding and batching alone. On a CPU three servers run
+one after another. The exit status is 0 if all is well.
 
     python benchmarks/storm.py --minutes 20
 """
@@ -29,15 +28,15 @@ from common import environment, save
 from vllm_adamas.serving.launch import Server
 from vllm_adamas.serving.storm.traffic import WEIGHTS
 
-CONTEXT = 131072  #: tokens that GPU servers are sized for; the model was trained with 8192
-BLOCK_TOKENS = CONTEXT + 4096  #: of a GPU server's KV cache, so that bursts preempt
+CONTEXT = 131072  #: longest context of GPU servers in tokens; the model was trained with 8192
+BLOCK_TOKENS = CONTEXT + 4096  #: tokens in a GPU server's KV cache, so few that bursts preempt
 GPU_SERVER = [
     *f"--max-model-len {CONTEXT} --gpu-memory-utilization 0.08 --kv-cache-memory-bytes 4G "
     "--cudagraph-capture-sizes 1 2 4 8 16 32 --hf-overrides".split(),
     json.dumps({"max_position_embeddings": CONTEXT}),
 ]
 GPU_STORM = "--concurrency 24 --max-prompt 1536 --max-tokens 64 --burst 160 --distance 0.5"
-#: Rounding can move K and V by a step of fp8, and the model knows nothing of positions far beyond its training.
+#: Rounding can move K and V by a step of fp8, and positions far beyond its training make the model unstable.
 WIDE = " --distance 1"
 SHORT = ",".join(kind for kind in WEIGHTS if kind != "longest")
 CPU_SERVER = "--max-model-len 2048 --max-num-seqs 16 --num-gpu-blocks-override {blocks}"
@@ -48,7 +47,7 @@ class Configuration:
     """A server and its storm.
 
     Args:
-        scored: by the stock server; others are replayed.
+        scored: whether the stock server scores it; otherwise it is replayed.
     """
 
     args: list[str]
@@ -64,10 +63,10 @@ class Configuration:
 
 
 def gpu_configurations(swap: bool) -> dict[str, Configuration]:
-    """An orthogonal array: each pair of values of two properties comes twice.
+    """An orthogonal array: each pair of values of two properties occurs twice.
 
     Args:
-        swap: the budget above the contexts goes to the other four.
+        swap: gives the budget above the contexts to the other four servers.
     """
     found = {}
     for a, b, c in itertools.product((0, 1), repeat=3):
@@ -87,7 +86,7 @@ def gpu_configurations(swap: bool) -> dict[str, Configuration]:
             options["token_budget"] = 1_000_000
         found[", ".join(names)] = Configuration(
             args,
-            # The longest context takes a second of a whole GPU, so one server gets it for all.
+            # The longest context takes a second of a whole GPU, so only one server gets it.
             f"{GPU_STORM} --block-size {block}"
             + WIDE * bool(fp8 or not found)
             + f" --kinds {SHORT}" * bool(found),
@@ -100,13 +99,13 @@ def gpu_configurations(swap: bool) -> dict[str, Configuration]:
 
 
 def stock_configuration() -> Configuration:
-    """vLLM's own backend in the same traffic."""
+    """vLLM's own backend under the same traffic."""
     blocks = ["--block-size", "16", "--num-gpu-blocks-override", str(BLOCK_TOKENS // 16)]
     return Configuration([*GPU_SERVER, *blocks], f"{GPU_STORM} --kinds {SHORT}", "flash_attn")
 
 
 def cpu_configurations() -> dict[str, Configuration]:
-    """A server as people start it, one that computes in float32, where distances are exact, and a stock one."""
+    """A server with usual settings, one in float32, where distances are exact, and a stock server."""
     storm = "--max-prompt 400 --max-tokens 24"
     usual = [*CPU_SERVER.format(blocks=64).split(), "--block-size", "64"]
     exact = [*CPU_SERVER.format(blocks=96).split(), "--dtype", "float32", "--block-size", "32"]
@@ -122,7 +121,7 @@ def cpu_configurations() -> dict[str, Configuration]:
 
 
 def gpus() -> list[str]:
-    """What CUDA_VISIBLE_DEVICES calls them."""
+    """The GPUs by their names in CUDA_VISIBLE_DEVICES."""
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named:
         return named.split(",")
@@ -134,12 +133,10 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--device", choices=("cpu", "gpu"), help="default: gpu if there is one")
     parser.add_argument("--model", default=str(MODEL))
-    parser.add_argument(
-        "--minutes", type=float, default=20.0, help="of traffic, all storms together"
-    )
-    parser.add_argument("--only", help="configurations whose name has this in it")
+    parser.add_argument("--minutes", type=float, default=20.0, help="minutes of traffic")
+    parser.add_argument("--only", help="run configurations whose name contains this")
     parser.add_argument("--swap", action="store_true", help="GPU: exchange sparse and dense")
-    parser.add_argument("--check", type=int, default=200, help="answers to check of each server")
+    parser.add_argument("--check", type=int, default=200, help="answers to check per server")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--name", help="result file; default: storm_cpu or storm_gpu")
     return parser.parse_args()
@@ -153,7 +150,7 @@ def run_storm(
     seconds: float,
     args,
 ) -> dict:
-    """The record of one storm; its progress lines go to stderr with the configuration before them."""
+    """Runs a storm and returns its record; progress goes to stderr, prefixed with the configuration."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "storm.json"
         command = [sys.executable, "-m", "vllm_adamas.cli", "storm", server.url]
@@ -174,7 +171,7 @@ def run_storm(
 
 
 class Storms:
-    """Runs configurations and keeps the result file up to date: a run may be cut short."""
+    """Runs configurations and updates the result file after each, because a run may be interrupted."""
 
     def __init__(self, args, device: str):
         self.args, self.name = args, args.name or f"storm_{device}"
@@ -205,11 +202,11 @@ class Storms:
         except RuntimeError as error:  # it did not start
             line, record = "", {"ok": False, "problems": [str(error)]}
             print(f"{name}: {error}", flush=True)
-        for place in ("url", "oracle", "model"):  # of this host
+        for place in ("url", "oracle", "model"):  # they belong to this host
             record.pop(place, None)
         for check in record.get("checks", {}).values():
             for wrong in check["first_wrong"]:
-                wrong["prompt"] = wrong["prompt"][-64:]  # seed and unit make the rest
+                wrong["prompt"] = wrong["prompt"][-64:]  # seed and unit reproduce the rest
         self.result["configurations"][name] = {
             "server": configuration.args,
             "env": configuration.env,
@@ -223,7 +220,7 @@ class Storms:
             self.one(name, configuration, 60 * self.args.minutes / len(configurations))
 
     def side_by_side(self, configurations: dict[str, Configuration], stock: Configuration) -> None:
-        """All servers start at once, dealt to the GPUs in turn; the stock one, if any needs it, ends last."""
+        """Runs all servers at once, assigned to the GPUs in turn; the stock server, if needed, ends last."""
         seconds, model = 60 * self.args.minutes, self.args.model
         for gpu, one in zip(itertools.cycle(gpus()), [stock, *configurations.values()]):
             one.env["CUDA_VISIBLE_DEVICES"] = gpu

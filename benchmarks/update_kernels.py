@@ -73,7 +73,7 @@ def cells(result: dict) -> list[str]:
 
 
 def peers(result: dict) -> list[str]:
-    """Every dense kernel that was measured, with its time as a multiple of the baseline's."""
+    """All measured dense kernels, with their times as multiples of the baseline's."""
     found = [peer for peer in OTHERS if any(peer.name in cell for cell in result["cells"])]
     rows = []
     for cell in result["cells"]:
@@ -140,7 +140,7 @@ def render(result: dict, environment: Environment) -> list[str]:
 
 
 def plot(result: dict) -> None:
-    """Microseconds of one row, and the speed-up of 1, 8 and 32 rows, against the context's length."""
+    """Plots the time of one row and the speed-up of 1, 8 and 32 rows over the context length."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -22,7 +22,7 @@ from vllm_adamas.tables import markdown
 
 DOCUMENT = RESULTS.parent.parent / "docs" / "quality.md"
 
-#: What a server does unless told otherwise.
+#: The family and the budget of a server's default configuration.
 DEFAULT = "dot" if AdamasConfig().selection == "kv_head" else "dot-query-head"
 BUDGET = AdamasConfig().token_budget
 NEEDLES = f"{DEFAULT}-dense2"
@@ -32,12 +32,12 @@ SELECTORS = [name for name, options in FAMILIES.items() if "selector" in options
 
 @dataclass(frozen=True)
 class Target:
-    """What the project wants of a configuration of a model.
+    """A quality target for a configuration of a model.
 
     Args:
-        key: of :func:`report.summary`; ``d<task>`` is the paired difference of a retrieval task.
-        limit: the most of a ΔNLL, the least of anything else.
-        noise: met, too, where the interval of a difference reaches the limit.
+        key: entry of :func:`report.summary`; ``d<task>`` is the paired difference of a retrieval task.
+        limit: upper bound of a ΔNLL, lower bound of anything else.
+        noise: whether the target is met when the interval of a difference reaches the limit.
     """
 
     model: str
@@ -49,7 +49,7 @@ class Target:
     noise: bool = False
 
     def good(self, value) -> float:
-        """Larger is better."""
+        """The value as a quality: larger is better."""
         mean = value[0] if isinstance(value, tuple) else value
         return -mean if self.key == "dnll" else mean
 
@@ -77,7 +77,7 @@ TARGETS = (
     Target(SMOLLM, "perplexity within 3% of dense by default", DEFAULT, BUDGET, "dnll", 0.03),
     Target(SMOLLM, "perplexity within 6% with a budget of 128", DEFAULT, 128, "dnll", 0.0583),
     Target(SMOLLM, "passkey as dense by default", DEFAULT, BUDGET, "dpasskey", 0.0, noise=True),
-    # The needles ran with one dense layer more than the default has.
+    # The needle tasks ran with one dense layer more than the default.
     Target(SMOLLM, "single needle as dense", NEEDLES, BUDGET, "dsingle", 0.0, noise=True),
     Target(SMOLLM, "multi-key needle", NEEDLES, BUDGET, "dmultikey", -0.02),
     Target(GEMMA, "attention mass with its profile", f"{DEFAULT}+profile", 256, "mass", 0.78),
@@ -85,7 +85,7 @@ TARGETS = (
 
 
 def targets(results: dict[str, dict]) -> list[str]:
-    """A table of wanted and measured, with the best configuration of the same budget."""
+    """A table of targets and measurements, with the best configuration of the same budget."""
     lines = []
     for target in TARGETS:
         rows = {
@@ -113,7 +113,7 @@ def targets(results: dict[str, dict]) -> list[str]:
 
 
 def times(result: dict, bench: dict) -> list[str]:
-    """What each budget and selection costs in quality and in time, the fastest first."""
+    """Quality and time of each budget and selection, fastest first."""
     rows = {row["name"]: row for row in report.summary(result)}
     suffix = "+profile" if "dot+profile-256" in rows else ""
     lines = []

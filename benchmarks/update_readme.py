@@ -27,8 +27,8 @@ PLOT = RESULTS / "overview.png"
 BASELINE = next(iter(PEERS.values()))
 QUALITY = "quality_SmolLM2-135M-Instruct"
 
-#: What README.md shows: loads (context, requests) of the GPU server, a cell of the kernels (context, rows),
-#: and the context of the CPU server.
+#: Results shown in README.md: loads (context, requests) of the GPU server, a cell of the kernels (context,
+#: rows), and the context of the CPU server.
 LOADS = ((32000, 1), (32000, 8), (128000, 5))
 CELL = (32768, 32)
 CPU_CONTEXT = 8000
@@ -54,12 +54,12 @@ def change(row: dict, key: str, digits: int = 1) -> str:
 
 
 def used(cell: dict, name: str) -> dict:
-    """The form of the step that runs."""
+    """The result of the kernels that the policy chose."""
     return cell[name][cell[name]["runs"]]
 
 
 def find(measured: list[dict], **values) -> dict:
-    """The row that has these values."""
+    """The first row with these values."""
     return next(row for row in measured if all(row[key] == value for key, value in values.items()))
 
 
@@ -223,7 +223,7 @@ def benchmarks() -> list[str]:
 
 
 def plot() -> None:
-    """TPOT of the GPU servers, and what sparse decode adds to the loss by token budget."""
+    """Plots TPOT of the GPU servers, and the loss that sparse decode adds over the token budget."""
     import matplotlib
 
     matplotlib.use("Agg")

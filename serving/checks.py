@@ -1,4 +1,4 @@
-"""What the backend cannot serve, said before a server starts: one sentence per constraint."""
+"""Refuses what the backend cannot serve before a server starts, with one sentence per constraint."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ OTHER_BACKEND = "serve this model with another --attention-backend"
 def check_config(vllm_config) -> AdamasConfig:
     """Checks a complete VllmConfig that selects the adamas backend.
 
-    A profile's hash is written into the configuration, so that every process codes keys alike.
+    The hash of a profile is written into the configuration, so that every process uses the same one.
 
     Raises:
         AdamasError: the first constraint that is not met.
@@ -48,7 +48,7 @@ def _pin_profile(vllm_config, config: AdamasConfig) -> AdamasConfig:
 
 
 def warnings(vllm_config, config: AdamasConfig) -> list[str]:
-    """What is served, but known to be served badly: one sentence each, with the better setting."""
+    """Settings that are served but known to give poor quality: one sentence each, with a better one."""
     model, found = vllm_config.model_config, []
     if model is not None and config.profile is None and identity.has_qk_norm(model):
         also = " and score dot" if config.score == "manhattan" else ""
@@ -60,7 +60,7 @@ def warnings(vllm_config, config: AdamasConfig) -> list[str]:
 
 
 def _check_place_of_options(additional) -> None:
-    """Other entries may be meant for another plugin, but not one that looks like ours."""
+    """Refuses misplaced options. Other entries of ``additional_config`` may belong to another plugin."""
     for key in additional if isinstance(additional, dict) else ():
         misspelt = key != "adamas" and get_close_matches(key.lower(), ["adamas"], cutoff=0.8)
         if misspelt or key in AdamasConfig.model_fields:
@@ -82,7 +82,7 @@ def _refuse(what: str, way_out: str) -> None:
 
 
 def block_size_multiple() -> int:
-    """Block sizes are multiples of this: vLLM's CPU prefill kernel works in blocks of 32."""
+    """Required divisor of the block size in tokens: vLLM's CPU prefill kernel works in blocks of 32."""
     return 32 if compat.on_cpu() else TILE
 
 
@@ -134,7 +134,7 @@ def _check_parallel(vllm_config) -> None:
     if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
         _refuse("prefill context parallelism (PCP)", "drop --prefill-context-parallel-size")
     if parallel.use_ubatching:
-        # Their layers run at the same time, and share the workspace of the process.
+        # Their layers run concurrently but share the workspace of the process.
         _refuse("micro-batches that overlap", "drop --enable-dbo and --ubatch-size")
 
 
@@ -150,14 +150,14 @@ def _check_features(vllm_config) -> None:
         _refuse("block diffusion (non-causal attention over a canvas)", OTHER_BACKEND)
     if vllm_config.kv_transfer_config is not None:
         _refuse("KV connectors yet", "drop --kv-transfer-config")
-    if cache.kv_offloading_size is not None:  # vLLM makes a connector of it, but later
+    if cache.kv_offloading_size is not None:  # vLLM later turns it into a connector
         _refuse("KV connectors yet, and offloading is one", "drop --kv-offloading-size")
     if cache.kv_sharing_fast_prefill:
-        # Its metadata call the prompts' last tokens decode steps, which would be sparse.
+        # Its metadata present the prompts' last tokens as decode steps, which would be sparse.
         _refuse("the fast prefill of layers that share keys", "drop --kv-sharing-fast-prefill")
     if envs.VLLM_BATCH_INVARIANT:
         _refuse("batch invariance", "unset VLLM_BATCH_INVARIANT")
-    if envs.VLLM_KV_CACHE_LAYOUT not in (None, "LBHNC", "HND"):  # two names of one layout
+    if envs.VLLM_KV_CACHE_LAYOUT not in (None, "LBHNC", "HND"):  # two names of the same layout
         _refuse(
             f"the layout VLLM_KV_CACHE_LAYOUT={envs.VLLM_KV_CACHE_LAYOUT}",
             "unset it, or set it to LBHNC",
@@ -210,7 +210,7 @@ def _check_model(vllm_config) -> None:
         )
 
 
-#: What says in a model's configuration that some layers have learned sinks.
+#: Fields of a model's configuration that declare learned sinks in some layers.
 SINK_FLAGS = (
     "attention_sinks",
     "swa_attention_sink_enabled",
@@ -226,7 +226,7 @@ def _uses_sinks(text) -> bool:
 
 
 def _is_non_causal(model) -> bool:
-    """A decoder whose configuration says that prompts, or all tokens, are attended in both directions."""
+    """Whether the configuration of a decoder declares bidirectional attention for prompts or all tokens."""
     configs = (model.hf_config, model.hf_text_config)
     declared = any(getattr(config, "is_causal", None) is False for config in configs)
     return declared or getattr(model.hf_text_config, "model_type", "") == "hrm_text"
@@ -247,7 +247,7 @@ def _uses_alibi(text) -> bool:
 def _check_cache(vllm_config) -> None:
     cache = vllm_config.cache_config
     multiple, kind = block_size_multiple(), cache.cache_dtype
-    # One that vLLM chooses may still change here, and is then a size that the backend names.
+    # A block size chosen by vLLM may still change, to one that the backend supports.
     if cache.user_specified_block_size and cache.block_size % multiple:
         _refuse(
             f"block_size {cache.block_size}",

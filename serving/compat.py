@@ -1,7 +1,7 @@
 """Everything that depends on a vLLM version: the supported range, registration and two patches.
 
-No other module tests a version or replaces anything in vLLM or Python. Both patches wrap a method once per
-process, call the original, and leave every other backend's behaviour as it was.
+No other module checks a version or patches vLLM or Python. Both patches wrap a method once per process,
+call the original and leave the behaviour of other backends unchanged.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 NAME = "ADAMAS"
 BACKEND_PATH = "vllm_adamas.serving.backend.AdamasBackend"
 
-#: First supported release, and the first that is refused. 0.32 brought ``customize_spec`` with
-#: ``state_content_bytes`` and the LBHNC cache layout, without which a page cannot carry signatures.
+#: The first supported release, and the first unsupported one after it. 0.32 introduced the LBHNC cache
+#: layout and ``customize_spec`` with ``state_content_bytes``, which pages with signatures need.
 VLLM_MIN = (0, 32)
 VLLM_MAX = (0, 34)
 
@@ -45,15 +45,15 @@ def vllm_version() -> str:
 
 
 def unsupported_vllm() -> str | None:
-    """The sentence to refuse the installed vLLM with, if it is outside the supported range.
+    """The message that refuses the installed vLLM, or None if it is in the supported range.
 
     Raises:
         AdamasError: vLLM is not installed.
     """
     version = vllm_version()
     try:
-        release = Version(version).release[:2]  # that of pre-releases and local builds too
-    except InvalidVersion:  # vLLM calls a build without version "dev"
+        release = Version(version).release[:2]  # ignores pre-release and local parts
+    except InvalidVersion:  # vLLM calls a build without a version "dev"
         return None
     if not VLLM_MIN <= release < VLLM_MAX:
         low, high = (".".join(map(str, v)) for v in (VLLM_MIN, VLLM_MAX))
@@ -85,15 +85,15 @@ def _unpickle_member():
 def register_backend() -> None:
     """Adds ADAMAS to vLLM's enum of attention backends.
 
-    A spawned engine core unpickles its configuration before it loads plugins, when the enum does
-    not know the new member; so the member pickles as a call that registers it first.
+    A spawned engine core unpickles its configuration before it loads plugins, when the enum does not
+    have the new member yet. The member therefore pickles as a call that registers it first.
     """
     member = _member()
     member.__reduce_ex__ = lambda protocol: (_unpickle_member, ())
 
 
 def is_selected(vllm_config) -> bool:
-    """Whether a configuration names the adamas backend, for all layers or for some kinds."""
+    """Whether a configuration selects the adamas backend, for all layers or for some kinds."""
     attention = getattr(vllm_config, "attention_config", None)
     chosen = [
         getattr(attention, "backend", None),
@@ -112,11 +112,11 @@ def _wrap_classmethod(cls: type, name: str, make: Callable) -> None:
 
 
 def check_config_with(check: Callable) -> None:
-    """Patch 1: run ``check(vllm_config)`` after the platform has completed a configuration.
+    """Patch 1: runs ``check(vllm_config)`` after the platform has completed a configuration.
 
-    Reason: a wrong option must end the command before an engine process starts. vLLM has no hook
-    for a plugin there; an attention backend is first asked in the worker, after weights are loading.
-    Goes when backends can validate a VllmConfig.
+    An invalid option must end the command before an engine process starts. vLLM has no hook for a
+    plugin there: it first queries an attention backend in the worker, when weights are being loaded.
+    The patch can go when backends can validate a VllmConfig.
     """
     from vllm.platforms import current_platform
 
@@ -133,7 +133,7 @@ def check_config_with(check: Callable) -> None:
 
 
 def _one_sentence_errors() -> None:
-    """An AdamasError that reaches the top of a command prints its sentence, not a traceback."""
+    """Makes an AdamasError that ends a command print its message instead of a traceback."""
     previous = sys.excepthook
     if getattr(previous, "_vllm_adamas", False):
         return
@@ -152,15 +152,16 @@ def _one_sentence_errors() -> None:
 
 
 def select_on_cpu(problems: Callable[..., list[str]]) -> None:
-    """Patch 2: let the CPU platform honour ``--attention-backend adamas``.
+    """Patch 2: makes the CPU platform honour ``--attention-backend adamas``.
 
-    Reason: ``CpuPlatform.get_attn_backend_cls`` ignores the selected backend and returns CPU_ATTN.
-    An out-of-tree platform would replace the whole platform, of which only one can be active;
-    overriding the CPU_ATTN entry would take encoder layers along. Goes when the CPU platform
-    resolves registered backends as the CUDA platform does.
+    ``CpuPlatform.get_attn_backend_cls`` ignores the selected backend and returns CPU_ATTN. An
+    out-of-tree platform would replace the whole platform, and only one can be active. Overriding the
+    CPU_ATTN entry would affect encoder layers too. The patch can go when the CPU platform resolves
+    registered backends as the CUDA platform does.
 
     Args:
-        problems: why the backend cannot serve a layer, from what vLLM's selector knows of it.
+        problems: returns the reasons why the backend cannot serve a layer, given the fields of vLLM's
+            selector configuration.
     """
     from vllm.platforms import current_platform
 
@@ -185,10 +186,9 @@ def select_on_cpu(problems: Callable[..., list[str]]) -> None:
 
 
 def page_spec(spec, content_bytes: int):
-    """A KV cache spec whose pages hold ``content_bytes`` per token and KV head.
+    """A copy of a KV cache spec whose pages hold ``content_bytes`` per token and KV head.
 
-    ``AttentionBackend.customize_spec``, which calls this, is a temporary interface of vLLM
-    (vllm issue 42449).
+    Its caller ``AttentionBackend.customize_spec`` is a temporary interface of vLLM (vllm issue 42449).
     """
     import dataclasses
 
@@ -203,8 +203,8 @@ def on_cpu() -> bool:
 
 
 def cpu_attention() -> tuple:
-    """vLLM's CPU attention: its operations, and the function that names the kernel for a dtype, a block
-    size, a head size and a KV cache dtype."""
+    """vLLM's CPU attention operations, and the function that returns the kernel's name for a dtype, a
+    block size, a head size and a KV cache dtype."""
     from vllm import _custom_ops
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
@@ -222,28 +222,28 @@ def kv_scales(layer: AttentionLayer) -> tuple[float, float]:
 
 
 def max_decode_rows(vllm_config) -> int:
-    """Rows of the largest decode step, the padding of captured graphs included."""
+    """Rows of the largest decode step, including the padding of captured graphs."""
     captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
     return max(vllm_config.scheduler_config.max_num_seqs, captured)
 
 
 def max_prefill_tokens(vllm_config) -> int:
-    """Tokens of the longest context, or of the largest step if that is more."""
+    """Tokens of the longest context or of the largest step, whichever is more."""
     step = vllm_config.scheduler_config.max_num_batched_tokens
     return max(vllm_config.model_config.max_model_len, step)
 
 
 def layers_of(vllm_config) -> dict:
-    """The layers of an engine that have been built so far, by name; those with a cache among them."""
+    """The layers of an engine that have been built so far, by name."""
     return vllm_config.compilation_config.static_forward_context
 
 
 def adamas_parts(worker) -> tuple[dict, list, Callable[[int], list]]:
-    """What an evaluation changes in a worker of its own process.
+    """The parts of an in-process worker that an evaluation modifies.
 
     Returns:
-        the adamas layers, name to layer in model order; the metadata builders; and a function that
-        gives ``SamplingParams.extra_args`` of the first requests of the batch, in the order of its rows.
+        the adamas layers by name in model order; the metadata builders; and a function that returns
+        ``SamplingParams.extra_args`` of the first requests of the batch, in row order.
     """
     runner = worker.model_runner
     layers = {

@@ -1,4 +1,4 @@
-"""The attention of one layer: append, then dense prefill and sparse decode."""
+"""The attention implementation of a layer: append, then sparse decode and dense prefill."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ logger = init_logger("vllm.adamas")
 
 
 class Balance(NamedTuple):
-    """Factors of the channels, powers of two: keys ``[Hkv, D]``, queries ``[Hq, D]`` (the inverses)."""
+    """Channel factors, powers of two: of keys ``[Hkv, D]``, and their inverses for queries ``[Hq, D]``."""
 
     key: torch.Tensor
     query: torch.Tensor
@@ -118,7 +118,7 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         kv_cache: torch.Tensor,
         slot_mapping: torch.Tensor,
     ) -> None:
-        """Writes K, V and signatures of the step's tokens; vLLM calls it unless :meth:`forward` appends."""
+        """Writes K, V and signatures of a step's tokens; vLLM calls it unless :meth:`forward` appends."""
         bound = self.bind(layer, kv_cache)
         if self._balance is not None:
             key = key * self._balance.key
@@ -139,13 +139,14 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         """Attention of the step's tokens.
 
         Args:
-            query: ``[tokens, Hq, D]``; key, value: ``[tokens, Hkv, D]``.
+            query: ``[tokens, Hq, D]``.
+            key, value: ``[tokens, Hkv, D]``.
             kv_cache: ``[num_blocks, Hkv, block_size, C]``, see :mod:`vllm_adamas.layout`.
             output: ``[tokens, Hq, D]``, written.
         """
         if output_scale is not None or output_block_scale is not None:
             raise NotImplementedError("fused output quantization is not supported by ADAMAS")
-        if attn_metadata is None:  # vLLM profiles what memory a step takes
+        if attn_metadata is None:  # vLLM profiles the memory use of a step
             self._reserve()
             return output
         bound = self.bind(layer, kv_cache)
@@ -176,10 +177,10 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         self.backend.decode(bound, query, batch, output, stats)
 
     def reconfigure(self, config: AdamasConfig, wrap=None) -> None:
-        """Serve with another configuration from the next step on; never called in a server.
+        """Applies another configuration from the next step on; never called in a server.
 
         Args:
-            wrap: what the backend is seen through, such as a recorder.
+            wrap: wraps the backend, for example in a recorder.
         """
         self.config = config
         backend = self.shared.backend(config.kernels)
@@ -187,11 +188,11 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         self._params = self._bound = None
 
     def key_factor(self) -> torch.Tensor | float:
-        """What the channels of stored keys are multiplied by, ``[Hkv, D]`` or 1."""
+        """Factors of the channels of stored keys, ``[Hkv, D]`` or 1."""
         return 1.0 if self._balance is None else self._balance.key
 
     def bind(self, layer: Attention, kv_cache: torch.Tensor) -> Layer:
-        """This layer over its KV cache; made again when vLLM gives it another one."""
+        """This layer bound to its KV cache; bound again when vLLM passes another one."""
         if self._bound is None or not self._bound.is_bound_to(kv_cache):
             if self._params is None:
                 self._params = self._load_params(layer, kv_cache)
@@ -200,7 +201,7 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         return self._bound
 
     def _load_params(self, layer: Attention, kv_cache: torch.Tensor) -> Params:
-        """Known once the layer has a KV cache, whose scales are loaded by then."""
+        """Builds the parameters at the first step with a KV cache, when vLLM has loaded its scales."""
         self._reserve()
         index = extract_layer_index(layer.layer_name)
         self._dense = index < self.config.dense_layers or self.sliding_window is not None
@@ -217,9 +218,9 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         return page_dtype(self.kv_cache_dtype, self.dtype)
 
     def _reserve(self) -> None:
-        """Allocates what the largest step needs, once, before a graph is captured.
+        """Allocates the workspace of the largest step, once, before a graph is captured.
 
-        Not when the layer is built: that memory is discarded with the weights when vLLM sleeps.
+        It is not allocated when the layer is built, since vLLM's sleep mode discards that memory.
         """
         if self._reserved:
             return
@@ -237,15 +238,15 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         if self.config.profile is None or self.sliding_window is not None:
             return None
         if capturing(device):
-            # The graph alone would fill these tensors.
+            # Captured now, these tensors would be computed only when the graph is replayed.
             raise RuntimeError(
                 f"{layer.layer_name} has to run once before a CUDA graph is captured"
             )
         profile = profiles.load(self.config.profile)
-        owner = self.kv_sharing_target_layer_name or layer.layer_name  # of the pages
+        owner = self.kv_sharing_target_layer_name or layer.layer_name  # owner of the pages
         index = extract_layer_index(owner)
         first = get_tensor_model_parallel_rank() * profile.model.num_kv_heads
-        first //= get_tensor_model_parallel_world_size()  # ranks beyond the heads share them
+        first //= get_tensor_model_parallel_world_size()  # more ranks than heads: ranks share heads
         heads = range(first, first + self.num_kv_heads)
         exponents = profile.balance(index, heads).float()
         factor = torch.exp2(exponents).to(device)  # [Hkv, D]

@@ -32,11 +32,11 @@ class Server:
         adamas_config: options of the ``adamas`` backend.
         extra_args: further arguments of ``vllm serve``.
         env: environment variables on top of this process's own.
-        log_path: where the server's output goes; a temporary file by default.
-        timeout: seconds until ``/health`` must answer.
+        log_path: file for the server's output; a temporary file by default.
+        timeout: seconds within which ``/health`` must answer.
 
     Raises:
-        RuntimeError: the server ended or was not ready in time; the end of its log is included.
+        RuntimeError: the server ended or was not ready in time; the message includes the end of its log.
     """
 
     def __init__(
@@ -75,15 +75,15 @@ class Server:
 
     def _start(self, command: Sequence[str], env: Mapping[str, str] | None) -> subprocess.Popen:
         environment = {
-            # GiB, read on CPU only: vLLM's default share of a small NUMA node does not fit into it.
+            # In GiB, read on CPUs only: vLLM's default does not fit into a small NUMA node.
             "VLLM_CPU_KVCACHE_SPACE": "2",
             **os.environ,
-            # torch.compile calls the compiler and ninja that are installed beside the interpreter.
+            # torch.compile calls the compiler and ninja that are installed next to the interpreter.
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
             **(env or {}),
         }
         with self.log_path.open("wb") as log:
-            # A session of its own, so that stop() reaches the worker processes too.
+            # A new session, so that stop() reaches the worker processes too.
             return subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -111,7 +111,7 @@ class Server:
 
     @property
     def pid(self) -> int:
-        """Of the first process; the others are below it."""
+        """Pid of the first process; all others descend from it."""
         return self._process.pid
 
     def log(self) -> str:
@@ -149,7 +149,7 @@ class Server:
         return parse_metrics(self.get("/metrics"))
 
     def stop(self) -> None:
-        """Ends the server and everything it started; safe to call again."""
+        """Ends the server and all processes that it started; safe to call again."""
         for sign, patience in ((signal.SIGTERM, 20), (signal.SIGKILL, 10)):
             if not _signal_group(self._process.pid, sign):
                 break
@@ -177,7 +177,7 @@ def parse_metrics(text: str) -> dict[str, float]:
     """Samples of the Prometheus text format as ``{name: value}``, summed over labels.
 
     Raises:
-        ValueError: the text has another format.
+        ValueError: the text is not in that format.
     """
     totals: dict[str, float] = defaultdict(float)
     for family in text_string_to_metric_families(text):
@@ -188,10 +188,10 @@ def parse_metrics(text: str) -> dict[str, float]:
 
 @contextmanager
 def _free_port() -> Iterator[int]:
-    """A loopback port that nobody else is given in the context.
+    """A loopback port that no other process is given inside the context.
 
-    The port stays bound, so neither a connection nor a search for a free port gets it. Linux lets a
-    second socket bind it and listen where both set SO_REUSEADDR, as vLLM's does.
+    The port stays bound, so the kernel gives it to no connection and to no search for a free port. Linux
+    lets a second socket bind it and listen if both set SO_REUSEADDR, as vLLM's does.
     """
     with socket.socket() as held:
         held.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

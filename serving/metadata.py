@@ -1,4 +1,4 @@
-"""Per-step metadata: which rows decode, which prefill, and each row's token budget."""
+"""Metadata of a step: decode rows, prefill requests and the token budget of each row."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ logger = init_logger("vllm.adamas")
 
 @dataclass
 class AdamasMetadata(AttentionMetadata):
-    """One step's batch; decode requests come first, then those with several query tokens.
+    """The batch of a step: first decode requests, then those with several query tokens.
 
     Args:
-        num_decodes: requests with one query token, R.
-        decode: their rows. A budget is the context length where the row is dense: prompts (a prefill's
-            last token too) and contexts within the budget.
+        num_decodes: number of requests with one query token, R.
+        decode: their rows. The budget of a dense row is its context length; rows are dense if they
+            belong to a prompt (the last token of a prefill too) or if the budget covers the context.
         query_start_loc: int32 ``[R + 1]``, 0 to R.
-        prefill: plan of the other requests, None without any.
-        slot_mapping: int64 ``[tokens]``, where the step's keys and values go.
+        prefill: plan of the other requests, None if there are none.
+        slot_mapping: int64 ``[tokens]``, slots of the step's keys and values.
     """
 
     num_decodes: int
@@ -51,12 +51,12 @@ def row_budgets(
     prefilling: torch.Tensor | None,
     out: torch.Tensor,
 ) -> None:
-    """The budget of every row, on the rows' device and without a host sync.
+    """Writes the budget of every row, on the rows' device and without a host sync.
 
     Args:
-        seq_lens, out: int32 ``[R]``, the padding of a captured graph included.
-        prefilling: bool on the host, of the first rows: Model Runner V2 pads lengths to the size of a
-            graph but not this mask. Rows that belong to a prompt are dense.
+        seq_lens, out: int32 ``[R]``, including the padding of a captured graph.
+        prefilling: bool on the host, whether a row belongs to a prompt and is therefore dense. It may be
+            shorter than R: Model Runner V2 pads lengths to the size of a graph but not this mask.
     """
     budget.fill(seq_lens, out)
     if prefilling is not None and bool(prefilling.any()):
@@ -67,8 +67,8 @@ def row_budgets(
 def require_supported(common: CommonAttentionMetadata) -> None:
     """
     Raises:
-        AdamasError: the step wants attention that is not causal over the whole context. Models that are
-            known to want it are refused before the server starts.
+        AdamasError: the step needs attention that is not causal over the whole context. Models known to
+            need it are refused before the server starts.
     """
     for wanted, what in (
         (common.causal is not True, "non-causal attention"),
@@ -81,7 +81,7 @@ def require_supported(common: CommonAttentionMetadata) -> None:
 class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
     """Builds :class:`AdamasMetadata` once per step for all layers of a KV cache group."""
 
-    # One query token per request; a graph replays with any context lengths, budgets and block tables.
+    # One query token per request; graphs replay with any context lengths, budgets and block tables.
     _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
@@ -89,10 +89,10 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
         self._init_reorder_batch_threshold(1)
         self.config = AdamasConfig.parse(adamas_options(vllm_config))
         self.stats = compat.layers_of(vllm_config)[layer_names[0]].impl.shared.stats
-        # Here and not in each layer, because it reads the model's files.
+        # Once per builder and not per layer, because it reads the model's files.
         for warning in warnings(vllm_config, self.config):
             logger.warning_once(warning)
-        # Captured graphs read budgets and starts from here.
+        # Captured graphs read budgets and starts from these tensors.
         rows = compat.max_decode_rows(vllm_config)
         self._budgets = torch.zeros(rows, dtype=torch.int32, device=device)
         self._starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
@@ -103,7 +103,7 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
         return metadata
 
     def set_budgets(self, seq_lens, prefilling, out) -> None:
-        """Budgets under the configuration; an evaluation gives each row its own."""
+        """Writes the configured budgets; an evaluation replaces this method to set a budget per request."""
         row_budgets(self.config.budget, seq_lens, prefilling, out)
 
     def build(
@@ -144,7 +144,7 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
                 seq_lens=seq_lens,
                 budgets=budgets,
                 max_seq_len=common.max_seq_len,
-                overlap=True,  # the projections of the step lie between
+                overlap=True,  # projections precede decode in a step
             ),
             query_start_loc=self._starts[: num_decodes + 1],
             prefill=plan,

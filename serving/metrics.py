@@ -1,7 +1,7 @@
-"""Selection counters: kernels add to them in the worker, the API server exports them on /metrics.
+"""Selection counters: kernels in the workers add to them, and the API server exports them on /metrics.
 
-The counters are a file of int64 that both processes map. The API server names a folder in the
-environment before it starts the engine; each worker creates its file there.
+Each worker maps a file of int64 counters, which the API server reads. The API server names the folder of
+these files in the environment before it starts the engine.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from vllm_adamas.config import AdamasConfig
 
 FOLDER = "VLLM_ADAMAS_METRICS_DIR"
-_exported = False  # by this process
+_exported = False  # whether this process exports the counters
 NAMES = (
     ("sparse_rows", "Decode rows (query tokens times layers) that attended to selected tokens."),
     ("dense_rows", "Decode rows of sparse layers that attended to their whole context."),
@@ -30,10 +30,10 @@ NAMES = (
 
 
 def export() -> None:
-    """In the process that serves HTTP: names the folder and exports what workers write into it.
+    """In the process that serves HTTP, names the folder and exports the workers' counters.
 
-    An engine or worker process, which is spawned, keeps the folder it inherits. A process that was
-    started as a command makes its own, whatever the process that started it had named.
+    Spawned engine and worker processes keep the folder that they inherit. A process started as a command
+    creates its own, even if its environment names one.
     """
     global _exported
     if _exported or multiprocessing.parent_process() is not None:
@@ -65,7 +65,7 @@ def _export(folder: Path) -> None:
 def read_counters(folder: Path) -> np.ndarray:
     """The four counters summed over the workers of one server.
 
-    Workers of a tensor parallel group have the same rows and different heads: rows count once.
+    Workers of a tensor parallel group have the same rows but different heads, so only rank 0 counts rows.
     """
     total = np.zeros(len(NAMES), dtype=np.int64)
     for file in sorted(folder.glob("worker-*.i64")):
@@ -80,12 +80,12 @@ def read_counters(folder: Path) -> np.ndarray:
 class SelectionStats:
     """The counters of one engine in one worker process, and its periodic log line.
 
-    Dense layers count apart, so that the exported figures speak of sparse layers alone.
+    Dense layers have separate counters, so the exported figures are those of sparse layers alone.
 
     Args:
-        device_type: where the kernels run. On a CPU they add to the mapped file itself; counters of
-            another device are copied into it, without a synchronisation, at most once a second.
-        rank: of the worker among those that share the heads.
+        device_type: device of the kernels. On a CPU they add to the mapped file itself. Counters of
+            another device are copied into it, without a sync, at most once a second.
+        rank: tensor parallel rank of the worker.
     """
 
     COPY_INTERVAL = 1.0
@@ -109,24 +109,24 @@ class SelectionStats:
         folder = os.environ.get(FOLDER)
         if not (config.metrics and folder and os.path.isdir(folder)):
             return torch.zeros(len(NAMES), dtype=torch.int64, device="cpu")  # vLLM sets a default
-        # An engine's own, also beside another one in the same process.
+        # Unique even for several engines in one process.
         handle, file = tempfile.mkstemp(".i64", f"worker-{rank}-{os.getpid()}-", folder)
         os.close(handle)
         return torch.from_numpy(np.memmap(file, dtype=np.int64, mode="w+", shape=(len(NAMES),)))
 
     def counters(self, dense_layer: bool) -> torch.Tensor:
-        """The int64[4] that a kernel adds to."""
+        """The int64 ``[4]`` counters that kernels add to."""
         return self._dense if dense_layer else self._sparse
 
     def tick(self) -> None:
-        """Called once per step: exports and logs what was attended, when the time has come."""
+        """Called once per step; exports and logs the counters when their intervals have passed."""
         if self.warming_up:  # the steps before this one captured graphs with made-up requests
             self._sparse.zero_()
             self._dense.zero_()
             self.warming_up = False
         now = time.monotonic()
         if self._staged is not None and now >= self._next_copy:
-            self._exported.copy_(self._staged)  # what the copy of a second ago has brought
+            self._exported.copy_(self._staged)  # the copy started a second ago
             self._staged.copy_(self._sparse, non_blocking=True)
             self._next_copy = now + self.COPY_INTERVAL
         if self._interval and now >= self._next_log:

@@ -1,7 +1,7 @@
 """Entry point of the ``vllm.general_plugins`` group.
 
-vLLM calls :func:`register` while it parses arguments, in the engine core and in each worker, so it
-must be cheap, idempotent and free of side effects for servers that use another backend.
+vLLM calls :func:`register` while it parses arguments, in the engine core and in each worker. It must
+therefore be cheap, idempotent and free of side effects for servers that use another backend.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import warnings
 def register() -> None:
     """Makes ``--attention-backend adamas`` a valid choice in this process.
 
-    Under a vLLM outside the supported range, choosing it ends the command; other backends are served.
+    With a vLLM outside the supported range, choosing it ends the command; other backends still work.
     """
     from vllm_adamas.serving import compat
 

@@ -1,4 +1,4 @@
-"""What the layers of one engine have in common."""
+"""Objects shared by the layers of an engine."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from vllm_adamas.serving.metrics import SelectionStats
 
 
 class Shared:
-    """Kernels with their workspace, prefill with its scratch, and counters, of one engine.
+    """The backends with their workspaces, dense attention with its scratch, and counters of an engine.
 
-    The engine's layers and metadata builders hold it, and nothing else does: it goes with them.
+    Only the engine's layers and metadata builders refer to it, so it is freed with them.
     """
 
     def __init__(self, config: AdamasConfig, device_type: str):
@@ -31,27 +31,27 @@ class Shared:
 
     @classmethod
     def among(cls, layers: Iterable, config: AdamasConfig, device_type: str) -> Shared:
-        """That of the layers built so far, or a new one for the first."""
+        """The object of the layers built so far, or a new one for the first layer."""
         impls = (getattr(layer, "impl", None) for layer in layers)
         found = (impl.shared for impl in impls if isinstance(getattr(impl, "shared", None), cls))
         return next(found, None) or cls(config, device_type)
 
     def backend(self, kernels: str) -> Backend:
-        """The engine's instance of the backend that these ``kernels`` name."""
+        """The engine's instance of the backend for a value of the option ``kernels``."""
         if kernels not in self._backends:
             self._backends[kernels] = get_backend(kernels, self._device_type)
         return self._backends[kernels]
 
     @cached_property
     def stats(self) -> SelectionStats:
-        """The counters, made by whoever asks first: the metadata builder.
+        """The counters, created when the metadata builder first uses them.
 
-        Layers are built in the memory that vLLM's sleep mode discards, builders are not.
+        Layers must not create them: vLLM's sleep mode discards memory allocated while layers are built.
         """
         return SelectionStats(self._config, self._device_type, get_tensor_model_parallel_rank())
 
     def prepare(self, backend: Backend, cache: torch.Tensor) -> None:
-        """Prepares the allocation of a layer's cache, which is that of all layers, once."""
+        """Prepares the KV cache allocation, which all layers share, once."""
         if not self._prepared:
             self._prepared = True
             backend.prepare(cache)

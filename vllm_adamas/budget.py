@@ -1,4 +1,4 @@
-"""The token budget of a decode row: how many tokens of its context a sparse layer attends to."""
+"""The token budget of a decode row: the number of context tokens that a sparse layer attends to."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ class TokenBudget:
     """
     Args:
         tokens: a number of tokens, or a fraction of the context (0 < f <= 1).
-        floor: the least number of tokens where ``tokens`` is a fraction.
+        floor: minimum number of tokens when ``tokens`` is a fraction.
         min_context: contexts shorter than this are attended densely.
     """
 
@@ -21,10 +21,11 @@ class TokenBudget:
     min_context: int = 0
 
     def fill(self, seq_lens: torch.Tensor, out: torch.Tensor) -> None:
-        """Writes each row's budget, which is its context where the row is dense. No host sync.
+        """Writes the budget of each row; a dense row's budget is its context. Does not sync the host.
 
         Args:
-            seq_lens, out: int32 ``[R]`` on one device; contexts, the query's own token included.
+            seq_lens: int32 ``[R]``, tokens in the context, the query's own included.
+            out: int32 ``[R]`` on the same device, the budgets in tokens.
         """
         if isinstance(self.tokens, float):
             wanted = (seq_lens.double() * self.tokens).ceil().clamp_(min=self.floor)
@@ -41,9 +42,9 @@ class TokenBudget:
         return int(out)
 
     def most(self, seq_len: int) -> int:
-        """Tokens that a sparse row of at most ``seq_len`` attends to: what launches are sized for.
+        """The most tokens that a sparse row attends to in a context of at most ``seq_len`` tokens.
 
-        ``min_context`` only takes rows away, so it does not count.
+        Launches are sized for it. ``min_context`` is ignored, since it only makes rows dense.
         """
         return TokenBudget(self.tokens, self.floor).of(seq_len)
 

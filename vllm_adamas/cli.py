@@ -14,7 +14,7 @@ from vllm_adamas.environment import package_versions
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.serving import compat
 
-#: Whose versions ``info`` prints.
+#: Distributions whose versions ``info`` prints.
 PACKAGES = ("vllm-adamas", "vllm", "torch", "triton", "apache-tvm-ffi")
 
 
@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _options(text: str) -> dict:
-    """``--config`` as options, valid ones."""
+    """Parses and validates the options given with ``--config``."""
     try:
         options = json.loads(text)
     except json.JSONDecodeError as error:
@@ -96,17 +96,17 @@ def _add_eval(commands) -> None:
         "eval",
         help="quality of sparse decode against dense, through the real engine",
         description="Runs tasks under several configurations and writes results.json, report.md and "
-        "report.png; a run that was interrupted goes on where it stopped.",
+        "report.png; an interrupted run resumes where it stopped.",
     )
     command.add_argument("model", metavar="MODEL", help="folder or hub name")
     command.add_argument("--output", metavar="DIR", default="adamas-eval")
     command.add_argument(
-        "--quick", action="store_true", help="few minutes on a CPU: short contexts, few samples"
+        "--quick", action="store_true", help="a few minutes on a CPU: short contexts, few samples"
     )
     command.add_argument("--tasks", help="comma-separated; default: all")
     command.add_argument(
         "--arms",
-        help="comma-separated configurations beside dense, such as dot or quest; default: all",
+        help="comma-separated configurations besides dense, such as dot or quest; default: all",
     )
     command.add_argument("--budgets", help="comma-separated, in tokens")
     command.add_argument(
@@ -119,20 +119,20 @@ def _add_eval(commands) -> None:
     command.add_argument(
         "--profile",
         metavar="FILE",
-        help="calibration profile: configurations of score dot run with it too",
+        help="calibration profile: configurations with score dot also run with it",
     )
     command.add_argument(
         "--text",
         nargs="+",
         metavar="FILE",
-        help="default: a book of the package, not calibrated on",
+        help="default: the part of the packaged book that calibration does not read",
     )
     for name, what in (
-        ("context", "tokens of a window or prompt"),
-        ("windows", "text windows at most"),
+        ("context", "tokens per window or prompt"),
+        ("windows", "maximum number of text windows"),
         ("steps", "scored tokens per window"),
         ("prompts", "prompts per retrieval task"),
-        ("seed", "of the retrieval tasks"),
+        ("seed", "seed of the retrieval tasks"),
     ):
         command.add_argument(f"--{name}", type=int, metavar="N", help=what)
     _add_engine(command)
@@ -143,18 +143,18 @@ def _add_calibrate(commands) -> None:
     command = commands.add_parser(
         "calibrate",
         help="make a calibration profile of a model",
-        description="Measures mean keys and what each setting keeps of the attention, and writes a "
+        description="Measures mean keys and the attention mass that each setting keeps, and writes a "
         "profile for the option 'profile'.",
     )
     command.add_argument("model", metavar="MODEL", help="folder or hub name")
     command.add_argument("--output", metavar="FILE", required=True)
     command.add_argument(
-        "--text", nargs="+", metavar="FILE", help="default: a part of a book of the package"
+        "--text", nargs="+", metavar="FILE", help="default: a part of the packaged book"
     )
-    command.add_argument("--tokens", type=int, default=12288, help="read at most")
-    command.add_argument("--context", type=int, default=4096, help="tokens of a window")
+    command.add_argument("--tokens", type=int, default=12288, help="maximum number of tokens read")
+    command.add_argument("--context", type=int, default=4096, help="tokens per window")
     command.add_argument(
-        "--recall", type=float, default=0.95, help="wanted share of the oracle's attention mass"
+        "--recall", type=float, default=0.95, help="target share of the oracle's attention mass"
     )
     _add_engine(command)
     command.set_defaults(run=_calibrate)
@@ -166,18 +166,18 @@ def _add_storm(commands) -> None:
     command = commands.add_parser(
         "storm",
         help="seeded traffic against a live server, its answers checked",
-        description="Keeps a server busy with many kinds of requests, then checks greedy answers: by a "
-        "replay on the quiet server, or by a second server. Exit status 0 if all is well.",
+        description="Keeps a server busy with many kinds of requests, then checks greedy answers "
+        "against a replay on the idle server, or against a second server. Exit status 0 if all agree.",
     )
     storm.add_arguments(command)
     command.set_defaults(run=storm.storm)
 
 
 def _add_engine(command) -> None:
-    command.add_argument("--dtype", default="auto", help="as vLLM's")
+    command.add_argument("--dtype", default="auto", help="as vLLM's --dtype")
     command.add_argument("--max-num-seqs", type=int, default=16, help="requests in one step")
     command.add_argument(
-        "--kv-cache-gib", type=float, help="memory for the KV cache; default: what vLLM takes"
+        "--kv-cache-gib", type=float, help="memory for the KV cache; default: vLLM's choice"
     )
 
 

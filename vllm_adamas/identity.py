@@ -1,4 +1,4 @@
-"""What a model is: its shape, its position encoding, a fingerprint of its weights, and QK-norm."""
+"""The identity of a model: its shape, position encoding, fingerprint of the weights, and QK-norm."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 logger = logging.getLogger("vllm.adamas")
 
-#: What a fingerprint reads: bytes of a tensor, and places in a file that is no safetensors.
+#: Bytes that a fingerprint reads per sample, and samples that it takes from a file in another format
+#: than safetensors.
 SAMPLE_BYTES, SAMPLES = 1024, 64
 
-#: Bytes of a safetensors header: the format's own limit.
+#: The format's own limit on the bytes of a safetensors header.
 MAX_HEADER_BYTES = 100_000_000
 
 
@@ -55,7 +56,7 @@ def identify(model_config) -> ModelIdentity:
 
 
 def model_folder(model: str, revision: str | None = None) -> Path | None:
-    """Where the files of a model lie on this host; None when they are not here (yet)."""
+    """The folder of a model's files on this host; None when they are not here (yet)."""
     if (Path(model) / "config.json").is_file():
         return Path(model)
     from huggingface_hub import try_to_load_from_cache
@@ -69,10 +70,13 @@ def model_folder(model: str, revision: str | None = None) -> Path | None:
 
 
 def fingerprint(folder: Path) -> str:
-    """sha256 over name, dtype, shape and some bytes of every tensor, however files are cut.
+    """sha256 over name, dtype, shape and some bytes of every tensor, however the files are sharded.
 
-    A fine-tuned or requantised model has another one; reading it takes milliseconds. Weights in other
-    files than safetensors count with their size and 64 KiB spread over each.
+    A fine-tuned or requantised model has another one. Computing it takes milliseconds. Of weights in
+    other formats than safetensors it reads the size of each file and 64 KiB spread over it.
+
+    Returns:
+        Hexadecimal digits; empty when the folder holds no weights.
     """
     tensors = []
     for path, start, header in _safetensors(folder):
@@ -92,7 +96,7 @@ def fingerprint(folder: Path) -> str:
 
 
 class _Tensor(BaseModel):
-    """What a safetensors header says of one tensor; offsets in bytes, from the end of the header."""
+    """A tensor's entry in a safetensors header; offsets in bytes from the end of the header."""
 
     dtype: str
     shape: list[int]
@@ -103,10 +107,10 @@ _TENSORS = TypeAdapter(dict[str, _Tensor])
 
 
 def _safetensors(folder: Path) -> Iterator[tuple[Path, int, dict[str, _Tensor]]]:
-    """Every safetensors file, where its data start, and what its header says of each tensor.
+    """Every safetensors file, the offset of its data in bytes, and the tensors of its header.
 
-    Files that only bear the name, such as the pointers of Git LFS, are left out with a warning: a model
-    need not use every file of its folder, and vLLM refuses to load those that it does use.
+    Files that only have the suffix, such as Git LFS pointers, are skipped with a warning. A model need
+    not use every file of its folder, and vLLM refuses to load those that it does use.
     """
     for path in sorted(folder.glob("*.safetensors")):
         try:
@@ -116,10 +120,11 @@ def _safetensors(folder: Path) -> Iterator[tuple[Path, int, dict[str, _Tensor]]]
 
 
 def _header(path: Path) -> tuple[int, dict[str, _Tensor]]:
-    """Where the data of a safetensors file start, and the tensors of its header.
+    """The offset of a safetensors file's data in bytes, and the tensors of its header.
 
     Raises:
-        OSError, ValueError: it cannot be read; it is no complete safetensors file.
+        OSError: the file cannot be read.
+        ValueError: it is not a complete safetensors file.
     """
     if not path.is_file():
         raise ValueError("it is no regular file")
@@ -145,13 +150,13 @@ def _header(path: Path) -> tuple[int, dict[str, _Tensor]]:
     return start, tensors
 
 
-#: Families whose attention normalises queries and keys, for models whose weights are not here yet.
+#: Model types whose attention normalises queries and keys, for models whose weights are not here yet.
 QK_NORM_TYPES = ("gemma3", "gemma3_text", "qwen3", "qwen3_moe", "qwen3_next", "olmo2", "olmo3")
 QK_NORM_TENSOR = re.compile(r"\b(k_norm|k_layernorm|key_layernorm)\.")
 
 
 def has_qk_norm(model_config) -> bool:
-    """Whether the model normalises its keys: by its tensors' names, or by its family."""
+    """Whether the model normalises its keys, judged by its tensors' names or else by its type."""
     folder = model_folder(model_config.model, model_config.revision)
     names = [name for _, _, header in _safetensors(folder) for name in header] if folder else []
     if names:

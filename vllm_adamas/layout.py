@@ -1,8 +1,8 @@
-"""The page: where K, V and the signature planes of a KV block lie.
+"""The layout of a page: offsets of K, V and the signature planes in one block of one KV head.
 
-vLLM hands the KV cache of a layer over as ``[num_blocks, num_kv_heads, block_size, C]`` in which the
-``(block_size, C)`` interior of each (block, KV head) is one dense run of bytes. The run is cut into
-planes (sizes in bytes, N = block_size, D = head_size, E = bytes of a K or V element):
+vLLM passes the KV cache of a layer as ``[num_blocks, num_kv_heads, block_size, C]``. The
+``(block_size, C)`` interior of each (block, KV head) is one dense run of bytes, divided into planes
+(sizes in bytes, N = block_size, D = head_size, E = bytes of a K or V element):
 
     one (block, KV head)                                            N * token_bytes
     +------------------+------------------+-----------+-----------+---------+-----+
@@ -13,9 +13,8 @@ planes (sizes in bytes, N = block_size, D = head_size, E = bytes of a K or V ele
 
 A signature has two bits per dimension of the transformed key: code = 2*hi + lo, in 0..3, with the
 levels 2*code - 3 = {-3, -1, 1, 3}; ``scale`` is the factor that fits the levels to the key (only
-the dot score reads it). The planes are stored in tiles of 16 tokens, so that one 512-bit register
-holds the same 32 dimensions of 16 tokens, and one tile is the 16 x D operand of a binary tensor
-core:
+the dot score reads it). The planes are stored in tiles of 16 tokens: one 512-bit register holds the
+same 32 dimensions of 16 tokens, and one tile is the 16 x D operand of a binary tensor core.
 
     hi, lo:  uint32 [N/16 tiles][D/32 words][16 tokens]     bit i of word w is dimension 32*w + i
 
@@ -49,7 +48,7 @@ class PageLayout:
         dtype: element type of the K and V planes (``torch.uint8`` holds fp8 bytes).
 
     Raises:
-        AdamasError: for another head size or block size.
+        AdamasError: the head size or the block size is not supported.
     """
 
     head_size: int
@@ -97,7 +96,7 @@ class PageLayout:
     def check(self, page: torch.Tensor) -> None:
         """
         Raises:
-            AdamasError: the tensor is no page of this layout.
+            AdamasError: the tensor does not hold pages of this layout.
         """
         tokens, content = page.shape[2], page.shape[3] * page.element_size()
         dense = page.stride()[2:] == (page.shape[3], 1)
@@ -114,7 +113,7 @@ class PageLayout:
         raw = page.view(torch.uint8)  # [B, H, N, C]
         blocks, heads = raw.shape[:2]
         run = self.block_size * self.token_bytes
-        # The stride of a single head may be anything; kernels check that it is aligned.
+        # PyTorch leaves the stride of a single head arbitrary, and kernels check its alignment.
         strides = (raw.stride(0), raw.stride(1) if heads > 1 else run, 1)
         return raw.as_strided((blocks, heads, run), strides, raw.storage_offset())
 

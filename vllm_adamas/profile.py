@@ -1,10 +1,10 @@
-"""Calibration profiles: what `vllm-adamas calibrate` measured on a model, as versioned JSON.
+"""Calibration profiles: measurements of `vllm-adamas calibrate` on a model, as versioned JSON.
 
-A server uses two things of every layer and KV head. The mean key is subtracted before keys are coded.
-The balance multiplies each channel of the keys by a power of two and divides that of the queries by it:
-every q.k stays what it was, to the bit, but coarse codes of the balanced keys estimate it better. Both
-are part of the codes, so they must be the same for every token of a server: the file is read before
-the first token, and its hash travels with the configuration to every worker.
+A server uses two entries per layer and KV head. The mean key is subtracted before keys are coded. The
+balance multiplies each key channel by a power of two and divides the same query channel by it: every
+q.k keeps its exact value, but coarse codes of the balanced keys estimate it better. Codes depend on
+both, so they must be the same for every token of a server. The file is therefore read before the first
+token, and its hash travels with the configuration to every worker.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ logger = logging.getLogger("vllm.adamas")
 FORMAT = "vllm-adamas-profile"
 VERSION = 1
 
-#: Bytes of a profile: four times what 128 layers of 128 KV heads of size 256 take.
+#: Maximum size of a profile: four times that of 128 layers with 128 KV heads of size 256.
 MAX_BYTES = 64 * 2**20
 
-#: Of the balance: fp16 keys and queries still have room for such factors.
+#: Largest exponent of a balance: fp16 keys and queries still have room for such factors.
 MAX_EXPONENT = 4
 
 
@@ -43,11 +43,11 @@ class LayerProfile(_Part):
 
     Args:
         key_mean: float16 ``[num_kv_heads, head_size]``, little-endian, base64; after RoPE.
-        balance: int8 ``[num_kv_heads, head_size]``, base64: exponents of the key channels' factors.
+        balance: int8 ``[num_kv_heads, head_size]``, base64: exponents of two, one per key channel.
         key_rms: root of the mean square of key elements, per KV head.
-        mean_share: ||mean||^2 over the mean ||key||^2, per KV head: 0 for centred keys, at most 1.
+        mean_share: ||mean||^2 over the mean of ||key||^2, per KV head: 0 for centred keys, at most 1.
         mass: attention mass kept, per setting and budget, averaged over query heads; ``oracle`` is
-            that of the tokens with the largest weights. Absent in sliding-window layers.
+            that of the tokens with the largest weights. Empty for sliding-window layers.
     """
 
     key_mean: str
@@ -58,7 +58,7 @@ class LayerProfile(_Part):
 
 
 class Suggestion(_Part):
-    """Settings for a wanted share of the oracle's mass, from the profile's own tables."""
+    """Settings that reach a target share of the oracle's mass, from the profile's own tables."""
 
     wanted_recall: float
     token_budget: int
@@ -67,7 +67,7 @@ class Suggestion(_Part):
 
 
 class Profile(_Part):
-    """See :mod:`vllm_adamas.profile`; ``tokens`` and ``texts`` say what it was measured on."""
+    """A calibration profile (:mod:`vllm_adamas.profile`), measured on ``tokens`` tokens of ``texts``."""
 
     format: Literal["vllm-adamas-profile"] = FORMAT
     version: Literal[1] = VERSION
@@ -86,30 +86,30 @@ class Profile(_Part):
         return mean.view(self.model.num_kv_heads, self.model.head_size)[heads.start : heads.stop]
 
     def balance(self, layer: int, heads: range) -> torch.Tensor:
-        """Exponents of two of some KV heads' key channels, int8 ``[len(heads), head_size]``."""
+        """Balance of some KV heads of a layer, exponents of two, int8 ``[len(heads), head_size]``."""
         raw = bytearray(base64.b64decode(self.layers[layer].balance))
         exponents = torch.frombuffer(raw, dtype=torch.int8)
         return exponents.view(self.model.num_kv_heads, -1)[heads.start : heads.stop]
 
     def save(self, path: Path) -> None:
-        """Writes the file, complete or not at all."""
+        """Writes the file atomically."""
         partial = path.with_name(f"{path.name}.partial")
         partial.write_text(json.dumps(self.model_dump(), indent=1) + "\n")
         partial.replace(path)
 
 
 def encode_mean(mean: torch.Tensor) -> str:
-    """Of :attr:`LayerProfile.key_mean`."""
+    """Encodes :attr:`LayerProfile.key_mean`."""
     return base64.b64encode(mean.to(torch.float16).contiguous().numpy().tobytes()).decode()
 
 
 def encode_balance(exponents: torch.Tensor) -> str:
-    """Of :attr:`LayerProfile.balance`."""
+    """Encodes :attr:`LayerProfile.balance`."""
     return base64.b64encode(exponents.to(torch.int8).contiguous().numpy().tobytes()).decode()
 
 
 def pin(option: str) -> str:
-    """``FILE#sha256=HASH`` for the option ``FILE``; a pinned option is verified and kept.
+    """``FILE#sha256=HASH`` for the option ``FILE``; a pinned option is verified and returned as it is.
 
     Raises:
         AdamasError: as :func:`load` does.
@@ -124,7 +124,7 @@ def load(option: str) -> Profile:
     """The profile ``FILE`` or ``FILE#sha256=HASH``, read once per process.
 
     Raises:
-        AdamasError: no such file, no profile, another version, or its content has another hash.
+        AdamasError: there is no such file, it is not a profile, or its version or hash differs.
     """
     path, _, wanted = option.partition("#sha256=")
     content = _read(path)
@@ -173,7 +173,7 @@ def _check_sizes(profile: Profile) -> None:
             raise ValueError(f"key_mean of layer {number} is not finite")
 
 
-#: Profiles of this package; the option may be the name of one instead of a path.
+#: Shipped profiles; the option may be the name of one instead of a path.
 SHIPPED = Path(__file__).with_name("profiles")
 
 
@@ -209,14 +209,14 @@ def _digest(content: bytes) -> str:
 def check_fits(profile: Profile, path: str, identity: ModelIdentity) -> None:
     """
     Raises:
-        AdamasError: the profile was made for another model; the sentence names both.
+        AdamasError: the profile was made for another model; the message names both.
     """
     made_for = profile.model
     for field in ("num_layers", "num_query_heads", "num_kv_heads", "head_size", "rope"):
         theirs, ours = getattr(made_for, field), getattr(identity, field)
         if theirs != ours:
             _refuse(path, made_for, identity, f"{field} is {theirs} there and {ours} here")
-    if not identity.fingerprint:  # files not on this host yet: the name must do
+    if not identity.fingerprint:  # the weights are not on this host yet: compare names
         if made_for.name != identity.name:
             _refuse(path, made_for, identity, "the names differ and no local files tell more")
     elif made_for.fingerprint != identity.fingerprint:

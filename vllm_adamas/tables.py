@@ -1,4 +1,4 @@
-"""Tables as the project prints them and writes them into documents."""
+"""Tables for terminals and for documents."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from tabulate import tabulate
 
 
 def markdown(headers: Sequence[object], rows: Sequence[Sequence[object]]) -> list[str]:
-    """The lines of a table in GitHub's Markdown; cells are shown as ``str`` gives them."""
+    """The lines of a table in GitHub's Markdown; cells are formatted with ``str``."""
     table = tabulate(rows, headers, tablefmt="github", disable_numparse=True, missingval="None")
     return table.splitlines()
 
@@ -23,7 +23,7 @@ def plain(
 
     Args:
         headers: may be empty.
-        align: of all columns but the first, which is aligned left.
+        align: alignment of all columns except the first, which is aligned left.
     """
     columns = len(headers) or max(map(len, rows), default=0)
     alignment = ("left", *(align for _ in range(columns - 1)))[:columns]

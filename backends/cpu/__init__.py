@@ -1,1 +1,1 @@
-"""Kernels of ``csrc/cpu``."""
+"""The CPU backend: kernels of ``csrc/cpu``."""

@@ -29,7 +29,7 @@ def _library():
 
 
 class CpuLayer(Layer):
-    """A layer, and what the library knows of it."""
+    """A layer with its native counterpart."""
 
     def __init__(self, params: Params, kv_cache: torch.Tensor, library):
         super().__init__(params, kv_cache)
@@ -37,10 +37,10 @@ class CpuLayer(Layer):
 
 
 class CpuBackend(Backend, Inspectable):
-    """C++ kernels with AVX-512, AVX2 or portable vectors, chosen by what the processor runs.
+    """C++ kernels with AVX-512, AVX2 or portable vectors, chosen at run time.
 
     Args:
-        isa: ``auto``, ``avx512``, ``avx2`` or ``portable``. The choice holds for the process.
+        isa: ``auto``, ``avx512``, ``avx2`` or ``portable``. The choice holds for the whole process.
     """
 
     name = "cpu"
@@ -63,7 +63,7 @@ class CpuBackend(Backend, Inspectable):
     def bind(self, params, kv_cache):
         return CpuLayer(params, kv_cache, self._lib)
 
-    # Shapes, strides and dtypes are checked in csrc/cpu/api.cc, where a check costs nanoseconds.
+    # csrc/cpu/api.cc checks shapes, strides and dtypes, at a cost of nanoseconds.
 
     def append(self, layer, key, value, slot_mapping):
         self._lib.append(layer.native, key, value, slot_mapping)

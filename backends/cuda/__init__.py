@@ -1,1 +1,1 @@
-"""Kernels of ``csrc/sm90`` for Hopper GPUs."""
+"""The CUDA backend: kernels of ``csrc/sm90`` for Hopper GPUs."""

@@ -21,8 +21,8 @@ class CudaLayer(Layer):
     """A layer with its native counterpart.
 
     Args:
-        native: what the library's operations take.
-        plans: of decode steps; layers of one shape share them.
+        native: the layer as the library bound it.
+        plans: launch plans of decode steps, shared by layers of one shape.
     """
 
     def __init__(self, params: Params, kv_cache: torch.Tensor, native, plans: dict):
@@ -32,10 +32,11 @@ class CudaLayer(Layer):
 
 
 class CudaBackend(Backend, Inspectable):
-    """A decode step is one kernel, or encode, scan and attend; no host synchronisation.
+    """Kernels for Hopper GPUs: a decode step is one fused kernel, or encode, scan and attend.
 
-    It can be captured in a CUDA graph: launch shapes depend on the number of rows, ``max_seq_len``
-    and the configured budget alone, lengths and budgets are read on the device.
+    Decode does not synchronise and can be captured in a CUDA graph: launch shapes depend on the number
+    of rows, ``max_seq_len`` and the configured budget alone, and kernels read lengths and budgets on
+    the device.
     """
 
     name = "cuda"
@@ -56,7 +57,7 @@ class CudaBackend(Backend, Inspectable):
 
     @classmethod
     def check_server(cls, block_size, num_kv_heads, max_rows, max_seq_len):
-        limits()  # of a library that is there
+        limits()  # refuses a missing library
         if block_size is not None:
             check_block(block_size)
         check_step(max_rows, num_kv_heads, max_seq_len)
@@ -68,7 +69,7 @@ class CudaBackend(Backend, Inspectable):
     def reserve(self, params: Params, max_rows: int, max_seq_len: int) -> int:
         """Allocates the workspace for the largest decode step; returns its size in bytes.
 
-        Call it before CUDA graphs are captured. Decode steps on one device share the workspace, so
+        Call it before CUDA graphs are captured. Decode steps of one device share the workspace, so
         they must run on one stream.
         """
         device = torch.device("cuda", torch.cuda.current_device())
@@ -76,11 +77,10 @@ class CudaBackend(Backend, Inspectable):
         return self._workspace.at_least(device, size).numel()
 
     def workspace_bytes(self, params: Params, max_rows: int, max_seq_len: int) -> int:
-        """Bytes of device memory that decode needs beside its arguments; steps with fewer rows or
-        shorter contexts need no more.
+        """Size in bytes of the workspace that decode needs up to so many rows and tokens.
 
         Raises:
-            AdamasError: the kernels do not hold such a step.
+            AdamasError: the step exceeds the limits of the kernels.
         """
         check_step(max_rows, params.num_kv_heads, max_seq_len)
         _, capacity = self._sampling(params, max_seq_len)
@@ -90,7 +90,7 @@ class CudaBackend(Backend, Inspectable):
         """As :meth:`Backend.bind`.
 
         Raises:
-            AdamasError: the kernels do not read such pages, or serve such heads.
+            AdamasError: the kernels do not support the pages or the heads.
             ValueError: the KV cache is not aligned, or ``key_mean`` does not fit.
         """
         layout = params.layout
@@ -125,17 +125,17 @@ class CudaBackend(Backend, Inspectable):
         stages: int = ALL_STAGES,
         cluster: int | None = None,
     ) -> None:
-        """As :meth:`Backend.decode`; budgets far above the configured one cost a second look at the
+        """As :meth:`Backend.decode`; budgets far above the configured one cost a second pass over the
         signatures.
 
         Args:
             stages: which of the three kernels run (bits: encode, scan, attend), for measurements.
             cluster: blocks per (row, KV head) of the fused kernel, 0 for the three kernels; default:
-                what :meth:`plan` says.
+                the choice of :meth:`plan`.
 
         Raises:
-            AdamasError: the kernels do not hold such a step.
-            ValueError: an argument does not fit; or the fused kernel does not take the step in ``cluster``
+            AdamasError: the step exceeds the limits of the kernels.
+            ValueError: an argument does not fit, or the fused kernel cannot run the step in ``cluster``
                 blocks.
         """
         longest = batch.block_table.shape[-1] * layer.params.layout.block_size
@@ -175,10 +175,10 @@ class CudaBackend(Backend, Inspectable):
         self._library.gather(layer.native, block_table, seq_lens, key, value)
 
     def plan(self, layer: CudaLayer, rows: int, dtype: torch.dtype, max_seq_len: int) -> LaunchPlan:
-        """How a step of ``rows`` with queries of ``dtype`` is launched, worked out once.
+        """The launch of a step of ``rows`` rows with queries of ``dtype``; plans are cached.
 
         Raises:
-            AdamasError: the kernels do not hold such a step.
+            AdamasError: the step exceeds the limits of the kernels.
         """
         longest = rounded_context(max_seq_len)
         key = (rows, dtype, longest)
@@ -201,7 +201,7 @@ class CudaBackend(Backend, Inspectable):
     def largest_cluster(
         self, layer: CudaLayer, rows: int, dtype: torch.dtype, max_seq_len: int
     ) -> int:
-        """Blocks per (row, KV head) of the fused kernel that run at once; 0: it cannot be used."""
+        """Most blocks per (row, KV head) with which the fused kernel runs in one wave; 0 if none do."""
         return policy.largest_cluster(
             rows * layer.params.num_kv_heads,
             lambda size: self.fused_clusters(layer, dtype, max_seq_len, size),
@@ -210,13 +210,13 @@ class CudaBackend(Backend, Inspectable):
     def fused_clusters(
         self, layer: CudaLayer, dtype: torch.dtype, max_seq_len: int, cluster: int
     ) -> int:
-        """Clusters of ``cluster`` blocks of the fused kernel that run at once; 0: it cannot be used."""
+        """Clusters of ``cluster`` blocks of the fused kernel that the GPU runs at once; 0 if none."""
         return self._library.fused_clusters(
             layer.native, dtype == torch.float16, max_seq_len, cluster
         )
 
     def _sampling(self, params: Params, max_seq_len: int) -> tuple[int, int]:
-        """Sample bits and capacity of a step."""
+        """Sample bits and candidate capacity of a step."""
         longest = rounded_context(max_seq_len)
         most = self._library.max_sample_bits(*_shape(params))
         capacity = policy.candidate_capacity(longest, params.budget.most(longest), most)
@@ -224,7 +224,7 @@ class CudaBackend(Backend, Inspectable):
 
 
 def _shape(params: Params) -> tuple[int | bool, ...]:
-    """What the native side sizes workspaces by."""
+    """The parameters that native code sizes workspaces by."""
     return (
         params.num_query_heads,
         params.num_kv_heads,

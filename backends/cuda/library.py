@@ -1,4 +1,4 @@
-"""The compiled kernels of ``csrc/sm90``, and what they say about themselves."""
+"""The compiled kernels of ``csrc/sm90`` and their limits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ LIBRARY = Path(__file__).with_name("libadamas_sm90.so")
 
 
 class Limits(NamedTuple):
-    """What the kernels hold (``csrc/sm90/params.h``).
+    """Limits of the kernels (``csrc/sm90/params.h``).
 
     Args:
         max_context, max_block: tokens of a context and of a block.
@@ -32,10 +32,10 @@ class Limits(NamedTuple):
 
 @cache
 def load():
-    """The library; no GPU is needed to load it.
+    """Loads the library, which needs no GPU.
 
     Raises:
-        AdamasError: it is not built.
+        AdamasError: the library is not built.
     """
     if not LIBRARY.exists():
         raise AdamasError(

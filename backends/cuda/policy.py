@@ -1,7 +1,7 @@
 """How a decode step is launched, and which steps are refused.
 
-What the kernels hold is asked from the library; every other number that decides stands here, and is
-passed to the kernels.
+The library provides the limits of the kernels. Every other threshold is defined here and passed to the
+kernels.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ from vllm_adamas.backends.cuda.library import limits, load
 from vllm_adamas.backends.launch import LEAST_CONTEXT, rounded_context
 from vllm_adamas.errors import AdamasError
 
-#: Tokens that encode samples (log2), by the longest context; the last entry is for all longer ones
+#: log2 of the tokens that encode samples, by the longest context; the last entry is for all longer ones
 SAMPLE_BITS = ((1 << 16, 10), (1 << 18, 11), (None, 12))
 LEAST_CANDIDATES, MOST_CANDIDATES = 4096, 32768  #: per token set
-#: Policy of the fused kernel. One block for a (row, KV head) loses to the three kernels.
+#: The fused kernel in a single block per (row, KV head) is slower than the three kernels.
 MIN_CLUSTER = 2
-#: A block looks through its scores several times, so it has at most
+#: Most scores of a block of the fused kernel, which passes over them several times.
 SCORES_PER_BLOCK = 12288
-#: The least of the best scores of groups of tokens bounds the k-th best if there are k groups; over the
-#: token sets of a KV head a block has
+#: Groups of tokens per block of the fused kernel, over the token sets of a KV head. The smallest of the
+#: groups' maxima is a lower bound of the k-th best score if there are at least k groups.
 GROUPS_PER_BLOCK = 128
 
 
@@ -34,7 +34,7 @@ class LaunchPlan:
         cluster: blocks per (row, KV head) of the fused kernel, 0 for the three kernels.
         sample_bits: log2 of the tokens of a context that encode samples.
         capacity: candidates per token set.
-        workspace_bytes: device memory beside the arguments.
+        workspace_bytes: size of the workspace.
     """
 
     cluster: int
@@ -55,8 +55,8 @@ def prefers_fused(cluster: int, max_seq_len: int, sets: int, budget: int) -> boo
     """Whether the fused kernel in ``cluster`` blocks per (row, KV head) beats the three kernels.
 
     Args:
-        sets: token sets of a KV head.
-        budget: tokens of a set.
+        sets: token sets per KV head.
+        budget: tokens per set.
     """
     return (
         cluster >= MIN_CLUSTER
@@ -66,18 +66,18 @@ def prefers_fused(cluster: int, max_seq_len: int, sets: int, budget: int) -> boo
 
 
 def largest_cluster(groups: int, clusters_at_once: Callable[[int], int]) -> int:
-    """Blocks per (row, KV head) with which the fused kernel runs all at once; 0: there are none.
+    """Most blocks per (row, KV head) with which the fused kernel runs in one wave; 0 if none do.
 
     Args:
         groups: rows * KV heads.
-        clusters_at_once: of so many blocks each, how many the device runs.
+        clusters_at_once: maps blocks per cluster to the clusters that the device runs at once.
     """
     sizes = range(limits().max_cluster, 0, -1)
     return next((size for size in sizes if clusters_at_once(size) >= groups), 0)
 
 
 def sample_bits(max_seq_len: int, most: int) -> int:
-    """log2 of the tokens that encode samples; ``most`` fit its shared memory."""
+    """log2 of the tokens that encode samples; ``most`` is the largest that fits its shared memory."""
     wanted = next(bits for tokens, bits in SAMPLE_BITS if tokens is None or max_seq_len <= tokens)
     return min(wanted, most)
 
@@ -85,10 +85,10 @@ def sample_bits(max_seq_len: int, most: int) -> int:
 def candidate_capacity(max_seq_len: int, budget: int, most_sample_bits: int) -> int:
     """Candidates that a token set may keep before its scores are computed again.
 
-    A pivot ranks `rank` to half as many more in a sample (sample_rank and find_pivot of csrc/sm90), so
-    that many times the stride are expected to reach it; six standard deviations more fit, and mostly
-    the twice as many that tied scores may bring. Never less than for a shorter context, so that a
-    workspace for the longest one serves every step.
+    The pivot ranks between `rank` and 1.5 `rank` in the sample (sample_rank and find_pivot of
+    csrc/sm90), so about 1.5 `rank` times the stride tokens reach it. The capacity adds six standard
+    deviations, which mostly leaves room for twice as many when scores tie. It never decreases with the
+    context, so a workspace for the longest context serves every step.
     """
     wanted = LEAST_CANDIDATES
     for tokens in rounded_contexts(max_seq_len):
@@ -102,7 +102,7 @@ def candidate_capacity(max_seq_len: int, budget: int, most_sample_bits: int) -> 
 def check_context(tokens: int) -> None:
     """
     Raises:
-        AdamasError: contexts of so many tokens do not fit the kernels, or there are no kernels.
+        AdamasError: the context exceeds the limit of the kernels, or the library is not built.
     """
     most = limits().max_context
     if tokens > most:
@@ -115,7 +115,7 @@ def check_context(tokens: int) -> None:
 def check_block(tokens: int) -> None:
     """
     Raises:
-        AdamasError: the kernels do not find a token in blocks of so many, or there are no kernels.
+        AdamasError: the block exceeds the limit of the kernels, or the library is not built.
     """
     most = limits().max_block
     if tokens > most:
@@ -128,8 +128,7 @@ def check_block(tokens: int) -> None:
 def check_step(rows: int, kv_heads: int, max_seq_len: int) -> None:
     """
     Raises:
-        AdamasError: a decode step of so many rows, or of as many of such contexts, does not fit the kernels,
-            or there are no kernels.
+        AdamasError: the decode step exceeds a limit of the kernels, or the library is not built.
     """
     most = limits()
     if rows > most.max_rows:

@@ -1,4 +1,4 @@
-"""The operations in plain PyTorch: slow, short, and what every kernel is tested against."""
+"""The operations in plain PyTorch: slow and short, the reference that kernels are tested against."""
 
 from vllm_adamas.backends.reference.backend import ReferenceBackend
 

@@ -1,4 +1,4 @@
-"""The reference backend: one loop over rows, shapes at the end of each line."""
+"""The reference backend: one loop over rows."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ def select_tokens(scores: torch.Tensor, budget: int, sinks: int, recent: int) ->
     """The ``budget`` best tokens of one context, ascending int64; ties go to the most recent.
 
     Args:
-        scores: ``[L]``; the first ``sinks`` and last ``recent`` tokens are taken whatever they score,
-            and if the budget is less.
+        scores: ``[L]``.
+        budget: tokens to take; raised to ``sinks + recent`` and to 1.
+        sinks, recent: the first and the last tokens, taken whatever their scores are.
     """
     length, budget = scores.shape[0], max(budget, sinks + recent, 1)
     if budget >= length:
@@ -78,7 +79,7 @@ class ReferenceBackend(Backend, Inspectable):
         q = sig.hadamard(query).unflatten(0, (params.num_kv_heads, params.group))  # [Hkv, G, D]
         if params.score == "dot":
             if params.selection == "kv_head":
-                q = q.sum(1, keepdim=True)  # [Hkv, 1, D]: the sum of scores is the score of the sum
+                q = q.sum(1, keepdim=True)  # [Hkv, 1, D]; dot is linear, so queries are summed
             scores = sig.dot_score(q, codes.unsqueeze(1), scale.unsqueeze(1))  # [Hkv, G, L]
         else:
             scores = sig.manhattan_score(sig.bucketize(q, params.coding), codes.unsqueeze(1))
@@ -139,7 +140,7 @@ class ReferenceBackend(Backend, Inspectable):
 
     @staticmethod
     def _tokens(params, kv_cache, blocks, kv_head, tokens):
-        """K and V of tokens of one context, float32 ``[K, D]`` each."""
+        """K and V of the given tokens of one context, float32 ``[K, D]`` each."""
         block, offset = (
             blocks[tokens // params.layout.block_size].long(),
             tokens % params.layout.block_size,

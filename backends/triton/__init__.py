@@ -1,4 +1,4 @@
-"""The Triton backend: the operations for every GPU that Triton compiles for."""
+"""The Triton backend, for every GPU that Triton compiles for."""
 
 from vllm_adamas.backends.triton.backend import TritonBackend
 

@@ -1,4 +1,4 @@
-"""append: K, V and the signature of each token, in one pass."""
+"""append: writes K, V and the signature of each token in one pass."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from vllm_adamas.backends.triton.signature import (
 FP16_MAX = tl.constexpr(65504.0)
 
 
-@triton.jit(do_not_specialize=["tokens"])  # every step has another number of them
+@triton.jit(do_not_specialize=["tokens"])  # it differs in every step
 def append_kernel(
     key,  # [T, Hkv, D] with the strides key_*
     mean,  # float32 [Hkv, D] or None
-    stored_key,  # what the planes get, [T, Hkv, D] with the strides stored_*
+    stored_key,  # elements of the planes, [T, Hkv, D] with the strides stored_*
     stored_value,
     slots,  # int64 [T]
     tokens,
-    all_slots,  # slots of the cache; those beyond are skipped, as negative ones are
+    all_slots,  # slots in the cache; later ones are skipped, like negative ones
     key_token,
     key_head,
     stored_key_token,

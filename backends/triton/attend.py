@@ -1,4 +1,4 @@
-"""attend: exact softmax over selected tokens or over all, split along the tokens, then merged."""
+"""attend: exact softmax over selected tokens or over all, split along the tokens and merged."""
 
 from __future__ import annotations
 
@@ -8,24 +8,23 @@ import triton.language as tl
 from vllm_adamas.backends.base import MAX_GROUP
 from vllm_adamas.backends.triton.rows import budget_of, length_of
 
-ROWS = tl.constexpr(MAX_GROUP)  #: query heads of a program, padded to what a tensor core multiplies
+ROWS = tl.constexpr(MAX_GROUP)  #: query heads of a program, padded to a tensor core tile
 
 
 @triton.jit
 def dequantize(x, MANTISSA: tl.constexpr):
-    """K or V elements as they lie in a plane, to a float type that holds them exactly.
+    """Converts K or V elements of a plane to a float type that represents them exactly.
 
-    fp8 is taken apart by hand: not every GPU converts it.
+    fp8 is converted with integer operations, because not every GPU has an instruction for it.
 
     Args:
-        MANTISSA: bits of the mantissa of an fp8 element, None for other elements.
+        MANTISSA: mantissa bits of an fp8 element, None for other elements.
     """
     if MANTISSA is not None:
         bits = x.to(tl.int16)
         x = (((bits & 0x80) << 8) | ((bits & 0x7F) << (10 - MANTISSA))).to(tl.float16, bitcast=True)
-        if (
-            MANTISSA > 2
-        ):  # a shorter exponent than that of float16: a smaller bias, and the largest code is NaN
+        # With a shorter exponent than float16's, the bias is smaller and the largest code is NaN.
+        if MANTISSA > 2:
             scale = float(1 << (16 - (1 << (6 - MANTISSA))))
             x = tl.where((bits & 0x7F) == 0x7F, float("nan"), x.to(tl.float32) * scale)
     return x
@@ -48,13 +47,13 @@ def attend_kernel(
     token_row,
     token_set,
     partial,  # float32 [R, Hq, parts, PADDED]
-    maximum,  # float32 [R, Hq, parts], of logits in units of ln 2
+    maximum,  # float32 [R, Hq, parts], maximum logit in units of ln 2
     total,  # float32 [R, Hq, parts]
     factor,
     longest,
     least,
-    WINDOW: tl.constexpr,  # tokens that a query sees, 0: all
-    SPARSE: tl.constexpr,  # rows with a selection, or else the rows without
+    WINDOW: tl.constexpr,  # tokens visible to a query, 0: all
+    SPARSE: tl.constexpr,  # whether to attend the sparse rows or the dense ones
     HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     N: tl.constexpr,
@@ -64,7 +63,7 @@ def attend_kernel(
     DTYPE: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """One program: a part of one row's tokens, for HEADS query heads that share them."""
+    """One program: a part of one row's tokens, for the HEADS query heads that share them."""
     row, unit = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     parts = tl.num_programs(2)
     length, budget = length_of(seq_lens, row, longest), budget_of(budgets, row, least)
@@ -112,7 +111,7 @@ def attend_kernel(
         top = higher
 
     unit = (row * (tl.num_programs(1) * HEADS) + head) * parts + tl.program_id(2)
-    mine = member < tl.where(count > 0, HEADS, 0)  # other rows belong to another launch
+    mine = member < tl.where(count > 0, HEADS, 0)  # other rows belong to the other launch
     tl.store(maximum + unit, top, mask=mine)
     tl.store(total + unit, weight, mask=mine)
     mine = member < tl.where(start < end, HEADS, 0)

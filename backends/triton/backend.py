@@ -1,7 +1,7 @@
 """The host side: argument checks, launch shapes, workspaces.
 
-Launch shapes depend on the number of rows and on ``max_seq_len`` alone; lengths and budgets are
-read on the device. So a decode step never synchronises and can be captured in a CUDA graph.
+Launch shapes depend on the number of rows and on ``max_seq_len`` alone; kernels read lengths and
+budgets on the device. A decode step therefore never synchronises and can be captured in a CUDA graph.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from vllm_adamas.errors import AdamasError
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
-#: TRITON_INTERPRET=1: kernels run in Python on CPU tensors, for tests.
+#: With TRITON_INTERPRET=1, kernels run in Python on CPU tensors, for tests.
 INTERPRETED = not isinstance(append_kernel, triton.JITFunction)
 
-PROGRAMS_PER_SM = 8  #: that a launch aims at, by cutting contexts into parts
-MAX_PARTS = 64  #: of one context; merge holds them all at once
-SCORE_BYTES = 512 << 20  #: scores and tokens of one pass; more rows take several
-APPEND_TOKENS, SCAN_TOKENS, SELECT_TOKENS, GATHER_TOKENS = 16, 128, 4096, 32
-SAMPLES, CANDIDATES = 1024, 1024  #: of select: scores that suggest a pivot; tokens of a later step
+PROGRAMS_PER_SM = 8  #: programs per SM that splitting contexts into parts aims at
+MAX_PARTS = 64  #: most parts of one context; merge loads them all at once
+SCORE_BYTES = 512 << 20  #: bytes of scores and tokens in one pass; more rows take several passes
+APPEND_TOKENS, SCAN_TOKENS, SELECT_TOKENS, GATHER_TOKENS = 16, 128, 4096, 32  #: at a time
+SAMPLES, CANDIDATES = 1024, 1024  #: of select: sampled scores, and candidates at a time
 
 
 class TritonLayer(Layer):
-    """A layer, and views of its pages as long as these are there."""
+    """A layer with views of its pages, dropped together with the KV cache."""
 
     def __init__(self, params: Params, kv_cache: torch.Tensor):
         super().__init__(params, kv_cache)
@@ -57,9 +57,9 @@ class TritonLayer(Layer):
 
 
 class TritonBackend(Backend, Inspectable):
-    """Kernels of this folder: encode and scan, select, attend (sparse rows, dense rows), merge.
+    """Triton kernels: encode and scan, select, attend (sparse rows, dense rows), merge.
 
-    Any of the page's K and V types, up to 16 query heads per KV head, contexts of any length.
+    They take every element type of pages, up to 16 query heads per KV head and contexts of any length.
     """
 
     name = "triton"
@@ -89,10 +89,10 @@ class TritonBackend(Backend, Inspectable):
         return f"triton {triton.__version__} ({where})"
 
     def reserve(self, params, max_rows, max_seq_len):
-        """As :meth:`Backend.reserve`. Steps of one device share the workspace: run them on one stream."""
+        """As :meth:`Backend.reserve`. Steps of a device share the workspace, so they must run on one stream."""
         device = torch.device("cpu" if INTERPRETED else torch.cuda.current_device())
         key = (params, max_rows, max_seq_len)
-        if key not in self._reserved:  # the layers of a model ask alike
+        if key not in self._reserved:  # once for all layers of a model
             self._reserved[key] = max(
                 Plan(params, rows + 1, rounded_context(max_seq_len), device).nbytes
                 for rows in range(max_rows)
@@ -153,7 +153,7 @@ class TritonBackend(Backend, Inspectable):
         return tokens[..., :most].masked_fill(index >= kept[:, None, None], -1)
 
     def decode(self, layer, query, batch, output, stats):
-        """As :meth:`Backend.decode`; ``budgets`` being ``seq_lens`` says that every row is dense."""
+        """As :meth:`Backend.decode`; if ``budgets`` is the tensor ``seq_lens``, every row is dense."""
         params, block_table = layer.params, batch.block_table
         seq_lens, budgets = batch.seq_lens, batch.budgets
         rows = seq_lens.shape[0]
@@ -231,7 +231,7 @@ class TritonBackend(Backend, Inspectable):
         )  # fmt: skip
 
     def _attend(self, plan, layer, query, block_table, seq_lens, budgets, longest, tokens):
-        """Partial attention of the rows with a selection, or where ``tokens`` is None of the others."""
+        """Partial attention of the sparse rows, or of the dense ones if ``tokens`` is None."""
         params, planes, sparse = layer.params, layer.planes, tokens is not None
         layout = params.layout
         alone = sparse and params.selection == "query_head"
@@ -264,13 +264,13 @@ class TritonBackend(Backend, Inspectable):
         plan = self._plans.get(key) or Plan(params, rows, longest, device)
         memory = self._workspace.at_least(device, plan.nbytes)
         if key not in self._plans:
-            plan.lay(memory)
+            plan.place(memory)
             self._plans[key] = plan
         return plan
 
 
 class Planes(NamedTuple):
-    """Views of a KV cache and their strides in elements, between blocks and between heads."""
+    """Views of the planes of a KV cache, and their strides between blocks and heads in elements."""
 
     k: torch.Tensor
     v: torch.Tensor
@@ -287,7 +287,7 @@ class Planes(NamedTuple):
                 "kernels handle: serve this model with another attention backend."
             )
         layout = params.layout
-        # Views through another dtype: they hold the memory, and not the tensor that it came in.
+        # Views through another dtype: they keep the memory alive, but not the tensor kv_cache.
         planes = [
             plane(kv_cache) for plane in (layout.k, layout.v, layout.hi, layout.lo, layout.scale)
         ]
@@ -296,10 +296,10 @@ class Planes(NamedTuple):
 
 
 class Plan:
-    """How a step of R rows is cut into programs and passes, and where its workspace lies.
+    """The programs and passes of a step of R rows, and its views of the workspace.
 
     Args:
-        longest: an upper bound of the contexts.
+        longest: an upper bound of the context lengths in tokens.
     """
 
     def __init__(self, params: Params, rows: int, longest: int, device: torch.device):
@@ -324,10 +324,10 @@ class Plan:
             "maximum": split,
             "total": split,
         }
-        #: every part begins at a multiple of 256 bytes
+        #: every tensor starts at a multiple of 256 bytes
         self.nbytes = 4 * sum(_whole(shape) for shape in self._shapes.values())
 
-    def lay(self, memory: torch.Tensor) -> None:
+    def place(self, memory: torch.Tensor) -> None:
         """Cuts the workspace up."""
         memory, first = memory[: self.nbytes].view(torch.float32), 0
         for name, shape in self._shapes.items():
@@ -350,7 +350,7 @@ def _padded(size: int) -> int:
 
 
 def _block(size: int) -> int:
-    """Dimensions that one Hadamard matrix transforms."""
+    """Size of a block of the Hadamard transform."""
     return size & -size
 
 
@@ -359,6 +359,6 @@ def _sizes(size: int) -> dict[str, int]:
 
 
 def _to_fp8(x: torch.Tensor, kind: str, scale: float) -> torch.Tensor:
-    """As the reference does it; rounding is PyTorch's, since not every GPU converts to fp8."""
+    """Quantises to fp8 as the reference does, in PyTorch, because not every GPU has an instruction."""
     top = torch.finfo(ELEMENTS[kind].values).max
     return (x.float() / scale).clamp(-top, top).to(ELEMENTS[kind].values).view(torch.uint8)

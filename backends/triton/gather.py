@@ -1,4 +1,4 @@
-"""gather: K and V of several contexts, back to back."""
+"""gather: copies K and V of several contexts, back to back."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ import triton.language as tl
 from vllm_adamas.backends.triton.attend import dequantize
 from vllm_adamas.backends.triton.rows import length_of
 
-ROWS = tl.constexpr(1024)  #: whose lengths are added up at a time
+ROWS = tl.constexpr(1024)  #: lengths that are summed at a time
 
 
-@triton.jit(do_not_specialize=["tokens", "longest"])  # every step has others
+@triton.jit(do_not_specialize=["tokens", "longest"])  # they differ in every step
 def gather_kernel(
     k,
     v,
@@ -20,7 +20,7 @@ def gather_kernel(
     block_table,  # int32 [R, blocks]
     table_row,
     seq_lens,  # int32 [R]
-    key,  # [T, Hkv, D] with the strides out_*
+    key,  # [T, Hkv, D]
     value,
     key_token,
     key_head,

@@ -1,11 +1,11 @@
-"""scan: the score of every context token, from signatures alone.
+"""scan: computes the score of every context token from signatures alone.
 
-Both scores are sums over bits, and bits are counted 32 at a time. With code c = 2 * hi + lo of a key,
+Both scores are sums over bits, which are counted 32 at a time. With the code c = 2 * hi + lo of a key,
 
     dot:        sum q * (2c - 3)  =  2 * sum over b of 2^b * (2 |hi & q_b| + |lo & q_b|)  -  3 sum q
     manhattan:  -sum |a - c|      =  -sum over t = 1..3 of |[a >= t] xor [c >= t]|
 
-where q_b are the bits of the 4-bit query, the last one of weight -8, and |x| counts the bits of x.
+where q_b are the bits of the 4-bit query, the last one with weight -8, and |x| counts the bits of x.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ from vllm_adamas.backends.triton.signature import (
 
 QUERY_BITS = tl.constexpr(4)
 QUERY_MAX = tl.constexpr(7)
-PLANES = tl.constexpr(4)  #: of an encoded query, in memory; manhattan uses three
-ROUND = tl.constexpr(12582912.0)  #: 1.5 * 2^23: adding it leaves no bits for a fraction
+PLANES = tl.constexpr(4)  #: bit planes of an encoded query in memory; manhattan uses three
+ROUND = tl.constexpr(12582912.0)  #: 1.5 * 2^23: adding it rounds to an integer
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def encode_kernel(
     query_head,
     threshold,
     DOT: tl.constexpr,
-    SUMMED: tl.constexpr,  # the group's queries become one, ROWS is 1
+    SUMMED: tl.constexpr,  # sum the group's queries into one; ROWS is 1
     RELATIVE: tl.constexpr,
     GROUP: tl.constexpr,
     GROUP_PADDED: tl.constexpr,
@@ -87,7 +87,7 @@ def encode_kernel(
 
 @triton.jit
 def _popcount(x):
-    """Set bits of uint32, in the form that the compiler turns into one instruction."""
+    """Counts set bits of uint32, in the form that the compiler turns into one instruction."""
     x -= (x >> 1) & 0x55555555
     x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
     x = (x + (x >> 4)) & 0x0F0F0F0F
@@ -108,7 +108,7 @@ def scan_kernel(
     block_table,  # int32 [R, blocks]
     table_row,
     seq_lens,  # int32 [R]
-    budgets,  # int32 [R]; rows whose budget reaches the context are left out. None: all are in
+    budgets,  # int32 [R]; dense rows are skipped; None scans all rows
     scores,  # float32 [R, sets, L]
     score_row,
     score_set,
@@ -117,7 +117,7 @@ def scan_kernel(
     DOT: tl.constexpr,
     SHARED: tl.constexpr,  # one set per KV head
     GROUP: tl.constexpr,
-    ROWS: tl.constexpr,  # as in encode
+    ROWS: tl.constexpr,  # as in encode_kernel
     N: tl.constexpr,
     SIZE: tl.constexpr,
     TOKENS: tl.constexpr,

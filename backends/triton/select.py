@@ -1,10 +1,10 @@
 """select: the exact k best tokens of a set, by radix selection over the bits of the scores.
 
-A float's bits become an integer of the same order, the key. First the candidates: tokens whose key
-reaches a pivot, which a sample suggests. Fewer than k of them, and everything becomes a candidate, so
-the pivot decides the time alone. Then four passes over the candidates, one per byte, count the digits
-of the keys that share the digits found so far, which gives the k-th best key; a last one writes the
-tokens. Lists are as long as contexts, so no distribution of scores can overflow them.
+The bits of a score are mapped to an integer key of the same order. Candidates are the tokens whose key
+reaches a pivot taken from a sample. If fewer than k tokens reach it, every token becomes a candidate, so
+the pivot affects the time but not the result. Four passes over the candidates, one per byte, build
+histograms of the next digit among keys that share the digits found so far, which yields the k-th best
+key. A last pass writes the tokens. Lists have the length of the context, so they cannot overflow.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from vllm_adamas.backends.triton.rows import budget_of, length_of
 
 @triton.jit
 def _keys(scores, token, inside, length, sinks, recent):
-    """Unsigned integers in the order of the scores; tokens that are always kept have the largest."""
+    """Unsigned integers in the order of the scores; tokens that are always kept have the largest one."""
     score = tl.load(scores + token, mask=inside, other=0)
-    bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)  # both zeros are one score
+    bits = tl.where(score == 0, 0.0, score).to(tl.int32, bitcast=True)  # -0 equals 0
     order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     order = tl.where((token < sinks) | (token >= length - recent), 0x7FFFFFFF, order)
     return (order ^ -(2**31)).to(tl.uint32, bitcast=True)
@@ -27,9 +27,9 @@ def _keys(scores, token, inside, length, sinks, recent):
 
 @triton.jit
 def _pivot(scores, length, wanted, sinks, recent, SAMPLES: tl.constexpr):
-    """A key that the wanted tokens probably reach, and few others; 0 where a sample says too little.
+    """A key that probably at least ``wanted`` tokens reach, and few more; 0 if the context is too short.
 
-    The sample's rank is four standard deviations beyond the expected one; the upper 16 bits suffice.
+    Its rank in the sample is four standard deviations past the expected one; 16 bits are precise enough.
     """
     token = tl.arange(0, SAMPLES) * (length // SAMPLES)
     key = _keys(scores, token, token < length, length, sinks, recent)
@@ -45,7 +45,7 @@ def _pivot(scores, length, wanted, sinks, recent, SAMPLES: tl.constexpr):
 @triton.jit
 def select_kernel(
     scores,  # float32 [R, sets, L]
-    tokens,  # int32 [R, sets, L]; the chosen ones come first, what is behind them has no meaning
+    tokens,  # int32 [R, sets, L]; the selected tokens come first, the rest is undefined
     score_row,
     score_set,
     token_row,
@@ -56,12 +56,12 @@ def select_kernel(
     recent,
     longest,
     least,
-    SPARSE_ONLY: tl.constexpr,  # leave rows out whose budget reaches the context
+    SPARSE_ONLY: tl.constexpr,  # skip dense rows
     SAMPLES: tl.constexpr,
     TOKENS: tl.constexpr,
     CANDIDATES: tl.constexpr,
 ):
-    """One program: one token set. Ascending tokens; of equal scores the most recent ones."""
+    """One program: one token set. Tokens ascend; ties go to the most recent ones."""
     row, which = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     length, budget = length_of(seq_lens, row, longest), budget_of(budgets, row, least)
     if SPARSE_ONLY:
@@ -86,7 +86,7 @@ def select_kernel(
 
     digits = tl.arange(0, 256)
     prefix = tl.full((), 0, tl.uint32)
-    equal = found  # candidates that share the prefix; `wanted` are to be taken among them
+    equal = found  # candidates that share the prefix; `wanted` of them are taken
     for i in tl.static_range(4):
         count = tl.zeros((256,), tl.int32)
         for first in range(0, found, CANDIDATES):
@@ -95,7 +95,7 @@ def select_kernel(
             key = _keys(scores, token, at < found, length, sinks, recent) >> (24 - 8 * i)
             shared = (at < found) & ((key >> 8) == prefix)
             count += tl.histogram((key & 255).to(tl.int32), 256, mask=shared)
-        # The largest digit with enough candidates at or above it; 0 where nothing is wanted.
+        # The largest digit with enough candidates at or above it; 0 if nothing is wanted.
         at_or_above = tl.cumsum(count, 0, reverse=True)
         digit = tl.maximum(tl.sum((at_or_above >= wanted).to(tl.int32)) - 1, 0)
         wanted -= tl.sum(tl.where(digits > digit, count, 0))
@@ -111,7 +111,7 @@ def select_kernel(
         rank = ties_passed + tl.cumsum(tie, 0)  # from 1
         better = (at < found) & (key > prefix)
         take = (better | ((tie > 0) & (rank > equal - wanted))).to(tl.int32)
-        # At or before where the token came from, which every thread has read.
+        # The target is at or before the token's own place, which every thread has already read.
         tl.store(tokens + (written + tl.cumsum(take, 0) - 1), token, mask=take > 0)
         ties_passed += tl.sum(tie)
         written += tl.sum(take)

@@ -1,4 +1,4 @@
-"""What append and scan share on the device: the Hadamard transform and the 2-bit codes."""
+"""Device functions shared by append and scan: the Hadamard transform and the 2-bit codes."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ TILE = tl.constexpr(16)  #: tokens per signature tile
 
 @triton.jit
 def hadamard(x, ROWS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
-    """Orthonormal transform of float32 [ROWS, PADDED] in blocks of BLOCK dimensions.
+    """Orthonormal Hadamard transform of float32 [ROWS, PADDED] in blocks of BLOCK dimensions.
 
-    The additions come in the order of the reference, so the result has the same bits.
+    The order of additions is the reference's, so the result is bit-identical.
     """
     x = tl.reshape(x, (ROWS * PADDED // BLOCK, BLOCK))
     for i in tl.static_range(8):
@@ -36,12 +36,12 @@ def bucketize(x, threshold, RELATIVE: tl.constexpr, SIZE: tl.constexpr):
 
 @triton.jit
 def pack(bits, ROWS: tl.constexpr, PADDED: tl.constexpr):
-    """Bits, int32 [ROWS, PADDED], to words [ROWS, PADDED/32]."""
+    """Packs bits, int32 [ROWS, PADDED], into words [ROWS, PADDED/32]."""
     bits = tl.reshape(bits, (ROWS, PADDED // WORD, WORD))
     return tl.sum(bits << tl.arange(0, WORD)[None, None, :], 2)
 
 
 @triton.jit
 def signature_offset(offset, SIZE: tl.constexpr):
-    """Where the first word of a block's token lies in a signature plane; words are TILE apart."""
+    """Offset of a token's first word in a block's signature plane; its words are TILE apart."""
     return offset // TILE * (SIZE // WORD * TILE) + offset % TILE

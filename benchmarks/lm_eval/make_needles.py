@@ -11,7 +11,7 @@ from vllm_adamas.evaluate import tasks, texts
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("model", help="whose tokenizer and chat template are used")
+    parser.add_argument("model", help="model whose tokenizer and chat template are used")
     parser.add_argument("--context", type=int, default=4000)
     parser.add_argument("--prompts", type=int, default=50)
     args = parser.parse_args()

@@ -1,4 +1,4 @@
-"""What a peer is: a dense decode kernel of others, called over the same K and V as ours."""
+"""A peer: a third-party dense decode kernel, called over the same K and V as ours."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Call = Callable[[], object]
 
 @dataclass(frozen=True)
 class Cell:
-    """Decode steps of one shape over one dense cache; each call has a query and a block table of its own.
+    """Decode steps of one shape over one dense cache; each call has its own query and block table.
 
     Args:
         key, value: ``[tokens, Hkv, D]``, contiguous.
-        block_tables: from a block size to int32 ``[rows, length / block size]`` for each call.
+        block_tables: maps a block size to one int32 ``[rows, length / block size]`` per call.
         num_query_heads: Hq.
         length: tokens of every row's context.
-        rows: one query token each.
+        rows: number of rows, with one query token each.
     """
 
     key: torch.Tensor
@@ -44,22 +44,22 @@ class Cell:
         return self.head_size**-0.5
 
     def pages(self, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of key and value, ``[blocks, block size, Hkv, D]``."""
+        """Views of key and value as ``[blocks, block size, Hkv, D]``."""
         key, value = (x.view(-1, block_size, *x.shape[1:]) for x in (self.key, self.value))
         return key, value
 
     def queries(self, calls: int) -> list[torch.Tensor]:
-        """One random ``[rows, Hq, D]`` for each call."""
+        """One random ``[rows, Hq, D]`` per call."""
         shape = (self.rows, self.num_query_heads, self.head_size)
         device, dtype = self.key.device, self.key.dtype
         return [torch.randn(shape, device=device).to(dtype) for _ in range(calls)]
 
     def seq_lens(self) -> torch.Tensor:
-        """int32 ``[rows]``."""
+        """Context lengths, int32 ``[rows]``."""
         return torch.full((self.rows,), self.length, dtype=torch.int32, device=self.key.device)
 
     def varlen_arguments(self, block_size: int) -> dict[str, Any]:
-        """What functions of FlashAttention's varlen interface are told, beside query, table and output."""
+        """Arguments of FlashAttention's varlen interface except query, block table and output."""
         key, value = self.pages(block_size)
         return {
             "k": key,
@@ -75,16 +75,16 @@ class Cell:
 
 @dataclass(frozen=True)
 class Peer:
-    """A dense decode kernel of others.
+    """A third-party dense decode kernel.
 
     Args:
-        name: its key in records.
-        title: what people call it.
-        heading: as the title, for the column of a table.
-        module: what has to be importable.
-        distribution: whose version a record names.
-        prepare: from a cell to the ways in which the kernel can be called for it, by name. Each makes
-            the calls, one per block table, when it is called itself: what they need may be large.
+        name: key in records.
+        title: name in text.
+        heading: name in the heading of a table column.
+        module: module that must be importable.
+        distribution: distribution whose version is recorded.
+        prepare: returns the ways to call the kernel for a cell, by name. Each is a function that creates
+            the calls, one per block table, only when it is called, because they may need much memory.
     """
 
     name: str
@@ -95,5 +95,5 @@ class Peer:
     prepare: Callable[[Cell], dict[str, Callable[[], list[Call]]]]
 
     def available(self) -> bool:
-        """Whether it is installed; it may still refuse to run here."""
+        """Whether the kernel is installed; it may still refuse to run."""
         return find_spec(self.module) is not None

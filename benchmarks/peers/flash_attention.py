@@ -1,7 +1,7 @@
-"""FlashAttention 3 of an installed vLLM, called as vLLM calls it for decode.
+"""FlashAttention 3 of the installed vLLM, called as vLLM calls it for decode.
 
-Its cache has pages of 16 tokens, vLLM's default. vLLM prepares the schedule of a step on the GPU before
-the layers run, or leaves it to each call.
+The cache has pages of 16 tokens, vLLM's default. vLLM either prepares the schedule of a step on the GPU
+before the layers run, or leaves it to each call.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from peers.base import Call, Cell, Peer
 
 BLOCK_SIZE = 16
-NUM_SPLITS = 32  #: as vLLM bounds them inside of CUDA graphs
+NUM_SPLITS = 32  #: vLLM's bound inside CUDA graphs
 
 
 def prepare(cell: Cell) -> dict[str, Callable[[], list[Call]]]:

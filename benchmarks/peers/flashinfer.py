@@ -1,6 +1,6 @@
 """FlashInfer's paged decode: on tensor cores or on CUDA cores.
 
-A step is planned outside of the CUDA graph: for any lengths, as engines do, or for exactly these.
+A step is planned outside the CUDA graph: either for any lengths, as engines do, or for exactly these.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from peers.base import Call, Cell, Peer
 
 BLOCK_SIZE = 64
 WORKSPACE_BYTES = 128 << 20
-#: A plan takes less than 1 KiB; by default it has 8 MiB, on the GPU and again in pinned memory.
+#: A plan takes less than 1 KiB; the default is 8 MiB, on the GPU and again in pinned memory.
 PLAN_BYTES = 1 << 20
 
 
@@ -26,10 +26,10 @@ def prepare(cell: Cell) -> dict[str, Callable[[], list[Call]]]:
     tables = cell.block_tables(BLOCK_SIZE)
     queries = cell.queries(len(tables))
     outputs = [torch.empty_like(query) for query in queries]
-    # What a plan reads lies on the host.
+    # A plan reads these on the host.
     starts = torch.arange(cell.rows + 1, dtype=torch.int32) * (cell.length // BLOCK_SIZE)
     last = torch.full((cell.rows,), BLOCK_SIZE, dtype=torch.int32)
-    # Partial results of one call at a time: the calls follow each other on one stream.
+    # Shared by all calls, since they run one after another on one stream.
     workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=device)
 
     def planned(table: torch.Tensor, tensor_cores: bool, any_lengths: bool):

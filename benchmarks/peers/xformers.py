@@ -1,10 +1,10 @@
-"""Dense decode through xformers' paged split-K operator: an independent oracle, and a peer to time.
+"""Dense decode with xformers' paged split-K operator: an independent oracle, and a peer to time.
 
-No backend of :mod:`vllm_adamas.backends.base`: the operator knows neither signatures nor pages of
-planes. It finds row i of page p at (p * page_size + i) times one stride, and the blocks of an adamas
-page are no multiple of a row apart, so it attends to a copy that :func:`planes` makes. Of xformers
-only the operator that is written in Triton is used; the wheel's compiled ones need the PyTorch that
-they were built with.
+It is not a backend of :mod:`vllm_adamas.backends.base`, because the operator supports neither signatures
+nor pages of planes. It expects row i of page p at (p * page_size + i) times one stride. The blocks of an
+adamas cache are not a multiple of a row apart, so the operator attends to a copy made by :func:`planes`.
+Only xformers' Triton operator is used; the compiled ones of the wheel need the PyTorch that they were
+built with.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from vllm_adamas.backends.base import Params
 from vllm_adamas.errors import AdamasError
 
 HEAD_SIZES = (64, 128, 256)
-BLOCK_SIZE = 64  #: of the pages that are timed
+BLOCK_SIZE = 64  #: tokens per page in timed runs
 BLOCK_MULTIPLE = 64  #: the operator's step along the tokens of a page
 DTYPES = (torch.float16, torch.bfloat16)
-LAST_TRITON = (3, 8)  #: Triton 3.9 dropped block pointers, which the operator is made of
+LAST_TRITON = (3, 8)  #: Triton 3.9 dropped block pointers, which the operator uses
 
 
 @cache
 def _operator():
-    """xformers' Triton split-K operator, and the class of what it takes."""
+    """xformers' Triton split-K operator, and the class of its inputs."""
     import triton
 
     if Version(triton.__version__).release[:2] > LAST_TRITON:
@@ -49,7 +49,7 @@ def _operator():
 
 
 def planes(params: Params, page: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Copies of a page's K and V, ``[num_blocks, N, Hkv, D]``, for the same block tables."""
+    """Copies of the K and V planes, ``[num_blocks, N, Hkv, D]``, for the same block tables."""
     if params.fp8:
         raise AdamasError(
             "xformers' operator reads no fp8 pages of this layout: compare bf16 pages."
@@ -60,7 +60,7 @@ def planes(params: Params, page: torch.Tensor) -> tuple[torch.Tensor, torch.Tens
 
 
 def attention_bias(seq_lens: list[int], block_table: torch.Tensor, block_size: int):
-    """xformers' description of a decode step: which tokens of which pages each row sees.
+    """xformers' description of a decode step: the tokens and pages that each row attends to.
 
     Args:
         seq_lens: tokens of each row, at least 1, on the host.
@@ -93,7 +93,7 @@ def dense_decode(
     Args:
         query: ``[R, Hq, D]``, contiguous.
         key, value: ``[num_blocks, N, Hkv, D]``, contiguous; Hkv divides Hq.
-        bias: of :func:`attention_bias`.
+        bias: result of :func:`attention_bias`.
 
     Raises:
         AdamasError: xformers has no operator for the head size, the dtype or the device.
@@ -117,9 +117,9 @@ def dense_decode(
         )
     operator, inputs = _operator()
     group = query_heads // heads
-    # Grouped heads share keys and values: a dimension of stride 0.
+    # Grouped heads share keys and values through a dimension of stride 0.
     shared = (1, blocks * block_size, heads, group, size)
-    # Not through memory_efficient_attention, which refuses to run without the compiled operators.
+    # Not with memory_efficient_attention, which refuses to run without the compiled operators.
     output, _ = operator.apply(
         inputs(
             query.view(1, rows, heads, group, size),

@@ -1,5 +1,5 @@
-// Checks of tensors where Python meets native code: what a caller got wrong, as one sentence that names the
-// argument, the constraint and what was given instead (a ValueError).
+// Checks of tensor arguments passed from Python. A failed check throws a ValueError of one sentence that names
+// the argument, the constraint and the value given.
 #pragma once
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/error.h>
@@ -43,11 +43,11 @@ inline bool is_element(const TensorView& t, Element element) {
     case Element::f32: return is_dtype(t, kDLFloat, 32);
     case Element::bf16: return is_dtype(t, kDLBfloat, 16);
     case Element::f16: return is_dtype(t, kDLFloat, 16);
-    default: return is_dtype(t, kDLUInt, 8);  // fp8 is kept as bytes
+    default: return is_dtype(t, kDLUInt, 8);  // fp8 is stored as bytes
   }
 }
 
-// One tensor argument: its name, what it has to be in words, and the device that it has to be on.
+// A tensor argument with its name, the constraint in words and the required device.
 struct Argument {
   const char* name;
   const char* wanted;
@@ -80,7 +80,7 @@ struct Argument {
     TVM_FFI_THROW(ValueError) << text.str();
   }
 
-  // Sizes from the first dimension on, -1 fits any; the last dimension contiguous.
+  // The sizes of all dimensions, -1 for any; the last dimension must be contiguous.
   void expect_shape(std::initializer_list<int64_t> sizes) const {
     bool fits = tensor.ndim() == int(sizes.size());
     int i = 0;
@@ -91,7 +91,7 @@ struct Argument {
     expect(fits && (tensor.size(tensor.ndim() - 1) <= 1 || tensor.stride(tensor.ndim() - 1) == 1));
   }
 
-  // Every row of the last dimension starts at a multiple of so many bytes.
+  // Every row of the last dimension must start at a multiple of `bytes`.
   void expect_aligned(int64_t bytes) const {
     bool fits = reinterpret_cast<uintptr_t>(tensor.data_ptr()) % bytes == 0;
     const int64_t size = tensor.dtype().bits / 8;
@@ -101,7 +101,7 @@ struct Argument {
   }
 };
 
-// kv_cache: [num_blocks, num_kv_heads, block_size, C] in which every page is dense and has the layout's size.
+// kv_cache must be [num_blocks, num_kv_heads, block_size, C]; every page must be dense and of the layout's size.
 inline void expect_pages(const Argument& kv_cache, const PageLayout& layout, int64_t num_kv_heads,
                          int64_t block_size) {
   const TensorView& t = kv_cache.tensor;

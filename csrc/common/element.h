@@ -1,4 +1,4 @@
-// Element types, and tensors of them.
+// Element types, and tensors of heads.
 #pragma once
 #include <cstdint>
 
@@ -10,7 +10,7 @@
 
 namespace adamas {
 
-// The numbers are those of vllm_adamas/dtypes.py.
+// The numbers match vllm_adamas/dtypes.py.
 enum class Element : int { f32 = 0, bf16 = 1, f16 = 2, e4m3 = 3, e5m2 = 4 };
 
 ADAMAS_BOTH constexpr bool is_fp8(Element element) { return element == Element::e4m3 || element == Element::e5m2; }

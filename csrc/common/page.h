@@ -6,16 +6,16 @@
 
 namespace adamas {
 
-// Signature planes are made of tiles of 16 tokens: uint32 [D/32 words][16 tokens].
+// Signature planes consist of tiles of 16 tokens: uint32 [D/32 words][16 tokens].
 constexpr int kTile = 16;
 constexpr int kWord = 32;
 
-// Where the planes of a page lie, and what K and V are made of. Offsets are bytes from the start of the page, K
-// has none. Each device adds how it finds a page and a token.
+// Offsets of the planes in bytes from the start of the page (K is at 0), and the element of K and V. Each device
+// adds how it locates a page and a token.
 struct PageLayout {
   int64_t v_offset, hi_offset, lo_offset, scale_offset;
   Element element;
-  float k_scale, v_scale;  // real values per stored value; 1 but for fp8
+  float k_scale, v_scale;  // factors from stored to real values; 1 unless fp8
 
   ADAMAS_BOTH bool fp8() const { return is_fp8(element); }
 };

@@ -1,4 +1,4 @@
-// The functions that Python sees (backends/cpu/backend.py). Arguments are checked here, where a check costs nanoseconds.
+// The functions that Python calls (backends/cpu/backend.py). They check their arguments, at a cost of nanoseconds.
 // tvm-ffi passes tensors by DLPack, so one library serves every CPython and PyTorch.
 #include <algorithm>
 #include <tvm/ffi/container/map.h>
@@ -45,7 +45,7 @@ Element element_of(const TensorView& t, const char* constraint) {
   return Element::bf16;
 }
 
-// int32 [rows]; any number of rows when negative
+// int32 [rows]; a negative `rows` accepts any number
 const int32_t* row_numbers(const TensorView& t, const char* constraint, int64_t rows = -1) {
   expect(t.ndim() == 1 && is_int(t, 32) && t.stride(0) == 1 && (rows < 0 || t.size(0) == rows), constraint);
   return data<const int32_t>(t);
@@ -59,13 +59,13 @@ Rows rows_of(const TensorView& t, int64_t tokens, int64_t heads, int64_t head_si
   return Rows{t.data_ptr(), t.stride(0), t.stride(1), element_of(t, constraint)};
 }
 
-// A number of the description that a layer is bound with (backends/base.py, Params.native).
+// An entry of a layer's description (backends/base.py, Params.native).
 template <class T>
 T number_of(const Map<String, Any>& description, const char* name) {
   return description.at(String(name)).cast<T>();
 }
 
-// kv_cache: [num_blocks, num_kv_heads, block_size, content], each (block, head) one run.
+// kv_cache: [num_blocks, num_kv_heads, block_size, C]; each (block, head) is one dense run.
 Page page_of(const TensorView& kv_cache, const Map<String, Any>& description) {
   auto integer = [&](const char* name) { return number_of<int64_t>(description, name); };
   const int64_t size = kv_cache.dtype().bits / 8, block_size = integer("block_size");
@@ -91,7 +91,7 @@ Page page_of(const TensorView& kv_cache, const Map<String, Any>& description) {
   return page;
 }
 
-// One attention layer. It knows where its pages lie and does not keep them alive.
+// One attention layer. It points to its pages but does not keep them alive.
 struct LayerObj : public Object {
   Page page;
   int64_t num_blocks;

@@ -1,4 +1,4 @@
-// append and gather: signatures and planes in, K and V out, over OpenMP threads.
+// append and gather over OpenMP threads.
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -13,7 +13,7 @@
 namespace adamas {
 
 void append(const Kernels& kernels, const AppendParams& p) {
-  // A decode step appends a token or two per request: below this the threads cost more than they save.
+  // A decode step appends one token per request. For so few tokens, threads cost more than they save.
   constexpr int64_t kSerial = 16;
 #pragma omp parallel for schedule(static) if (p.num_tokens > kSerial)
   for (int64_t token = 0; token < p.num_tokens; ++token) kernels.append(p, token);
@@ -39,12 +39,12 @@ bool advise_huge(void* start, int64_t bytes) {
   const uintptr_t from = (uintptr_t(start) + kHuge - 1) / kHuge * kHuge;
   const uintptr_t to = (uintptr_t(start) + bytes) / kHuge * kHuge;
   if (to <= from || madvise((void*)from, to - from, MADV_HUGEPAGE) != 0) return false;
-  // The 4 KiB pages of the zero fill go, and 2 MiB pages come, zeroed: all of them now, or each prompt would
-  // wait for those that it touches first (milliseconds each where memory is scarce; before Linux 5.14 it does).
+  // Replaces zero-filled 4 KiB pages by zeroed 2 MiB pages. All are populated now, or each prompt would wait for
+  // those it touches first: milliseconds each where memory is scarce. Linux before 5.14 cannot populate.
 #pragma omp parallel for schedule(dynamic)
   for (uintptr_t page = from; page < to; page += kHuge) {
     const char* bytes = (const char*)page;
-    if (bytes[0] != 0 || std::memcmp(bytes, bytes + 1, kHuge - 1) != 0) continue;  // in use: it stays as it is
+    if (bytes[0] != 0 || std::memcmp(bytes, bytes + 1, kHuge - 1) != 0) continue;  // in use: keep it
     if (madvise((void*)page, kHuge, MADV_DONTNEED) == 0) madvise((void*)page, kHuge, MADV_POPULATE_WRITE);
   }
   return true;

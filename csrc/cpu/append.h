@@ -1,10 +1,10 @@
-// append: K, V and signature of one token into its slot. Per-ISA include.
+// append: writes K, V and the signature of one token to its slot. Per-ISA include.
 
 template <int D>
 static inline void store_plane(uint8_t* to, Element element, const Rows& rows, int64_t token, int head,
                                float scale) {
   const int64_t at = token * rows.token_stride + head * rows.head_stride;
-  if (element == rows.element && element_bytes(element) == 2) {  // the usual case, a constant size
+  if (element == rows.element && element_bytes(element) == 2) {  // the usual case, with a constant size
     __builtin_memcpy(to, (const uint16_t*)rows.data + at, 2 * D);
   } else if (element == rows.element) {
     __builtin_memcpy(to, (const float*)rows.data + at, 4 * D);

@@ -1,9 +1,9 @@
 // attend: exact softmax attention over a list or a range of tokens. Per-ISA include.
 //
-// Tokens go through in steps of kStep: logits of a step for all heads of the KV head, one running
-// maximum per head, then the values. Selected tokens lie scattered over the pages, so the rows of the
-// next step are prefetched while this one is computed: one row beside each, because a core waits as soon
-// as it has more than a dozen misses in flight.
+// Tokens are processed in steps of kStep: the logits of a step for all heads of the KV head, one running
+// maximum per head, then the values. Selected tokens are scattered over the pages, so the rows of the
+// next step are prefetched during this one. Each row computed prefetches one row, because a core stalls
+// with more than a dozen misses in flight.
 
 constexpr int kStep = 32;
 
@@ -40,7 +40,7 @@ static void store_output(const DecodeParams& p, int row, int head, const Partial
     }
 }
 
-// Vectors of one head that are accumulated in registers together: an even divisor of all of them.
+// Vectors per head that are accumulated in registers at a time: an even divisor of `vectors`.
 constexpr int columns(int vectors, int heads) {
   const int registers = kLanes == 16 ? 24 : 12;
   int best = 2;
@@ -54,8 +54,7 @@ static inline void prefetch_row(const uint8_t* row) {
   for (int line = 0; line < D * Convert<E>::bytes; line += kLine) __builtin_prefetch(row + line);
 }
 
-// One step for H heads at once, so that each K and V element is converted once. `next` are the rows to
-// prefetch meanwhile.
+// One step for H heads at once, so that each K and V element is converted once. Prefetches the rows `next`.
 template <Element E, int D, int H>
 static inline void attend_step(const uint8_t* const* rows, int n, const uint8_t* const* next,
                                int64_t v_offset, const float* queries, Partial* partials) {
@@ -149,7 +148,7 @@ static void attend_tokens(const DecodeParams& p, int row, int kv_head, const flo
       const int offset = token - block * page.block_size;
       to[i] = page.run(blocks[block], kv_head) + offset * kRow;
     }
-    for (int i = n; i < kStep; ++i) to[i] = to[0];  // read, but given no weight
+    for (int i = n; i < kStep; ++i) to[i] = to[0];  // read, but their weight is 0
   };
 
   for (int h = 0; h < heads; ++h) {

@@ -1,6 +1,6 @@
-// Spreads the inner kernels over OpenMP threads (the ones vLLM's CPU worker has bound to cores).
+// Runs the inner kernels on OpenMP threads, which vLLM's CPU worker has bound to cores.
 //
-// decode runs in two waves per group of rows, so that one long context occupies every thread too:
+// decode runs in two waves per group of rows, so that even one long context occupies every thread:
 //   wave 1  dense rows: (row, KV head, chunk) -> softmax partials
 //           sparse rows: (row, kSideBySide KV heads, chunk) -> scores
 //   wave 2  dense rows: (row, query head) merges its partials
@@ -20,13 +20,13 @@ constexpr int kAttendChunk = 2048;               // tokens per item of wave 1, d
 constexpr int kScanChunk = 1024;                 // the same, sparse
 constexpr int64_t kGroupFloats = 16ll << 20;     // workspace of one group of rows: 64 MiB
 
-// Grows and is reused from call to call; the pages of a decode step need no allocation.
+// A buffer that grows and is reused across calls, so that a decode step seldom allocates.
 template <class T>
 class Buffer {
  public:
   T* at_least(int64_t n) {
 #ifdef __SANITIZE_ADDRESS__
-    data_ = std::vector<T>(n);  // no more than that, so that a step beyond it is seen
+    data_ = std::vector<T>(n);  // the exact size, so that any access past it is reported
 #else
     if (int64_t(data_.size()) < n) data_.resize(n + n / 4);
 #endif
@@ -74,7 +74,7 @@ RowPlan plan_row(const DecodeParams& p, int row) {
   return plan;
 }
 
-// Merges softmax partials of one query head into the first.
+// Merges the softmax partials of one query head into the first one.
 void merge(Partial* partials, int count, int64_t step, int head_size) {
   Partial& to = partials[0];
   for (int i = 1; i < count; ++i) {
@@ -88,8 +88,8 @@ void merge(Partial* partials, int count, int64_t step, int head_size) {
   }
 }
 
-// Selects into the thread's token list: sinks, the best of the middle, the recent window. budget: of
-// DecodeParams, so sinks and recent window are within it.
+// Writes the selected tokens to out: sinks, the best of the middle, the recent window. `budget` comes from
+// DecodeParams::budget, so it includes sinks and recent window.
 int select_row(const Kernels& kernels, const DecodeParams& p, const float* scores, int length, int budget,
                int32_t* out) {
   if (budget >= length) {
@@ -105,7 +105,7 @@ int select_row(const Kernels& kernels, const DecodeParams& p, const float* score
   return budget;
 }
 
-// Scores of some KV heads of one row into its score rows.
+// Computes the scores of some KV heads of one row.
 void scan_heads(const Kernels& kernels, const DecodeParams& p, int row, int first_head, int heads,
                 const QueryCode* codes, int first, int last, float* scores, int64_t stride) {
   const bool shared = !p.per_query_head, sum = shared && !p.dot;
@@ -151,7 +151,7 @@ class Group {
     p_.stats[3] += attended;
   }
 
-  // How many rows from first_row on fit the workspace; at least one.
+  // End of the rows from first_row on that fit the workspace; at least one row.
   int extent(int first_row) const {
     int64_t floats = 0;
     int row = first_row;
@@ -251,7 +251,7 @@ class Group {
   std::vector<RowPlan> rows_;
   int64_t score_floats_ = 0, num_partials_ = 0, items1_ = 0, items2_ = 0;
 
-  // Shared by all calls; the engine calls from one thread.
+  // Shared by all calls, since the engine calls from one thread.
   static thread_local Buffer<float> scores_, acc_;
   static thread_local Buffer<Partial> partials_;
   static thread_local Buffer<QueryCode> codes_;

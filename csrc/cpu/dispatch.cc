@@ -1,4 +1,4 @@
-// Chooses the kernel table for the processor at hand.
+// Chooses the kernel table for the processor.
 #include <cstring>
 
 #include "cpu/kernels.h"

@@ -1,7 +1,7 @@
 // Builds the kernel table of one instruction set. The including file defines ADAMAS_ISA (a
-// namespace), ADAMAS_ISA_NAME and ADAMAS_LANES. Everything below is internal to that file: no
-// standard-library inline function may be used, or a copy compiled for this set could be linked into
-// code that runs elsewhere.
+// namespace), ADAMAS_ISA_NAME and ADAMAS_LANES. Everything below is internal to that file. It must not
+// use inline functions of the standard library: the linker could use a copy compiled for this
+// instruction set in code that runs on other processors.
 #if defined(__x86_64__)
 #include <immintrin.h>
 #endif
@@ -19,7 +19,7 @@ namespace {
 #include "cpu/select.h"
 #include "cpu/attend.h"
 
-// Calls run.template operator()<D>() with the head size as a constant.
+// Runs `call` with the head size as the constant D.
 #define ADAMAS_FOR_HEAD_SIZE(size, call)        \
   switch (size) {                               \
     case 64: { constexpr int D = 64; call; break; }   \

@@ -1,11 +1,11 @@
-// The table of inner kernels; one instance per instruction set, chosen once at run time.
-// Inner kernels are single-threaded; decode.cc and append.cc spread them over OpenMP threads.
+// The table of inner kernels; one instance per instruction set, chosen at run time.
+// Inner kernels are single-threaded; decode.cc and append.cc run them on OpenMP threads.
 #pragma once
 #include "cpu/params.h"
 
 namespace adamas {
 
-// The code of one transformed query. dot: bit planes of the 4-bit query and the sum of its values.
+// The code of one transformed query. dot: bit planes of the 4-bit query, and the sum of its values.
 // manhattan: thermometer planes [c>=1], [c>=2], [c>=3].
 struct QueryCode {
   uint32_t planes[kQueryBits][kMaxWords];
@@ -18,55 +18,55 @@ struct Partial {
   float* acc;  // [head_size], not yet divided by sum
 };
 
-// KV heads whose signatures are read side by side, at most. The hardware follows a stream only within a
-// block's planes (2304 bytes at head size 64 and block size 128), and one core has few misses in flight:
-// streams that take turns arrive at almost twice the rate of one after the other.
+// Most KV heads whose signatures are read in an interleaved way. The hardware prefetcher follows a stream only
+// within a block's planes (2304 bytes at head size 64 and block size 128), and a core has few misses in flight.
+// Interleaved streams reach almost twice the bandwidth of consecutive ones.
 constexpr int kSideBySide = 4;
 
 struct Kernels {
   const char* name;
 
-  // K, V and signature of one token into its slot.
+  // Writes K, V and the signature of one token to its slot.
   void (*append)(const AppendParams&, int64_t token);
 
-  // Codes of the score queries of one row: Hq of them, or Hkv (dot, one set per KV head).
+  // Codes of the score queries of one row: Hq of them, or Hkv for dot with one set per KV head.
   void (*encode_queries)(const DecodeParams&, int row, QueryCode* codes);
 
-  // Scores of tokens [first, last) of one row, `heads` KV heads from first_head on, each against `count`
-  // query codes of its own: codes[h * count + i] -> scores[(h * count + i) * stride + token]; with `sum`
-  // the scores of a head's queries are added up into scores[h * stride + token]. first is a multiple of
-  // kTile; whole tiles are written.
+  // Scores of tokens [first, last) of one row, for `heads` KV heads from first_head on with `count` query
+  // codes each: codes[h * count + i] -> scores[(h * count + i) * stride + token]. With `sum`, the scores of a
+  // KV head's queries are summed in scores[h * stride + token]. `first` is a multiple of kTile; whole tiles
+  // are written.
   void (*scan)(const DecodeParams&, int row, int first_head, int heads, const QueryCode* codes, int count,
                bool sum, int first, int last, float* scores, int64_t stride);
 
-  // The k best of scores[0, n), ties to the larger index: ascending indices + base into out, which
-  // has room for k + kTile. scratch holds 2 * (n + kTile) int32.
+  // The k best of scores[0, n), ties to the larger index. Writes ascending indices + base to out, which has
+  // room for k + kTile; scratch has room for 2 * (n + kTile).
   void (*select)(const float* scores, int n, int k, int base, int32_t* out, int32_t* scratch);
 
-  // Query head `head` of `row`, scaled and in lane order: float[head_size].
+  // Query head `head` of `row` as float[head_size], scaled and in lane order.
   void (*load_query)(const DecodeParams&, int row, int head, float* query);
 
-  // Softmax attention of `heads` prepared queries over `count` tokens: tokens[i], or first + i when
-  // tokens is null.
+  // Softmax attention of `heads` loaded queries over `count` tokens: tokens[i], or first + i if tokens is
+  // null.
   void (*attend)(const DecodeParams&, int row, int kv_head, const float* queries, int heads,
                  const int32_t* tokens, int first, int count, Partial* partials);
 
-  // acc / sum into the output, back in dimension order.
+  // Writes acc / sum to the output, in dimension order.
   void (*store_output)(const DecodeParams&, int row, int head, const Partial&);
 
-  // K and V of `count` tokens of one block as real values: float -> element of the rows.
+  // Copies K and V of `count` tokens of one block as real values, converted to the element of the rows.
   void (*gather)(const Page&, int64_t block, int kv_head, int count, const Rows& key,
                  const Rows& value, int64_t first_row);
 };
 
 const Kernels& portable_kernels();
-const Kernels* avx2_kernels();    // null when not built for this architecture
+const Kernels* avx2_kernels();    // null if not built for this architecture
 const Kernels* avx512_kernels();
 
-// The fastest table this processor runs, or the one called `isa`; null when it cannot run here.
+// The table called `isa`, or the fastest one for "auto"; null if the processor cannot run it.
 const Kernels* find_kernels(const char* isa);
 
-// Drivers.
+// The operations over OpenMP threads.
 void append(const Kernels&, const AppendParams&);
 void scan(const Kernels&, const DecodeParams&, float* scores, int64_t row_stride, int64_t head_stride);
 void select(const Kernels&, const DecodeParams&, const float* scores, int64_t row_stride,
@@ -74,9 +74,9 @@ void select(const Kernels&, const DecodeParams&, const float* scores, int64_t ro
 void decode(const Kernels&, const DecodeParams&);
 void gather(const Kernels&, const DecodeParams&, const Rows& key, const Rows& value);
 
-// Asks for 2 MiB pages under a cache: decode reads scattered rows, and with 4 KiB pages the TLB misses
-// cost as much as the data. Private memory keeps what it holds, if nothing writes to it meanwhile; what is
-// zeros is filled now. Best effort; false when the kernel declines.
+// Asks for 2 MiB pages under a cache: decode reads scattered rows, and with 4 KiB pages the TLB misses cost as
+// much as the data. Private memory keeps its contents if nothing writes to it meanwhile; zero pages are
+// populated now. Best effort; returns false if the operating system declines.
 bool advise_huge(void* start, int64_t bytes);
 
 }  // namespace adamas

@@ -1,4 +1,4 @@
-// Any processor: 128-bit vectors from the compiler's baseline.
+// Any processor: 128-bit vectors for the compiler's baseline.
 #define ADAMAS_ISA portable
 #define ADAMAS_ISA_NAME "portable"
 #define ADAMAS_LANES 4

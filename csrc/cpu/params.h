@@ -1,4 +1,4 @@
-// Parameters of the CPU kernels: what belongs to a layer is filled when it is bound, the rest in each call (api.cc).
+// Parameters of the CPU kernels. api.cc fills those of a layer when it is bound, and the others in each call.
 #pragma once
 #include <cstdint>
 
@@ -44,7 +44,7 @@ struct DecodeParams {
   int num_sink_tokens, recent_window, sliding_window;
   int64_t* stats;  // sparse rows, dense rows, context tokens, attended tokens (over query heads)
 
-  // Tokens that a row attends to, if it is sparse: what is always kept counts, and one at least.
+  // Tokens that a sparse row attends to: at least sinks and recent window, and at least one.
   int budget(int row) const {
     const int kept = num_sink_tokens + recent_window, least = kept > 1 ? kept : 1;
     return budgets[row] > least ? budgets[row] : least;

@@ -1,9 +1,9 @@
-// scan: scores of every context token from the signature planes. Per-ISA include.
+// scan: computes the scores of all context tokens from the signature planes. Per-ISA include.
 //
-// Per tile of 16 tokens the planes of one KV head are read once and compared with the codes of all
-// its query heads. dot: sum over query planes p and words w of 2^p (2 |hi & q| + |lo & q|), which is
-// the exact integer <q, code>; the score is scale * (2 <q, code> - 3 sum(q)). manhattan: the sum over
-// thermometer planes of |a xor b|, negated.
+// For each tile of 16 tokens, the planes of one KV head are read once and compared with the codes of all
+// its query heads. dot: the sum over query planes p and words w of 2^p (2 |hi & q| + |lo & q|) is the
+// exact integer <q, code>; the score is scale * (2 <q, code> - 3 sum(q)). manhattan: the negated sum over
+// thermometer planes of |a xor b|.
 
 template <int D>
 static void encode_query(const float* x, const DecodeParams& p, QueryCode* code) {
@@ -11,7 +11,7 @@ static void encode_query(const float* x, const DecodeParams& p, QueryCode* code)
     vf tops = {};
     for (int i = 0; i < D; i += kLanes) {
       const vf v = load<vf>(x + i), a = v < 0.0f ? -v : v;
-      tops = (a <= tops) | (tops != tops) ? tops : a;  // NaN stays
+      tops = (a <= tops) | (tops != tops) ? tops : a;  // NaN propagates
     }
     float top = 0;
     for (int lane = 0; lane < kLanes; ++lane) top = tops[lane] <= top || top != top ? top : tops[lane];
@@ -50,7 +50,7 @@ static void encode_query(const float* x, const DecodeParams& p, QueryCode* code)
 template <int D>
 static void encode_queries(const DecodeParams& p, int row, QueryCode* codes) {
   alignas(64) float x[D], total[D];
-  const bool summed = p.dot && !p.per_query_head;  // the sum of dot scores is the score of the sum
+  const bool summed = p.dot && !p.per_query_head;  // dot is linear, so queries are summed
   for (int head = 0; head < p.num_query_heads; ++head) {
     load_vector<D>(p.query, row, head, x);
     hadamard<D>(x);
@@ -94,7 +94,7 @@ static inline vf score_tile(const vu* hi, const vu* lo, const QueryCode& q) {
 }
 
 // Prefetches the signatures of a few KV heads, kAhead tokens or one block before the scan reaches them.
-// The planes of a block lie one after the other and are fetched in that order.
+// The planes of a block are contiguous and are fetched in that order.
 template <int D, bool kDot>
 class Prefetcher {
  public:
@@ -131,7 +131,7 @@ class Prefetcher {
   const uint8_t* at_[kSideBySide];
 };
 
-// One tile of one KV head against its query codes.
+// Scores of one tile of one KV head with its query codes.
 template <int D, bool kDot>
 static inline void scan_tile(const uint8_t* hi_plane, const uint8_t* lo_plane, const uint8_t* scale_plane,
                              const QueryCode* codes, int count, bool sum, float* scores, int64_t stride) {
@@ -148,7 +148,7 @@ static inline void scan_tile(const uint8_t* hi_plane, const uint8_t* lo_plane, c
     vf total = {};
     for (int i = 0; i < count; ++i) {
       vf score = score_tile<D, kDot>(hi, lo, codes[i]);
-      if (kDot) score = score * scale + 0.0f;  // + 0 turns -0 into 0, its equal
+      if (kDot) score = score * scale + 0.0f;  // + 0 turns -0 into 0, which is equal
       if (sum)
         total += score;
       else
@@ -165,7 +165,7 @@ static void scan_as(const DecodeParams& p, int row, int first_head, int heads, c
   const Page& page = p.page;
   const int32_t* blocks = p.blocks(row);
   const int sets = sum ? 1 : count;
-  // The next chunk is read next, most likely by this thread: its first signatures are asked for too.
+  // Prefetches past the chunk, since this thread most likely scans the next one.
   Prefetcher<D, kDot> ahead(page, blocks, first_head, heads, first, p.seq_lens[row]);
   for (int start = first; start < last;) {
     const int offset = start % page.block_size;

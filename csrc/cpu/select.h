@@ -1,11 +1,11 @@
 // select: exact top-k of one score row, ties to the most recent token. Per-ISA include.
 //
-// A pivot taken from a sample leaves a few times k candidates after one pass; the k-th best value is
-// then found bit by bit over their order-preserving integers. Every step is exact: the sample only
-// decides how many candidates there are, and when they are fewer than k all tokens are candidates.
+// A pivot taken from a sample leaves a few times k candidates after one pass. The k-th best value is then
+// found bit by bit among their order-preserving integers. The result is exact: the sample only affects
+// the number of candidates, and if there are fewer than k, all tokens become candidates.
 
 static inline vi order_keys(vf x) {  // signed integers in the order of the floats
-  vi bits = (vi)(x + 0.0f);          // -0 becomes 0, its equal
+  vi bits = (vi)(x + 0.0f);          // -0 becomes 0, which is equal
   return bits ^ ((bits >> 31) & 0x7fffffff);
 }
 
@@ -26,7 +26,7 @@ static inline int count_at_least(const int32_t* keys, int n, int32_t bound) {
   return count;
 }
 
-// The largest bound that at least k keys reach, or a larger count's bound as soon as exactly k do.
+// The largest bound that at least k keys reach, or the first bound tried that exactly k keys reach.
 static inline int32_t kth_bound(const int32_t* keys, int n, int k, int* reached) {
   uint32_t bound = 0;
   *reached = n;
@@ -46,8 +46,8 @@ static inline int32_t order_key(float x) {
   return bits ^ ((bits >> 31) & 0x7fffffff);
 }
 
-// Writes base + i for every key i that reaches the bound, in order; returns how many. `out` has room
-// for kTile more. Keys are ordered scores, or scores themselves when kRaw.
+// Writes base + i for every key i that reaches the bound, in order, and returns their number. `out` has
+// room for kTile more. With kRaw the values are scores, otherwise their keys.
 template <bool kRaw>
 static inline int filter(const void* values, int n, int32_t bound, int base, int32_t* out) {
   int count = 0, i = 0;
@@ -97,7 +97,7 @@ static void select_tokens(const float* scores, int n, int k, int base, int32_t* 
   if (n >= 4 * kSample) {
     int32_t sample[kSample];
     for (int i = 0; i < kSample; ++i) sample[i] = order_key(scores[int64_t(i) * n / kSample]);
-    // Expected rank of the k-th best in the sample, with three standard deviations to spare.
+    // Expected rank of the k-th best score in the sample, plus three standard deviations.
     const float rank = float(k) * kSample / n;
     const int spare = int(rank + 3.0f * __builtin_sqrtf(rank) + 2.0f);
     if (spare < kSample) pivot = kth_bound(sample, kSample, spare, &reached);
@@ -108,11 +108,11 @@ static void select_tokens(const float* scores, int n, int k, int base, int32_t* 
 
   const int32_t bound = kth_bound(keys, count, k, &reached);
   if (reached == k) {
-    filter<false>(keys, count, bound, 0, keys);  // positions, written behind the reads
+    filter<false>(keys, count, bound, 0, keys);  // positions, in place: writes never overtake reads
     for (int i = 0; i < k; ++i) out[i] = base + tokens[keys[i]];
     return;
   }
-  // More keys equal the bound than fit: the last ones are kept, the first `ties` skipped.
+  // More keys equal the bound than fit: skip the first `ties` of them and keep the last ones.
   int ties = reached - k;
   for (int i = 0, filled = 0; filled < k; ++i) {
     if (keys[i] < bound) continue;

@@ -1,11 +1,11 @@
 // Hadamard transform and 2-bit codes of one vector (arXiv 2510.18413, section 3.1). Per-ISA include.
 
-// Orthonormal, in place, block-diagonal with the largest power of two that divides D.
+// Orthonormal and in place; block-diagonal, with blocks of the largest power of two that divides D.
 template <int D>
 static inline void hadamard(float* x) {
   constexpr int block = D & -D;
   int step = 1;
-#ifndef __clang__  // no variable shuffle there; the loop below does every step
+#ifndef __clang__  // clang has no variable shuffle; there the loop below does every step
   for (; step < kLanes && step < block; step *= 2) {
     vi partner;
     vf sign;
@@ -43,7 +43,7 @@ static inline float outer_threshold(const float* x, Coding coding) {
   return coding.threshold * __builtin_sqrtf(hsum(squares) / D);
 }
 
-// codes = 2 * hi + lo, counting the thresholds -t, 0, t at or below x. NaN compares false: code 0.
+// A code 2 * hi + lo is the number of thresholds -t, 0, t at or below x. NaN compares false: code 0.
 template <int D>
 static inline void encode(const float* x, float t, int32_t* codes) {
   for (int i = 0; i < D; i += kLanes) {
@@ -60,7 +60,7 @@ static inline void pack_planes(const int32_t* codes, uint32_t* hi, uint32_t* lo)
   }
 }
 
-// Least-squares factor from the levels {-3,-1,1,3} to x, finite and within fp16.
+// Least-squares factor from the levels {-3,-1,1,3} to x, clamped to finite fp16 values.
 template <int D>
 static inline float level_scale(const float* x, const int32_t* codes) {
   vf product = {}, squares = {};

@@ -1,6 +1,6 @@
-// Vectors of kLanes floats through the compiler's vector extensions; intrinsics only where the
-// generic form compiles badly. Included once per instruction set, inside that set's namespace, so
-// that no inline function compiled for one set can be linked into another.
+// Vectors of kLanes floats with the compiler's vector extensions; intrinsics only where the generic form
+// compiles badly. Included once per instruction set, inside its namespace, so that no inline function
+// compiled for one instruction set can be linked into another.
 //
 // Requires: ADAMAS_LANES (4, 8 or 16).
 
@@ -50,7 +50,7 @@ static inline float hsum(vf v) {
 #endif
 }
 
-// Sums of kLanes vectors, lane i of the result being the sum of v[i].
+// Lane i of the result is the sum of the lanes of v[i].
 static inline vf transpose_sum(vf* v) {
 #if ADAMAS_LANES == 16
 #pragma GCC unroll 4
@@ -69,7 +69,7 @@ static inline vf transpose_sum(vf* v) {
 #endif
 }
 
-// e^x for x <= 0; below -87 the result is 0. Relative error under 3e-7.
+// e^x for x <= 0; 0 below -87. The relative error is below 3e-7.
 static inline vf exp_negative(vf x) {
   vf n = x * 1.44269504088896341f;
   const vf magic = splat(12582912.0f);  // 1.5 * 2^23 rounds to the nearest integer
@@ -101,7 +101,7 @@ static inline vu popcount(vu x) {
 #endif
 }
 
-// Bit i of the result is set when values[i] has a bit of `mask` set; 32 values.
+// Bit i of the result is set if values[i] & mask is not 0; there are 32 values.
 static inline uint32_t pack_bits(const int32_t* values, int32_t mask) {
 #ifdef __AVX512F__
   const __m512i m = _mm512_set1_epi32(mask);
@@ -115,9 +115,9 @@ static inline uint32_t pack_bits(const int32_t* values, int32_t mask) {
 #endif
 }
 
-// Elements to float. load2 reads 2 * kLanes elements; for bf16 the even ones come first, which
-// saves the shuffles: products are summed over all of them anyway, and load_query and store_output
-// use the same order.
+// Conversion of elements to float. load2 reads 2 * kLanes elements. For bf16 the even ones come first,
+// which saves shuffles: products are summed over all of them anyway, and load_query and store_output use
+// the same order.
 template <Element E>
 struct Convert;
 
@@ -189,7 +189,7 @@ struct Convert<Element::e5m2> {
   }
 };
 
-// Scalar conversions, used where no throughput is at stake.
+// Scalar conversions, used where throughput does not matter.
 static inline float bits_to_float(uint32_t u) {
   float f;
   __builtin_memcpy(&f, &u, 4);
@@ -205,11 +205,11 @@ static inline uint16_t float_to_bf16(float f) {
   if ((u & 0x7fffffffu) > 0x7f800000u) return uint16_t(u >> 16) | 0x40;  // NaN stays NaN
   return uint16_t((u + 0x7fffu + ((u >> 16) & 1)) >> 16);
 }
-// Round to nearest even into a small float with `exponent` and `mantissa` bits; values beyond
-// `limit` saturate there, NaN becomes the all-ones pattern.
+// Rounds to the nearest even small float with `exponent` and `mantissa` bits. Values beyond `limit`
+// saturate; NaN becomes the all-ones pattern.
 static inline uint32_t float_to_small(float f, int exponent, int mantissa, float limit) {
   const uint32_t sign = (float_to_bits(f) >> 31) << (exponent + mantissa);
-  float a = bits_to_float(float_to_bits(f) & 0x7fffffffu);  // of -0 too
+  float a = bits_to_float(float_to_bits(f) & 0x7fffffffu);  // also for -0
   if (f != f) return sign | ((1u << (exponent + mantissa)) - 1);
   if (a > limit) a = limit;
   const int bias = (1 << (exponent - 1)) - 1;

@@ -1,4 +1,4 @@
-// The functions that Python sees. They check what they are given, so that a kernel meets only what it holds.
+// The functions that Python calls. They check their arguments, so that no kernel exceeds its limits.
 // tvm-ffi passes tensors by DLPack, so one library serves every CPython and PyTorch.
 #include <tvm/ffi/container/map.h>
 #include <tvm/ffi/container/tensor.h>
@@ -22,13 +22,13 @@ using tvm::ffi::String;
 constexpr char kKeyOrValue[] = "[T, Hkv, D] of the pages' dtype (bfloat16 or float16 for fp8 pages), D contiguous";
 constexpr char kQuery[] = "[R, Hq, D] of the pages' dtype (bfloat16 or float16 for fp8 pages), D contiguous";
 
-// Where the operation runs. Everything else has been checked by then: the checks need no GPU.
+// The stream that the operation runs on. Callers check everything else first, since those checks need no GPU.
 void* current_stream(const Layer& layer) {
   expect(layer->device.device_type == kDLCUDA, "kv_cache: expected a layer that is bound on a CUDA device");
   return TVMFFIEnvGetStream(layer->device.device_type, layer->device.device_id);
 }
 
-// A contiguous vector of integers, of so many elements unless the size is negative.
+// A contiguous vector of `size` integers; a negative size accepts any length.
 template <class T>
 T* as_vector(const TensorView& t, const char* name, const char* wanted, DLDevice device, int64_t size = -1) {
   const Argument argument{name, wanted, t, device};
@@ -46,7 +46,7 @@ const int32_t* as_block_table(const TensorView& t, int64_t rows, DLDevice device
   return data<const int32_t>(t);
 }
 
-// [tokens, heads, head_size], at least so many tokens, of the type that goes with the pages.
+// [tokens, heads, head_size] with at least `tokens` tokens, of the dtype that the pages require.
 Rows as_rows(const TensorView& t, const char* name, const char* wanted, const Layer& layer, int64_t tokens,
              int64_t heads) {
   const Page& page = layer->append.page;
@@ -88,12 +88,12 @@ void gather_op(Layer layer, TensorView block_table, TensorView seq_lens, TensorV
   expect_same_type(value, "value", "the dtype of key", key);
   const Argument outputs[] = {{"key", "", key, layer->device}, {"value", "", value, layer->device}};
   for (const Argument& output : outputs) output.expect_aligned(4);
-  // So that a row's vectors are fewer than 2^31: more would not fit a device.
+  // Clamped to 32 bits: more vectors in a row would not fit a device.
   p.max_seq_len = int(std::min({block_table.size(1) * p.page.block_size, p.num_tokens, int64_t(INT32_MAX)}));
   gather(p, current_stream(layer));
 }
 
-// What scan and decode have in common: the rows of a step.
+// The parameters common to scan and decode: the rows of a step.
 DecodeParams make_step(const Layer& layer, const TensorView& query, const TensorView& block_table,
                      const TensorView& seq_lens, int64_t max_seq_len, int64_t sample_bits, int64_t capacity) {
   DecodeParams p = layer->decode;
@@ -123,8 +123,8 @@ void use_workspace(DecodeParams& p, const TensorView& work, DLDevice device) {
   argument.expect(workspace(p, data<uint8_t>(work)) <= work.size(0));
 }
 
-// cluster: blocks per (row, KV head) of the fused kernel, 0 for the three kernels; of those, stages: bit
-// 0 encode, bit 1 scan, bit 2 attend (the benchmark times them one by one).
+// cluster: blocks per (row, KV head) of the fused kernel, 0 for the three kernels. stages: which of the three run,
+// bit 0 encode, bit 1 scan, bit 2 attend; the benchmark times them one by one.
 void decode_op(Layer layer, TensorView query, TensorView output, TensorView block_table, TensorView seq_lens,
                TensorView budgets, TensorView stats, TensorView work, int64_t max_seq_len, int64_t cluster,
                int64_t sample_bits, int64_t capacity, bool overlap, int64_t stages) {
@@ -148,7 +148,7 @@ void decode_op(Layer layer, TensorView query, TensorView output, TensorView bloc
   if (stages & 4) attend(p, stream);
 }
 
-// Every score, and no tokens that are kept whatever their score is.
+// Scores of all tokens; no token is forced.
 void scan_op(Layer layer, TensorView query, TensorView block_table, TensorView seq_lens, TensorView scores,
              TensorView work) {
   const Argument argument{"scores", "float32 [R, score heads, L], L contiguous", scores, layer->device};
@@ -181,7 +181,7 @@ int64_t max_sample_bits_op(int64_t num_query_heads, int64_t num_kv_heads, int64_
   return max_sample_bits(decode_shape(num_query_heads, num_kv_heads, head_size, dot, per_query_head));
 }
 
-// Clusters of the fused kernel that run at once, 0 if it does not take the shape. half: queries are float16.
+// Clusters of the fused kernel that run at once, 0 if it does not support the shape. half: queries are float16.
 int64_t fused_clusters_op(Layer layer, bool half, int64_t max_seq_len, int64_t cluster) {
   DecodeParams p = layer->decode;
   p.query.element = half ? Element::f16 : Element::bf16;

@@ -1,4 +1,4 @@
-// append: K, V and signature of each token into its slot; one warp per (token, KV head).
+// append: writes K, V and the signature of each token to its slot; one warp per (token, KV head).
 #include <cuda_bf16.h>
 #include <cuda_fp8.h>
 
@@ -24,7 +24,7 @@ __device__ __forceinline__ void copy_vector(uint8_t* to, const Rows& from, int64
   }
 }
 
-// Values beyond the range of fp8 become its largest.
+// Values outside the range of fp8 saturate.
 template <int kWords>
 __device__ __forceinline__ void store_fp8(uint8_t* to, const float (&x)[kWords], float scale, Element element) {
   const auto kind = element == Element::e4m3 ? __NV_E4M3 : __NV_E5M2;

@@ -1,12 +1,12 @@
-// Exact softmax attention of one warp, kChunk tokens at a time, from the page or from rows in shared memory to
-// the fragments of the tensor cores; the state stays in registers. At the end the warps of a block merge theirs
-// through shared memory.
+// Exact softmax attention of one warp over kChunk tokens at a time. K and V rows are loaded from the page or from
+// shared memory as fragments of the tensor cores; the state stays in registers. At the end, the warps of a block
+// merge their states through shared memory.
 //
-// Both products have the tokens or the dimensions as rows and the query heads as the 8 columns:
-// S^T = K Q^T and O^T = V^T P^T. The order of a product's inner dimension is free as long as both
-// operands agree, so every lane loads 16 contiguous bytes (8 of fp8): of K, the dimensions 32j + 8c .. + 7 of
-// tokens g and g + 8; of V, the dimensions 64h + 8g .. + 7 of tokens 2c, 2c + 1, 2c + 8, 2c + 9
-// (g = lane / 4, c = lane % 4). P^T needs one transposition of 8x8 values per 8 tokens (movmatrix).
+// The products are S^T = K Q^T and O^T = V^T P^T: their rows are tokens or dimensions, and their 8 columns are
+// query heads. The order of a product's inner dimension is free as long as both operands agree. Every lane
+// therefore loads 16 contiguous bytes (8 of fp8): of K, the dimensions 32j + 8c .. + 7 of tokens g and g + 8; of V,
+// the dimensions 64h + 8g .. + 7 of tokens 2c, 2c + 1, 2c + 8, 2c + 9 (g = lane / 4, c = lane % 4). P^T needs one
+// transposition of 8x8 values per 8 tokens (movmatrix).
 #pragma once
 #include "sm90/address.cuh"
 #include "sm90/mma.cuh"
@@ -17,8 +17,8 @@ namespace adamas {
 
 constexpr int kChunk = 16;  // tokens of one step
 
-// Softmax state of up to 8 * kTiles heads over the tokens that one warp has seen. Lane (g, c) holds
-// heads 2c and 2c + 1 of each tile; logits are in base 2.
+// Softmax state of up to 8 * kTiles heads over the tokens that one warp has processed. Lane (g, c) holds heads 2c
+// and 2c + 1 of each tile; logits are in base 2.
 template <int D, class T, int kTiles, bool kFp8>
 struct Attention {
   static constexpr int kRowBytes = D * (kFp8 ? 1 : int(sizeof(T)));
@@ -28,12 +28,12 @@ struct Attention {
   static constexpr int kFloats = kTiles * (kRows * 4 + 4);  // per lane
   static constexpr int kHeadFloats = D + 4;                 // one head of one warp in shared memory
 
-  bool e5m2 = false;  // the kind of fp8
+  bool e5m2 = false;  // fp8 is e5m2, not e4m3
   uint4 query[kTiles][kKChunks];
   float acc[kTiles][kRows][4];
   float top[kTiles][2], sum[kTiles][2];
 
-  // Starts with `heads` query heads of a row, from `head` on, and no token seen.
+  // Loads `heads` query heads of a row, from `head` on, and resets the state.
   __device__ void start(const DecodeParams& p, int row, int head, int heads) {
     e5m2 = p.page.element == Element::e5m2;
     load_query(head_vector<const T>(p.query, row, head), p.query.head_stride, heads);
@@ -61,7 +61,7 @@ struct Attention {
     }
   }
 
-  // Values of a row in global or shared memory, from `first` on, as T.
+  // Values of a row in global or shared memory from dimension `first` on, as T.
   template <bool kShared>
   __device__ __forceinline__ uint4 load8_values(const uint8_t* row, int first) const {
     row += first * (kRowBytes / D);
@@ -76,8 +76,8 @@ struct Attention {
     else return kShared ? load_shared8(row) : load8(row);
   }
 
-  // Tokens of the step are slots 0 .. 15; at(slot) is the address of the slot's K row, readable for
-  // every slot, in shared memory if kShared. Only slots in [begin, end) count.
+  // Processes 16 slots of one token each. at(slot) is the address of a slot's K row, in shared memory if kShared.
+  // It must be readable for every slot, but only slots in [begin, end) count.
   template <bool kShared = false, class At>
   __device__ __forceinline__ void step(At at, int64_t v_offset, int begin, int end, float scale) {
     const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
@@ -143,15 +143,15 @@ struct Attention {
     }
   }
 
-  // Two neighbouring dimensions of four tokens: row g takes the first one, row g + 8 the second.
+  // Adds two neighbouring dimensions of four tokens: the first one to row g, the second to row g + 8.
   static __device__ __forceinline__ void add(float (&c)[4], uint32_t v0, uint32_t v1, uint32_t v2, uint32_t v3,
                                              uint32_t b0, uint32_t b1) {
     Mma<T>::run(c, __byte_perm(v0, v1, 0x5410), __byte_perm(v0, v1, 0x7632), __byte_perm(v2, v3, 0x5410),
                 __byte_perm(v2, v3, 0x7632), b0, b1);
   }
 
-  // The chunk of a context that begins at `token`, but for what lies outside [plan.first, plan.length). Slots
-  // outside read the nearest token inside. pages, blocks: of the KV head and the row (address.cuh).
+  // Attends to the chunk of a context that starts at `token`, restricted to [plan.first, plan.length). Slots outside
+  // read the nearest token inside. pages, blocks: head_pages() and row_blocks() (address.cuh).
   __device__ __forceinline__ void attend_chunk(const DecodeParams& p, const RowPlan& plan, const uint8_t* pages,
                                                const int32_t* blocks, int token) {
     const uint8_t* run = pages + key_offset<kRowBytes>(p.page, blocks, token);
@@ -160,7 +160,7 @@ struct Attention {
          p.softmax_scale);
   }
 
-  // After the last step: every lane gets the whole sums.
+  // After the last step, gives every lane the complete sums.
   __device__ void finish() {
 #pragma unroll
     for (int n = 0; n < kTiles; ++n)
@@ -170,7 +170,7 @@ struct Attention {
         for (int step = 4; step < 32; step *= 2) sum[n][h] += __shfl_xor_sync(kFull, sum[n][h], step);
   }
 
-  // One warp's state to and from global memory, [kFloats][32 lanes].
+  // Stores a warp's state in global memory as [kFloats][32 lanes]; merge() adds such a state.
   __device__ void store(float* to) const {
     to += threadIdx.x % 32;
 #pragma unroll
@@ -200,13 +200,13 @@ struct Attention {
     }
   }
 
-  // Dimension of acc[..][row][0] (and, plus one, of [2]) in this lane.
+  // This lane's dimension of acc[..][row][0]; that of acc[..][row][2] is one more.
   static __device__ __forceinline__ int dimension(int row) {
     const int g = threadIdx.x % 32 / 4;
     return row < kHalves * 4 ? 64 * (row / 4) + 8 * g + 2 * (row % 4) : 64 * kHalves + 4 * g + 2 * (row % 4);
   }
 
-  // One tile of 8 heads of every warp to shared memory: [warp][head][top, sum, -, -, D values].
+  // Stores one tile of 8 heads of every warp in shared memory: [warp][head][top, sum, -, -, D values].
   __device__ void share(float* buffer, int tile, int heads) const {
     const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
 #pragma unroll
@@ -225,7 +225,7 @@ struct Attention {
     }
   }
 
-  // Merges the warps of a block and writes the output. buffer: kWarps * min(heads, 8) * kHeadFloats.
+  // Merges the warps of a block and writes the output. buffer: kWarps * min(heads, 8) * kHeadFloats floats.
   template <int kWarps>
   __device__ void write_merged(float* buffer, T* first_head, int64_t head_stride, int heads, float v_scale) const {
 #pragma unroll

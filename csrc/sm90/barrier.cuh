@@ -10,7 +10,7 @@ namespace adamas {
 __device__ __forceinline__ void barrier_init(uint32_t barrier) {
   asm volatile("mbarrier.init.shared.b64 [%0], 1;" ::"r"(barrier) : "memory");
 }
-// Makes initialised barriers, and what was stored before, visible to the copy engine (the async proxy).
+// Makes initialised barriers and earlier stores visible to the copy engine (the async proxy).
 __device__ __forceinline__ void barrier_init_done() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
@@ -18,7 +18,7 @@ __device__ __forceinline__ void barrier_init_done() {
 __device__ __forceinline__ void barrier_expect(uint32_t barrier, int bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
-// Waits for the phase of this parity. Asm labels need a unique name (%=), as the function is inlined.
+// Waits for the phase of this parity. Asm labels need a unique name (%=), because the function is inlined.
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t phase) {
   asm volatile(
       "{ .reg .pred p;\n"
@@ -27,7 +27,7 @@ __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t phase) {
       "r"(phase)
       : "memory");
 }
-// `bytes`, a multiple of 16, from global to shared memory by one thread; they count towards the barrier.
+// Copies `bytes`, a multiple of 16, from global to shared memory; they count towards the barrier. Called by one thread.
 __device__ __forceinline__ void bulk_copy(uint32_t to, const uint8_t* from, int bytes, uint32_t barrier) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
                "l"(from), "r"(bytes), "r"(barrier)

@@ -1,4 +1,4 @@
-// The set of selected tokens as a bitmap in shared memory, one bit per token of the context. Words lie padded.
+// The set of selected tokens as a bitmap in shared memory, one bit per token of the context. Words are padded.
 #pragma once
 #include "sm90/memory.cuh"
 #include "sm90/reduce.cuh"
@@ -11,8 +11,8 @@ __device__ __forceinline__ void set_bit(uint32_t* bitmap, uint32_t token) {
   atomicOr(bitmap + padded(token / 32), 1u << token % 32);
 }
 
-// Shows the set bits to visit(rank, token), rank being a bit's number in ascending order. Each thread takes a run
-// of words; two passes over them and one barrier. `sums`: kThreads / 32 words. Returns how many bits are set. The
+// Calls visit(rank, token) for every set bit; rank is the bit's number in ascending order. Each thread passes twice
+// over a run of words, with one barrier in between. `sums`: kThreads / 32 words. Returns the number of set bits. The
 // caller synchronises before it uses what visit() wrote.
 template <int kThreads, class Visit>
 __device__ int each_set_bit(const uint32_t* bitmap, int words, uint32_t* sums, Visit visit) {

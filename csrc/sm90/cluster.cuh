@@ -1,5 +1,5 @@
-// Clusters of blocks: their barrier, and access to each other's shared memory. A store is seen by its block after
-// the next cluster barrier. A block must not exit while another one may still access its memory.
+// Clusters of blocks: the cluster barrier, and access to each other's shared memory. A remote store is visible to
+// its block after the next cluster barrier. A block must not exit while another one may still access its memory.
 #pragma once
 #include "sm90/memory.cuh"
 
@@ -17,7 +17,7 @@ __device__ __forceinline__ void cluster_sync() {
   cluster_wait();
 }
 
-// The address of this block's shared memory at `p` in another block of the cluster.
+// The address in another block of the cluster that corresponds to this block's shared memory at `p`.
 __device__ __forceinline__ uint32_t remote(const void* p, int rank) {
   uint32_t at;
   asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(at) : "r"(shared_address(p)), "r"(rank));

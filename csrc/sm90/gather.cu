@@ -1,4 +1,4 @@
-// gather: K and V of whole contexts out of the pages, back to back; one warp per (token, KV head) at a time.
+// gather: copies K and V of whole contexts from the pages, back to back; one warp per (token, KV head) at a time.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_fp8.h>
@@ -15,7 +15,7 @@ __device__ __forceinline__ float from_fp8(uint8_t x, Element element) {
   return __half2float(__half(__nv_cvt_fp8_to_halfraw(x, element == Element::e4m3 ? __NV_E4M3 : __NV_E5M2)));
 }
 
-// Four fp8 values as bf16 or fp16.
+// Stores four fp8 values as bf16 or fp16.
 __device__ __forceinline__ void store4(uint8_t* to, uint32_t x, float scale, Element from, Element element) {
   uint16_t out[4];
 #pragma unroll
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kThreads) gather_kernel(const __grid_constant_
 
 void gather(const GatherParams& p, void* stream) {
   if (p.num_rows == 0) return;
-  const int blocks = 16 * num_multiprocessors();  // what runs at once, shared by the rows
+  const int blocks = 16 * num_multiprocessors();  // one wave, shared by the rows
   launch(gather_kernel, dim3((blocks + p.num_rows - 1) / p.num_rows, p.num_rows), kThreads, 0, stream, false, "gather",
          p);
 }

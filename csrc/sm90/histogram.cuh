@@ -1,9 +1,9 @@
-// The k-th best of many values by histograms: which bin holds it, and how many values lie in higher bins.
+// The k-th best of many values by histograms: the bin that holds it, and the number of values in higher bins.
 //
 // A search assigns the bins to threads in descending order, so that a prefix sum over the threads counts the
-// values from the best on; the thread whose sum first reaches k looks through its own bins. Radix selection
-// repeats this for every digit of the values, from the highest on: any distribution of values ends after
-// ceil(bits / digit) passes, each of which reads all values once.
+// values from the best one down. The thread whose sum first reaches k searches its own bins. Radix selection
+// repeats this for every digit of the values, from the highest one down. For any distribution of values it ends
+// after ceil(bits / digit) passes, each of which reads all values once.
 #pragma once
 #include "sm90/memory.cuh"
 #include "sm90/reduce.cuh"
@@ -13,7 +13,7 @@ namespace adamas {
 constexpr int kBinBits = 9;
 constexpr int kBins = 1 << kBinBits;
 constexpr int kBinWords = padded(kBins);
-// Behind the bins lies scratch: sums of up to 16 warps and the bin found, then kFreeWords for the caller.
+// Scratch follows the bins: sums of up to 16 warps and the bin found, then kFreeWords for the caller.
 constexpr int kScratchWords = 32, kFreeWord = kBinWords + 20, kFreeWords = 12;
 constexpr int kHistogramWords = kBinWords + kScratchWords;
 
@@ -29,7 +29,7 @@ __device__ __forceinline__ uint32_t sum_bins(const uint32_t* bins, int top) {
   return sum;
 }
 
-// The bin of the `need`-th best value among kCount bins from `top` downwards; `before` values lie above them.
+// The bin of the `need`-th best value among kCount bins from `top` downwards; `before` values are in higher bins.
 template <int kCount>
 __device__ __forceinline__ Bin walk_bins(const uint32_t* bins, int top, uint32_t before, uint32_t need) {
   Bin bin{0, before, 0};
@@ -41,7 +41,7 @@ __device__ __forceinline__ Bin walk_bins(const uint32_t* bins, int top, uint32_t
   return bin;
 }
 
-// The search by a warp: the bin of the `need`-th best value among 2^kBits bins; size 0 if there are fewer values.
+// Search by a warp: the bin of the `need`-th best value among 2^kBits bins; size 0 if there are fewer values.
 template <int kBits>
 __device__ __forceinline__ Bin find_warp_bin(const uint32_t* bins, uint32_t need) {
   constexpr int kPerLane = (1 << kBits) / 32;
@@ -57,12 +57,12 @@ __device__ __forceinline__ Bin find_warp_bin(const uint32_t* bins, uint32_t need
           __shfl_sync(kFull, bin.size, owner)};
 }
 
-// The search by a warp whose lanes hold the counts of 32 * kCount bins in registers, each kCount of them downwards,
-// lane 0 the highest. `bin` is the one searched for in the lane that owns it: where the values down to the lane's
-// last bin reach `need`, and those above its first do not.
+// Search by a warp whose lanes hold the counts of 32 * kCount bins in registers: each lane kCount bins in descending
+// order, lane 0 the highest ones. `bin` is the result in the lane that owns it: the values down to its last bin
+// reach `need`, and those above its first bin do not.
 struct LaneBin {
   Bin bin;
-  uint32_t above, sum;  // values above the lane's bins; those and its own
+  uint32_t above, sum;  // values above the lane's bins, without and with its own
   __device__ __forceinline__ bool owned(uint32_t need) const { return sum >= need && above < need; }
 };
 template <int kCount>
@@ -79,7 +79,7 @@ __device__ __forceinline__ LaneBin find_lane_bin(const uint32_t (&count)[kCount]
   return {{uint32_t(index), before, size}, sum - own, sum};
 }
 
-// The search by a block: the bin of kBins that holds the `need`-th best value; there have to be that many.
+// Search by a block: the bin of the `need`-th best value among kBins bins; at least that many values must exist.
 // `bins`: kHistogramWords. Starts and ends synchronised.
 template <int kThreads>
 __device__ __forceinline__ Bin find_block_bin(uint32_t* bins, uint32_t need) {
@@ -108,8 +108,8 @@ struct RadixDigit {
   }
 };
 
-// The value at or above which there are `need` values, or at most `slack` more, by a warp and kBits bits per
-// pass. each(visit) shows every value below 2^bits to visit, in any order and spread over the lanes in any way.
+// Radix selection by a warp, kBits bits per pass: a threshold that `need` to `need + slack` values reach. each(visit)
+// calls visit for every value (below 2^bits), in any order and distribution over the lanes.
 template <int kBits, class Each>
 __device__ uint64_t warp_threshold(uint32_t* bins, int bits, uint32_t need, uint32_t slack, Each each) {
   const int lane = threadIdx.x % 32;
@@ -117,7 +117,7 @@ __device__ uint64_t warp_threshold(uint32_t* bins, int bits, uint32_t need, uint
   for (int shift = bits;;) {
     const int width = min(kBits, shift), above = shift;
     shift -= width;
-    __syncwarp();  // every lane has read the bins of the pass before
+    __syncwarp();  // every lane has read the bins of the previous pass
     for (int i = lane; i < padded(1 << kBits); i += 32) bins[i] = 0;
     __syncwarp();
     const RadixDigit digit{prefix, above, shift};
@@ -133,7 +133,7 @@ __device__ uint64_t warp_threshold(uint32_t* bins, int bits, uint32_t need, uint
   }
 }
 
-// The same without slack by a block, kBinBits bits per pass. `bins`: kHistogramWords. Starts and ends
+// Radix selection by a block without slack, kBinBits bits per pass. `bins`: kHistogramWords. Starts and ends
 // synchronised.
 template <int kThreads, class Each>
 __device__ uint64_t block_threshold(uint32_t* bins, int bits, uint32_t need, Each each) {

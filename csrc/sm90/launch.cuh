@@ -1,6 +1,6 @@
-// Host: errors, the device's limits, and launches, of single blocks and of clusters, that may overlap with the
-// preceding kernel of the stream (programmatic dependent launch).
-// Device: the two ends of such an overlap.
+// Host: errors, device limits, and launches of blocks or clusters that may overlap with the preceding kernel of the
+// stream (programmatic dependent launch).
+// Device: the instructions that start and end such an overlap.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -27,21 +27,20 @@ int device_attribute() {
 
 inline int num_multiprocessors() { return device_attribute<cudaDevAttrMultiProcessorCount>(); }
 
-// Shared memory in bytes that a block may have.
+// Maximum shared memory of a block in bytes.
 inline int max_block_memory() { return device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(); }
 
-// Blocks with `smem` bytes of shared memory that a multiprocessor holds at once; the hardware reserves 1 KiB for
-// each of them.
+// Blocks with `smem` bytes of shared memory that fit a multiprocessor at once; the hardware reserves 1 KiB per block.
 inline int blocks_that_fit(int smem) {
   return device_attribute<cudaDevAttrMaxSharedMemoryPerMultiprocessor>() / (smem + 1024);
 }
 
-// With `overlap` the kernel may start before the preceding one has finished; it then calls
+// With `overlap` the kernel may start before the preceding one has finished. It must then call
 // wait_for_preceding_kernel() before it reads what that one wrote.
 template <class... Args>
 void launch(void (*kernel)(Args...), dim3 grid, int threads, int smem, void* stream, bool overlap,
             const char* what, const Args&... args) {
-  // The same carve-out for every kernel: an SM would have to drain before it changes the carve-out.
+  // The same carve-out for every kernel, because an SM drains before it changes the carve-out.
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100), what);
   if (smem > 48 * 1024)
     check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, smem), what);
@@ -58,7 +57,7 @@ void launch(void (*kernel)(Args...), dim3 grid, int threads, int smem, void* str
   check(cudaLaunchKernelEx(&config, kernel, args...), what);
 }
 
-// A launch in clusters of `cluster` blocks that are neighbours in x. `overlap`: as above.
+// A launch in clusters of `cluster` blocks that are neighbours in x. `overlap` is as in launch().
 struct ClusterLaunch {
   cudaLaunchAttribute attributes[2]{};
   cudaLaunchConfig_t config{};
@@ -98,13 +97,13 @@ int count_clusters(void (*kernel)(Args...), int cluster, int threads, int smem, 
   return count;
 }
 
-// Returns once the preceding kernel has finished and its writes are visible.
+// Returns when the preceding kernel has finished and its writes are visible.
 __device__ __forceinline__ void wait_for_preceding_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 // The next kernel may start once every block has called this or exited.
 __device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" :::); }
 
-// Brings a kernel's parameters into the constant cache. A miss there costs about as much as one in L2, so this
-// belongs where the kernel waits anyway.
+// Loads a kernel's parameters into the constant cache. A miss there costs about as much as one in L2, so call this
+// where the kernel waits anyway.
 template <class P>
 __device__ __forceinline__ void prefetch_params(const P& p) {
   const auto* words = reinterpret_cast<const uint32_t*>(&p);

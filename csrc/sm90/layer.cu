@@ -1,4 +1,4 @@
-// bind: from what Python knows of a layer to the parameters of its kernels.
+// bind: turns Python's description of a layer into the parameters of its kernels.
 #include "sm90/layer.h"
 
 #include <algorithm>
@@ -23,7 +23,7 @@ Page make_page(const TensorView& kv_cache, const PageLayout& layout, int64_t hea
   const int64_t size = kv_cache.dtype().bits / 8, block_size = kv_cache.size(2), content = kv_cache.size(3);
   page.base = data<uint8_t>(kv_cache);
   page.num_kv_heads = int(kv_cache.size(1));
-  // The stride of a single head or block may be anything.
+  // The stride of a single head or block is arbitrary, so it is not used.
   page.head_stride = page.num_kv_heads > 1 ? kv_cache.stride(1) * size : block_size * content * size;
   const int64_t block_stride =
       kv_cache.size(0) > 1 ? kv_cache.stride(0) * size : page.num_kv_heads * page.head_stride;

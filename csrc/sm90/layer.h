@@ -1,4 +1,4 @@
-// A layer as it is bound: what its kernels are told, but for what changes from step to step.
+// A bound layer: the parameters of its kernels that do not change from step to step.
 #pragma once
 #include <tvm/ffi/container/map.h>
 #include <tvm/ffi/container/tensor.h>
@@ -10,13 +10,13 @@
 
 namespace adamas {
 
-// It keeps the address of the KV cache, not the tensor.
+// It holds the address of the KV cache, not the tensor.
 class LayerObj : public tvm::ffi::Object {
  public:
   DLDevice device;  // of the KV cache, and of every argument
   AppendParams append{};
   DecodeParams decode{};
-  tvm::ffi::Optional<tvm::ffi::Tensor> key_mean;  // what append.key_mean points into
+  tvm::ffi::Optional<tvm::ffi::Tensor> key_mean;  // owns what append.key_mean points to
 
   static constexpr bool _type_mutable = true;
   TVM_FFI_DECLARE_OBJECT_INFO_FINAL("vllm_adamas.cuda.Layer", LayerObj, tvm::ffi::Object);
@@ -28,11 +28,11 @@ class Layer : public tvm::ffi::ObjectRef {
   TVM_FFI_DEFINE_OBJECT_REF_METHODS_NOTNULLABLE(Layer, tvm::ffi::ObjectRef, LayerObj);
 };
 
-// What the heads and the score decide.
+// The parameters that depend on the heads and the score alone.
 DecodeParams decode_shape(int64_t num_query_heads, int64_t num_kv_heads, int64_t head_size, bool dot,
                           bool per_query_head);
 
-// kv_cache: [num_blocks, num_kv_heads, block_size, C]. description: Params.native of backends/base.py. key_mean:
+// kv_cache: [num_blocks, num_kv_heads, block_size, C]. description: Params.native in backends/base.py. key_mean:
 // float32 [num_kv_heads, head_size].
 Layer bind(tvm::ffi::TensorView kv_cache, tvm::ffi::Map<tvm::ffi::String, tvm::ffi::Any> description,
            tvm::ffi::Optional<tvm::ffi::Tensor> key_mean);

@@ -1,4 +1,4 @@
-// Loads and asynchronous copies of one thread, and the padding of arrays in shared memory.
+// Loads and asynchronous copies by one thread, and the padding of arrays in shared memory.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -6,12 +6,12 @@
 
 namespace adamas {
 
-// -- global memory, read-only for the kernel's whole life --
+// -- global memory that is read-only while the kernel runs --
 
 __device__ __forceinline__ uint4 load16(const void* p) { return __ldg(reinterpret_cast<const uint4*>(p)); }
 __device__ __forceinline__ uint2 load8(const void* p) { return __ldg(reinterpret_cast<const uint2*>(p)); }
 
-// For lanes that ask for different parts of a cache line at different times: L2 fetches the whole line at once.
+// For lanes that load different parts of a cache line at different times: L2 fetches the whole line at once.
 __device__ __forceinline__ uint4 load16_line(const void* p) {
   uint4 x;
   asm("ld.global.nc.L2::128B.v4.u32 {%0,%1,%2,%3}, [%4];" : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w) : "l"(p));
@@ -47,8 +47,8 @@ __device__ __forceinline__ uint32_t load_shared4(const void* p) {
   return x;
 }
 
-// Threads that own runs of 2^n elements would all start in one bank. One word of padding after every 32 keeps
-// the starts apart; element i lies at padded(i), and n elements take padded(n) words.
+// Threads that own runs of 2^n elements would all start in the same bank. One word of padding after every 32 words
+// separates the starts. Element i is at padded(i), and n elements take padded(n) words.
 __host__ __device__ constexpr int padded(int i) { return i + i / 32; }
 
 // -- asynchronous copies from global to shared memory --
@@ -59,7 +59,7 @@ __device__ __forceinline__ void copy_async16(uint32_t to, const void* from) {
 __device__ __forceinline__ void copy_async8(uint32_t to, const void* from) {
   asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
 }
-// For this thread's copies only; other threads see them after a barrier.
+// Waits for this thread's copies only; other threads see them after a barrier.
 __device__ __forceinline__ void wait_for_async_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 }  // namespace adamas

@@ -1,5 +1,5 @@
-// Instructions of the tensor cores and the conversions around them. A warp executes them together; fragments are
-// laid out as PTX defines for mma.sync.
+// Tensor core instructions and the conversions around them. All lanes of a warp execute them; fragments have the
+// layout that PTX defines for mma.sync.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -11,14 +11,14 @@ namespace adamas {
 
 // -- binary: signatures --
 
-// c += popc(a & b): 16 rows x 128 bits times 8 columns.
+// c += popc(a & b): 16 rows x 128 bits by 128 bits x 8 columns.
 __device__ __forceinline__ void mma128(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
   asm("mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
       : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
       : "r"(a0), "r"(a1), "r"(b));
 }
 
-// Two products of the same tokens back to back: the second instruction reuses the operands that the first one has
+// Two products of the same tokens back to back: the second instruction reuses the operands that the first one
 // fetched.
 __device__ __forceinline__ void mma128(int (&c)[4], int (&d)[4], uint32_t a0, uint32_t a1, uint32_t b, uint32_t e) {
   asm volatile(
@@ -30,7 +30,7 @@ __device__ __forceinline__ void mma128(int (&c)[4], int (&d)[4], uint32_t a0, ui
 
 // -- 16-bit floating point: K, V and queries --
 
-// c += a b for 16-bit T: 16 x 16 values times 16 x 8 values, accumulated in float. pack() rounds two floats to T.
+// c += a b for 16-bit T: 16 x 16 by 16 x 8 values, accumulated in float. pack() rounds two floats to T.
 template <class T>
 struct Mma;
 
@@ -81,8 +81,8 @@ __device__ __forceinline__ uint32_t word_at(const uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
-// 4 fp8 values as T, exactly: every fp8 value is an fp16 and a bf16 value. An e5m2 value is the upper byte of the
-// same value in fp16.
+// Converts 4 fp8 values to T, exactly: fp16 and bf16 represent every fp8 value. An e5m2 value is the upper byte of
+// the same value in fp16.
 template <class T>
 __device__ __forceinline__ uint2 from_fp8(uint32_t x, bool e5m2) {
   uint32_t low, high;

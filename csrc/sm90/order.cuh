@@ -1,4 +1,4 @@
-// The order of scores as an order of unsigned integers, which atomics and radix passes work on.
+// Order-preserving maps from scores to unsigned integers, for atomics and radix passes.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -22,11 +22,11 @@ __device__ __forceinline__ float next_below(float x) {
   return from_order_key(key - (key == 0x80000000u ? 2 : 1));
 }
 
-// Bits that hold every token of a context.
+// Bits that represent every token of a context.
 __device__ __forceinline__ int token_bits(int length) { return 32 - __clz(length); }
 
-// A score's key and its token in one integer. All are distinct, so that the k-th best is one token; of equal
-// scores the more recent token is the better.
+// The key of a score and its token in one integer. All are distinct, so the k-th best is a single token; among equal
+// scores the more recent token is better.
 __device__ __forceinline__ uint64_t rank_key(uint32_t key, uint32_t token, int bits) {
   return uint64_t(key) << bits | token;
 }

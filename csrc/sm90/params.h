@@ -1,5 +1,4 @@
-// Parameters of the kernels: what belongs to a layer is filled when it is bound (layer.cu), the rest in each
-// call (api.cu).
+// Parameters of the kernels. Those of a layer are filled when it is bound (layer.cu), the others in each call (api.cu).
 #pragma once
 #include <cstdint>
 
@@ -8,14 +7,14 @@
 
 namespace adamas {
 
-// A thread scores four neighbouring tokens (a token quad) for one head of four (a head quad): that
-// is how the fragments of the binary tensor core fall.
+// A thread scores four neighbouring tokens (a token quad) for one head of four (a head quad), because of the layout
+// of the binary tensor core's fragments.
 constexpr int kQuad = 4;
 constexpr int kMaxHeadQuads = 4;
 constexpr int kMaxGroup = kQuad * kMaxHeadQuads;  // query heads per KV head
-// What the kernels hold; Python asks for these numbers (limits in api.cu). Tokens of a context, a bitmap of
-// which fits shared memory, and of a block; rows of a step, and rows * KV heads * tokens of the longest context,
-// whose stages scan counts in 32 bits; blocks of a cluster.
+// Limits of the kernels, which Python reads (limits in api.cu): tokens of a context, whose bitmap must fit shared
+// memory; tokens of a block; rows of a step; blocks of a cluster; and rows * KV heads * tokens of the longest
+// context, whose stages scan counts in 32 bits.
 constexpr int kMaxContext = 1 << 20, kMaxBlock = 1 << 16, kMaxRows = 8192, kMaxCluster = 16;
 constexpr int64_t kMaxStep = int64_t(1) << 37;
 // Planes of an encoded query: 2 with two bits each (dot) or 3 thermometer planes (manhattan).
@@ -24,7 +23,7 @@ constexpr int kMaxQueryPlanes = 3;
 // dot; manhattan per query head; manhattan summed over the query heads of a KV head.
 enum class Mode : int { dot, manhattan, manhattan_sum };
 
-// How a page and a token in it are found.
+// How a page and a token in it are located.
 struct PageAddress {
   uint8_t* base;
   uint32_t block_stride;  // bytes
@@ -42,8 +41,8 @@ struct AppendParams {
   Coding coding;
   Rows key, value;
   const int64_t* slots;
-  int64_t num_tokens, num_slots;  // num_slots: of the cache; slots beyond are skipped, as negative ones are
-  float norm;             // of the Hadamard transform
+  int64_t num_tokens, num_slots;  // num_slots: slots in the cache; later and negative ones are skipped
+  float norm;             // factor of the Hadamard transform
   const float* key_mean;  // [num_kv_heads, head_size], transformed; null is zero
 };
 
@@ -54,21 +53,21 @@ struct GatherParams {
   int64_t blocks_per_row;
   const int32_t* seq_lens;
   int num_rows, max_seq_len;
-  int64_t num_tokens;  // of key and value
+  int64_t num_tokens;  // tokens in key and value
 };
 
-// What encode leaves for scan, scan for attend. `set` is row * score_heads + score head, `group` is
+// What encode passes to scan, and scan to attend. `set` is row * score heads + score head, `group` is
 // row * num_kv_heads + KV head.
 struct Workspace {
   uint32_t* planes;       // [group][head quad][plane][chunk of 4 words][32 lanes] query planes
   int32_t* bias;          // [group][head quad][4] integer constant of a head's score
-  float* pivot_score;     // [set] tokens below (score, token) are no candidates
+  float* pivot_score;     // [set] tokens below (score, token) are not candidates
   int32_t* pivot_token;   // [set]
-  float* pivot_scale;     // [set] bins of select per unit of score above the pivot, or 0
+  float* pivot_scale;     // [set] selection bins per unit of score above the pivot, or 0
   uint32_t* count;        // [set] candidates found, may exceed the capacity
   uint2* candidates;      // [set][capacity] score (float), token
   uint32_t* arrived;      // [group] dense workers that have finished
-  uint32_t* pieces;       // [1] pieces of work that scan has dealt
+  uint32_t* pieces;       // [1] pieces of work that scan has handed out
   float* partials;        // [dense worker + group] softmax partials of dense rows
 };
 
@@ -81,18 +80,18 @@ struct DecodeParams {
   const int32_t* seq_lens;  // [rows]
   const int32_t* budgets;       // [rows]
   int num_rows, num_query_heads, group, score_heads_per_kv, head_quads;
-  int max_seq_len;  // no row is longer: what workspaces and the block table hold
+  int max_seq_len;  // upper bound of all rows, which workspaces and the block table hold
   float softmax_scale, norm;
   Mode mode;
   bool per_query_head;
   int num_sink_tokens, recent_window, sliding_window;
-  int least_budget;  // sinks and recent window, which are always kept, and one token; 0 in scan alone
+  int least_budget;  // sinks and recent window, at least one token; 0 if scan runs alone
   bool overlap;  // lengths, budgets and block table were complete before the preceding kernel started
   int capacity;  // candidates per set
   int dense_workers;
   int sample_bits;  // log2 of the tokens of a context that encode samples
   int64_t* stats;  // sparse rows, dense rows, context tokens, attended tokens (over query heads)
-  // scan alone: every score, no candidates
+  // if scan runs alone: all scores, no candidates
   float* scores;
   int64_t scores_row_stride, scores_head_stride;
   Workspace work;
@@ -103,11 +102,11 @@ void gather(const GatherParams& p, void* stream);
 void encode(const DecodeParams& p, void* stream);
 void scan(const DecodeParams& p, void* stream);
 void attend(const DecodeParams& p, void* stream);
-int max_sample_bits(const DecodeParams& p);  // the largest sample that the shared memory of encode holds
-// The whole step in one kernel, a cluster of blocks per (row, KV head).
+int max_sample_bits(const DecodeParams& p);  // log2 of the largest sample that fits the shared memory of encode
+// The whole step in one kernel, with a cluster of blocks per (row, KV head).
 void fused(const DecodeParams& p, int cluster, void* stream);
-bool fused_fits(const DecodeParams& p, int cluster);     // whether the kernel takes the shape
-int fused_clusters(const DecodeParams& p, int cluster);  // that run at once; 0 if the shape does not fit
-int64_t workspace(DecodeParams& p, uint8_t* base);       // lays the workspace out; returns its bytes
+bool fused_fits(const DecodeParams& p, int cluster);     // whether the kernel supports the shape
+int fused_clusters(const DecodeParams& p, int cluster);  // clusters that run at once; 0 if not supported
+int64_t workspace(DecodeParams& p, uint8_t* base);       // assigns p.work; returns its size in bytes
 
 }  // namespace adamas

@@ -1,9 +1,9 @@
-// The signatures of a context, streamed through shared memory: each warp has a ring of stages of up to 64 tokens,
-// which it fills by bulk copies ahead of its use and waits for alone; no barrier of the block is involved.
+// The signatures of a context, streamed through shared memory. Each warp has a ring of stages of up to 64 tokens. It
+// fills them ahead of use by bulk copies and waits for them alone, without a barrier of the block.
 //
-// The signature planes of a block lie back to back, so a block of up to 64 tokens is one copy. Plain loads in
-// fragment order would ask for the planes in halves of cache lines, which costs a third of the bandwidth; the copy
-// engine reads whole lines.
+// The signature planes of a block are contiguous, so a block of up to 64 tokens is one copy. Plain loads in fragment
+// order would read the planes in half cache lines, which costs a third of the bandwidth; the copy engine reads whole
+// lines.
 #pragma once
 #include "sm90/address.cuh"
 #include "sm90/barrier.cuh"
@@ -13,7 +13,7 @@ namespace adamas {
 
 constexpr int kStageTokens = 64;
 
-// How stages are made of blocks: `parts` pieces of `part_tokens` tokens each.
+// The parts of a stage: `parts` runs of `part_tokens` tokens, each within one block.
 struct StageShape {
   int tokens, part_tokens, parts, part_bytes, words;
   bool whole_blocks;
@@ -32,15 +32,15 @@ struct StageShape {
   }
 };
 
-// The block that holds this lane's part of the stage that starts at `token`. Lanes without a part, or with one at
-// or beyond `end`, get 0 and load nothing, as do all if the stage is not `wanted`.
+// The block that holds this lane's part of the stage that starts at `token`. Lanes without a part or with one at or
+// past `end` get 0 and load nothing; so do all lanes if the stage is not `wanted`.
 __device__ __forceinline__ uint32_t load_stage_block(const DecodeParams& p, const StageShape& shape,
                                                      const int32_t* blocks, int token, int end, bool wanted = true) {
   const int lane = threadIdx.x % 32, first = token + lane * shape.part_tokens;
   return lane < shape.parts && wanted && first < end ? __ldg(blocks + block_index(p.page, first / kQuad)) : 0;
 }
 
-// Of shared memory, whatever the block size.
+// Shared memory of a stage, for any block size.
 inline int stage_bytes(const Page& page) { return kStageTokens * (page.head_size / 4 + 2); }
 
 template <int kStages>
@@ -60,8 +60,8 @@ class StageRing {
 
   __device__ __forceinline__ uint32_t data(int slot) const { return data_ + slot * bytes_; }
 
-  // Fetches the stage that starts at `token` of a context of `length` tokens. block: from load_stage_block(). Every
-  // lane calls it; no lane may still read the slot.
+  // Fetches the stage that starts at `token` of a context of `length` tokens. block: from load_stage_block(). All
+  // lanes call it, and none may still read the slot.
   __device__ __forceinline__ void fill(int slot, const Page& page, const StageShape& shape, const uint8_t* pages,
                                        int token, int length, uint32_t block) {
     const int lane = threadIdx.x % 32;
@@ -84,7 +84,7 @@ class StageRing {
     }
   }
 
-  // The same where a stage is one contiguous copy.
+  // The same if a stage is one contiguous copy.
   __device__ __forceinline__ void fill(int slot, const uint8_t* from, int bytes) {
     if (threadIdx.x % 32) return;
     barrier_expect(barriers_ + slot * 8, bytes);
@@ -98,13 +98,13 @@ class StageRing {
   int bytes_;
 };
 
-// Where a lane's token quads lie in a stage.
+// Loads a lane's token quads from a stage.
 template <int kChunks, Mode kMode>
 struct StageReader {
   static constexpr int kStep = 32;  // tokens that a warp scores at a time
   static constexpr int kSteps = kStageTokens / kStep;
 
-  int token[kSteps];  // first token of the lane's quad; beyond the stage's end it is one that no context has
+  int token[kSteps];  // first token of the lane's quad; past the stage's end, one that no context has
 
   __device__ explicit StageReader(const StageShape& shape) {
     const int lane = threadIdx.x % 32;

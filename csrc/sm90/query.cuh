@@ -1,13 +1,13 @@
-// Queries to bit planes: 4-bit two's complement (dot) or the thermometer planes of 2-bit codes
-// (manhattan), in the order of the tensor core's fragments.
+// Encodes queries as bit planes in the order of the tensor core's fragments: 4-bit two's complement (dot) or the
+// thermometer planes of 2-bit codes (manhattan).
 #pragma once
 #include "sm90/score.cuh"
 #include "sm90/signature.cuh"
 
 namespace adamas {
 
-// The encoded queries of one (row, KV head) in shared memory. A block encodes them, a warp per query head; where
-// heads share a token set, their sum is encoded instead (dot), or their biases are summed (manhattan_sum).
+// The encoded queries of one (row, KV head) in shared memory. A block encodes them, one warp per query head. If heads
+// share a token set, their sum is encoded instead (dot), or their biases are summed (manhattan_sum).
 struct QueryMemory {
   uint32_t* planes;  // as in the workspace
   int32_t* bias;     // [kMaxHeadQuads][4]
@@ -68,7 +68,7 @@ __device__ void encode_manhattan(const DecodeParams& p, float (&x)[kChunks * 4],
   if (lane == 0) s.bias[slot] = total;
 }
 
-// What the planes hold before any query is encoded; the caller synchronises.
+// Initialises the planes before queries are encoded; the caller synchronises.
 template <int kChunks, Mode kMode>
 __device__ __forceinline__ void clear_queries(const DecodeParams& p, const QueryMemory& s) {
   const int words = p.head_quads * query_planes(kMode) * kChunks * 32;
@@ -77,7 +77,7 @@ __device__ __forceinline__ void clear_queries(const DecodeParams& p, const Query
   if (threadIdx.x < 4 * kMaxHeadQuads) s.bias[threadIdx.x] = 0;
 }
 
-// All query heads of one (row, KV head), from x of the warps below the group size; ends synchronised.
+// Encodes all query heads of one (row, KV head); warp h < group holds head h in x. Ends synchronised.
 template <int kChunks, Mode kMode>
 __device__ __forceinline__ void encode_queries(const DecodeParams& p, float (&x)[kChunks * 4], const QueryMemory& s) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;

@@ -1,5 +1,5 @@
-// Reductions and prefix sums over the lanes of a warp, by shuffles, and over the threads of a block. Every lane or
-// thread calls them.
+// Reductions and prefix sums over the lanes of a warp, by shuffles, and over the threads of a block. All lanes or
+// threads call them.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -19,7 +19,7 @@ __device__ __forceinline__ float warp_max(float x) {
   return x;
 }
 
-// Inclusive prefix sum, over the lanes that are congruent modulo kStride.
+// Inclusive prefix sum over the lanes that are congruent modulo kStride.
 template <int kStride = 1, class T>
 __device__ __forceinline__ T warp_prefix_sum(T x) {
   const int lane = threadIdx.x % 32;
@@ -31,8 +31,8 @@ __device__ __forceinline__ T warp_prefix_sum(T x) {
   return x;
 }
 
-// Inclusive prefix sum over the threads of a block, and the sum over all of them. `sums`: kThreads / 32 elements of
-// shared memory. One barrier; the caller synchronises before `sums` is written again.
+// Inclusive prefix sum over the threads of a block, and the total. `sums`: kThreads / 32 elements of shared memory.
+// Has one barrier; the caller synchronises before `sums` is written again.
 template <class T>
 struct BlockSum {
   T prefix, total;

@@ -1,22 +1,22 @@
-// Rows of a decode step: how long a context is, what of it is attended to, the counters, and how work that is
-// a sum over rows is cut into equal runs.
+// Rows of a decode step: context lengths, the tokens attended to, counters, and the division of work over rows into
+// equal runs.
 #pragma once
 #include "sm90/params.h"
 #include "sm90/reduce.cuh"
 
 namespace adamas {
 
-// Tokens of a row's context, clamped to [0, max_seq_len] whatever the caller wrote there.
+// Tokens of a row's context, clamped to [0, max_seq_len].
 template <class Params>
 __device__ __forceinline__ int context_length(const Params& p, int row) {
   int length = p.seq_lens[row];
-  // One comparison for both bounds: in this form the clamp costs attend no register.
+  // One comparison for both bounds; in this form the clamp costs attend no register.
   if (uint32_t(length) > uint32_t(p.max_seq_len)) length = length < 0 ? 0 : p.max_seq_len;
   return length;
 }
 
-// What a row attends to: all visible tokens, or the sinks, the recent window and the `need` best of the tokens
-// between them (the middle). Every thread computes it; it costs one load of the length and one of the budget.
+// The tokens that a row attends to: all visible tokens, or the sinks, the recent window and the `need` best of the
+// tokens in between (the middle). Every thread computes it, at the cost of loading the length and the budget.
 struct RowPlan {
   int length, first;  // tokens [first, length) are visible
   bool sparse;
@@ -33,7 +33,7 @@ struct RowPlan {
   }
 };
 
-// Whether a token is one of the middle. One comparison for both bounds; a negative token is none.
+// Whether a token is in the middle; one comparison for both bounds.
 __device__ __forceinline__ bool in_middle(const DecodeParams& p, const RowPlan& plan, int token) {
   return uint32_t(token - p.num_sink_tokens) < uint32_t(plan.middle);
 }
@@ -48,8 +48,8 @@ __device__ __forceinline__ void count_row(const DecodeParams& p, const RowPlan& 
   atomicAdd(stats + 3, (unsigned long long)(attended) * p.num_query_heads);
 }
 
-// Exclusive prefix sums of work(row), in shared memory: cum[0 .. rows]. The whole block calls it; its first warp
-// works, a row per lane. Ends synchronised.
+// Exclusive prefix sums of work(row) in shared memory: cum[0 .. rows]. All threads call it; the first warp computes
+// them, one row per lane. Ends synchronised.
 template <class Work>
 __device__ void prefix_sum_rows(int64_t* cum, int rows, Work work) {
   const int lane = threadIdx.x % 32;
@@ -65,7 +65,7 @@ __device__ void prefix_sum_rows(int64_t* cum, int rows, Work work) {
   __syncthreads();
 }
 
-// The row that item `at` belongs to: the last one with cum[row] <= at.
+// The row of item `at`: the last one with cum[row] <= at.
 __device__ __forceinline__ int find_row(const int64_t* cum, int rows, int64_t at) {
   int low = 0, high = rows;
   while (high - low > 1) {

@@ -1,4 +1,4 @@
-// What encode aims at in its sample of a context; backends/cuda/policy.py sizes lists of candidates by it.
+// The rank that encode aims at in its sample of a context; backends/cuda/policy.py sizes candidate lists by it.
 #pragma once
 #include <cmath>
 
@@ -6,8 +6,8 @@
 
 namespace adamas {
 
-// What a pivot ranks in the sample, at least: six standard deviations below the k-th best. It ranks half as
-// much again at most, or twice where scores tie (find_pivot).
+// The minimum rank of a pivot in the sample: six standard deviations below the k-th best. Its rank is at most 1.5
+// times that, or twice that where scores tie (find_pivot).
 ADAMAS_BOTH inline int sample_rank(int need, int sample, int length) {
 #ifdef __CUDA_ARCH__
   const float expected = __fdividef(float(need) * sample, length);

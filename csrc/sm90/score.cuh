@@ -1,16 +1,16 @@
-// Scores of tokens from their signatures, on the binary tensor cores; one warp works alone.
+// Scores of tokens from their signatures on the binary tensor cores, by one warp.
 //
-// An instruction multiplies (AND, population count) 16 tokens x 128 bits with 8 columns. With
-// head quads of four heads a lane (row = lane / 4, c = lane % 4) ends up with the whole score of head
-// c for its own four tokens, without any exchange between lanes:
+// An instruction multiplies (AND, population count) 16 tokens x 128 bits by 8 columns. With head quads of four heads,
+// a lane (row = lane / 4, c = lane % 4) gets the complete score of head c for its own four tokens, without any
+// exchange between lanes:
 //
 //   dot        q.level = sum_b w_b * (4 popc(hi & q_b) + 2 popc(lo & q_b)) - 3 sum(q), w = 1 2 4 -8.
 //              Columns 2c and 2c+1 of two instructions hold the planes q_0 .. q_3 of head c. The hi
-//              plane goes in twice, so that the accumulator is 2 popc(hi & q_b) + popc(lo & q_b).
+//              plane is multiplied twice, so the accumulator is 2 popc(hi & q_b) + popc(lo & q_b).
 //   manhattan  |a - b|_1 = |a|_1 + |b|_1 - 2 popc(a AND b) over the thermometer planes hi|lo, hi,
 //              hi&lo. Column 2c holds head c, column 2c+1 all ones, which yields |a|_1.
 //
-// A 16-byte load brings one word of four tokens, so a lane's own quad of tokens is what it loads.
+// A 16-byte load yields one word of four tokens, so a lane loads exactly its own token quad.
 #pragma once
 #include "sm90/mma.cuh"
 #include "sm90/params.h"
@@ -26,7 +26,7 @@ struct QueryFragments {
   static constexpr int kPlanes = query_planes(kMode);
   uint32_t plane[kQuads][kPlanes][kChunks];
   int bias[kQuads];
-  const uint32_t* more = nullptr;  // manhattan_sum: fragments of the head quads after the first
+  const uint32_t* more = nullptr;  // manhattan_sum: fragments of all head quads but the first
   int num_more = 0;
 
   // planes: [head quad][plane][chunk][32 lanes]; biases: [head quad][4]
@@ -48,15 +48,15 @@ struct QueryFragments {
   }
 };
 
-// Signature words of one quad of tokens: word c (and c + 4) of both planes, and the four scales.
-// Lanes whose word lies beyond the head size load word 0; their query planes are zero.
+// Signature words of one token quad: word c (and c + 4) of both planes, and the four scales. Lanes whose word is past
+// the head size load word 0; their query planes are zero.
 template <int kChunks, Mode kMode>
 struct Signatures {
   uint4 hi[kChunks], lo[kChunks];
   uint2 scale;
 };
 
-// A lane's four tokens as words: of token i, hi[k][i] and lo[k][i].
+// A lane's four tokens as words: token i has hi[k][i] and lo[k][i].
 template <int kChunks>
 struct QuadWords {
   uint32_t hi[kChunks][4], lo[kChunks][4];
@@ -132,10 +132,10 @@ __device__ __forceinline__ void manhattan_quad(const QueryFragments<kChunks, kMo
       }
 #pragma unroll
       for (int i = 0; i < 2; ++i) {
-        int x = 2 * sum[2 * i];  // over the heads: those of a head quad lie in four neighbouring lanes
+        int x = 2 * sum[2 * i];  // summed over the head quad, whose heads are in four neighbouring lanes
         x += __shfl_xor_sync(kFull, x, 1);
         x += __shfl_xor_sync(kFull, x, 2);
-        // The bias carries the group's size in its low bits: bias = |b| summed * 32 + heads.
+        // The low bits of the bias hold the group's size: bias = 32 * sum of |b| + heads.
         value[2 * pair + i] = x - (query.bias[q] & 31) * norm[i] - (query.bias[q] >> 5);
       }
     } else {
@@ -145,8 +145,8 @@ __device__ __forceinline__ void manhattan_quad(const QueryFragments<kChunks, kMo
   }
 }
 
-// The scores of a lane's four tokens for head lane % 4 of head quad q. The product with a token's scale is rounded by
-// itself (no FMA), so that every kernel gets the same score.
+// The scores of a lane's four tokens for head lane % 4 of head quad q. The product with a token's scale is rounded
+// separately (no FMA), so that every kernel computes the same score.
 template <int kChunks, Mode kMode, int kQuads>
 __device__ __forceinline__ void score_quad(const QueryFragments<kChunks, kMode, kQuads>& query,
                                            const Signatures<kChunks, kMode>& s, int q, float (&score)[4]) {

@@ -1,5 +1,5 @@
-// Hadamard transform, 2-bit codes and query planes (arXiv 2510.18413, section 3.1), one warp per
-// vector: lane i holds dimension 32*w + i of word w in x[w].
+// Hadamard transform and 2-bit codes (arXiv 2510.18413, section 3.1), one warp per vector: lane i holds dimension
+// 32*w + i in x[w].
 #pragma once
 #include <cuda_fp16.h>
 
@@ -8,7 +8,7 @@
 
 namespace adamas {
 
-// Orthonormal, block-diagonal with the largest power of two that divides D.
+// Orthonormal; block-diagonal, with blocks of the largest power of two that divides D.
 template <int kWords>
 __device__ __forceinline__ void hadamard(float (&x)[kWords], int head_size, float norm) {
   const int lane = threadIdx.x % 32;
@@ -36,7 +36,7 @@ __device__ __forceinline__ void hadamard(float (&x)[kWords], int head_size, floa
   for (int w = 0; w < kWords; ++w) x[w] *= norm;
 }
 
-// A vector as it lies in memory. Converting it is left to widen(), so that no thread waits for the load yet.
+// Loads a vector without converting it; widen() converts it later, so that no thread waits for the load yet.
 template <int kWords>
 __device__ __forceinline__ void load_raw(uint16_t (&raw)[kWords], const Rows& rows, int64_t token, int head,
                                          int words) {
@@ -69,7 +69,7 @@ __device__ __forceinline__ float outer_threshold(const float (&x)[kWords], Codin
   return coding.threshold * sqrtf(warp_sum(squares) / head_size);
 }
 
-// Counts the thresholds -t, 0, t at or below x. NaN compares false: code 0.
+// The number of thresholds -t, 0, t at or below x. NaN compares false: code 0.
 __device__ __forceinline__ int bucketize(float x, float t) {
   return int(x >= -t) + int(x >= 0.0f) + int(x >= t);
 }

@@ -1,17 +1,18 @@
-// The merge of softmax states. A part of a context leaves per head its largest logit (`top`, base 2), the sum of
-// exp2(logit - top) and as many V rows so weighted; parts merge once they are scaled to a common top.
+// The merge of softmax states. The state of a part of a context is, per head, its largest logit (`top`, base 2), the
+// sum of the weights exp2(logit - top) and the sum of the V rows so weighted. Parts are scaled to a common top and
+// added.
 #pragma once
 #include <cuda_runtime.h>
 
 namespace adamas {
 
-// What a part with logits up to `top` weighs where `best` is the largest top of all parts. A part without tokens
-// has top -inf and weighs 0, even if none of the parts has any.
+// The scale of a part with logits up to `top` if `best` is the largest top of all parts. A part without tokens has
+// top -inf and scale 0, even if no part has tokens.
 __device__ __forceinline__ float softmax_weight(float top, float best) {
   return exp2f(top - (best == -INFINITY ? 0.0f : best));
 }
 
-// Merges another part into (top, sum), and says by how much the values of either are to be scaled.
+// Merges another part into (top, sum); returns the scales of the values of both parts.
 struct MergeScales {
   float own, other;
 };
@@ -23,12 +24,12 @@ __device__ __forceinline__ MergeScales merge_softmax(float& top, float& sum, flo
   return scale;
 }
 
-// One value of a head's output before the division.
+// One value of a head's output before the division by the sum.
 struct SoftmaxValue {
   float top, value, sum;
 };
 
-// Merges dimension d of parts that lie `stride` floats apart in shared memory, [top, sum, -, -, values] each
+// Merges dimension d of parts that are `stride` floats apart in shared memory, each [top, sum, -, -, values]
 // (Attention::share).
 __device__ __forceinline__ SoftmaxValue merge_parts(const float* from, int parts, int stride, int d) {
   SoftmaxValue merged{-INFINITY, 0, 0};
@@ -41,7 +42,7 @@ __device__ __forceinline__ SoftmaxValue merge_parts(const float* from, int parts
   return merged;
 }
 
-// The output: 0 where no token was seen.
+// The output value; 0 without tokens.
 __device__ __forceinline__ float softmax_output(float value, float sum, float v_scale) {
   return sum == 0 ? 0.0f : value / sum * v_scale;
 }

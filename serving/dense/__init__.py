@@ -1,4 +1,4 @@
-"""Dense attention: prompts, and layers that decode densely."""
+"""Dense attention for prompts and for the decode of dense layers."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from vllm_adamas.serving.dense.base import DenseAttention
 
 
 def get_dense_attention(device_type: str) -> DenseAttention:
-    """A new one for the device."""
+    """A new dense attention for the device."""
     if device_type == "cpu":
         from vllm_adamas.serving.dense.cpu import CpuAttention
 

@@ -1,4 +1,4 @@
-"""Dense attention: the requests of a step that have several query tokens, and layers that decode densely."""
+"""Dense attention for requests with several query tokens and for the decode of dense layers."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from vllm_adamas.backends.base import Backend, DecodeBatch, Layer, Params
 
 @dataclass
 class PrefillPlan:
-    """Requests with several query tokens in one step, P of them.
+    """The P requests of a step that have several query tokens.
 
     Args:
         first_token, num_tokens: their slice of the step's tokens.
-        query_start_loc: int32 ``[P + 1]``, from 0.
-        seq_lens: int32 ``[P]``, context lengths.
-        block_table: int32 ``[P, blocks]`` of the pages.
-        query_start_loc_cpu: int32 ``[P + 1]`` on the host, among all tokens of the step.
-        seq_lens_cpu: int32 ``[P]`` on the host, not below ``seq_lens``.
-        max_query_len, max_seq_len: upper bounds known on the host.
-        prepared: what the first layer of the step worked out for the others.
+        query_start_loc: int32 ``[P + 1]``, starting at 0.
+        seq_lens: int32 ``[P]``, context lengths in tokens.
+        block_table: int32 ``[P, blocks]``.
+        query_start_loc_cpu: int32 ``[P + 1]`` on the host, positions among all tokens of the step.
+        seq_lens_cpu: int32 ``[P]`` on the host, upper bounds of ``seq_lens``.
+        max_query_len, max_seq_len: upper bounds in tokens known on the host.
+        prepared: what the first layer of the step computed for the others.
     """
 
     first_token: int
@@ -45,19 +45,19 @@ class PrefillPlan:
 
 
 class DenseAttention(ABC):
-    """Dense causal attention, by kernels of vLLM."""
+    """Dense causal attention with vLLM's kernels."""
 
     def reserve(self, params: Params, dtype: torch.dtype, max_tokens: int) -> int:
-        """Allocates what a layer's prefill needs beside its arguments; returns its size in bytes.
+        """Allocates the scratch of a layer's prefill; returns its size in bytes.
 
         Args:
-            dtype: of queries.
-            max_tokens: the longest context, and not below the tokens of a step.
+            dtype: dtype of queries.
+            max_tokens: tokens of the longest context or of the largest step, whichever is more.
         """
         return 0
 
     def decodes(self, params: Params) -> bool:
-        """Whether :meth:`decode` takes such a layer, and is faster than the backend's dense rows."""
+        """Whether :meth:`decode` supports the layer and is faster than the backend's dense rows."""
         return False
 
     @abstractmethod
@@ -71,11 +71,11 @@ class DenseAttention(ABC):
         value: torch.Tensor | None,
         output: torch.Tensor,
     ) -> None:
-        """Writes the plan's slice of ``output``; the step's tokens have been appended to the pages.
+        """Writes the plan's slice of ``output``; the step's tokens are already in the pages.
 
         Args:
-            query, output: ``[tokens, Hq, D]`` of the whole step; key, value: ``[tokens, Hkv, D]``,
-                None for layers that share another layer's cache.
+            query, output: ``[tokens, Hq, D]`` of the whole step.
+            key, value: ``[tokens, Hkv, D]``; None for layers that share another layer's cache.
         """
 
     def decode(
@@ -89,14 +89,14 @@ class DenseAttention(ABC):
         """Decode of R rows in a dense layer; can be captured in a CUDA graph.
 
         Args:
-            query, output: ``[R, Hq, D]``; output is written, with zeros where the context is 0.
+            query, output: ``[R, Hq, D]``; output is written, with zeros for rows with context 0.
             query_start_loc: int32 ``[R + 1]``, 0 to R.
         """
         raise NotImplementedError(f"{type(self).__name__} decodes nothing")
 
 
 def runs_of(lens: list[int], max_tokens: int) -> list[tuple[int, int]]:
-    """Neighbouring requests that hold at most ``max_tokens`` together, or one each: first and last + 1."""
+    """Splits requests into runs ``(first, last + 1)`` of at most ``max_tokens`` tokens, or of one request."""
     cuts, held = [0], 0
     for row, length in enumerate(lens):
         if held + length > max_tokens and held:

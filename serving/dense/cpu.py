@@ -1,9 +1,9 @@
-"""Dense attention on a CPU through vLLM's own kernel.
+"""Dense attention on a CPU with vLLM's own kernel.
 
-That kernel wants keys as columns (or AMX tiles) inside a block, the page keeps them token-major for
-decode. So the K and V of the requests being prefilled are copied, layer by layer, into one scratch
-cache in the kernel's own layout, by the kernel's own ``reshape_and_cache``: the output is
-bit-identical to CPU_ATTN, but from fp8 pages, which hold the nearest values.
+That kernel needs keys as columns (or AMX tiles) inside a block, but pages keep them token-major for
+decode. The K and V of prefilled requests are therefore copied, layer by layer, into a scratch cache in
+the kernel's own layout, with the kernel's own ``reshape_and_cache``. The output is bit-identical to
+CPU_ATTN, except with fp8 pages, whose values are rounded to nearest.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from vllm_adamas.dtypes import kv_cache_dtype
 from vllm_adamas.serving import compat
 from vllm_adamas.serving.dense.base import DenseAttention, PrefillPlan, runs_of
 
-#: Tokens copied at a time: what is gathered is still in the L2 cache when it is repacked.
+#: Tokens copied at a time: gathered rows are still in the L2 cache when they are repacked.
 PIECE = 512
 
 
 @dataclass
 class Piece:
-    """A run of one request's context: its page blocks, its length and its slots in the scratch."""
+    """A piece of a request's context: int32 ``[1, blocks]``, int32 ``[1]`` and its int64 scratch slots."""
 
     block_table: torch.Tensor
     length: torch.Tensor
@@ -32,14 +32,15 @@ class Piece:
 
 @dataclass
 class Scratch:
-    """Where the requests of a plan lie in the scratch cache, one after the other.
+    """The places of a plan's requests in the scratch cache, where they follow each other.
 
     Args:
-        table: int32 ``[P, blocks]``.
-        ragged: int64, blocks that a request fills in part.
-        slots: per request int64 ``[seq_len]``; new_slots: of the step's own tokens, in their order.
-        context: how earlier tokens are copied from the pages.
-        schedules: the kernel's schedule for each head count and window.
+        table: block table, int32 ``[P, blocks]``.
+        ragged: int64, blocks that a request fills only in part.
+        slots: int64 ``[seq_len]`` per request.
+        new_slots: int64 slots of the step's own tokens, in their order.
+        context: pieces of the earlier tokens, to copy from the pages.
+        schedules: the kernel's schedule by kernel name, window and number of query heads.
     """
 
     table: torch.Tensor
@@ -69,7 +70,7 @@ class Scratch:
 
 
 def parts(plan: PrefillPlan, max_tokens: int, block_size: int) -> list[PrefillPlan]:
-    """Cuts a plan into plans whose contexts hold at most ``max_tokens`` together, and prepares them."""
+    """Splits a plan into prepared plans whose contexts hold at most ``max_tokens`` in total."""
     lens, starts = plan.seq_lens.tolist(), plan.query_start_loc.tolist()
     found = []
     for first, last in runs_of(lens, max_tokens):
@@ -92,7 +93,7 @@ def parts(plan: PrefillPlan, max_tokens: int, block_size: int) -> list[PrefillPl
 def pieces(
     block_table: torch.Tensor, slots: Sequence[torch.Tensor], block_size: int
 ) -> list[Piece]:
-    """Cuts the first ``len(slots[row])`` tokens of every request into pieces of whole blocks."""
+    """Splits the first ``len(slots[row])`` tokens of every request into pieces of whole blocks."""
     blocks = -(-PIECE // block_size)
     return [
         Piece(
@@ -107,8 +108,11 @@ def pieces(
 
 
 class CpuAttention(DenseAttention):
-    """Owns the scratch buffers: shared by all layers, grown to the largest step, and never beyond the
-    contexts that a step of ``max_tokens`` needs: more requests take several passes."""
+    """vLLM's CPU kernel over scratch buffers that all layers share.
+
+    The buffers grow to the largest step, but never past the contexts of ``max_tokens`` tokens: more
+    requests take several passes.
+    """
 
     def __init__(self):
         self._cache = torch.empty(0, dtype=torch.uint8)
@@ -116,7 +120,7 @@ class CpuAttention(DenseAttention):
         self._max_tokens = 0
 
     def reserve(self, params, dtype, max_tokens):
-        """Allocates nothing: short prompts need little."""
+        """Allocates nothing, since short prompts need little."""
         self._max_tokens = max(self._max_tokens, max_tokens)
         return 0
 
@@ -138,7 +142,7 @@ class CpuAttention(DenseAttention):
         size, heads, block = layout.head_size, params.num_kv_heads, layout.block_size
         here, scratch = plan.tokens, plan.prepared
         cache = self._buffer("_cache", (scratch.num_blocks, heads, 2 * block, size), layout.dtype)
-        # The kernel multiplies the unused tail of a block by zero weights: no NaN may be left there.
+        # The kernel multiplies the unused tail of a block by zero weights, so it must hold no NaN.
         cache.view(torch.uint8)[scratch.ragged] = 0
         key_cache, value_cache = cache.chunk(2, dim=2)
         scales = {
@@ -159,8 +163,8 @@ class CpuAttention(DenseAttention):
                 backend.gather(layer, piece.block_table, piece.length, keys, values)
                 repack(keys, values, piece.slots)
 
-        # A layer that shares another layer's cache has no keys of its own. The kernel truncates to fp8, by
-        # 4 % on average; what the page holds is the nearest, which it keeps.
+        # A layer that shares another layer's cache has no keys of its own. The kernel truncates to fp8, an
+        # error of 4 % on average; values from the page are already rounded to nearest and stay exact.
         if key is None or params.fp8:
             copy(pieces(plan.block_table, scratch.slots, block))
         else:
@@ -205,6 +209,7 @@ class CpuAttention(DenseAttention):
     def _buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         size = torch.Size(shape).numel() * dtype.itemsize
         if getattr(self, name).numel() < size:
-            setattr(self, name, torch.empty(0, dtype=torch.uint8))  # before the larger one is there
+            # Free it before the larger one is allocated.
+            setattr(self, name, torch.empty(0, dtype=torch.uint8))
             setattr(self, name, torch.empty(size + size // 4, dtype=torch.uint8))
         return getattr(self, name)[:size].view(dtype).view(shape)

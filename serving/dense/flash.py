@@ -1,8 +1,8 @@
 """Dense attention on NVIDIA GPUs: vLLM's FlashAttention over strided views of the page.
 
-FlashAttention takes fp8 K and V only beside fp8 queries, and rounds the softmax to fp8 as well. So
-contexts in fp8 pages are copied out as real values, layer by layer, and prefill computes in the
-queries' own type: what is stored is all that is rounded, and e5m2 and older GPUs are served too.
+FlashAttention takes fp8 K and V only with fp8 queries, and rounds the softmax to fp8 as well. Contexts
+in fp8 pages are therefore copied out as real values, layer by layer, and prefill computes in the dtype
+of the queries. Only stored values are rounded, and e5m2 and older GPUs are supported.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from vllm_adamas.serving.dense.base import DenseAttention, PrefillPlan, runs_of
 
 @dataclass
 class Part:
-    """Some requests of a plan whose contexts fit into the scratch together.
+    """Requests of a plan whose contexts fit into the scratch together.
 
     Args:
         tokens: their slice of the step's tokens.
-        block_table, seq_lens: of them; num_context_tokens: the sum.
-        batch: what FlashAttention wants to know of them.
+        block_table, seq_lens: their rows of the plan's tensors.
+        num_context_tokens: upper bound of the sum of ``seq_lens``.
+        batch: arguments of FlashAttention that describe the batch.
     """
 
     tokens: slice
@@ -35,7 +36,7 @@ class Part:
 
 
 def parts(plan: PrefillPlan, max_tokens: int) -> list[Part]:
-    """Cuts a plan into runs of requests with at most ``max_tokens`` of context, without a sync."""
+    """Splits a plan into parts of at most ``max_tokens`` context tokens, without a sync."""
     starts, lens = plan.query_start_loc_cpu.tolist(), plan.seq_lens_cpu.tolist()
     found = []
     for first, last in runs_of(lens, max_tokens):
@@ -60,24 +61,24 @@ def parts(plan: PrefillPlan, max_tokens: int) -> list[Part]:
 
 
 class FlashAttention(DenseAttention):
-    """K and V planes are passed as they lie: FlashAttention takes any page and token stride.
+    """vLLM's FlashAttention, which reads K and V planes in place with their page and token strides.
 
-    Decode leaves the schedule to the kernel itself, which works it out on the device: a captured
-    graph then replays with any lengths. A schedule prepared once per step, as vLLM's own backend
-    does it, saves at most 1.5 µs a layer (`benchmarks/results/decode_gpu.json`), less than preparing
-    it costs for the few dense layers of a model.
+    In decode the kernel computes its schedule on the device, so a captured graph replays with any
+    lengths. A schedule prepared once per step, as in vLLM's own backend, saves at most 1.5 µs per layer
+    (`benchmarks/results/decode_gpu.json`), less than preparing it costs for the few dense layers of a
+    model.
     """
 
     def __init__(self, device: str = "cuda"):
         self._scratch = torch.zeros(0, dtype=torch.uint8, device=device)
 
     def reserve(self, params, dtype, max_tokens):
-        """The K and V of one layer for the longest context, where pages are fp8."""
+        """Allocates the K and V of one layer for the longest context if pages are fp8."""
         if not params.fp8:
             return 0
         size = max_tokens * _row_bytes(params, dtype)
         if self._scratch.numel() < size:
-            # Zeros, because the kernel multiplies what it masks by zero weights. No graph uses it.
+            # Zeros, because the kernel multiplies masked values by zero weights. No graph uses it.
             self._scratch = self._scratch.new_zeros(size)
         return size
 
@@ -124,7 +125,7 @@ class FlashAttention(DenseAttention):
 
 
 def _row_bytes(params, dtype) -> int:
-    """K and V of one token."""
+    """Bytes of K and V of one token."""
     return 2 * params.num_kv_heads * params.layout.head_size * dtype.itemsize
 
 

@@ -1,4 +1,4 @@
-"""One request and what came of it: the client of a storm."""
+"""The client of a storm: sends a request and checks its outcome."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import Any
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.serving.storm.traffic import CHAT, Request
 
-LINE_BYTES = 2**24  #: of one event: the first of a stream repeats the prompt's token ids
+LINE_BYTES = 2**24  #: most bytes of an event: a stream's first event repeats the prompt's token ids
 
 
 def aiohttp():
-    """The module, imported late: it comes with vLLM, and nothing else here needs it.
+    """The module, imported late because only a storm needs it.
 
     Raises:
         AdamasError: it is not installed.
@@ -34,7 +34,7 @@ def aiohttp():
 
 @dataclass
 class Choice:
-    """One of a request's n answers; logprobs are empty where the request did not ask for them."""
+    """One of a request's n answers; logprobs are empty unless the request asked for them."""
 
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
@@ -44,12 +44,12 @@ class Choice:
 
 @dataclass
 class Outcome:
-    """What came of a request.
+    """The outcome of a request.
 
     Args:
         status: HTTP status, None without an answer.
-        error: what was wrong, such as ``HTTP 500``, ``timeout`` or ``answer: ...``; None if nothing.
-        prompt: the prompt's token ids, as the server says.
+        error: the error, such as ``HTTP 500``, ``timeout`` or ``answer: ...``; None if there was none.
+        prompt: the prompt's token ids, as the server returned them.
         ttft, gaps: seconds to the first token, and between the events of a stream.
     """
 
@@ -63,7 +63,11 @@ class Outcome:
     gaps: list[float] = field(default_factory=list)
 
     def read(self, event: Mapping[str, Any]) -> int:
-        """Takes in an event of a stream, or a whole answer; the number of tokens in it."""
+        """Adds an event of a stream, or a whole answer; returns the number of tokens in it.
+
+        Raises:
+            ValueError: the event reports an error.
+        """
         if "error" in event:
             raise ValueError(f"the stream ended with an error: {str(event['error'])[:200]}")
         if event.get("prompt_token_ids"):
@@ -84,7 +88,7 @@ class Outcome:
         return count
 
     def fault(self) -> str | None:
-        """What is wrong with a complete answer, whatever the model; None if nothing."""
+        """What is wrong with a complete answer, independent of the model; None if nothing."""
         body = self.request.body
         if len(self.choices) != body.get("n", 1):
             return f"{len(self.choices)} choices"
@@ -123,10 +127,10 @@ def _matches(guide: tuple[str, Any] | None, text: str) -> bool:
 
 
 class Endpoint:
-    """A server, as a client sees it. An asynchronous context manager.
+    """A client's connection to a server, an asynchronous context manager.
 
     Args:
-        url: without a path.
+        url: URL of the server, without a path.
         timeout: seconds for one request.
     """
 
@@ -136,7 +140,7 @@ class Endpoint:
         self._aiohttp = aiohttp()
 
     async def __aenter__(self) -> Endpoint:
-        # A connection of its own for each request: a server may close an idle one as it is taken up again.
+        # One connection per request: a server may close an idle connection just as it is reused.
         no_limit = self._aiohttp.TCPConnector(limit=0, force_close=True)
         self._session = self._aiohttp.ClientSession(
             connector=no_limit,
@@ -158,7 +162,7 @@ class Endpoint:
         await self._session.close()
 
     async def get(self, path: str, timeout: float = 60.0) -> tuple[int, str]:
-        """Status and body."""
+        """Status and body of a GET."""
 
         async def call():
             async with self._session.get(self.url + path) as response:
@@ -180,7 +184,7 @@ class Endpoint:
         return await asyncio.wait_for(call(), self.timeout)
 
     async def send(self, request: Request, unit: int, history: list | None = None) -> Outcome:
-        """Sends a request of a storm; never raises for what a server does."""
+        """Sends a request of a storm; errors of the server are in the outcome and never raised."""
         outcome = Outcome(request, unit)
         wait = self.timeout if request.drop_after is None else request.drop_after
         try:
@@ -240,5 +244,5 @@ class Endpoint:
 
 
 def name_of(error: BaseException) -> str:
-    """Its kind, and what it says."""
+    """The exception's type and message."""
     return ": ".join(filter(None, (type(error).__name__, str(error)[:200])))

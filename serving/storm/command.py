@@ -21,58 +21,58 @@ from vllm_adamas.serving.storm.report import Report
 from vllm_adamas.serving.storm.traffic import COMPLETIONS, TURNS, WEIGHTS, Traffic, Unit
 from vllm_adamas.serving.storm.watch import Watch, memory
 
-#: Arguments that the record repeats.
+#: Arguments that are copied into the record.
 FACTS = ("url", "seed", "seconds", "requests", "concurrency", "block_size", "max_prompt")
 FACTS += ("max_tokens", "burst", "oracle", "distance")
-ENOUGH = 10  #: wrong tokens; then nothing more is checked
-GONE = 20  #: transport errors in a row: nobody is there any more
-WARM_UP = 0.2  #: of the storm; memory may grow in it
-EXACT = 0.1  #: the largest distance that says float32
-PATIENCE = 60.0  #: seconds until a server without clients must be idle
+ENOUGH = 10  #: wrong tokens after which checking stops
+GONE = 20  #: transport errors in a row after which the server counts as gone
+WARM_UP = 0.2  #: share of the storm during which memory may grow
+EXACT = 0.1  #: largest distance, in nats, that implies float32
+PATIENCE = 60.0  #: seconds within which a server without clients must become idle
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("url", metavar="URL", help="of the server, such as http://127.0.0.1:8000")
+    add("url", metavar="URL", help="URL of the server, such as http://127.0.0.1:8000")
     add("--seed", type=int, default=0)
+    add("--seconds", type=float, help="duration; default: 60, or unlimited if --requests is given")
+    add("--requests", type=int, help="maximum number of requests")
     add(
-        "--seconds", type=float, help="how long; default: 60, or without end if --requests is given"
-    )
-    add("--requests", type=int, help="how many at most")
-    add(
-        "--limit", type=float, help="seconds for everything, checks included; default: by --seconds"
+        "--limit",
+        type=float,
+        help="seconds for everything, checks included; default: from --seconds",
     )
     add("--timeout", type=float, default=120.0, help="seconds for one request")
     add(
         "--concurrency",
         type=int,
         default=8,
-        help="units under way; a unit may send several at once",
+        help="units in flight; a unit may send several requests at once",
     )
-    add("--block-size", type=int, default=16, help="of the KV cache, in tokens, or a divisor of it")
+    add("--block-size", type=int, default=16, help="the KV cache's, in tokens, or a divisor of it")
     add("--max-prompt", type=int, default=768, help="tokens of an ordinary prompt")
     add("--max-tokens", type=int, default=32, help="tokens of an ordinary output")
     add("--burst", type=int, default=12, help="long requests at once")
     add("--kinds", help=f"comma-separated; default: all of {', '.join(WEIGHTS)}")
-    add("--oracle", metavar="URL", help="a server that attends to everything, to score answers by")
-    add("--replay", action="store_true", help="replay answers too where there is an oracle")
+    add("--oracle", metavar="URL", help="a server with dense attention, to score answers with")
+    add("--replay", action="store_true", help="replay answers even if there is an oracle")
     add(
         "--distance",
         type=float,
         default=0.5,
-        help="nats between a right token and the best; 0.01 for float32",
+        help="most nats between a right token and the best; 0.01 for float32",
     )
     add("--check", type=int, default=200, metavar="N", help="answers to check; 0 for none")
-    add("--pid", type=int, help="of the server, to watch its memory")
+    add("--pid", type=int, help="pid of the server, to watch its memory")
     add("--growth", type=float, default=512.0, help="MiB that its memory may grow by after warm-up")
     add("--json", metavar="FILE", help="where to write the record")
 
 
 def storm(args: argparse.Namespace) -> int:
-    """Runs the command; the exit status: 0 if all is well, 1 if something was found.
+    """Runs the command; returns exit status 0 if all is well and 1 if there are problems.
 
     Raises:
-        AdamasError: an argument is wrong, or the server or the oracle does not answer.
+        AdamasError: an argument is invalid, or the server or the oracle does not answer.
     """
     _check(args)
     report = asyncio.run(_bounded(args))
@@ -144,7 +144,7 @@ class _Storm:
                 self._remember("end")
 
     async def _meet(self) -> None:
-        """What has to be known before the first request."""
+        """Checks the server and prepares the traffic, before the first request."""
         args, server = self.args, self.server
         if not await self.watch.look():
             raise AdamasError(
@@ -157,7 +157,7 @@ class _Storm:
             )
         if args.oracle:
             async with Endpoint(args.oracle, args.timeout):
-                pass  # it is there
+                pass  # it answers
         book = files("vllm_adamas.evaluate").joinpath("data", "alice.txt").read_text("utf-8")
         try:
             text = (await server.json("/tokenize", {"prompt": book}))["tokens"]
@@ -173,7 +173,7 @@ class _Storm:
         self.started = time.monotonic()
 
     async def _environment(self) -> Environment:
-        """The server's vLLM, whose host may be another one, and the release that made the traffic."""
+        """The server's vLLM, perhaps on another host, and the release that generated the traffic."""
         versions = {"vllm-adamas": __version__}
         status, body = await self.server.get("/version")
         if status == 200:
@@ -181,7 +181,7 @@ class _Storm:
         return Environment(versions=versions)
 
     def _share(self) -> float:
-        """Of the storm that is over."""
+        """Share of the storm that is over."""
         args = self.args
         shares = [self.traffic.sent / args.requests] if args.requests else []
         if args.seconds:
@@ -216,7 +216,7 @@ class _Storm:
             self.greedy.append(outcome)
 
     async def _watch(self) -> None:
-        """Every second a look, every ten a line."""
+        """Polls the server every second and prints a line every ten."""
         for second in range(1, sys.maxsize):
             await asyncio.sleep(1)
             await self.watch.look()
@@ -239,8 +239,10 @@ class _Storm:
         )
 
     async def _idle(self) -> bool:
-        """Whether clients that left have left nothing behind. The server's gauges move with its steps, so
-        a small request goes first."""
+        """Whether the server becomes idle, also after clients that left.
+
+        Its gauges change only in a step, so a small request is sent before each look.
+        """
         deadline = time.monotonic() + PATIENCE
         while True:
             try:
@@ -276,7 +278,7 @@ class _Storm:
 
 
 def chosen(answers: list[Outcome], count: int, seed: int) -> list[Outcome]:
-    """At most ``count`` answers, of every kind as evenly as they come."""
+    """At most ``count`` answers, spread over the kinds as evenly as possible."""
     order = list(answers)
     random.Random(seed).shuffle(order)
     seen: Counter = Counter()

@@ -1,21 +1,21 @@
-"""Whether greedy answers are right, by what a reference server says.
+"""Checks greedy answers against a reference server.
 
-**The rule.** A token of a greedy answer is right when, given the prompt and the answer's tokens before it,
+**The rule.** A token of a greedy answer is right if, given the prompt and the answer's preceding tokens,
 
-- the reference's log probability of it is at most ``distance`` below that of the reference's best token, and
-- the log probability that the server gave it, where the request asked for one, is at most ``distance``
+- the reference's log probability of it is at most ``distance`` nats below that of its best token, and
+- the log probability that the server returned, if the request asked for one, is at most ``distance`` nats
   from the reference's.
 
-Two runs may part where rounding decides between two tokens; what follows is then compared all the same,
-because the reference is asked to go on from the answer's own tokens.
+Two runs may diverge where rounding decides between two tokens. The rest of the answer is compared all the
+same, because the reference continues from the answer's own tokens.
 
-*Scored* (:func:`score`): the reference is another server that attends to everything. Prompt and answer are
-sent to it as one prompt. For answers that were decoded densely.
+*Scored* (:func:`score`): the reference is another server with dense attention. Prompt and answer are sent
+to it as one prompt. This is for answers that were decoded densely.
 
-*Replayed* (:func:`replay`): the reference is the same server, quiet, with nothing cached. It decodes the
-prompt again. A request that is preempted computes the tokens it has as a prompt, which is dense. So where a
-token is not right, the run is repeated with the tokens up to some position before it as part of the prompt,
-for every such position; a token that is right in one of these runs is right, and it is the run to go on with.
+*Replayed* (:func:`replay`): the reference is the same server, idle, with nothing cached. It decodes the
+prompt again. A preempted request recomputes its tokens as a prompt, and prompts are dense. If a token is not
+right, the run is therefore repeated for every earlier position, with the tokens before that position as part
+of the prompt. A token that is right in one of these runs is right, and the check continues with that run.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from dataclasses import dataclass, field
 from vllm_adamas.serving.storm.client import Endpoint, Outcome, name_of
 from vllm_adamas.serving.storm.traffic import COMPLETIONS, GREEDY
 
-BEST = 20  #: of a step, as many as a server gives by default
+BEST = 20  #: log probabilities per step, the most that a server returns by default
 
 Step = dict[int, float]  #: log probabilities of a position's best tokens
 
 
 @dataclass
 class Wrong:
-    """A token that is not right. ``distance`` is None if the reference did not name the token."""
+    """A wrong token; ``distance`` is None if the reference did not list the token."""
 
     kind: str
     unit: int
@@ -51,13 +51,13 @@ class Wrong:
 
 @dataclass
 class Verdict:
-    """Of one or of many answers.
+    """The result for one or more answers.
 
     Args:
-        tokens, compared: of the answers, and those that the reference has judged.
-        distances: of the compared tokens, where known.
-        parted: compared tokens that are right, but not the reference's best.
-        failed: why a reference did not answer.
+        tokens, compared: tokens of the answers, and those compared with the reference.
+        distances: distances of the compared tokens in nats, where known.
+        parted: compared tokens that are right but not the reference's best.
+        failed: errors of the reference.
     """
 
     tokens: int = 0
@@ -86,7 +86,7 @@ class _Judge:
         self.verdict.tokens += len(self.tokens)
 
     def distance(self, position: int, step: Step) -> float:
-        """How far the token is from right; infinite if the step does not name it."""
+        """Distance of the token in nats; infinite if the step does not list it."""
         known = step.get(self.tokens[position])
         if known is None:
             return math.inf
@@ -123,7 +123,7 @@ class _Judge:
 
 
 async def score(oracle: Endpoint, outcome: Outcome, distance: float) -> Verdict:
-    """The rule for one answer, by one prompt of another server."""
+    """Applies the rule to one answer with a single prompt to another server."""
     verdict = Verdict()
     judge = _Judge(outcome, distance, verdict)
     prompt = outcome.prompt + judge.tokens[:-1]
@@ -143,7 +143,7 @@ async def score(oracle: Endpoint, outcome: Outcome, distance: float) -> Verdict:
 
 
 async def replay(server: Endpoint, outcome: Outcome, distance: float) -> Verdict:
-    """The rule for one answer, by the same server. What follows a wrong token is not compared."""
+    """Applies the rule to one answer with the same server; stops at a wrong token."""
     verdict = Verdict()
     judge = _Judge(outcome, distance, verdict)
     try:
@@ -155,10 +155,10 @@ async def replay(server: Endpoint, outcome: Outcome, distance: float) -> Verdict
 
 async def _replay(server: Endpoint, judge: _Judge) -> None:
     async def run(first: int) -> list[Step]:
-        """Steps from ``first`` on, as far as the answer was followed; its tokens before are prompt."""
+        """Steps from ``first`` until the run diverges from the answer; earlier tokens are prompt."""
         prompt = judge.outcome.prompt + judge.tokens[:first]
         body = {"prompt": prompt, "max_tokens": len(judge.tokens) - first, "logprobs": BEST}
-        # Nothing is found in the prefix cache.
+        # A unique salt finds nothing in the prefix cache.
         choice = await _answer(server, body | {"cache_salt": uuid.uuid4().hex})
         pairs = list(zip(choice["token_ids"], judge.tokens[first:], strict=True))
         same = next((i for i, (theirs, ours) in enumerate(pairs) if theirs != ours), len(pairs))
@@ -166,7 +166,7 @@ async def _replay(server: Endpoint, judge: _Judge) -> None:
 
     first, steps, done = 0, await run(0), 0
     while done < len(judge.tokens):
-        if done - first == len(steps):  # the reference went another way: it is put back
+        if done - first == len(steps):  # the reference diverged: start it again from here
             first, steps = done, await run(done)
         nearest = steps[done - first]
         if not judge.right(done, nearest):

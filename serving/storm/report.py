@@ -1,4 +1,4 @@
-"""What a storm found: one record, the problems in it, and the text of both."""
+"""The results of a storm: a record, its problems, and both as text."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from vllm_adamas.serving.storm.client import Outcome
 from vllm_adamas.serving.storm.reference import Verdict
 from vllm_adamas.tables import plain
 
-COMPARED_AT_LEAST = 0.7  #: of the tokens of the answers that were to be checked
-EXAMPLES = 20  #: of each kind of problem in the record
+COMPARED_AT_LEAST = 0.7  #: share of the tokens of checked answers
+EXAMPLES = 20  #: most examples of each kind of problem in the record
 
 
 @dataclass
 class Report:
-    """Collects what happens; :meth:`record` is the result, :meth:`problems` why it is not well.
+    """Collects outcomes; :meth:`record` is the result and :meth:`problems` lists what went wrong.
 
     Args:
-        facts: what the storm was given: seed, limits, versions.
-        growth: MiB that the server's memory may grow by after warm-up, RSS and GPU each.
+        facts: inputs of the storm: seed, limits, versions.
+        growth: MiB that the server's memory may grow by after warm-up, for RSS and GPU memory each.
     """
 
     facts: dict[str, Any]
@@ -75,7 +75,7 @@ class Report:
                 found.append(
                     f"{len(verdict.failed)} answers could not be {name}: {verdict.failed[0]}"
                 )
-            if verdict.wrong:  # after which less is compared
+            if verdict.wrong:  # checking then stops early
                 found.append(f"{len(verdict.wrong)} wrong tokens, {name}")
             elif verdict.compared < max(1, COMPARED_AT_LEAST * verdict.tokens):
                 found.append(
@@ -96,12 +96,12 @@ class Report:
         return {name: end[name] - warm[name] for name in warm if name in end}
 
     def unwatched(self) -> list[str]:
-        """Kinds of memory that nothing is known of: no pid, no psutil or no driver."""
+        """Kinds of memory that were not measured, for lack of a pid, psutil or a driver."""
         known = self.memory.get("end", {})
         return [name for name in ("rss", "gpu") if name not in known]
 
     def record(self) -> dict[str, Any]:
-        """JSON; times in milliseconds, memory in MiB."""
+        """As JSON, with times in milliseconds and memory in MiB."""
         return {
             "ok": not self.problems(),
             "problems": self.problems(),
@@ -121,7 +121,7 @@ class Report:
         }
 
     def _tables(self) -> list[str]:
-        """Checks, times and memory, as far as there are any."""
+        """Lines of the tables of checks, times and memory, as far as there are any."""
         made = []
         if self.checks:
             headers = ["checked", "tokens", "compared", "right, not best", "wrong"]
@@ -150,7 +150,7 @@ class Report:
         return "\n\n".join(made).splitlines()
 
     def text(self) -> str:
-        """What people read."""
+        """The report as text."""
         lines = [f"{sum(self.requests.values())} requests: {_listed(self.requests)}"]
         lines.append(f"{self.refused} were refused as they should, {self.left} left by the client")
         lines += ["", *self._tables(), ""]
@@ -169,7 +169,7 @@ class Report:
 
 
 def _numbers(values: dict[str, float], names: Sequence[str]) -> list[str]:
-    """The named values as cells of a table; empty where there is none."""
+    """The named values as table cells; empty if missing."""
     return [f"{values[name]:.6g}" if name in values else "" for name in names]
 
 
@@ -189,7 +189,7 @@ PERCENTILES = ("p50", "p99", "max")
 
 
 def percentiles(values: Sequence[float], scale: float = 1.0) -> dict[str, float]:
-    """p50, p99 and the greatest, times ``scale``; empty without values."""
+    """p50, p99 and maximum, times ``scale``; empty without values."""
     if not values:
         return {}
     ordered = sorted(values)

@@ -1,7 +1,7 @@
-"""What a storm sends: requests of named kinds, all from one seed.
+"""The traffic of a storm: requests of named kinds, generated from one seed.
 
-Prompts are token ids out of a text, so that their lengths are exact. What is sent depends on the seed
-and the limits alone, never on the clock; only a chat's history holds what the server has answered.
+Prompts are token ids cut from a text, so their lengths are exact. Requests depend on the seed and the
+limits alone, never on the clock. Only the history of a chat contains the server's answers.
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ from dataclasses import dataclass, field
 from typing import Any
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
-#: Whatever defaults the model's generation_config.json sets.
+#: Overrides the defaults of the model's generation_config.json.
 GREEDY = {"temperature": 0, "repetition_penalty": 1.0}
 
-#: Kind of unit to its share of the units. Short prompts dominate, so that a slow server answers many.
+#: Weight of each kind of unit. Short prompts dominate, so that a slow server answers many.
 WEIGHTS = {
     "edge": 26,  # lengths around multiples of the block size, resent while others decode
-    "one_token": 8,  # one token of output: prefill alone
-    "repeated": 6,  # one token over and over, or a short period
-    "fork": 6,  # a shared prefix and several continuations at once
+    "one_token": 8,  # one output token: prefill alone
+    "repeated": 6,  # one token or a short sequence, repeated
+    "fork": 6,  # several continuations of a shared prefix at once
     "chat": 5,  # each turn resends the history
-    "steady": 6,  # long outputs, so that others meet running decodes
+    "steady": 6,  # long outputs, so that others run next to decodes
     "sampled": 6,  # temperature and a seed
     "penalties": 4,
     "several": 4,  # n > 1
     "guided": 6,  # structured output
     "cut": 6,  # a stream that the client leaves
-    "dropped": 6,  # a connection that goes before the first token
+    "dropped": 6,  # a connection closed before the first token
     "malformed": 5,  # must be refused
-    "too_long": 2,  # one token beyond the longest context
+    "too_long": 2,  # one token more than the longest context
     "longest": 1,  # exactly the longest context
-    "burst": 2,  # more at once than the cache may hold
+    "burst": 2,  # more requests at once than the cache may hold
 }
 MALFORMED: tuple[dict[str, Any] | bytes, ...] = (
     b"{nope",
@@ -54,7 +54,7 @@ MALFORMED: tuple[dict[str, Any] | bytes, ...] = (
     {"prompt": [1], "structured_outputs": {"regex": "(("}},
     {"prompt": [1], "structured_outputs": {"regex": "a", "choice": ["a"]}},
 )
-TURNS = 4  #: of a chat at most
+TURNS = 4  #: most turns of a chat
 QUESTIONS = (
     "Who is Alice?",
     "Tell me more.",
@@ -78,16 +78,16 @@ GUIDES: tuple[tuple[str, Any], ...] = (
 
 @dataclass(frozen=True)
 class Request:
-    """One request of the OpenAI interface, and what must come of it.
+    """One request of the OpenAI API, and its expected outcome.
 
     Args:
-        kind: of the unit it belongs to, a key of :data:`WEIGHTS`.
+        kind: kind of its unit, a key of :data:`WEIGHTS`.
         body: JSON without ``model``; bytes are sent as they are.
-        refused: the status must be 4xx.
-        greedy: the tokens are those of the reference; see :mod:`vllm_adamas.serving.storm.reference`.
-        unstable: the model itself is not stable there, so this holds in float32 alone.
-        leave_after: tokens after which the client closes a stream.
-        drop_after: seconds after which it closes the connection, answered or not.
+        refused: whether the status must be 4xx.
+        greedy: whether tokens must match the reference (:mod:`vllm_adamas.serving.storm.reference`).
+        unstable: whether the model itself is unstable on the prompt, so that tokens match in float32 only.
+        leave_after: tokens after which the client closes the stream.
+        drop_after: seconds after which the client closes the connection, answered or not.
         guide: name and value of the structured output that the text must match.
     """
 
@@ -104,9 +104,9 @@ class Request:
 
 @dataclass(frozen=True)
 class Unit:
-    """Rounds of requests: those of a round go out at once, rounds one after another.
+    """Rounds of requests: a round is sent at once, and rounds one after another.
 
-    In a chat a request brings its own message alone; the history goes before it.
+    In a chat, a request contains only its new message; the client prepends the history.
     """
 
     number: int
@@ -120,11 +120,11 @@ class Traffic:
     """An endless sequence of units.
 
     Args:
-        seed: two sequences of one seed and the same limits are equal.
+        seed: the same seed and limits give the same sequence.
         text: token ids that prompts are cut from.
-        max_model_len: of the server, in tokens.
-        block_size: tokens of a KV block.
-        max_prompt: tokens of an ordinary prompt; only ``longest`` and ``too_long`` go beyond.
+        max_model_len: longest context of the server in tokens.
+        block_size: tokens per KV block.
+        max_prompt: tokens of an ordinary prompt; only ``longest`` and ``too_long`` exceed it.
         max_tokens: tokens of an ordinary output.
         burst: requests of a burst.
         kinds: the kinds to send; default: all.
@@ -138,7 +138,7 @@ class Traffic:
     max_tokens: int = 32
     burst: int = 12
     kinds: Sequence[str] = tuple(WEIGHTS)
-    sent: int = field(default=0, init=False)  #: requests of the units so far
+    sent: int = field(default=0, init=False)  #: requests generated so far
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)
@@ -186,7 +186,7 @@ class Traffic:
         return Request(kind, COMPLETIONS, body | more, greedy=greedy, **marks)
 
     def _edge(self) -> list[list[Request]]:
-        """Resent, a prompt of k blocks and r tokens leaves r to compute, or a block if r is 0."""
+        """A resent prompt of k blocks and r tokens has r tokens to compute, or a block if r is 0."""
         rng, block = self._random, self.block_size
         rest = rng.choice((0, 1, 1, 2, block - 1, rng.randrange(block)))
         most = max(1, (self._limit - rest) // block)

@@ -1,4 +1,4 @@
-"""What a server says about itself during a storm: restarts, health, counters, memory."""
+"""Monitors a server during a storm: restarts, health, counters and memory."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ MIB = 2**20
 
 
 class Watch:
-    """Looks at `/health` and `/metrics`, now and then.
+    """Polls `/health` and `/metrics`.
 
-    A restart is seen by another start time of the process, however short it was.
+    A changed start time of the process reveals a restart, however short it was.
     """
 
     def __init__(self, server: Endpoint):
@@ -37,7 +37,7 @@ class Watch:
         self.unhealthy: list[str] = []
 
     async def look(self) -> bool:
-        """Whether the server is up and well."""
+        """Polls the server once; returns whether it is healthy."""
         try:
             status, _ = await self._server.get("/health")
             problem = None if status == 200 else f"/health {status}"
@@ -61,7 +61,7 @@ class Watch:
         return int(sum(self._last.get(name, 0) for name in BUSY))
 
     def moved(self) -> dict[str, float]:
-        """By how much the counters that the server has moved since the first look."""
+        """Increase of each counter that the server exports since the first look."""
         return {
             name: self._last[name] - self._first.get(name, 0)
             for name in COUNTERS
@@ -70,9 +70,9 @@ class Watch:
 
 
 def memory(pid: int) -> dict[str, float]:
-    """MiB that a process and all it started hold: ``rss``, and ``gpu`` where a driver tells.
+    """Memory in MiB of a process and its descendants: ``rss`` and ``gpu``.
 
-    What cannot be read, for lack of psutil, the process or a driver, is left out.
+    Entries are left out if psutil, the process or the GPU driver is missing.
     """
     try:
         import psutil

@@ -1,1 +1,1 @@
-"""Quality that a user can check: evaluation against dense attention, and calibration of a model."""
+"""Evaluation of sparse decode against dense attention, and calibration of a model."""

@@ -1,4 +1,4 @@
-"""Calibration: balance, mean keys and what settings keep of the attention, from a few thousand tokens."""
+"""Calibration: balance, mean keys and kept attention mass, measured on a few thousand tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from vllm_adamas.evaluate.recorders import Capture, ChannelRecord, MassRecord, S
 from vllm_adamas.identity import identify
 
 BUDGETS = (32, 64, 128, 256, 512, 1024)
-#: What a profile holds a table of. Options beside the profile; None is without it.
+#: Settings that a profile holds tables for, as options besides the profile; None runs without it.
 SETTINGS = {
     "dot": {"score": "dot", "selection": "kv_head"},
     "dot, per query head": {"score": "dot", "selection": "query_head"},
@@ -32,7 +32,7 @@ SETTINGS = {
 }
 ORACLE = "oracle"
 STEPS = 32  #: decode steps per window
-REGULAR = 1e-3  #: of the mean energy is added to each channel's, so that none is taken for silent
+REGULAR = 1e-3  #: share of the mean energy that is added to every channel's energy
 
 
 def calibrate(
@@ -47,11 +47,11 @@ def calibrate(
     """Runs the model densely over the texts for the channels' statistics, then measures each setting.
 
     Args:
-        tokens: at most so many are read, in windows of ``context``.
-        wanted_recall: share of the oracle's attention mass that the suggested budget shall keep.
+        tokens: maximum number of tokens read, in windows of ``context`` tokens.
+        wanted_recall: share of the oracle's attention mass that the suggested budget is to keep.
 
     Raises:
-        AdamasError: texts shorter than a window, or a model that the backend cannot serve.
+        AdamasError: the texts are shorter than a window, or the backend cannot serve the model.
     """
     budgets = tuple(b for b in BUDGETS if b <= context // 2)
     if not budgets:
@@ -108,9 +108,9 @@ def _layer(record: ChannelRecord, layer: int) -> profiles.LayerProfile:
 def balance(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     """Exponents of two for the key channels, from mean squares of queries and centred keys ``[Hkv, D]``.
 
-    A 2-bit code of a Hadamard-transformed key errs about equally in every dimension, by a share of the
-    key's norm. With factors s the error of q.k has the variance ||q / s||^2 ||k s||^2 / D up to a
-    constant, which is least at s^4 = E[q^2] / E[k^2] per channel.
+    The quantisation error of a Hadamard-transformed key is about equal in every dimension and
+    proportional to the key's norm. With factors s, the error of q.k has the variance
+    ||q / s||^2 ||k s||^2 / D up to a constant. It is minimal at s^4 = E[q^2] / E[k^2] per channel.
     """
     queries, keys = (x + REGULAR * x.mean(-1, keepdim=True) for x in (queries, keys))
     wanted = (queries.log2() - keys.log2()) / 4
@@ -132,7 +132,7 @@ def _measure(
 
 def _masses(tables: dict[str, MassRecord], layer: int) -> dict[str, dict[str, float]]:
     if layer not in next(iter(tables.values())).layers():
-        return {}  # a sliding window: dense
+        return {}  # a sliding-window layer is dense
     masses = {}
     for name, record in tables.items():
         for what, title in (("mass", name), ("oracle", ORACLE)):
@@ -146,9 +146,9 @@ def _masses(tables: dict[str, MassRecord], layer: int) -> dict[str, dict[str, fl
 
 
 def suggest(layers: list[profiles.LayerProfile], wanted: float, name: str = "dot"):
-    """Smallest budget that keeps ``wanted`` of the oracle's mass, averaged over the sparse layers.
+    """Smallest budget that keeps the share ``wanted`` of the oracle's mass, averaged over sparse layers.
 
-    First layers, an eighth of all at most, stay dense while they keep less than that.
+    The first layers, at most an eighth of all, stay dense as long as they keep less than that share.
     """
     recall = {
         n: {int(b): layer.mass[name][b] / layer.mass[ORACLE][b] for b in layer.mass[name]}

@@ -1,4 +1,4 @@
-"""The commands `vllm-adamas eval` and `vllm-adamas calibrate`, from parsed arguments to files."""
+"""The commands `vllm-adamas eval` and `vllm-adamas calibrate`: parsed arguments in, files out."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BUDGETS = (32, 64, 128, 256, 512, 1024)
 QUICK_ARMS, QUICK_BUDGETS = ("dot", "manhattan"), (64, 256)
 QUICK_TASKS = ("perplexity", "agreement", "passkey", "single", "multikey")
 QUICK = {"context": 2048, "windows": 8, "steps": 48, "prompts": 6, "stride": 8, "answer_tokens": 32}
-#: What --quick gives to vLLM unless the user does: enough for its prompts.
+#: KV cache bytes for --quick unless the user gives --kv-cache-gib: enough for its prompts.
 QUICK_CACHE = 2 << 30
 
 
@@ -67,7 +67,7 @@ def evaluate(args, configs: list[dict], engine_options: dict) -> int:
 
 
 def write_report(result: dict, folder: Path, stem: str = "report") -> int:
-    """``stem``.md and ``stem``.png in the folder; the table is printed too."""
+    """Writes ``stem``.md and ``stem``.png into the folder and prints the table; returns exit status 0."""
     table = report.markdown(result)
     drawn = report.plot(result, folder / f"{stem}.png")
     (folder / f"{stem}.md").write_text(table + (f"\n![plot]({stem}.png)\n" if drawn else ""))
@@ -101,7 +101,7 @@ def calibrate(args, engine_options: dict) -> int:
 
 
 def profile_table(profile: profiles.Profile) -> str:
-    """What a profile says, for people: mass kept by setting and budget, and the suggestion."""
+    """A readable summary of a profile: mass kept by setting and budget, and the suggestion."""
     sparse = [layer for layer in profile.layers if layer.mass]
     budgets = list(next(iter(sparse)).mass["dot"])
     share = max(max(layer.mean_share) for layer in sparse)

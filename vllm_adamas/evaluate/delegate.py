@@ -1,4 +1,4 @@
-"""A backend that passes every operation on to another one; what changes or records one derives from it."""
+"""A backend that forwards every operation to another one: the base of recorders and selectors."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from vllm_adamas.backends.inspect import Inspectable
 class DelegatingBackend(Backend, Inspectable):
     """
     Args:
-        inner: does the work.
+        inner: the backend that does the work.
     """
 
     def __init__(self, inner: Backend):

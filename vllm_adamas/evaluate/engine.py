@@ -1,9 +1,9 @@
-"""vLLM's offline engine in this process, whose adamas configuration can change between two runs.
+"""vLLM's offline engine in this process; its adamas configuration can change between runs.
 
-What is measured is what a server runs: vLLM's scheduler and model runner, the attention backend and
-its kernels. One engine serves every configuration of a study, so that prompts are prefilled once:
-prefill is dense, hence K and V of a prompt are the same under all of them, and only its codes are made
-again where a configuration codes keys differently.
+Studies measure what a server runs: vLLM's scheduler and model runner, the attention backend and its
+kernels. One engine serves every configuration of a study, so prompts are prefilled once. Prefill is
+dense, so K and V of a prompt are the same under every configuration. Only its codes are recomputed,
+when a configuration codes keys differently.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from vllm_adamas.serving import compat
 #: The engine runs in the process that evaluates it.
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
 SILENT = {"metrics": False, "log_interval": 0}
-RECODE_BYTES = 1 << 28  #: of K and V that are coded again at a time
+RECODE_BYTES = 1 << 28  #: bytes of pages that are recoded at a time
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt, and what is to follow it.
+    """A prompt and its continuation.
 
     Args:
         prompt: token ids.
-        target: the text that really follows, forced token by token; or None, to generate greedily.
-        tokens: how many to generate.
-        budget: tokens that a sparse layer attends; None in all requests of a run is as the
-            configuration says, in some of them everything.
-        window: identifies what is forced, for the divergence from the same window's dense run.
+        target: ids of the actual continuation, forced token by token; None generates greedily.
+        tokens: number of tokens to generate.
+        budget: tokens that a sparse layer attends to. None attends to the whole context, or obeys the
+            configuration if no request of the run has a budget.
+        window: index of the window, to compare a forced target with the same window's dense run.
     """
 
     prompt: list[int]
@@ -50,13 +50,13 @@ class Request:
 
 @dataclass(frozen=True)
 class Run:
-    """What a run found, in the order of its requests; the first token of a target is not scored.
+    """Results of a run, in the order of its requests; the first token of a target is not scored.
 
     Args:
-        tokens: of every request.
-        nll: negative log-likelihood of each forced token in nats, ``[steps]`` per forced request.
-        kl: KL(reference || model) at each of these, if there was a reference.
-        log_probs: float32 ``[forced requests, steps, vocabulary]`` if they were asked for.
+        tokens: generated token ids of every request.
+        nll: negative log-likelihood of each forced token in nats, ``[forced requests, steps]``.
+        kl: KL(reference || model) in nats, shaped like ``nll``; None without a reference.
+        log_probs: float32 ``[forced requests, steps, vocabulary]``; None unless they were kept.
     """
 
     tokens: list[list[int]]
@@ -70,8 +70,8 @@ class Engine:
     Args:
         model: folder or hub name.
         max_model_len: longest prompt with its continuation, in tokens.
-        max_num_seqs: requests that run together.
-        options: options that hold for all configurations, such as a profile or kernels.
+        max_num_seqs: maximum number of requests in one step.
+        options: options common to all configurations, such as a profile or kernels.
         engine_options: further arguments of vLLM's LLM.
 
     Raises:
@@ -98,7 +98,7 @@ class Engine:
         if current_platform.is_cpu():
             engine_options.setdefault("distributed_executor_backend", "uni")
         elif "kv_cache_memory_bytes" in engine_options:
-            # Not used then, and yet so much has to be free: a GPU may be shared.
+            # vLLM then sizes nothing by it, but still requires that share of the GPU to be free.
             engine_options.setdefault("gpu_memory_utilization", 0.05)
         self.options = dict(options or {})
         self.forcing = ForcedContinuation
@@ -132,7 +132,11 @@ class Engine:
     def use(
         self, options: dict, wrap: Callable[[Backend, int], Backend] | None = None
     ) -> AdamasConfig:
-        """Serve with these options from now on, through ``wrap(backend, layer)`` if given."""
+        """Serves with these options from now on, with backends wrapped by ``wrap(backend, layer)`` if given.
+
+        Raises:
+            AdamasError: an option is not valid.
+        """
         config = AdamasConfig.parse({**SILENT, **self.options, **options})
         before = [layer.impl.key_factor() for layer in self._layers.values()]
         for number, layer in enumerate(self._layers.values()):
@@ -147,10 +151,10 @@ class Engine:
         return config
 
     def _recode(self, before: list[torch.Tensor | float]) -> None:
-        """Writes the keys of every page again, whose channels had the factors ``before``, with new codes.
+        """Rewrites every page with new codes; ``before`` are the layers' previous key channel factors.
 
-        An fp8 cache has lost bits, and pages that layers of several kinds share do not say whose keys
-        they hold: such caches are forgotten.
+        The prefix cache is reset instead if recoding is impossible: fp8 pages have lost bits, and pages
+        shared by layers of several kinds do not tell whose keys they hold.
         """
         layers = list(self._layers.values())
         shared = len({layer.kv_cache.data_ptr() for layer in layers}) < len(layers)
@@ -161,7 +165,7 @@ class Engine:
             impl, kv_cache = layer.impl, layer.kv_cache
             bound = impl.bind(layer, kv_cache)
             ratio = impl.key_factor() / old  # powers of two: exact
-            backend = impl.shared.backend(impl.config.kernels)  # unseen by recorders
+            backend = impl.shared.backend(impl.config.kernels)  # bypasses recorders
             layout, size, blocks = bound.params.layout, kv_cache.shape[2], len(kv_cache)
             at_once = max(1, RECODE_BYTES // (kv_cache[0].numel() * kv_cache.element_size()))
             for first in range(0, blocks, at_once):
@@ -174,7 +178,7 @@ class Engine:
                 backend.append(bound, key * ratio, value, slots)
 
     def _set_budgets(self, builder, by_config, seq_lens, prefilling, out) -> None:
-        """Rows of requests with a budget of their own get that."""
+        """Sets the budgets of requests that carry their own; see :class:`Request`."""
         by_config(seq_lens, prefilling, out)
         rows = len(seq_lens)
         own = [extra.get(self.forcing.BUDGET) for extra in self._extra_args(rows)]
@@ -196,12 +200,12 @@ class Engine:
         keep: bool = False,
         progress: str | None = None,
     ) -> Run:
-        """All requests in one batch, as far as they fit.
+        """Runs all requests in one batch, as far as they fit.
 
         Args:
-            requests: the targets of those that have one are of one length.
-            reference: ``[windows, steps, vocabulary]`` that an earlier run kept, for the divergence.
-            keep: keep the log-probabilities of forced tokens.
+            requests: all targets have the same length.
+            reference: log-probabilities ``[windows, steps, vocabulary]`` of an earlier run, for KL.
+            keep: whether to keep the log-probabilities of forced tokens.
             progress: title of a progress bar.
         """
         from vllm import SamplingParams
@@ -242,7 +246,7 @@ class Engine:
 
 @contextlib.contextmanager
 def _adamas_errors():
-    """What vLLM raises because of an AdamasError becomes that error."""
+    """Unwraps an AdamasError from the exception that vLLM raises because of it."""
     try:
         yield
     except Exception as error:
@@ -255,7 +259,7 @@ def _adamas_errors():
 
 
 def _bar(title: str) -> Callable:
-    """A progress bar with a title of our own, as vLLM's generate() wants it."""
+    """A factory of progress bars with this title, for vLLM's generate()."""
     from tqdm import tqdm
 
     def make(*args, **kwargs):
@@ -266,10 +270,10 @@ def _bar(title: str) -> Callable:
 
 
 def local_model(model: str | Path) -> str:
-    """The model as a user names it, refused when it is a path that holds no model.
+    """The model as the user named it, after checking that a path holds a model.
 
     Raises:
-        AdamasError: no config.json there.
+        AdamasError: the path holds no config.json.
     """
     path = Path(model)
     looks_like_path = path.exists() or str(model).startswith((".", "/", "~"))

@@ -1,4 +1,4 @@
-"""Forced decoding: a logits processor that records the model's distribution, then dictates the token."""
+"""Forced decoding: a logits processor that records the model's distribution, then forces the token."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from vllm.v1.sample.logits_processor import BatchUpdate, LogitsProcessor, MoveDi
 
 
 class Record:
-    """What is recorded of F forced requests with S scored tokens each, on the logits' device."""
+    """Measurements of F forced requests with S scored tokens each, on the logits' device."""
 
     def __init__(self, targets: Sequence[Sequence[int]], windows: Sequence[int], reference, keep):
         self.steps = len(targets[0]) - 1 if targets else 0
@@ -50,19 +50,19 @@ class Record:
 
 
 class ForcedContinuation(LogitsProcessor):
-    """Requests whose ``SamplingParams.extra_args`` number a recorded target emit that and nothing else.
+    """Forces each request with ``FORCED`` in its ``SamplingParams.extra_args`` to emit that target.
 
-    The distributions come from real decode steps, in which every earlier token, forced ones too, was
-    attended as the configuration says.
+    ``FORCED`` is the index of a target in the current record. The distributions come from real decode
+    steps, which attend to every earlier token, forced or not, as the configuration says.
     """
 
     BUDGET, FORCED = "adamas_budget", "adamas_forced"
-    _record: Record | None = None  # of the run in progress; the engine is in this process
+    _record: Record | None = None  # of the current run; the engine is in this process
 
     @classmethod
     @contextmanager
     def recording(cls, forced: Sequence, reference, keep: bool) -> Iterator[Record]:
-        """Forced requests that run inside the block are recorded."""
+        """Records the forced requests that run inside the block."""
         targets, windows = [r.target for r in forced], [r.window for r in forced]
         cls._record = Record(targets, windows, reference, keep)
         try:
@@ -71,9 +71,8 @@ class ForcedContinuation(LogitsProcessor):
             cls._record = None
 
     def __init__(self, vllm_config, device, is_pin_memory):
-        self._rows: dict[
-            int, tuple[int, list[int]]
-        ] = {}  # row -> forced request, its output so far
+        # row -> index of the forced request, its output so far
+        self._rows: dict[int, tuple[int, list[int]]] = {}
 
     def is_argmax_invariant(self) -> bool:
         return False

@@ -1,4 +1,4 @@
-"""What a backend did, seen from outside: recorders between the attention layers and their backend."""
+"""Recorders that sit between the attention layers and their backend."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from vllm_adamas.backends.base import Backend, Layer
 from vllm_adamas.evaluate.delegate import DelegatingBackend
 
-ROWS = 8  #: of a budget that are compared at most per step; they take turns
+ROWS = 8  #: maximum rows per budget that are compared in a step; they take turns
 
 
 class MassRecord:
@@ -19,14 +19,14 @@ class MassRecord:
     of the tokens with the largest weights.
 
     Args:
-        budgets: sizes of the sets that are measured, in dense rows too; empty takes each row's own.
-        pooled: rows of any budget are added up, under budget 0.
+        budgets: set sizes to measure, in dense rows too; empty measures each row's own budget.
+        pooled: whether to add rows of all budgets up, under budget 0.
     """
 
     def __init__(self, budgets: tuple[int, ...] = (), pooled: bool = False):
         self.budgets, self.pooled = budgets, pooled
         self.rows: dict[tuple[int, int], int] = defaultdict(int)
-        # Sums stay on the device of the pages: one row is compared without waiting for another.
+        # Sums stay on the device of the pages, so that rows are compared without a sync.
         self.mass: dict[tuple[int, int], torch.Tensor | float] = defaultdict(float)
         self.oracle: dict[tuple[int, int], torch.Tensor | float] = defaultdict(float)
         self.error: dict[tuple[int, int], torch.Tensor | float] = defaultdict(float)
@@ -42,13 +42,13 @@ class MassRecord:
 
 
 class Shadow(DelegatingBackend):
-    """Every ``stride``-th decode step is compared with dense attention over the same pages.
+    """Compares every ``stride``-th decode step with dense attention over the same pages.
 
-    The mass is that of the tokens which the backend's own scan and select choose; the error is
-    ||output - dense|| / ||dense|| of what its decode wrote.
+    The mass is that of the tokens chosen by the backend's own scan and select. The error is
+    ||output - dense|| / ||dense|| of the output of its decode.
 
     Args:
-        number: of the layer, in records.
+        number: index of the layer in the record.
     """
 
     def __init__(self, inner: Backend, number: int, record: MassRecord, stride: int = 8):
@@ -101,8 +101,8 @@ class Shadow(DelegatingBackend):
 
 
 class ChannelRecord:
-    """Sums per layer, each float64 ``[Hkv, D]``: of appended keys, their squares, and the squares of
-    decode queries over the group of a KV head."""
+    """Sums per layer, each float64 ``[Hkv, D]``: of appended keys, of their squares, and of the squares
+    of decode queries over the group of a KV head."""
 
     def __init__(self):
         self.tokens: dict[int, int] = defaultdict(int)
@@ -113,7 +113,7 @@ class ChannelRecord:
 
 
 class Capture(DelegatingBackend):
-    """Adds every appended key, after RoPE and before any coding, and every decode query to a record."""
+    """Adds every appended key, after RoPE and before coding, and every decode query to a record."""
 
     def __init__(self, inner: Backend, number: int, record: ChannelRecord):
         super().__init__(inner)

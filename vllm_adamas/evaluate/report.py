@@ -1,4 +1,4 @@
-"""Results of a study as a table for people and as plots."""
+"""Results of a study as tables and plots."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CONFIDENCE = 0.95
 
 
 def bootstrap(differences: Sequence[float], seed: int = 0) -> tuple[float, float, float]:
-    """Mean of paired differences with its percentile interval; what is resampled are the pairs."""
+    """Mean of paired differences and its percentile interval ``(mean, low, high)``; resamples pairs."""
     rng, n = random.Random(seed), len(differences)
     means = sorted(statistics.fmean(rng.choices(differences, k=n)) for _ in range(RESAMPLES))
     tail = (1 - CONFIDENCE) / 2
@@ -26,7 +26,7 @@ def bootstrap(differences: Sequence[float], seed: int = 0) -> tuple[float, float
 
 
 def summary(result: dict) -> list[dict]:
-    """One row per cell: each quantity as ``(mean, low, high)`` or a number; absent where not measured."""
+    """One row per cell; each quantity is ``(mean, low, high)`` or a number, and absent if not measured."""
     cells = result["cells"]
     dense = cells[DENSE]["tasks"]
     rows = []
@@ -57,7 +57,7 @@ def summary(result: dict) -> list[dict]:
 
 
 def markdown(result: dict) -> str:
-    """The report: what was measured, then one table of text quality and one of retrieval."""
+    """The report in Markdown: the setup, a table of text quality and a table of retrieval."""
     rows, settings = summary(result), result["settings"]
     dense = rows[0]
     cells = result["cells"][DENSE]["tasks"]

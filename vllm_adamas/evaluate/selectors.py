@@ -1,6 +1,6 @@
-"""Other ways to choose tokens, for comparison in studies: they read the keys, not the signatures.
+"""Other ways to select tokens, for comparison in studies; they read the keys, not the signatures.
 
-None of them saves memory traffic as written here; they say what a choice costs in quality.
+These implementations save no memory traffic: they show the quality that a selection reaches.
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ from vllm_adamas.evaluate.delegate import DelegatingBackend
 
 Selector = Literal["oracle", "quest", "streaming_llm"]
 
-KEYS_AT_ONCE = 1 << 27  #: elements in float32
+KEYS_AT_ONCE = 1 << 27  #: float32 key elements that are held at a time
 QUEST_PAGE = 16  #: tokens per page of Quest (arXiv 2406.10774)
 STREAMING_SINKS = 4  #: first tokens that StreamingLLM keeps (arXiv 2309.17453)
 
 
 class SelectorBackend(DelegatingBackend):
-    """A backend whose decode chooses tokens by ``selector``, one set per query head.
+    """A backend whose decode selects tokens with ``selector``, one set per query head.
 
-    ``oracle``: the tokens with the largest true q.k. ``quest``: pages of 16 tokens by the upper bound
-    of q.k from their channel-wise minimum and maximum. ``streaming_llm``: the first 4 and the last.
+    ``oracle``: the tokens with the largest exact q.k. ``quest``: pages of 16 tokens with the largest
+    upper bound of q.k from their channel-wise minimum and maximum. ``streaming_llm``: the first 4
+    tokens and the most recent ones.
     """
 
     def __init__(self, inner: Backend, selector: Selector):
@@ -107,12 +108,12 @@ class SelectorBackend(DelegatingBackend):
         return (weights.unsqueeze(2) @ v).squeeze(2)
 
     def _keys(self, layer, block_table, longest):
-        """K of R contexts, float32 ``[R, Hkv, L, D]``; finite beyond a context."""
+        """K of R contexts, float32 ``[R, Hkv, L, D]``; finite past the end of a context."""
         params = layer.params
         used = block_table[:, : -(-longest // params.layout.block_size)].long()
         key = self._real(params, params.layout.k(layer.kv_cache)[used])  # [R, blocks, Hkv, N, D]
         key = key.transpose(1, 2).flatten(2, 3)[:, :, :longest] * params.k_scale
-        return key.nan_to_num_(0.0, 0.0, 0.0)  # blocks beyond a context hold anything
+        return key.nan_to_num_(0.0, 0.0, 0.0)  # pages hold anything past a context's end
 
     @staticmethod
     def _real(params, x):

@@ -1,4 +1,4 @@
-"""A study: every task under every configuration, cell by cell, into a file that can be continued."""
+"""A study: every task under every configuration, saved cell by cell so that it can be resumed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DENSE = "dense"
 PERPLEXITY, AGREEMENT = "perplexity", "agreement"
 TASKS = (PERPLEXITY, AGREEMENT, *tasks.TASKS)
 
-#: Families of configurations; a budget makes one of them.
+#: Families of configurations; a family with a budget is a configuration.
 FAMILIES: dict[str, dict] = {
     "dot": {"score": "dot", "selection": "kv_head"},
     "dot-query-head": {"score": "dot", "selection": "query_head"},
@@ -48,12 +48,12 @@ class Arm:
     """One configuration of a comparison.
 
     Args:
-        name: unique; what results call it.
-        options: of the backend.
-        family, budget: where it stands in tables and plots; 0 is dense or varies.
-        selector: a reference selector instead of the backend's own scan and select.
-        batched: its requests carry the budget, so that all budgets of a family run in one batch;
-            else the configuration alone says what they attend, as in a server.
+        name: unique name in the results.
+        options: options of the backend.
+        family, budget: position in tables and plots; budget 0 means dense or varying.
+        selector: reference selector used instead of the backend's own scan and select.
+        batched: whether requests carry the budget, so that all budgets of a family run in one batch.
+            Otherwise the configuration alone sets the budget, as in a server.
     """
 
     name: str
@@ -69,10 +69,10 @@ class Arm:
 
     @classmethod
     def of(cls, family: str, budget: int, profile: str | None = None) -> Arm:
-        """A family with a budget; with a profile it is a family of its own, ``<family>+profile``.
+        """A family with a budget; with a profile its family is called ``<family>+profile``.
 
         Raises:
-            AdamasError: an unknown family.
+            AdamasError: the family is unknown.
         """
         if family not in FAMILIES:
             raise AdamasError(
@@ -87,32 +87,32 @@ class Arm:
         )
 
     def group(self) -> tuple:
-        """Arms of one group differ in their budgets alone, and run in one batch."""
+        """Key of arms that differ in their budgets alone; they run in one batch."""
         options = {k: v for k, v in self.options.items() if k != "token_budget"}
         alone = "" if self.batched else self.name
         return self.selector, json.dumps(options, sort_keys=True), alone
 
     def own_budget(self) -> int | None:
-        """What each of its requests carries; None where the configuration itself says it."""
+        """The budget that each request carries; None if the configuration sets it."""
         return self.budget if self.batched else None
 
     def fits(self) -> bool:
-        """Whether the budget leaves something to select beside sinks and window."""
+        """Whether the budget leaves tokens to select besides sinks and recent window."""
         forced = self.options.get("num_sink_tokens", 0) + self.options.get("recent_window", 0)
         return self.budget == 0 or self.budget > forced
 
 
 @dataclass(frozen=True)
 class Settings:
-    """What all cells of one results file share.
+    """Settings shared by all cells of a results file.
 
     Args:
         context: tokens of a window or prompt, its continuation included.
-        windows, steps: text windows at most, and scored tokens of each.
-        prompts: of a retrieval task, divided by the strings that an answer has to contain.
-        free_tokens: greedy tokens of the agreement with dense.
+        windows, steps: maximum number of text windows, and scored tokens of each.
+        prompts: expected strings per retrieval task; see :func:`tasks.prompts`.
+        free_tokens: greedy tokens for the agreement with dense.
         answer_tokens: greedy tokens of an answer.
-        stride: every so many decode steps the attention is compared with dense attention.
+        stride: decode steps from one comparison with dense attention to the next.
     """
 
     model: str
@@ -130,7 +130,7 @@ class Settings:
 
     @property
     def max_model_len(self) -> int:
-        """Tokens of the longest request: the context itself, which may be all that the model has."""
+        """Tokens of the longest request; by default the context, which may be the model's maximum."""
         return self.context + max(0, self.free_tokens - self.steps - 1)
 
 
@@ -138,8 +138,8 @@ class Study:
     """
     Args:
         path: the results file; cells that it holds are not run again.
-        retrieval_budgets: budgets for which retrieval runs too; empty is all.
-        selector_tasks: what reference selectors run.
+        retrieval_budgets: budgets for which retrieval runs too; empty means all.
+        selector_tasks: tasks that reference selectors run.
 
     Raises:
         AdamasError: the file belongs to another study.
@@ -159,7 +159,7 @@ class Study:
             **{**asdict(settings), "texts": {text.name: text.sha256 for text in sources}}
         )
         tasks.check_names(settings.tasks, TASKS)
-        known = {"model": Path(settings.model).name}  # results go elsewhere, folders stay
+        known = {"model": Path(settings.model).name}  # folders of this host stay out of the results
         known["options"] = {
             key: Path(value).name if key == "profile" else value
             for key, value in settings.options.items()
@@ -194,10 +194,10 @@ class Study:
         return [task for task in self.settings.tasks if task in wanted and task not in done]
 
     def run(self, arms: Sequence[Arm], **engine_options) -> dict:
-        """Runs what is missing, dense first, and returns the results.
+        """Runs the missing cells, dense first, and returns the results.
 
         Args:
-            engine_options: of :class:`Engine`.
+            engine_options: arguments of :class:`Engine`.
 
         Raises:
             AdamasError: the model or a configuration cannot be served.
@@ -218,7 +218,7 @@ class Study:
         for arm in todo:
             groups.setdefault(arm.group(), []).append(arm)
         runs = [(part, some) for part in (self._text, self._retrieval) for some in groups.values()]
-        runs.sort(key=lambda run: run[1][0].selector is not None)  # slow, and of least interest
+        runs.sort(key=lambda run: run[1][0].selector is not None)  # slow and least important
         for number, (part, group) in enumerate(runs, 1):
             started = time.monotonic()
             names = ", ".join(arm.name for arm in group)
@@ -239,7 +239,7 @@ class Study:
         return self.result["cells"].setdefault(arm.name, empty)
 
     def _text(self, engine: Engine, group: list[Arm], windows: list[Request], title: str) -> dict:
-        """Perplexity and agreement: the same windows, forced and free, of all budgets in one batch."""
+        """Perplexity and agreement: the same windows, forced and free, with all budgets in one batch."""
         forced = [arm for arm in group if PERPLEXITY in self.missing(arm)]
         free = [arm for arm in group if AGREEMENT in self.missing(arm)]
         if not forced and not free:
@@ -291,7 +291,7 @@ class Study:
         return {"agreed": agreed, "of": self.settings.free_tokens}
 
     def _retrieval(self, engine: Engine, group: list[Arm], windows, title: str) -> dict:
-        """Every retrieval task of all budgets in one batch."""
+        """All retrieval tasks with all budgets in one batch."""
         s, hay = self.settings, "\n\n".join(text.content for text in self.sources)
         asked = [
             (arm, name, prompt)
@@ -329,7 +329,7 @@ class Study:
 
 
 def _largest(group: list[Arm]) -> Arm:
-    """The arm whose budget launches are sized for; each row has its own."""
+    """The arm with the largest budget, which launches are sized for."""
     return max(group, key=lambda arm: arm.budget)
 
 
@@ -343,10 +343,10 @@ def _use(engine: Engine, arm: Arm, shadow=None) -> None:
 
 
 def load(path: Path) -> dict:
-    """Results as a study saved them.
+    """Loads the results that a study saved.
 
     Raises:
-        AdamasError: not a results file of this release.
+        AdamasError: the file is not a results file of this release.
     """
     try:
         data = json.loads(path.read_text())
@@ -359,12 +359,12 @@ def load(path: Path) -> dict:
 
 
 def merge(results: Sequence[dict]) -> dict:
-    """One study of several that were run apart; what several have measured is taken from the first.
+    """Merges studies that ran separately; a cell measured by several is taken from the first.
 
-    Batches of another shape round otherwise, so each text cell keeps the dense run that it is paired with.
+    Rounding depends on the shape of a batch, so each text cell keeps the dense run that it is paired with.
 
     Raises:
-        AdamasError: their settings, other than the tasks, or the machines differ.
+        AdamasError: the machines differ, or any setting other than the tasks.
     """
     first, *others = results
     merged = json.loads(json.dumps(first))
@@ -393,12 +393,12 @@ def merge(results: Sequence[dict]) -> dict:
 
 
 def _settings(result: dict) -> dict:
-    """Those that two runs of one study share."""
+    """The settings that two runs of one study share."""
     return {key: value for key, value in result["settings"].items() if key != "tasks"}
 
 
 def _environment(result: dict) -> dict:
-    """What of the environment two runs of one study share."""
+    """The part of the environment that two runs of one study share."""
     return Environment.model_validate(result["environment"]).compared()
 
 
@@ -408,7 +408,7 @@ def _different(mine: dict, theirs: dict) -> list[str]:
 
 
 def _means(values: torch.Tensor) -> list[float]:
-    """Per window."""
+    """Means per window."""
     return _rounded(values.double().mean(1), 6)
 
 

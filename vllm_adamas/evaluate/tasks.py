@@ -1,9 +1,9 @@
-"""Retrieval tasks over long contexts, made from a seed: passkey, and needles in the manner of RULER.
+"""Seeded retrieval tasks over long contexts: passkey, and needle tasks in the manner of RULER.
 
-After RULER (arXiv 2404.06654): facts ("needles") hidden in a long text ("hay"), and a question at the
-end. Hay is the prose that is evaluated on. The passkey is that of arXiv 2305.16300: in a few sentences
-that repeat, and a text to be continued rather than a message of a chat. An answer is scored by the share
-of the expected strings that it contains, as RULER does.
+As in RULER (arXiv 2404.06654), facts ("needles") are hidden in a long text ("hay") and a question
+follows at the end. The hay is the prose that is evaluated on. The passkey task is that of arXiv
+2305.16300: its hay is a few repeated sentences, and the prompt is plain text without a chat template. An
+answer's score is the share of the expected strings that it contains, as in RULER.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. The
 
 @dataclass(frozen=True)
 class Needles:
-    """What a task hides and asks.
+    """The needles and the question of one prompt.
 
     Args:
-        needles: the facts.
-        answer: its start.
-        expected: what it must contain.
-        noise: repeated sentences instead of prose, and no chat template.
+        needles: the hidden facts.
+        answer: start of the answer.
+        expected: strings that the answer must contain.
+        noise: whether the hay is repeated sentences without a chat template instead of prose.
     """
 
     needles: list[str]
@@ -57,7 +57,7 @@ def _fact(key: str, value: str) -> str:
 
 
 def passkey(rng: Random) -> Needles:
-    """One five-digit number, said twice in a row."""
+    """One five-digit number, stated twice in a row."""
     key = _number(rng, 5)
     fact = f"The pass key is {key}. Remember it. {key} is the pass key."
     return Needles([fact], "What is the pass key?", "The pass key is", [key], noise=True)
@@ -114,7 +114,7 @@ def variable_tracking(rng: Random) -> Needles:
 
 
 def common_words(rng: Random) -> Needles:
-    """Five words that are listed thirty times each among others that are listed three times."""
+    """Five words listed thirty times each among others listed three times each."""
     common, rare = rng.sample(NOUNS, 5), rng.sample(ADJECTIVES, 20)
     bag = [word for word in common for _ in range(30)] + [word for word in rare for _ in range(3)]
     rng.shuffle(bag)
@@ -150,7 +150,7 @@ class Prompt:
 def check_names(names: Sequence[str], valid: Sequence[str]) -> None:
     """
     Raises:
-        AdamasError: an unknown task.
+        AdamasError: a task is unknown.
     """
     for name in names:
         if name not in valid:
@@ -158,9 +158,9 @@ def check_names(names: Sequence[str], valid: Sequence[str]) -> None:
 
 
 def prompts(tokenizer, task: str, hay: str, context: int, count: int, seed: int) -> list[Prompt]:
-    """Prompts of at most ``context`` tokens, and at most a sentence less; a function of the seed.
+    """Prompts of at most ``context`` tokens, shorter by at most one sentence; the seed determines them.
 
-    ``count`` strings are asked for in all: a task with four in an answer gets a quarter of the prompts.
+    The prompts ask for ``count`` strings in total: a task with four per answer gets ``count / 4`` prompts.
 
     Raises:
         AdamasError: the context cannot hold the needles and the question.
@@ -188,12 +188,12 @@ def prompts(tokenizer, task: str, hay: str, context: int, count: int, seed: int)
             room -= lengths[at % len(sentences)]
             at += 1
         chosen = [sentences[i % len(sentences)] for i in range(start, at)]
-        # Later needles stand later, as a chain of assignments must.
+        # The needles keep their order, which a chain of assignments needs.
         places = sorted(rng.randrange(len(chosen) + 1) for _ in needles.needles)
         for place, needle in reversed(list(zip(places, needles.needles, strict=True))):
             chosen.insert(place, needle)
         ids = _ids(tokenizer, needles, chosen)
-        while len(ids) > context:  # joints may cost a token
+        while len(ids) > context:  # joining may cost a token
             over = len(ids) - context
             while over > 0:
                 chosen.remove(sentences[start % len(sentences)])

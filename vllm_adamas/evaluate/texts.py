@@ -1,4 +1,4 @@
-"""Texts to measure on: the packaged book, or files of the user's own."""
+"""Texts to measure on: the packaged book, or the user's own files."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from vllm_adamas.errors import AdamasError
 from vllm_adamas.evaluate.engine import Request
 
 PACKAGED = "alice.txt"  #: Lewis Carroll, Alice's Adventures in Wonderland (1865), public domain
-CALIBRATION_SHARE = 0.4  #: of the packaged book; the rest is for evaluation
+CALIBRATION_SHARE = 0.4  #: share of the packaged book for calibration; the rest is for evaluation
 
 
 @dataclass(frozen=True)
 class Text:
-    """A text and the name that results know it by."""
+    """A text and its name in the results."""
 
     name: str
     content: str
@@ -37,7 +37,7 @@ def packaged(calibration: bool) -> Text:
 def read(paths: Sequence[str]) -> list[Text]:
     """
     Raises:
-        AdamasError: a file cannot be read, is no UTF-8 text or is empty.
+        AdamasError: a file cannot be read, is not UTF-8 or is empty.
     """
     texts = []
     for path in paths:
@@ -62,7 +62,7 @@ def windows(
 ) -> list[Request]:
     """Windows of ``context`` tokens whose last ``steps`` are scored, evenly spread over the texts.
 
-    Windows do not overlap; a tokenizer's own first tokens (BOS) stand before each.
+    Windows do not overlap; each starts with the tokenizer's special tokens (BOS).
 
     Raises:
         AdamasError: no text is as long as one window.

@@ -1,19 +1,19 @@
-// Stage 3 of the fused kernel: each block attends to its own tokens that are selected, or, in a dense row, to its
-// share of all tokens. No exchange between blocks; K and V rows come straight from the page.
+// Stage 3 of the fused kernel: each block attends to its own selected tokens or, in a dense row, to its share of all
+// tokens. Blocks do not communicate; K and V rows are loaded directly from the page.
 #pragma once
 #include "sm90/attention.cuh"
 #include "sm90/decode_fused/threshold.cuh"
 
 namespace adamas {
 
-// The warps of a token set list its selected tokens in order, as many at a time as fit, then take kChunk of them in
-// turn. Ends with the warps' softmax states in registers.
+// The warps of a token set list its selected tokens in order, as many at a time as fit, then take chunks of kChunk
+// tokens in turn. Ends with the warps' softmax states in registers.
 template <class Softmax>
 __device__ __forceinline__ void attend_selected(const FusedBlock& b, const Candidates& candidates, Softmax& softmax) {
   const DecodeParams& p = b.p;
   const FusedMemory& m = b.m;
   const int lane = b.lane, warp = b.warp, set = b.set, sets = b.sets, sub = b.sub, warps_per_set = b.warps_per_set;
-  const int own = min(set, sets - 1);  // warps beyond the last set attend to nothing
+  const int own = min(set, sets - 1);  // warps past the last set attend to nothing
   softmax.start(p, b.row, b.kv_head * p.group + (p.per_query_head ? own : 0), p.per_query_head ? 1 : p.group);
   const float score = m.heads[own].score;
   const int token = m.heads[own].token;
@@ -25,7 +25,7 @@ __device__ __forceinline__ void attend_selected(const FusedBlock& b, const Candi
       [&](float x, int index, bool here) { count += __popc(__ballot_sync(kFull, chosen(x, index, here))); });
   if (lane == 0) m.warps[warp] = count;
   __syncthreads();
-  int before = 0, total = 0;  // of the set: in warps before this one, in all
+  int before = 0, total = 0;  // selected tokens of the set: in preceding warps, in all warps
   for (int w = 0; w < warps_per_set && set < sets; ++w) {
     const int other = m.warps[set * warps_per_set + w];
     if (w < sub) before += other;

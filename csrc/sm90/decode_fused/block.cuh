@@ -1,9 +1,8 @@
-// What every stage of the fused kernel knows about its block: its place in the cluster, its row, and the tokens
-// that are its own.
+// The context of a block in the fused kernel: its place in the cluster, its row, and its own tokens.
 //
-// Stages of the context (pipeline.cuh) are dealt to the blocks of a cluster round robin, and those of a block to
-// its warps. A block's own tokens have an index, kStageTokens of them per own stage. Once they are scored, the warps
-// are divided among the token sets instead: warps_per_set neighbours share the scores of a set in equal runs.
+// Stages of the context (pipeline.cuh) are dealt round robin to the blocks of a cluster, and those of a block to its
+// warps. A block's own tokens are numbered by an index, kStageTokens per own stage. After scoring, the warps are
+// divided among the token sets: warps_per_set neighbours share the scores of a set in equal runs.
 #pragma once
 #include "sm90/address.cuh"
 #include "sm90/cluster.cuh"
@@ -18,10 +17,10 @@ struct FusedBlock {
   const FusedShape& s;
   const FusedMemory m;
   const int lane, warp, rank, row, kv_head, sets;
-  const int warps_per_set, set, sub;  // the warp's token set, which may not exist, and its number in the set
+  const int warps_per_set, set, sub;  // the warp's token set (may be past the last) and its number in the set
   const RowPlan plan;
-  int stages;  // own ones
-  int part;    // scores that a warp of a set looks at
+  int stages;  // own stages
+  int part;    // scores per warp of a set
 
   __device__ FusedBlock(const DecodeParams& p, const FusedShape& s, uint8_t* memory)
       : p(p), s(s), m(s, memory), lane(threadIdx.x % 32), warp(threadIdx.x / 32), rank(cluster_rank()),
@@ -33,9 +32,9 @@ struct FusedBlock {
     part = (stages + warps_per_set - 1) / warps_per_set * kStageTokens;
   }
 
-  // Until this is called the preceding kernel may still run: it writes none of the step's lengths, budgets and block
-  // tables, so these may be read before. The next kernel is let go here and no earlier: what follows this one
-  // fetches pages as soon as it may start.
+  // Before this call the preceding kernel may still run. It does not write the step's lengths, budgets and block
+  // tables, so these may be read earlier. The next kernel is released here and no earlier, because it may fetch pages
+  // as soon as it starts.
   __device__ void begin() const {
     prefetch_params(p);
     prefetch_params(s);
@@ -59,8 +58,8 @@ struct FusedBlock {
     return head_vector<T>(p.output, row, kv_head * p.group + head);
   }
 
-  // Shows the warp's run of its set's scores to visit(four scores, first index, whether they exist), a token quad
-  // per lane, in order, by all lanes at a time. -inf is the score of a token that is not selectable.
+  // Calls visit(four scores, first index, whether they exist) for the warp's run of its set's scores, in order, with
+  // one token quad per lane and all lanes converged. Tokens that cannot be selected have score -inf.
   template <class Visit>
   __device__ __forceinline__ void each_quad(Visit visit) const {
     const int begin = sub * part, end = min(begin + part, stages * kStageTokens);

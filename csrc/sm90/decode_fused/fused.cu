@@ -1,4 +1,4 @@
-// The fused kernel's shape: what a block keeps in shared memory, and where.
+// The fused kernel's shape: the layout of a block's shared memory.
 #include <algorithm>
 
 #include "sm90/decode_fused/kernel.cuh"
@@ -15,7 +15,7 @@ FusedShape fused_shape(const DecodeParams& p, int cluster) {
   const int64_t round = s.stage.tokens / kQuad * cluster;
   s.round_magic = uint32_t(((1ll << 32) + round - 1) / round);
   const int stages = (p.max_seq_len + s.stage.tokens - 1) / s.stage.tokens;
-  // Heads begin in different banks.
+  // The padding lets heads start in different banks.
   s.score_stride = (stages + cluster - 1) / cluster * kStageTokens + 8;
 
   int64_t at = 0;

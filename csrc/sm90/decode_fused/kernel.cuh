@@ -1,9 +1,9 @@
-// fused: a whole decode step of one (row, KV head) in one cluster of blocks, for small batches, where three launches
-// and their chains of dependent loads cost more than the bytes.
+// fused: a whole decode step of one (row, KV head) in one cluster of blocks. It is for small batches, where three
+// launches and their chains of dependent loads cost more than reading the data.
 //
 // A block scores its own tokens (score.cuh) and keeps the scores in shared memory. Three exchanges give every block
 // of the cluster the same threshold (threshold.cuh). Each block attends to its own tokens that reach it
-// (attend.cuh), and the parts meet in the block that writes the output (merge.cuh). The whole takes five cluster
+// (attend.cuh), and the blocks that write the output merge the parts (merge.cuh). The step takes five cluster
 // barriers; everything else is local to a block.
 #pragma once
 #include "sm90/decode_fused/attend.cuh"
@@ -18,7 +18,7 @@ __global__ void __launch_bounds__(kFusedThreads, 2)
     fused_kernel(const __grid_constant__ DecodeParams p, const __grid_constant__ FusedShape s) {
   extern __shared__ __align__(16) uint8_t fused_memory[];
   const FusedBlock b(p, s, fused_memory);
-  cluster_arrive();  // a block may be written to once it runs
+  cluster_arrive();  // other blocks may write to this one only when it runs
   if (b.plan.length <= 0) {
     b.begin();
     for (int i = threadIdx.x; b.rank == 0 && i < p.group * D; i += kFusedThreads) b.output<T>(i / D)[i % D] = T(0.0f);
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kFusedThreads, 2)
   merge_cluster<D, T>(b, softmax);
 }
 
-// Launches the kernel, or without a stream counts the clusters that the device runs at once.
+// Launches the kernel, or with `count` returns the clusters that the device runs at once.
 template <int D>
 int fused_head_size(const DecodeParams& p, const FusedShape& s, void* stream, bool count) {
   int clusters = 0;

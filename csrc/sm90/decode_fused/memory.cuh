@@ -1,28 +1,28 @@
-// What a block of the fused kernel keeps in shared memory. fused.cu computes the offsets.
+// The shared memory of a block of the fused kernel. fused.cu computes the offsets.
 #pragma once
 #include "sm90/pipeline.cuh"
 
 namespace adamas {
 
 constexpr int kFusedThreads = 256, kFusedWarps = kFusedThreads / 32;
-constexpr int kFusedGroup = kFusedWarps;  // query heads per KV head, at most: a warp for each of them
-constexpr int kFusedStages = 3;           // of a warp's ring
+constexpr int kFusedGroup = kFusedWarps;  // most query heads per KV head: one warp each
+constexpr int kFusedStages = 3;           // stages of a warp's ring
 constexpr int kEdgeBins = 128, kEdgeWords = kEdgeBins / 2;  // two 16-bit counts per word
-constexpr int kMembers = 128;                               // of the edge bin of one token set
-constexpr int kCandidates = 512;                            // that a warp lists
-constexpr int kTokens = 2048;                               // selected at a time, over the token sets
+constexpr int kMembers = 128;                               // most members of a token set's edge bin
+constexpr int kCandidates = 512;                            // most candidates that a warp lists
+constexpr int kTokens = 2048;                               // selected tokens at a time, over the token sets
 
 // The search for one token set's k-th best score.
 struct FusedHead {
-  uint32_t floor, best, worst, groups;  // of the block's own scores, as order keys
-  float low, scale;                     // from a score to its bin
-  int size, wanted, edge;               // the edge bin: members, how many of them are selected, index
-  uint32_t base, placed;                // where the block's own members go
-  float score;                          // the k-th best: score and token
+  uint32_t floor, best, worst, groups;  // range of the block's own scores as order keys, and their groups
+  float low, scale;                     // map a score to its bin
+  int size, wanted, edge;               // the edge bin: members, members to select, index
+  uint32_t base, placed;                // first place of the block's own members, and members placed
+  float score;                          // the k-th best, score and token
   int token;
   int active;       // warps that attended
   uint32_t need;    // radix search: rank among the values that agree with the prefix
-  uint64_t prefix;  // digits found
+  uint64_t prefix;  // digits found so far
 };
 
 struct FusedShape {
@@ -31,9 +31,9 @@ struct FusedShape {
   int score_stride, stage_bytes;
   uint32_t round_magic;  // ceil(2^32 / token quads of one stage per block)
   StageShape stage;
-  // Offsets in shared memory. The ring's place is taken, once the scores are complete, by selected tokens,
-  // candidates and the warps' softmax states, or by the histograms of the radix search. Scratch of the query's
-  // encoding lies where the scores will be.
+  // Offsets in shared memory. When the scores are complete, selected tokens, candidates and the warps' softmax
+  // states, or the histograms of the radix search, reuse the memory of the ring. The scratch of query encoding uses
+  // the memory of the scores.
   int states, scores, counts, copies, ranges, members, planes, bias, partial, softmax, barriers, heads, warps, bytes;
 };
 
@@ -41,20 +41,20 @@ struct FusedMemory {
   uint8_t* ring;
   int* tokens;        // [set][kTokens / sets] selected
   uint2* candidates;  // [warp][kCandidates] score, index
-  uint32_t* wide;     // [2][set][kEdgeBins] of the radix search
+  uint32_t* wide;     // [2][set][kEdgeBins] histograms of the radix search
   float* states;      // [warp][head][top, sum, -, -, D values]
   float* scores;      // [set][score_stride]
-  uint32_t* counts;   // [set][kEdgeWords] histogram of the block
+  uint32_t* counts;   // [set][kEdgeWords] histograms of the block
   uint32_t* copies;   // [block][set][kEdgeWords] histograms of the cluster
   uint4* ranges;      // [block][set] floor, best, worst, groups
   uint2* members;     // [set][kMembers] score, token
   uint32_t* planes;   // encoded queries
   int32_t* bias;      // [kMaxHeadQuads][4]
-  float* partial;     // [block][outputs of this block] V rows so far
+  float* partial;     // [block][outputs of this block] weighted V sums
   float2* softmax;    // [block][query head] top, sum
   uint64_t* barriers;
   FusedHead* heads;   // [set]
-  int* warps;         // selected tokens of each warp, then whether the histogram search failed
+  int* warps;         // selected tokens of each warp, and whether the histogram search failed
 
   __device__ FusedMemory(const FusedShape& s, uint8_t* m)
       : ring(m), tokens(reinterpret_cast<int*>(m)), candidates(reinterpret_cast<uint2*>(m + kTokens * 4)),

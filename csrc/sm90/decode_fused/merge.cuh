@@ -1,7 +1,7 @@
-// Stage 4 of the fused kernel: the warps' softmax states become the output.
+// Stage 4 of the fused kernel: merges the warps' softmax states into the output.
 //
-// First a block merges its warps, a thread per output value. Every block of the cluster then finishes an equal run of
-// the group's outputs: the others send it theirs, with the softmax state of every head, and it merges over blocks
+// First a block merges its warps, one thread per output value. Every block of the cluster then finishes an equal run
+// of the group's outputs: the other blocks send it their parts and the softmax state of every head, and it merges them
 // after one cluster barrier.
 #pragma once
 #include "sm90/attention.cuh"
@@ -16,7 +16,7 @@ __device__ __forceinline__ void merge_cluster(const FusedBlock& b, Softmax& soft
   const FusedShape& s = b.s;
   const int rank = b.rank, lane = b.lane;
   softmax.finish();
-  const bool by_set = b.plan.sparse && p.per_query_head;  // a warp has seen one head, not the group
+  const bool by_set = b.plan.sparse && p.per_query_head;  // a warp holds one head, not the group
   const int columns = by_set ? 1 : p.group;
   softmax.share(m.states, 0, columns);
   __syncthreads();
@@ -29,12 +29,12 @@ __device__ __forceinline__ void merge_cluster(const FusedBlock& b, Softmax& soft
         active == 1 ? SoftmaxValue{from[0], from[4 + d], from[1]} : merge_parts(from, active, step, d);
     const int to = i / own;
     remote_store(remote(m.partial + rank * own + i - to * own, to), x.value);
-    if (d < s.cluster)  // a thread per block it is sent to
+    if (d < s.cluster)  // one thread per receiving block
       remote_store8(remote(m.softmax + rank * p.group + head, d),
                     make_uint2(__float_as_uint(x.top), __float_as_uint(x.sum)));
   }
   cluster_sync();
-  // Eight lanes merge the parts of a large cluster, one those of a small one.
+  // Eight lanes merge the parts of a large cluster, one lane those of a small one.
   const int lanes = s.cluster > 4 ? 8 : 1;
   for (int i = threadIdx.x / lanes; i < (own + 31) / 32 * 32; i += kFusedThreads / lanes) {
     const int at = min(rank * own + i, outputs - 1), head = at / D;

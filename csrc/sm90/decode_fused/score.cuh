@@ -1,8 +1,9 @@
 // Stage 1 of the fused kernel: the block scores its own tokens into shared memory.
 //
-// A warp owns every kFusedWarps-th stage of the block and streams them through its ring; a lane scores a token quad
-// for one head of four at a time. The first copies leave as soon as the preceding kernel has finished; the queries
-// are encoded while they are on their way. Waits on nothing but the ring, with two barriers of the block around.
+// A warp owns every kFusedWarps-th stage of the block and streams its stages through its ring; a lane scores a token
+// quad for one head of four at a time. The first copies are issued as soon as the preceding kernel has finished, and
+// the queries are encoded while they are in flight. Between the barriers before and after it, the loop waits only on
+// the ring.
 #pragma once
 #include <climits>
 #include <type_traits>
@@ -13,11 +14,11 @@
 
 namespace adamas {
 
-// The best and the worst of the warp's scores of each head, merged into the block's, and a floor.
+// Merges the best and worst of the warp's scores of each head, and a floor, into the block's.
 //
-// The scores of a head are cut into groups, each of which has one score at or above the floor: its best. If there
-// are at least as many groups as tokens are needed, no token below the floor is selected. The fewer groups, the
-// higher is the floor: a group is what four lanes, two lanes, one lane, or half of a lane have scored.
+// The scores of a head are divided into groups. The floor is the smallest of the groups' maxima, so each group has at
+// least one score at or above it. If there are at least as many groups as tokens needed, no token below the floor is
+// selected. Fewer groups give a higher floor: a group is the scores of four lanes, two lanes, one lane or half a lane.
 template <int kQuads>
 __device__ __forceinline__ void merge_range(const FusedBlock& b, const float (&best)[kQuads][2],
                                             const float (&worst)[kQuads]) {
@@ -73,8 +74,8 @@ __device__ __forceinline__ void score_own_tokens(const FusedBlock& b) {
                                s.stage_bytes);
   const int32_t* blocks = row_blocks(p, b.row);
   const uint8_t* pages = head_pages(p, b.kv_head);
-  const int stride = kFusedWarps * s.cluster * shape.tokens;  // from one stage of a warp to its next
-  // The row's length is still on the way, so these are bounded by the longest context.
+  const int stride = kFusedWarps * s.cluster * shape.tokens;  // between consecutive stages of a warp
+  // The row's length is still being loaded, so these are bounded by the longest context.
   uint32_t block[kFusedStages];
 #pragma unroll
   for (int i = 0; i < kFusedStages; ++i)
@@ -133,8 +134,8 @@ __device__ __forceinline__ void score_own_tokens(const FusedBlock& b) {
       }
     }
   };
-  // Stages wholly in the middle need no test per token. Where the code of a stage is long, one form serves all:
-  // two would not fit the instruction cache.
+  // Stages entirely in the middle need no test per token. If the code of a stage is long, one form serves all,
+  // because two would not fit the instruction cache.
   constexpr bool kTwoForms = kMode != Mode::manhattan_sum;
   const int last_whole = shape.tokens == kStageTokens ? p.num_sink_tokens + plan.middle - kStageTokens : INT_MIN;
   int slot = 0;

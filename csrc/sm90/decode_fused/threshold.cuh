@@ -1,14 +1,14 @@
-// Stage 2 of the fused kernel: every block of the cluster learns the k-th best score and its token, for each token
-// set, in three exchanges through distributed shared memory.
+// Stage 2 of the fused kernel: every block of the cluster finds the k-th best score and its token for each token set,
+// in three exchanges through distributed shared memory.
 //
 //   1. the range of the scores                         find_range
 //   2. a histogram over it, the bin of the k-th best   find_edge
 //   3. the members of that edge bin, ranked            find_threshold
 //
-// A block writes its part into every other block, so that each of them computes the same result without asking; a
-// cluster barrier ends each exchange. Tokens below the floor of the range are out of the question, so warps list the
-// others once (Candidates) and look at nothing else. If the edge bin is too full for exchange 3, as with scores that
-// are mostly equal, a radix search over the histograms of all blocks takes its place (radix_search).
+// A block writes its part to every block, so that each of them computes the same result locally; a cluster barrier
+// ends each exchange. Tokens below the floor of the range cannot be selected, so warps list the others once
+// (Candidates) and process nothing else. If the edge bin is too full for exchange 3, as with mostly equal scores, a
+// radix search over the histograms of all blocks replaces it (radix_search).
 #pragma once
 #include <cfloat>
 #include <climits>
@@ -24,7 +24,7 @@ namespace adamas {
 __device__ __forceinline__ void find_range(const FusedBlock& b) {
   const FusedMemory& m = b.m;
   const int sets = b.sets;
-  cluster_wait();  // for the arrival at the kernel's start: the other blocks run, and may be written to
+  cluster_wait();  // for the arrival at the kernel's start: the other blocks run and accept stores
   if (b.lane < sets)
     for (int r = b.warp; r < b.s.cluster; r += kFusedWarps) {
       const auto& head = m.heads[b.lane];
@@ -32,7 +32,7 @@ __device__ __forceinline__ void find_range(const FusedBlock& b) {
                      make_uint4(head.floor, head.best, head.worst, head.groups));
     }
   cluster_sync();
-  if (b.warp < sets) {  // a block per lane
+  if (b.warp < sets) {  // one block per lane
     uint4 range = make_uint4(kFull, 0, kFull, 0);
     if (b.lane < b.s.cluster) range = m.ranges[b.lane * sets + b.warp];
     const uint32_t floor = __reduce_min_sync(kFull, range.x), top = __reduce_max_sync(kFull, range.y);
@@ -48,15 +48,15 @@ __device__ __forceinline__ void find_range(const FusedBlock& b) {
   __syncthreads();
 }
 
-// A score's bin; equal scores share one, better scores have the same or a higher one. Rounded step by step, so that
-// the compiler cannot contract it in one place and not in another.
+// A score's bin; it is monotonic in the score. Each operation is rounded separately, so that the compiler cannot
+// contract them in one place and not in another.
 __device__ __forceinline__ int edge_bin(float x, float low, float scale) {
   return min(int(__fmul_rn(__fsub_rn(x, low), scale)), kEdgeBins - 1);
 }
 
-// What a warp may have to select: tokens at or above the floor, and those that are always kept, as infinitely good.
-// The list's order depends on nothing but the scores. If it does not hold them all, each() goes through all the
-// scores again.
+// Tokens that a warp may have to select: those at or above the floor, and those that are always kept, with score inf.
+// The order of the list depends on the scores alone. If the list cannot hold them all, each() passes over all scores
+// again.
 struct Candidates {
   const FusedBlock& b;
   int count;
@@ -82,7 +82,7 @@ struct Candidates {
     __syncwarp();
   }
 
-  // visit(score, index, whether it is a candidate), by all lanes at a time, in order.
+  // Calls visit(score, index, whether it is a candidate) in order, with all lanes converged.
   template <class Visit>
   __device__ __forceinline__ void each(Visit visit) const {
     if (count <= kCandidates) {
@@ -105,7 +105,7 @@ struct Candidates {
   }
 };
 
-// -- exchange 2: the histogram, and the bin of each set's k-th best --
+// -- exchange 2: the histogram, and the bin of each token set's k-th best --
 
 __device__ __forceinline__ void find_edge(const FusedBlock& b, const Candidates& candidates) {
   const FusedMemory& m = b.m;
@@ -137,7 +137,7 @@ __device__ __forceinline__ void find_edge(const FusedBlock& b, const Candidates&
     const LaneBin own = find_lane_bin(count, need);
     const int owner = __ffs(__ballot_sync(kFull, own.sum >= need)) - 1;
     const int edge = __shfl_sync(kFull, int(own.bin.index), max(owner, 0));
-    // Own members of the edge bin go behind those of the blocks of lower rank.
+    // Own members of the edge bin follow those of the blocks with lower rank.
     const uint32_t theirs = lane < b.rank ? from[lane * words + edge / 2] >> 16 * (edge % 2) & 0xffff : 0;
     const uint32_t base = __reduce_add_sync(kFull, theirs);
     if (lane == owner) {
@@ -152,7 +152,7 @@ __device__ __forceinline__ void find_edge(const FusedBlock& b, const Candidates&
 
 // -- exchange 3: the members of the edge bin, and the k-th best among them --
 
-// Selected is what has a better score than head.score, or that score and a token that is not older than head.token.
+// A token is selected if its score is above head.score, or equal to it and the token is not older than head.token.
 __device__ __forceinline__ void find_threshold(const FusedBlock& b, const Candidates& candidates) {
   const FusedMemory& m = b.m;
   if (b.plan.need == 0) {
@@ -190,10 +190,10 @@ __device__ __forceinline__ void find_threshold(const FusedBlock& b, const Candid
   __syncthreads();
 }
 
-// -- in place of exchange 3: radix passes over (score, token), for any scores --
+// -- instead of exchange 3: radix passes over (score, token), for any scores --
 
-// Seven bits a pass, with one cluster barrier each. Two histograms take turns: while blocks read one from each other,
-// the other is cleared and filled. Not inlined, since it is rare and its registers would burden the kernel.
+// Seven bits per pass, with one cluster barrier each. Two histograms alternate: while blocks read one from each other,
+// the other is cleared and filled. Not inlined, because it is rare and would raise the register count of the kernel.
 inline __device__ __noinline__ void radix_search(const DecodeParams& p, const FusedShape& s, uint8_t* memory) {
   const FusedBlock b(p, s, memory);
   const FusedMemory& m = b.m;
@@ -238,7 +238,7 @@ inline __device__ __noinline__ void radix_search(const DecodeParams& p, const Fu
     head.score = from_order_key(uint32_t(head.prefix >> bits));
     head.token = int(head.prefix & ((1ull << bits) - 1));
   }
-  cluster_sync();  // the others have read the histograms, which lie where selected tokens will
+  cluster_sync();  // all blocks have read the histograms, whose memory the selected tokens reuse
 }
 
 }  // namespace adamas

@@ -1,4 +1,4 @@
-// The three kernels of a decode step and their workspace.
+// The launch of attend, and the workspace of the three kernels.
 #include "sm90/decode_split/attend.cuh"
 
 namespace adamas {

@@ -1,8 +1,8 @@
-// attend, the last of the three kernels: from candidates to the output.
+// attend, the last of the three kernels: computes the output from candidates.
 //
-// A block first takes a (row, token set), which it selects and attends to (sparse.cuh); then the first blocks share the
-// tokens of the dense rows as workers (dense.cuh). Which rows are dense depends on budgets on the device, so the grid
-// is the same for every step of a shape.
+// Each block first selects and attends for one (row, token set) (sparse.cuh). The first blocks then share the tokens
+// of the dense rows as workers (dense.cuh). Which rows are dense depends on budgets on the device, so the grid is the
+// same for every step of a shape.
 #pragma once
 #include <algorithm>
 
@@ -28,7 +28,7 @@ __global__ void __launch_bounds__(kThreads, D <= 128 && kTiles == 1 ? 512 / kThr
   if (__syncthreads_or(dense)) attend_dense<Shape>(p, blockIdx.x, attend_memory);
 }
 
-// Few token sets get large blocks, many sets small ones that overlap selecting with attending.
+// Few token sets get large blocks. Many sets get small ones, some of which select while others attend.
 template <int D>
 void attend_head_size(const DecodeParams& p, void* stream) {
   const int sets = p.num_rows * p.score_heads_per_kv * p.page.num_kv_heads;

@@ -1,8 +1,8 @@
-// The candidates of a token set, and the choice of the k best among them by a block of attend.
+// The candidates of a token set, and the selection of the k best among them by a block of attend.
 //
-// Scores above the pivot fall into kBins equal bins. One pass over the candidates fills the bins; a second one selects
-// what lies above the bin of the k-th best and collects that bin's few members, which are ranked one by one. A thread
-// looks at the candidates that it has copied to shared memory itself, so the copies need no barrier.
+// Scores above the pivot are divided into kBins equal bins. One pass over the candidates fills the bins. A second one
+// selects the candidates above the bin of the k-th best and collects the few members of that bin, which are ranked one
+// by one. A thread reads only candidates that it copied to shared memory itself, so the copies need no barrier.
 #pragma once
 #include "sm90/bitmap.cuh"
 #include "sm90/histogram.cuh"
@@ -12,10 +12,10 @@
 
 namespace adamas {
 
-constexpr int kEdgeMembers = 128;  // of the k-th best's bin, that are ranked one by one
+constexpr int kEdgeMembers = 128;  // most members of the k-th best's bin that are ranked one by one
 
-// The first kKept candidates of a set lie in shared memory, behind the histogram; the others, if there are any, are
-// read from global memory each time.
+// The first kKept candidates of a set are in shared memory, after the histogram. Any others are read from global
+// memory each time.
 template <int kThreads, int kKept>
 struct CandidateList {
   const uint2* from;
@@ -24,7 +24,7 @@ struct CandidateList {
   __device__ CandidateList(const DecodeParams& p, int set, uint32_t* bins)
       : from(p.work.candidates + int64_t(set) * p.capacity), kept(reinterpret_cast<uint2*>(bins + kHistogramWords)) {}
 
-  // How many of them to fetch before their number is known: a little more than encode aims at.
+  // Candidates to fetch before their number is known: slightly more than encode aims at.
   static __device__ __forceinline__ int expected(const DecodeParams& p, const RowPlan& plan) {
     const int bits = p.sample_bits;
     const int64_t aim = int64_t(sample_rank(plan.need, 1 << bits, plan.length)) * plan.length * 5 / 4 >> bits;
@@ -36,7 +36,7 @@ struct CandidateList {
     for (int i = begin + int(threadIdx.x); i < end; i += kThreads) copy_async8(shared_address(kept + i), from + i);
   }
 
-  // visit(score, token), each candidate by one thread.
+  // Calls visit(score, token) for each candidate, in one thread.
   template <class Visit>
   __device__ __forceinline__ void each(int count, Visit visit) const {
 #pragma unroll 4
@@ -49,7 +49,7 @@ struct CandidateList {
   }
 };
 
-// Equal steps of the score above the pivot.
+// Maps a score to its bin, in equal steps above the pivot.
 struct ScoreBins {
   float pivot, scale;
   __device__ __forceinline__ int operator()(float x) const {
@@ -57,8 +57,8 @@ struct ScoreBins {
   }
 };
 
-// Radix selection within one bin that has too many members. The scores are taken relative to the bin's lowest: when
-// they are all equal, only the bits of the tokens are left. Rare, hence not inlined.
+// Radix selection within one bin that has too many members. Keys are taken relative to the bin's lowest, so that only
+// the bits of the tokens remain if all scores are equal. Rare, hence not inlined.
 template <int kThreads, int kKept>
 __device__ __noinline__ void select_in_bin(CandidateList<kThreads, kKept> candidates, int count, ScoreBins bin_at,
                                            int index, int wanted, int bits, uint32_t* bins, uint32_t* bitmap) {
@@ -84,7 +84,7 @@ __device__ __noinline__ void select_in_bin(CandidateList<kThreads, kKept> candid
 }
 
 // Sets the bits of the plan.need best of `count` candidates; there are at least that many. `bins`: kHistogramWords,
-// zero, and synchronised. The caller synchronises before it reads the bitmap.
+// zeroed and synchronised. The caller synchronises before it reads the bitmap.
 template <int kThreads, int kKept>
 __device__ __forceinline__ void select_candidates(const CandidateList<kThreads, kKept>& candidates,
                                                   const RowPlan& plan, int count, const ScoreBins& bin_at,
@@ -94,7 +94,7 @@ __device__ __forceinline__ void select_candidates(const CandidateList<kThreads, 
   const Bin edge = find_block_bin<kThreads>(bins, plan.need);
   const int index = int(edge.index), wanted = int(plan.need - edge.before), size = int(edge.size);
   const int bits = token_bits(plan.length);
-  uint64_t* members = reinterpret_cast<uint64_t*>(bins);  // the counts are not needed any more
+  uint64_t* members = reinterpret_cast<uint64_t*>(bins);  // the counts are no longer needed
   uint32_t* num_members = bins + kFreeWord;
   if (threadIdx.x == 0) *num_members = 0;
   __syncthreads();

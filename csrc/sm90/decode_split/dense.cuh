@@ -1,9 +1,9 @@
-// Dense rows, by the first blocks of attend as workers: each takes an equal run of the chunks of all dense rows, which
-// may begin and end within a (row, KV head).
+// Dense rows, processed by the first blocks of attend as workers. Each takes an equal run of the chunks of all dense
+// rows, which may begin and end within a (row, KV head).
 //
 // The warps of a worker take the chunks of a (row, KV head) in turn. A worker that has all of them writes the output.
-// Otherwise it leaves its state in global memory, and the last of the workers that share the (row, KV head) merges
-// theirs; nobody waits for it.
+// Otherwise it stores its state in global memory, and the last worker to finish a shared (row, KV head) merges the
+// states, so no worker waits.
 #pragma once
 #include "sm90/decode_split/memory.cuh"
 #include "sm90/launch.cuh"
@@ -22,7 +22,7 @@ __device__ void attend_dense(const DecodeParams& p, int worker, uint8_t* memory)
     return plan.sparse || plan.length <= 0 ? 0 : (plan.length + kChunk - 1) / kChunk - plan.first / kChunk;
   };
   prefix_sum_rows(cum, p.num_rows, [&](int row) { return int64_t(row_chunks(RowPlan(p, row))) * kv_heads; });
-  // No more workers than chunks, so that each of them has one at least.
+  // At most one worker per chunk, so that each has at least one chunk.
   const int64_t total = cum[p.num_rows], workers = min(int64_t(p.dense_workers), total);
   if (worker >= workers) return;
   int64_t at = total * worker / workers;
@@ -55,13 +55,13 @@ __device__ void attend_dense(const DecodeParams& p, int worker, uint8_t* memory)
       softmax.template merge_warps<kWarps>(buffer, p.group);
       if (warp == 0) {
         softmax.store(p.work.partials + (worker + group) * Shape::kStateFloats);
-        __threadfence();  // each lane's state before the arrival of lane 0
+        __threadfence();  // orders each lane's state before the arrival of lane 0
         __syncwarp();
         if (threadIdx.x == 0) *last = atomicAdd(p.work.arrived + group, 1u) == uint32_t(high - low);
       }
       __syncthreads();
       if (*last) {
-        __threadfence();  // the arrivals before the others' states
+        __threadfence();  // orders the arrivals before loads of the other workers' states
         softmax.reset();
         for (int w = low + warp; w <= high; w += kWarps)
           softmax.merge(p.work.partials + (w + group) * Shape::kStateFloats);

@@ -1,4 +1,4 @@
-// Host: from the parameters of a step to the template arguments of encode and scan.
+// Host: maps the parameters of a step to the template arguments of encode and scan.
 #pragma once
 #include <type_traits>
 
@@ -6,7 +6,7 @@
 
 namespace adamas {
 
-// Calls a kernel launcher with the template arguments that the parameters ask for.
+// Calls a kernel launcher with the template arguments that the parameters require.
 template <class Launch>
 void with_scan_types(const DecodeParams& p, Launch launch_it) {
   auto by_quads = [&](auto chunks, auto mode) {

@@ -1,9 +1,10 @@
-// encode, the first of the three kernels: queries to bit planes, and per token set a pivot that leaves few candidates.
+// encode, the first of the three kernels: encodes queries as bit planes, and finds a pivot per token set that leaves
+// few candidates.
 //
-// One block per (row, KV head). Its warps encode a query head each and score a sample of the context together; then a
-// warp finds the pivot of a token set. The pivot only decides how many candidates scan writes: attend checks their
-// number and is exact in every case. Signatures of the sample are requested before the queries are there, which is
-// what the latency of this kernel would otherwise consist of.
+// One block per (row, KV head). Each warp encodes a query head, all warps score a sample of the context, and one warp
+// finds the pivot of a token set. The pivot only affects how many candidates scan writes: attend checks their number
+// and is exact in every case. Signatures of the sample are loaded before the queries are available, because these
+// loads would dominate the latency of the kernel.
 #include <algorithm>
 
 #include "sm90/decode_split/dispatch.cuh"
@@ -19,7 +20,7 @@ namespace {
 
 constexpr int kMostThreads = 512;
 
-// So few registers that a block of scan fits beside two blocks of encode and fetches its first stages meanwhile.
+// Registers are limited so that a block of scan fits next to two blocks of encode and fetches its first stages early.
 constexpr int most_registers(int quads) { return quads == 4 ? 128 : 80; }
 
 template <int kChunks, Mode kMode, int kQuads>
@@ -37,7 +38,7 @@ __global__ void __maxnreg__(most_registers(kQuads))
   auto begin = [&] {
     prefetch_params(p);
     wait_for_preceding_kernel();
-    launch_dependents();  // not before: scan fetches signatures as soon as it starts
+    launch_dependents();  // not earlier, because scan fetches signatures as soon as it starts
     // One warp per query head of the group.
     if (warp < p.group) load_vector(x, p.query, row, kv_head * p.group + warp, p.page.words);
     if (threadIdx.x < p.score_heads_per_kv) p.work.count[set + threadIdx.x] = 0;
@@ -59,8 +60,8 @@ __global__ void __maxnreg__(most_registers(kQuads))
   clear_queries<kChunks, kMode>(p, s);
   __syncthreads();
 
-  // The sample consists of whole tiles, evenly spaced over the context. A sample that is most of the context, or
-  // that a pivot would lie at the end of, is not worth it: then every token is a candidate.
+  // The sample consists of whole tiles, evenly spaced over the context. Every token is a candidate, without a sample,
+  // if the sample would be most of the context or the pivot would rank near the end of the sample.
   const int rank = sample_rank(plan.need, sample, plan.length);
   const bool sampled = !p.scores && plan.length >= 2 * sample && rank < sample * 3 / 4 && plan.need > 0;
   const int64_t tiles = (plan.length + kTile - 1) / kTile;
@@ -70,7 +71,7 @@ __global__ void __maxnreg__(most_registers(kQuads))
   scan_quads<kChunks, kMode, kQuads>(
       p.page, kv_head, row_blocks(p, row), plan.length, query, steps,
       [&](int step) { return quad_at((warp * steps + step) * 8 + lane / 4); }, begin,
-      [&] {  // while the signatures are on their way
+      [&] {  // while the signatures are being loaded
         encode_queries<kChunks, kMode>(p, x, s);
         query.load(s.planes, s.bias, p.head_quads);
       },
@@ -101,7 +102,7 @@ __global__ void __maxnreg__(most_registers(kQuads))
       const bool found = pivot.score > -INFINITY;
       p.work.pivot_score[set + head] = pivot.score;
       p.work.pivot_token[set + head] = found ? quad_at(pivot.position / kQuad) * kQuad : INT_MAX;
-      // The k-th best lies between the pivot and a little above the best of the sample.
+      // The k-th best is between the pivot and slightly above the best of the sample.
       p.work.pivot_scale[set + head] =
           found && pivot.top > pivot.score ? 0.5f * kBins / (pivot.top - pivot.score) : 0.0f;
     }
@@ -127,7 +128,7 @@ int max_sample_bits(const DecodeParams& p) {
 
 void encode(const DecodeParams& p, void* stream) {
   with_scan_types(p, [&](auto chunks, auto mode, auto quads) {
-    // Large blocks are quicker, small ones share a processor.
+    // Large blocks are faster, but small ones can share a multiprocessor.
     const int groups = p.num_rows * p.page.num_kv_heads;
     const int threads = groups <= num_multiprocessors() || p.group > 8 ? kMostThreads : kMostThreads / 2;
     launch(encode_kernel<decltype(chunks)::value, decltype(mode)::value, decltype(quads)::value>, dim3(groups),

@@ -1,4 +1,4 @@
-// What a block of attend keeps in shared memory. A block first does a token set, then dense work, in the same memory.
+// The shared memory of a block of attend. A block processes a token set, then dense work, in the same memory.
 #pragma once
 #include "sm90/attention.cuh"
 #include "sm90/bitmap.cuh"
@@ -12,17 +12,17 @@ struct AttendShape {
   using Softmax = Attention<D, T, kTiles, kFp8>;
   static constexpr int kHeadSize = D, kNumThreads = kThreads, kWarps = kThreads / 32;
   static constexpr int kRowBytes = Softmax::kRowBytes;
-  static constexpr int kStateFloats = Softmax::kFloats * 32;  // of a warp
+  static constexpr int kStateFloats = Softmax::kFloats * 32;  // per warp
 
-  // A token set, in this order: sums of each_set_bit; bins and kept candidates, or staged K and V rows; addresses of
-  // selected tokens; the bitmap. In the end the merge of the warps lies where bins, candidates and addresses were.
+  // For a token set, in this order: sums of each_set_bit; bins and kept candidates, or staged K and V rows; addresses
+  // of selected tokens; the bitmap. The final merge of the warps reuses the memory of all but the sums and the bitmap.
   static constexpr int kSums = 16 * 4;
-  // Many token sets: whole rows go through shared memory, since the memory serves them faster than pieces of them.
+  // With many token sets, whole rows are staged in shared memory, because DRAM serves them faster than pieces of rows.
   // The padding keeps the rows that a load touches in different banks.
   static constexpr bool kStaged = kThreads <= 128;
   static constexpr int kStagedRow = kRowBytes + 16, kStagedBytes = 2 * kChunk * kStagedRow;  // a warp's K and V
-  static constexpr int kPieces = kRowBytes / 16;  // of a row
-  static constexpr int kKept = kStaged ? 1792 : 4096;  // candidates: mostly all of a set
+  static constexpr int kPieces = kRowBytes / 16;  // per row
+  static constexpr int kKept = kStaged ? 1792 : 4096;  // candidates in shared memory, mostly all of a set
   static constexpr int kSelectBytes = kHistogramWords * 4 + kKept * 8;
   static constexpr int kFrontBytes =
       kStaged && kWarps * kStagedBytes > kSelectBytes ? kWarps * kStagedBytes : kSelectBytes;

@@ -1,5 +1,5 @@
-// The pivot of a token set: a score that ranks well below the k-th best, found in a sample of the context by one warp
-// from shared memory. A guess costs one pass over the sample; there is no barrier of the block.
+// The pivot of a token set: a score that ranks well below the k-th best. One warp finds it in a sample of the context
+// in shared memory. A guess costs one pass over the sample; there is no barrier of the block.
 #pragma once
 #include "sm90/histogram.cuh"
 #include "sm90/order.cuh"
@@ -7,22 +7,22 @@
 namespace adamas {
 
 constexpr int kPivotBits = 8, kPivotWords = padded(1 << kPivotBits);
-constexpr int kTries = 8;  // to find a pivot by its value
+constexpr int kTries = 8;  // guesses of a pivot's value
 
-// Standard deviations above the mean of a normal distribution beyond which the share `p` < 0.5 lies, within
-// 0.005 (Abramowitz and Stegun, 26.2.22).
+// The number of standard deviations above the mean that a share `p` < 0.5 of a normal distribution exceeds, with an
+// error below 0.005 (Abramowitz and Stegun, 26.2.22).
 __device__ __forceinline__ float normal_tail(float p) {
   const float t = sqrtf(-2.0f * __logf(p));
   return t - __fdividef(2.30753f + 0.27061f * t, 1.0f + 0.99229f * t + 0.04481f * t * t);
 }
 
-// Candidates are tokens with a better score, and those with an equal one from `position` in the sample on.
+// Candidates are tokens with a better score, and tokens with an equal score from `position` in the sample on.
 struct Pivot {
   float score, top;  // top: the best of the sample
   int position;
 };
 
-// Shows the scores of a sample to visit(score, position), four neighbours per lane.
+// Calls visit(score, position) for every score of a sample, four neighbours per lane.
 template <class Visit>
 __device__ __forceinline__ void each_sampled(const float* scores, int sample_bits, Visit visit) {
 #pragma unroll 4
@@ -32,7 +32,7 @@ __device__ __forceinline__ void each_sampled(const float* scores, int sample_bit
   }
 }
 
-// Where many scores are equal, the position in the sample decides among them. Rare, hence not inlined.
+// Among many equal scores, the position in the sample decides. Rare, hence not inlined.
 inline __device__ __noinline__ uint64_t find_tied_pivot(const float* scores, int sample_bits, int rank, int slack,
                                                  uint32_t* bins) {
   return warp_threshold<kPivotBits>(bins, 32 + sample_bits, rank, slack, [&](auto visit) {
@@ -42,11 +42,10 @@ inline __device__ __noinline__ uint64_t find_tied_pivot(const float* scores, int
   });
 }
 
-// A score that `rank` tokens of the sample reach, and at most half as many again (or twice as many where scores tie).
-// Excluded tokens are -inf. Scores are nearly normal, so the first guess mostly serves; otherwise it is corrected,
-// then bisected.
+// A score that at least `rank` and at most 1.5 `rank` tokens of the sample reach (2 `rank` where scores tie). Excluded
+// tokens are -inf. Scores are nearly normal, so the first guess mostly fits; otherwise it is corrected, then bisected.
 __device__ __forceinline__ Pivot find_pivot(const float* scores, int sample_bits, int rank, uint32_t* bins) {
-  const int slack = rank / 2;  // more candidates are no harm, as long as they fit
+  const int slack = rank / 2;  // more candidates do no harm as long as they fit
   float sum = 0, squares = 0, low = INFINITY, high = -INFINITY;
   int seen = 0;
   each_sampled(scores, sample_bits, [&](float x, int) {

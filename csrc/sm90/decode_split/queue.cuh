@@ -1,7 +1,7 @@
-// Candidates that scan's lanes hold back, so that one atomic on a set's counter serves many of them.
+// Queues of candidates of scan's lanes, so that one atomic on a set's counter serves many candidates.
 //
-// A lane has a queue in shared memory per head quad, for the head that it scores. A warp empties the queues of a head
-// quad together as soon as one of them might overflow; no other warp is involved.
+// A lane has a queue in shared memory per head quad, for the head that it scores. A warp empties its queues of a head
+// quad as soon as one of them might overflow; no other warp is involved.
 #pragma once
 #include "sm90/memory.cuh"
 #include "sm90/params.h"
@@ -9,8 +9,8 @@
 
 namespace adamas {
 
-// Moves the lanes' queues of one head quad, [length][32], to the candidates of their heads' sets. Lanes that are
-// congruent modulo 4 have the same head; the last of them reserves the places of all.
+// Appends the lanes' queues of one head quad, [length][32], to the candidates of their heads' sets. Lanes congruent
+// modulo 4 have the same head; the last of them reserves the places for all.
 inline __device__ __noinline__ void flush(const DecodeParams& p, const uint2* queue, int count, int set) {
   const int lane = threadIdx.x % 32;
   const int sum = warp_prefix_sum<4>(count);
@@ -23,7 +23,7 @@ inline __device__ __noinline__ void flush(const DecodeParams& p, const uint2* qu
 
 template <int kQuads, int kLength>
 struct CandidateQueues {
-  static constexpr int kEntryBytes = 32 * int(sizeof(uint2));  // from one entry of a lane to its next
+  static constexpr int kEntryBytes = 32 * int(sizeof(uint2));  // distance between entries of a lane
 
   const uint2* memory;  // [head quad][kLength][32]
   const int lane, first_set;
@@ -38,7 +38,7 @@ struct CandidateQueues {
 
   __device__ __forceinline__ uint32_t head(int q) const { return start + q * (kLength * kEntryBytes); }
 
-  // Appends a token if its score is above the limit. In assembly, since the compiler would branch around the store.
+  // Appends a token if its score is above the limit. In assembly, because the compiler would branch around the store.
   __device__ __forceinline__ void push(int q, float score, float limit, uint32_t token) {
     asm volatile(
         "{ .reg .pred p; setp.gt.f32 p, %1, %2; @p st.shared.v2.b32 [%0], {%3, %4}; @p add.u32 %0, %0, 256; }"
@@ -47,7 +47,7 @@ struct CandidateQueues {
         : "memory");
   }
 
-  // Room for four more in every lane.
+  // Makes room for four more entries in every lane.
   __device__ __forceinline__ void make_room(const DecodeParams& p, int q) {
     if (__any_sync(kFull, tail[q] > head(q) + (kLength - 4) * kEntryBytes)) empty(p, q);
   }
@@ -60,7 +60,7 @@ struct CandidateQueues {
 
  private:
   __device__ __forceinline__ void empty(const DecodeParams& p, int q) {
-    // A lane beyond the last head keeps nothing and reports to the last one.
+    // A lane past the last head has an empty queue and uses the last head's set.
     const int set = first_set + min(q * 4 + lane % 4, p.score_heads_per_kv - 1);
     flush(p, memory + q * kLength * 32, int(tail[q] - head(q)) / kEntryBytes, set);
     tail[q] = head(q);

@@ -1,6 +1,6 @@
-// The choice of the k best tokens without candidates: where these do not hold them, because the sample misled the
-// pivot, or are more than fit. The block computes every score of the row once per pass of a radix selection and once
-// more in the end. It is slow and exact, and any distribution of scores ends here at worst.
+// Selection of the k best tokens without candidates, for when the pivot left too few of them or more than fit. The
+// block computes every score of the row once per pass of a radix selection and once more at the end. This fallback is
+// slow, but exact for any distribution of scores.
 #pragma once
 #include "sm90/bitmap.cuh"
 #include "sm90/decode_split/scan_quads.cuh"
@@ -11,7 +11,7 @@
 namespace adamas {
 
 // A warp takes every (kThreads / 32)-th run of 32 tokens. `head`: the token set's number in its KV head. Not inlined,
-// since it is rare and its registers would burden the kernel.
+// because it is rare and would raise the register count of the kernel.
 template <int kThreads, int kChunks, Mode kMode>
 __device__ __noinline__ void select_from_scan(const DecodeParams& p, int row, int kv_head, int head,
                                               const RowPlan& plan, uint32_t* bins, uint32_t* bitmap) {

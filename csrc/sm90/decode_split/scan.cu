@@ -1,9 +1,9 @@
-// scan, the second of the three kernels: every signature of every sparse row, once, for all query heads of its KV
-// head. Scores at or above the pivot become candidates.
+// scan, the second of the three kernels: reads every signature of every sparse row once, for all query heads of its KV
+// head. Tokens with scores at or above the pivot become candidates.
 //
 // The grid fills the device once. A warp works alone: it takes runs of stages (StageDealer), streams them through its
-// ring and scores a token quad for one head of four per lane. It is bound by the bandwidth of the memory; it starts
-// fetching while encode still runs and waits for encode once its ring is full.
+// ring and scores a token quad for one head of four per lane. The kernel is bound by memory bandwidth. It starts
+// fetching while encode still runs, and waits for encode when its ring is full.
 #include <algorithm>
 
 #include "sm90/decode_split/dispatch.cuh"
@@ -18,25 +18,25 @@ namespace adamas {
 namespace {
 
 constexpr int kThreads = 256, kWarps = kThreads / 32;
-constexpr int kDealFrom = 8;    // stages per warp from which on part of them is dealt on demand
-constexpr int kDealtShare = 4;  // one in so many
+constexpr int kDealFrom = 8;    // stages per warp from which part of them is dealt on demand
+constexpr int kDealtShare = 4;  // one stage in kDealtShare is dealt on demand
 
-// What registers and shared memory of an SM allow.
+// Stages per ring, limited by the registers and the shared memory of an SM.
 constexpr int ring_stages(int chunks, int quads) { return chunks == 1 && quads < 4 ? 3 : 2; }
-// Candidates that a lane holds back per head quad; four may come at a time.
+// Entries of a lane's queue per head quad; up to four are appended at a time.
 constexpr int queue_length(int chunks, int quads) { return chunks == 2 && quads == 4 ? 5 : 8; }
 constexpr int blocks_per_processor(int chunks, int quads) { return chunks * quads == 1 ? 3 : 2; }
 
 // The stages of all sparse rows, numbered in row order, dealt to the warps of the grid.
 //
-// Most of them are dealt in equal shares ahead, the rest in pieces of kPiece stages to whoever is free: SMs get unequal
-// shares of the bandwidth, and warps unequal ones of their SM's. A piece is fetched one piece ahead of its use.
+// Most of them are dealt in equal shares in advance, and the rest on demand in pieces of kPiece stages, because
+// neither SMs nor the warps of an SM get equal shares of the bandwidth. A piece is claimed one piece ahead of its use.
 template <int kPiece>
 struct StageDealer {
   uint32_t at, end;  // the current run
   uint32_t total, dealt;
   bool on_demand;
-  uint32_t piece = 0;  // lane 0: the next one of this warp
+  uint32_t piece = 0;  // lane 0: the warp's next piece
 
   __device__ explicit StageDealer(uint32_t total) : total(total) {
     const uint32_t warps = gridDim.x * kWarps, share = total / warps;
@@ -48,12 +48,12 @@ struct StageDealer {
     end = on_demand ? at + fixed : total * (self + 1) / warps;
   }
 
-  // Fetches the next piece; not before encode has set the counter to zero.
+  // Claims the next piece; must not be called before encode has zeroed the counter.
   __device__ __forceinline__ void fetch(uint32_t* pieces) {
     if (threadIdx.x % 32 == 0) piece = atomicAdd(pieces, 1u);
   }
 
-  // Whether there is a stage left in the current run, or in a next one.
+  // Whether a stage is left, in the current run or in another one.
   __device__ __forceinline__ bool advance(uint32_t* pieces) {
     if (at < end) return true;
     if (!on_demand) return false;
@@ -65,7 +65,7 @@ struct StageDealer {
   }
 };
 
-// kAll: every score is written to p.scores, and there are no candidates.
+// With kAll, every score is written to p.scores, and there are no candidates.
 template <int kChunks, Mode kMode, int kQuads, bool kAll>
 __global__ void __launch_bounds__(kThreads, blocks_per_processor(kChunks, kQuads))
     scan_kernel(const __grid_constant__ DecodeParams p, int bytes) {
@@ -92,7 +92,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(kChunks, kQuads
 
   StageDealer<kStages> dealer{uint32_t(cum[p.num_rows])};
   bool waited = false;
-  int slot = 0;  // of the next stage to score
+  int slot = 0;  // slot of the next stage to score
   uint32_t phase = 0;
   while (dealer.advance(p.work.pieces)) {
     const int row = find_row(cum, p.num_rows, dealer.at);
@@ -107,7 +107,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(kChunks, kQuads
 
     const int32_t* blocks = row_blocks(p, row) + (simple ? first : 0);
     const uint8_t* pages = head_pages(p, kv_head) + (simple ? p.page.hi_offset : 0);
-    auto load_block = [&](int stage) -> uint32_t {  // of this lane's part
+    auto load_block = [&](int stage) -> uint32_t {  // block of this lane's part
       if (simple) return stage < stages ? __ldg(blocks + stage) : 0;
       return load_stage_block(p, shape, blocks, (first + stage) * shape.tokens, plan.length, stage < stages);
     };
@@ -123,7 +123,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(kChunks, kQuads
     for (int i = 0; i < kStages; ++i) fill(slot + i < kStages ? slot + i : slot + i - kStages, i, block[i]);
     uint32_t next_block = load_block(kStages);
 
-    // Nothing above needs encode to have finished.
+    // Nothing above depends on encode.
     if (!waited) {
       prefetch_params(p);
       wait_for_preceding_kernel();
@@ -133,8 +133,8 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(kChunks, kQuads
     QueryFragments<kChunks, kMode, kQuads> query;
     query.load(p.work.planes + group * p.head_quads * query_planes(kMode) * kChunks * 32,
                p.work.bias + group * 4 * p.head_quads, p.head_quads);
-    // Tokens with a score above the limit are kept. From the stage on that holds the pivot's token, tokens with the
-    // pivot's score are kept as well.
+    // Tokens with a score above the limit are kept. From the stage of the pivot's token on, tokens with the pivot's
+    // score are kept as well.
     float above[kQuads], above_late[kQuads];
     int late[kQuads];
 #pragma unroll
@@ -193,7 +193,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(kChunks, kQuads
     queues.flush_all(p);
     dealer.at += stages;
   }
-  // Also without work: attend waits for scan alone, and relies on encode having finished as well.
+  // Also without work, because attend waits for scan alone and relies on encode having finished.
   if (!waited) wait_for_preceding_kernel();
 }
 

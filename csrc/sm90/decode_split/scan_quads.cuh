@@ -1,5 +1,5 @@
-// Scores of tokens straight from the page, by one warp: for encode's sample, whose tiles are scattered, and for
-// attend where candidates do not suffice. A whole context goes through stages (pipeline.cuh) instead.
+// Scores of tokens directly from the page, by one warp: for encode's sample, whose tiles are scattered, and for
+// attend's rescan. Whole contexts are streamed through stages (pipeline.cuh) instead.
 #pragma once
 #include "sm90/address.cuh"
 #include "sm90/memory.cuh"
@@ -7,7 +7,7 @@
 
 namespace adamas {
 
-// Loads the signatures of one KV head from the page to registers; four lanes share a token quad, a word each.
+// Loads the signatures of one KV head from the page into registers; four lanes share a token quad, one word each.
 template <int kChunks, Mode kMode>
 struct SignatureReader {
   const uint8_t* hi[kChunks];  // this lane's words in block 0
@@ -32,7 +32,7 @@ struct SignatureReader {
 
   __device__ __forceinline__ uint32_t index(uint32_t quad) const { return block_index(quad_magic, quad); }
 
-  struct Place {  // of a quad, from the start of the head's first block
+  struct Place {  // offsets of a quad from the start of the head's first block
     uint64_t words, scale;
   };
   __device__ __forceinline__ Place place(uint32_t quad, uint32_t block) const {
@@ -50,7 +50,7 @@ struct SignatureReader {
     if (kMode == Mode::dot) to.scale = load8(run + from.scale);
   }
 
-  // Into the L2 cache only: the preceding kernel may still write there, and L2 stays coherent.
+  // Into the L2 cache only, which stays coherent if the preceding kernel still writes there.
   __device__ __forceinline__ void prefetch(const Place& from) const {
 #pragma unroll
     for (int k = 0; k < kChunks; ++k) {
@@ -61,11 +61,11 @@ struct SignatureReader {
   }
 };
 
-// Scores `steps` steps of 8 token quads (32 tokens) of one (row, KV head). Loads run kDepth steps ahead of the
-// scores, block table entries twice as far; kDepth is what registers allow.
+// Scores `steps` steps of 8 token quads (32 tokens) of one (row, KV head). Signatures are loaded kDepth steps ahead of
+// the scores, and block table entries twice as far; kDepth is limited by registers.
 //   lane_quad(step) this lane's token quad
-//   begin()         called before the first signature is read, once the first are on their way to the L2 cache
-//   ready()         called once the first loads are on their way, before the first score
+//   begin()         called before the first signature is read, after the first prefetches to the L2 cache
+//   ready()         called after the first loads are issued, before the first score
 //   sink(step, first token, head quad, scores of four tokens for head lane % 4)
 template <int kChunks, Mode kMode, int kQuads, class LaneQuad, class Begin, class Ready, class Sink>
 __device__ __forceinline__ void scan_quads(const Page& page, int kv_head, const int32_t* blocks, int length,
@@ -74,12 +74,12 @@ __device__ __forceinline__ void scan_quads(const Page& page, int kv_head, const 
   constexpr int kDepth = kChunks == 1 ? 4 : 2;
   const SignatureReader<kChunks, kMode> reader(page, kv_head);
   const uint32_t last = uint32_t(length - 1) / kQuad;
-  auto quad_at = [&](int step) { return min(uint32_t(lane_quad(step)), last); };  // a quad that exists
+  auto quad_at = [&](int step) { return min(uint32_t(lane_quad(step)), last); };  // clamped to the last quad
   uint32_t block[kDepth];
   Signatures<kChunks, kMode> data[kDepth];
   auto fetch_block = [&](int step) { return uint32_t(__ldg(blocks + reader.index(quad_at(step)))); };
   typename SignatureReader<kChunks, kMode>::Place place[kDepth];
-  if (steps > 0) {  // steps beyond the last load a quad that nobody scores
+  if (steps > 0) {  // steps past the last one load a quad that is not scored
 #pragma unroll
     for (int i = 0; i < kDepth; ++i) block[i] = fetch_block(i);
 #pragma unroll

@@ -1,8 +1,8 @@
-// One token set of one row, by a block of attend: select, look up addresses, attend, write the output.
+// One token set of one row, processed by a block of attend: select, look up addresses, attend, write the output.
 //
-// Selected tokens become bits of a bitmap, so that their addresses come in ascending order, whatever the order of the
-// candidates: the output does not depend on how scan's warps were interleaved. What candidates are to be expected is
-// fetched before their number is known, and that only after scan has finished.
+// Selected tokens are collected in a bitmap, so that their addresses ascend whatever the order of the candidates: the
+// output does not depend on how scan's warps were interleaved. After scan has finished, the expected candidates are
+// fetched before their number is known.
 #pragma once
 #include "sm90/decode_split/candidates.cuh"
 #include "sm90/decode_split/memory.cuh"
@@ -25,7 +25,7 @@ __device__ void attend_sparse(const DecodeParams& p, int set, uint8_t* memory) {
   prefetch_params(p);
   const RowPlan plan(p, row);
   if (plan.length <= 0) {
-    wait_for_preceding_kernel();  // when attend has finished, so have scan and encode
+    wait_for_preceding_kernel();  // so that scan and encode have finished when attend has
     for (int h = 0; h < heads; ++h)
       for (int i = threadIdx.x; i < Shape::kHeadSize; i += kThreads)
         head_vector<T>(p.output, row, first_head + h)[i] = T(0.0f);
@@ -34,7 +34,7 @@ __device__ void attend_sparse(const DecodeParams& p, int set, uint8_t* memory) {
   if (!plan.sparse) return;
 
   uint32_t* sums = reinterpret_cast<uint32_t*>(memory);
-  uint8_t* staged = memory + Shape::kSums;  // where bins and candidates are
+  uint8_t* staged = memory + Shape::kSums;  // shared with bins and candidates
   uint32_t* bins = reinterpret_cast<uint32_t*>(staged);
   uint8_t* list = staged + Shape::kFrontBytes;
   uint32_t* bitmap = reinterpret_cast<uint32_t*>(staged + Shape::scratch_bytes(p));
@@ -53,7 +53,7 @@ __device__ void attend_sparse(const DecodeParams& p, int set, uint8_t* memory) {
   const int expected = plan.need > 0 ? Candidates::expected(p, plan) : 0;
 
   wait_for_preceding_kernel();
-  candidates.fetch(0, expected);  // while their number is on its way
+  candidates.fetch(0, expected);  // while their number is being loaded
   const uint32_t count = p.work.count[set];
   const ScoreBins bin_at{p.work.pivot_score[set], p.work.pivot_scale[set]};
   if (plan.need > 0) {
@@ -62,14 +62,14 @@ __device__ void attend_sparse(const DecodeParams& p, int set, uint8_t* memory) {
       wait_for_async_copies();
       select_candidates(candidates, plan, int(count), bin_at, bins, bitmap);
     } else {
-      wait_for_async_copies();  // they land where the bins of the search lie
+      wait_for_async_copies();  // they write to the memory of the search's bins
       select_from_scan<kThreads, Shape::kHeadSize <= 128 ? 1 : 2>(p, row, kv_head, score_head, plan, bins, bitmap);
     }
   }
   __syncthreads();
   Softmax softmax;
   softmax.start(p, row, first_head, heads);
-  // Addresses of the selected tokens in ascending order, as many at a time as the list holds.
+  // Addresses of the selected tokens in ascending order, kList at a time.
   int64_t* offsets = reinterpret_cast<int64_t*>(list);
   const int32_t* blocks = row_blocks(p, row);
   const uint8_t* pages = head_pages(p, kv_head);
@@ -80,7 +80,7 @@ __device__ void attend_sparse(const DecodeParams& p, int set, uint8_t* memory) {
     });
     __syncthreads();
     const int here = min(total - round, kList);
-    constexpr int kAhead = Shape::kStaged ? 4 : 1;  // tokens of a thread whose blocks it awaits together
+    constexpr int kAhead = Shape::kStaged ? 4 : 1;  // tokens per thread whose block loads are in flight at once
     for (int first = threadIdx.x; first < here; first += kAhead * kThreads) {
       int64_t at[kAhead];
 #pragma unroll
@@ -95,7 +95,7 @@ __device__ void attend_sparse(const DecodeParams& p, int set, uint8_t* memory) {
     for (int chunk = warp * kChunk; chunk < here; chunk += kWarps * kChunk) {
       if constexpr (Shape::kStaged) {
         const int slots = min(here - chunk, kChunk);
-        __syncwarp();  // every lane has read the rows before
+        __syncwarp();  // every lane has read the previous rows
 #pragma unroll
         for (int i = 0; i < kChunk * Shape::kPieces / 32; ++i) {
           const int at = i * 32 + threadIdx.x % 32, slot = at / Shape::kPieces, piece = at % Shape::kPieces * 16;
