@@ -338,6 +338,20 @@ def test_a_balance_is_least_squares_over_channels() -> None:
     assert not balance(keys, keys).any()
 
 
+@pytest.mark.parametrize("zeros", ["queries", "keys", "both"])
+def test_heads_of_zeros_are_balanced_by_finite_factors(zeros: str) -> None:
+    from vllm_adamas.evaluate.calibrate import balance
+
+    squares = torch.rand(2, 64, dtype=torch.float64) + 0.1
+    none = squares.clone()
+    none[0] = 0
+    queries = none if zeros in ("queries", "both") else squares
+    keys = none if zeros in ("keys", "both") else squares
+    found = balance(queries, keys)
+    assert found.isfinite().all()
+    assert torch.equal(found[1], balance(squares, squares)[1])
+
+
 def test_balanced_attention_is_the_same_attention() -> None:
     """Powers of two are exact: not one bit of a dense output changes."""
     import dataclasses

@@ -101,7 +101,9 @@ def _layer(record: ChannelRecord, layer: int) -> profiles.LayerProfile:
         key_mean=profiles.encode_mean(mean),
         balance=profiles.encode_balance(exponents),
         key_rms=_rounded(squares.mean(1).sqrt()),
-        mean_share=_rounded(mean.square().sum(1) / squares.sum(1)),
+        mean_share=_rounded(
+            mean.square().sum(1) / squares.sum(1).clamp_min(torch.finfo(squares.dtype).tiny)
+        ),
     )
 
 
@@ -112,7 +114,10 @@ def balance(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
     proportional to the key's norm. With factors s, the error of q.k has the variance
     ||q / s||^2 ||k s||^2 / D up to a constant. It is minimal at s^4 = E[q^2] / E[k^2] per channel.
     """
-    queries, keys = (x + REGULAR * x.mean(-1, keepdim=True) for x in (queries, keys))
+    least = torch.finfo(keys.dtype).tiny  # of a head whose keys or queries are all zero
+    queries, keys = (
+        (x + REGULAR * x.mean(-1, keepdim=True)).clamp_min(least) for x in (queries, keys)
+    )
     wanted = (queries.log2() - keys.log2()) / 4
     limit = profiles.MAX_EXPONENT
     return (wanted - wanted.mean(-1, keepdim=True)).round().clamp(-limit, limit)
