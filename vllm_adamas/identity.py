@@ -107,16 +107,32 @@ _TENSORS = TypeAdapter(dict[str, _Tensor])
 
 
 def _safetensors(folder: Path) -> Iterator[tuple[Path, int, dict[str, _Tensor]]]:
-    """Every safetensors file, the offset of its data in bytes, and the tensors of its header.
+    """Every safetensors file of a model, the offset of its data in bytes, and the tensors of its header.
 
-    Files that only have the suffix, such as Git LFS pointers, are skipped with a warning. A model need
+    Where an index lists the files, others are not the model's, such as a second copy in one file. vLLM
+    leaves them out too. Files that only have the suffix, such as Git LFS pointers, are skipped with a warning. A model need
     not use every file of its folder, and vLLM refuses to load those that it does use.
     """
+    listed = _listed_files(folder / "model.safetensors.index.json")
     for path in sorted(folder.glob("*.safetensors")):
+        if listed and path.name not in listed:
+            continue
         try:
             yield path, *_header(path)
         except (OSError, ValueError) as error:
             logger.warning("%s is left out of what tells models apart (%s).", path, error)
+
+
+def _listed_files(index: Path) -> set[str]:
+    """Names of the files that a safetensors index lists; empty if there is no index that can be read."""
+    try:
+        if not index.is_file() or index.stat().st_size > MAX_HEADER_BYTES:
+            return set()
+        weights = json.loads(index.read_bytes())["weight_map"]
+        return {name for name in weights.values() if isinstance(name, str)}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        logger.warning("%s is not a safetensors index (%s): every file counts.", index, error)
+        return set()
 
 
 def _header(path: Path) -> tuple[int, dict[str, _Tensor]]:

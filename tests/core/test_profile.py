@@ -217,6 +217,23 @@ def test_files_that_only_bear_the_name_are_left_out_with_a_warning(
     assert caplog.records
 
 
+@pytest.mark.parametrize(
+    "index", ["{", "[]", '{"weight_map": 3}', '{"weight_map": {}}', "[" * 10**5]
+)
+def test_an_index_says_which_files_are_the_models(tmp_path: Path, index: str) -> None:
+    """A complete second copy beside the listed files is not; without a usable index every file counts."""
+    (tmp_path / "model-1.safetensors").write_bytes(safetensors({"a": TENSOR}, bytes(8)))
+    alone = models.fingerprint(tmp_path)
+    (tmp_path / "consolidated.safetensors").write_bytes(safetensors({"b": TENSOR}, bytes(8)))
+    both = models.fingerprint(tmp_path)
+    assert both != alone
+    listing = tmp_path / "model.safetensors.index.json"
+    listing.write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    assert models.fingerprint(tmp_path) == alone
+    listing.write_text(index)
+    assert models.fingerprint(tmp_path) == both
+
+
 def test_a_header_is_read_within_the_limit_of_the_format(tmp_path: Path, monkeypatch) -> None:
     header = {"a": TENSOR}
     (tmp_path / "model.safetensors").write_bytes(safetensors(header, bytes(8)))
