@@ -325,19 +325,19 @@ class Plan:
             "total": split,
         }
         #: every tensor starts at a multiple of 256 bytes
-        self.nbytes = 4 * sum(_whole(shape) for shape in self._shapes.values())
+        self.nbytes = 4 * sum(_aligned(shape) for shape in self._shapes.values())
 
     def place(self, memory: torch.Tensor) -> None:
         """Cuts the workspace up."""
         memory, first = memory[: self.nbytes].view(torch.float32), 0
         for name, shape in self._shapes.items():
             setattr(self, name, memory[first : first + math.prod(shape)].view(shape))
-            first += _whole(shape)
+            first += _aligned(shape)
         for name in ("tokens", "planes", "bias"):
             setattr(self, name, getattr(self, name).view(torch.int32))
 
 
-def _whole(shape: tuple[int, ...]) -> int:
+def _aligned(shape: tuple[int, ...]) -> int:
     return -(-math.prod(shape) // 64) * 64
 
 

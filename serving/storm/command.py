@@ -122,18 +122,18 @@ class _Storm:
         self.args, self.report = args, report
         self.greedy: list[Outcome] = []  # answers that can be checked
         self.started = time.monotonic()
-        self._in_a_row = 0  # transport errors
+        self._errors_in_a_row = 0  # transport errors
         self._phase = "storm"
 
     async def run(self) -> None:
         args = self.args
         async with Endpoint(args.url, args.timeout) as self.server:
             self.watch = Watch(self.server)
-            await self._meet()
+            await self._prepare()
             side = asyncio.ensure_future(self._watch())
             try:
-                await asyncio.gather(*(self._work() for _ in range(args.concurrency)))
-                if not self._gone() and await self._idle() and args.check:
+                await asyncio.gather(*(self._send_units() for _ in range(args.concurrency)))
+                if not self._server_gone() and await self._becomes_idle() and args.check:
                     await self._check()
             finally:
                 side.cancel()
@@ -141,9 +141,9 @@ class _Storm:
                 self.report.restarts = self.watch.restarts
                 self.report.unhealthy = self.watch.unhealthy
                 self.report.moved = self.watch.moved()
-                self._remember("end")
+                self._record_memory("end")
 
-    async def _meet(self) -> None:
+    async def _prepare(self) -> None:
         """Checks the server and prepares the traffic, before the first request."""
         args, server = self.args, self.server
         if not await self.watch.look():
@@ -180,7 +180,7 @@ class _Storm:
             versions["vllm"] = json.loads(body)["version"]
         return Environment(versions=versions)
 
-    def _share(self) -> float:
+    def _progress(self) -> float:
         """Share of the storm that is over."""
         args = self.args
         shares = [self.traffic.sent / args.requests] if args.requests else []
@@ -188,11 +188,11 @@ class _Storm:
             shares.append((time.monotonic() - self.started) / args.seconds)
         return max(shares)
 
-    def _gone(self) -> bool:
-        return self._in_a_row >= GONE
+    def _server_gone(self) -> bool:
+        return self._errors_in_a_row >= GONE
 
-    async def _work(self) -> None:
-        while self._share() < 1 and not self._gone():
+    async def _send_units(self) -> None:
+        while self._progress() < 1 and not self._server_gone():
             await self._send(self.traffic.unit())
 
     async def _send(self, unit: Unit) -> None:
@@ -200,17 +200,17 @@ class _Storm:
         for requests in unit.rounds:
             calls = (self.server.send(request, unit.number, history) for request in requests)
             for request, outcome in zip(requests, await asyncio.gather(*calls), strict=True):
-                self._take(outcome)
+                self._record(outcome)
                 if unit.chat and not outcome.error:
                     answer = {"role": "assistant", "content": outcome.choices[0].text}
                     history += [*request.body["messages"], answer]
 
-    def _take(self, outcome: Outcome) -> None:
+    def _record(self, outcome: Outcome) -> None:
         self.report.add(outcome)
-        if "warm" not in self.report.memory and self._share() > WARM_UP:
-            self._remember("warm")
+        if "warm" not in self.report.memory and self._progress() > WARM_UP:
+            self._record_memory("warm")
         lost = (outcome.error or "").startswith("transport")
-        self._in_a_row = self._in_a_row + 1 if lost else 0
+        self._errors_in_a_row = self._errors_in_a_row + 1 if lost else 0
         comparable = not outcome.request.unstable or self.args.distance <= EXACT
         if outcome.request.greedy and comparable and not outcome.error and outcome.choices:
             self.greedy.append(outcome)
@@ -221,13 +221,13 @@ class _Storm:
             await asyncio.sleep(1)
             await self.watch.look()
             if second % 10 == 0:
-                self._tell()
+                self._print_progress()
 
-    def _remember(self, when: str) -> None:
+    def _record_memory(self, when: str) -> None:
         if self.args.pid:
             self.report.memory[when] = memory(self.args.pid)
 
-    def _tell(self) -> None:
+    def _print_progress(self) -> None:
         errors = sum(sum(found.values()) for found in self.report.errors.values())
         checked = sum(verdict.compared for verdict in self.report.checks.values())
         print(
@@ -238,7 +238,7 @@ class _Storm:
             flush=True,
         )
 
-    async def _idle(self) -> bool:
+    async def _becomes_idle(self) -> bool:
         """Whether the server becomes idle, also after clients that left.
 
         Its gauges change only in a step, so a small request is sent before each look.

@@ -71,9 +71,9 @@ class Shadow(DelegatingBackend):
             for row in (rows[turn:] + rows[:turn])[:ROWS]:
                 one = slice(row, row + 1)
                 seen = (query[one], batch.block_table[one], batch.seq_lens[one])
-                self._look(layer, *seen, output[row], budget, lengths[row])
+                self._compare(layer, *seen, output[row], budget, lengths[row])
 
-    def _look(self, layer: Layer, query, table, lens, output, budget, length) -> None:
+    def _compare(self, layer: Layer, query, table, lens, output, budget, length) -> None:
         record, number, params = self.record, self.number, layer.params
         shape = (2, length, params.num_kv_heads, params.layout.head_size)
         both = torch.empty(shape, dtype=output.dtype, device=output.device)

@@ -80,12 +80,12 @@ def markdown(result: dict) -> str:
         quality = [
             [
                 row["name"],
-                _triple(row.get("dnll"), "+.4f"),
-                _triple(row.get("kl"), ".4f"),
-                _one(row.get("mass")),
-                _one(row.get("oracle")),
-                _one(row.get("error")),
-                _triple(row.get("agreed"), ".1f"),
+                _interval(row.get("dnll"), "+.4f"),
+                _interval(row.get("kl"), ".4f"),
+                _number(row.get("mass")),
+                _number(row.get("oracle")),
+                _number(row.get("error")),
+                _interval(row.get("agreed"), ".1f"),
             ]
             for row in rows
             if "nll" in row and row["name"] != DENSE
@@ -122,14 +122,14 @@ def _setting(result: dict) -> str:
     return f"{device[1]}, {software}, {environment.date}. Texts: {texts}."
 
 
-def _triple(value: tuple[float, float, float] | None, form: str) -> str:
+def _interval(value: tuple[float, float, float] | None, form: str) -> str:
     if value is None:
         return ""
     mean, low, high = (format(x, form) for x in value)
     return f"{mean} [{low}, {high}]"
 
 
-def _one(value: float | None) -> str:
+def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
 
 
@@ -160,16 +160,16 @@ def plot(result: dict, path: Path) -> bool:
             ("attention mass kept", "mass"),
             ("retrieval, difference to dense, mean of tasks", "retrieval"),
         )
-        if any(_y(row, key) is not None for row in rows)
+        if any(_mean(row, key) is not None for row in rows)
     ]
     families = list(dict.fromkeys(row["family"] for row in rows))
     figure, axes = pyplot.subplots(1, max(1, len(panels)), figsize=(5 * max(1, len(panels)), 4))
     for axis, (title, key) in zip([axes] if len(panels) < 2 else axes, panels, strict=False):
         for family in families:
             points = sorted(
-                (row["budget"], _y(row, key), row.get(key))
+                (row["budget"], _mean(row, key), row.get(key))
                 for row in rows
-                if row["family"] == family and _y(row, key) is not None
+                if row["family"] == family and _mean(row, key) is not None
             )
             if not points:
                 continue
@@ -204,7 +204,7 @@ def _retrieval(row: dict) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def _y(row: dict, key: str) -> float | None:
+def _mean(row: dict, key: str) -> float | None:
     if key == "retrieval":
         return _retrieval(row)
     value = row.get(key)
