@@ -53,8 +53,8 @@ def neighbours_block() -> None:
 
     def spoil(metadata):
         if metadata.num_decodes > 1:
-            metadata.block_table = metadata.block_table.clone()
-            metadata.block_table[0, 0] = metadata.block_table[1, 0]
+            table = metadata.decode.block_table = metadata.decode.block_table.clone()
+            table[0, 0] = table[1, 0]
 
     _spoil_some_steps(spoil)
 

@@ -132,7 +132,7 @@ class Engine:
     def use(
         self, options: dict, wrap: Callable[[Backend, int], Backend] | None = None
     ) -> AdamasConfig:
-        """Serves with these options from now on, with backends wrapped by ``wrap(backend, layer)`` if given.
+        """Serves with these options from now on, with backends wrapped by ``wrap(backend, number)`` if given.
 
         Raises:
             AdamasError: an option is not valid.
@@ -140,7 +140,7 @@ class Engine:
         config = AdamasConfig.parse({**SILENT, **self.options, **options})
         before = [layer.impl.key_factor() for layer in self._layers.values()]
         for number, layer in enumerate(self._layers.values()):
-            layer.impl.reconfigure(config, partial(wrap, layer=number) if wrap else None)
+            layer.impl.reconfigure(config, partial(wrap, number=number) if wrap else None)
         for builder in self._builders:
             builder.config = config
         sizes = {layer.impl.head_size for layer in self._layers.values()}

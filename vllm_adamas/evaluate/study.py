@@ -334,10 +334,10 @@ def _largest(group: list[Arm]) -> Arm:
 
 
 def _use(engine: Engine, arm: Arm, shadow=None) -> None:
-    def wrap(backend, layer):
+    def wrap(backend, number):
         if arm.selector:
             backend = SelectorBackend(backend, arm.selector)
-        return shadow(backend, layer) if shadow else backend
+        return shadow(backend, number) if shadow else backend
 
     engine.use(arm.options, wrap)
 
