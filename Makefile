@@ -55,7 +55,7 @@ test-gpu: model ## run the tests that need a GPU
 	@$(PYTHON) -m pytest -m gpu $(ARGS)
 
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1 -O1
-ASAN_LIBRARY := build/sanitized/vllm_adamas/backends/cpu/libadamas_cpu.so
+ASAN_LIBRARY := $(CURDIR)/build/sanitized/vllm_adamas/backends/cpu/libadamas_cpu.so
 
 # The sanitizer's runtime must be loaded first, and libstdc++ with it, or exceptions would not find it. Python and
 # PyTorch never free objects that live as long as the process, so leaks are not checked. The report goes to stderr,
