@@ -5,18 +5,6 @@ from __future__ import annotations
 import torch
 
 
-def check_same_device(**tensors: torch.Tensor) -> None:
-    """Checks that all tensors are on the device of the first one.
-
-    Raises:
-        ValueError: a tensor is on another device; the message names the argument.
-    """
-    device = next(iter(tensors.values())).device
-    for name, x in tensors.items():
-        if x.device != device:
-            raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}")
-
-
 def check_tensor(name: str, x: torch.Tensor, dtype: torch.dtype, *shape: int | None) -> None:
     """Checks the dtype, the shape (None fits any size) and that the last dimension is contiguous.
 

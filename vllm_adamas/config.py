@@ -99,7 +99,9 @@ class AdamasConfig(BaseModel):
         description="A file that `vllm-adamas calibrate` made for this model, or a shipped name.",
     )
     kernels: str = Field(
-        "auto", description="Compute backend; auto takes the fastest one for the device."
+        "auto",
+        pattern=r"^[a-z0-9_]{1,32}$",
+        description="Compute backend; auto takes the fastest one for the device.",
     )
     log_interval: float = Field(
         60.0,

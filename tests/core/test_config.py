@@ -98,6 +98,7 @@ INVALID = [
     ({"profile": "a.json", "score": "manhattan"}, ("profile", "score='dot'", "remove")),
     ({"profile": 3}, ("profile=3", "string", "calibrate")),
     ({"log_interval": -1}, ("log_interval=-1", "0")),
+    ({"kernels": "A-100"}, ("kernels='A-100'", "auto")),
     ({"metrics": "yes"}, ("metrics='yes'", "boolean")),
     ({"token_budget": 32, "num_sink_tokens": 4, "recent_window": 28}, ("token_budget=32", "32")),
     ({"token_budget": 0.5, "recent_window": 64}, ("min_token_budget=64", "recent_window")),

@@ -66,7 +66,7 @@ def test_options_in_another_place(vllm_config, additional: dict, way_out: str) -
     )
 
 
-@pytest.mark.parametrize("kernels", ["cuda", "triton"])
+@pytest.mark.parametrize("kernels", ["cuda", "triton", "gpu"])
 def test_kernels_of_another_device_end_before_the_server(vllm_config, kernels: str) -> None:
     gpu = Changed(vllm_config, additional_config={"adamas": {"kernels": kernels}})
     sentence = rf"kernels='{kernels}' on this device.*auto, cpu, reference"
