@@ -86,14 +86,14 @@ def candidate_capacity(max_seq_len: int, budget: int, most_sample_bits: int) -> 
     """Candidates that a token set may keep before its scores are computed again.
 
     The pivot ranks between `rank` and 1.5 `rank` in the sample (sample_rank and find_pivot of
-    csrc/sm90), so about 1.5 `rank` times the stride tokens reach it. The capacity adds six standard
-    deviations, which mostly leaves room for twice as many when scores tie. It never decreases with the
-    context, so a workspace for the longest context serves every step.
+    csrc/sm90), so about 1.5 `rank` times the stride tokens reach it, for the highest `rank` that encode
+    may aim at. The capacity adds six standard deviations. It never decreases with the context, so a
+    workspace for the longest context serves every step.
     """
     wanted = LEAST_CANDIDATES
     for tokens in rounded_contexts(max_seq_len):
         sample = 1 << sample_bits(tokens, most_sample_bits)
-        rank = load().sample_rank(budget, sample, tokens)
+        rank = load().most_sample_rank(budget, sample, tokens)
         most = rank + rank // 2
         wanted = max(wanted, int(tokens / sample * (most + 6 * math.sqrt(1.5 * most))))
     return min(MOST_CANDIDATES, -(-wanted // 1024) * 1024)

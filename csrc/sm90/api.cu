@@ -135,7 +135,7 @@ void decode_op(Layer layer, TensorView query, TensorView output, TensorView bloc
   expect_same_type(output, "output", "the dtype of query", query);
   Argument{"output", "", output, device}.expect_aligned(16);
   p.budgets = as_vector<const int32_t>(budgets, "budgets", "contiguous int32 [R]", device, p.num_rows);
-  p.stats = as_vector<int64_t>(stats, "stats", "contiguous int64 [4]", device, 4);
+  p.stats = as_vector<int64_t>(stats, "stats", "contiguous int64 [5]", device, 5);
   p.overlap = overlap;
   void* stream = current_stream(layer);
   use_workspace(p, work, device);
@@ -189,8 +189,9 @@ int64_t fused_clusters_op(Layer layer, bool half, int64_t max_seq_len, int64_t c
   return fused_clusters(p, int(cluster));
 }
 
-int64_t sample_rank_op(int64_t need, int64_t sample, int64_t length) {
-  return sample_rank(int(need), int(sample), int(length));
+// The highest rank that encode aims at in its sample.
+int64_t most_sample_rank_op(int64_t need, int64_t sample, int64_t length) {
+  return sample_rank(int(need), int(sample), int(length), kMostSpread);
 }
 
 Map<String, int64_t> limits_op() {
@@ -209,5 +210,5 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(gather, adamas::gather_op)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(workspace_bytes, adamas::workspace_bytes_op)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(max_sample_bits, adamas::max_sample_bits_op)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(fused_clusters, adamas::fused_clusters_op)
-TVM_FFI_DLL_EXPORT_TYPED_FUNC(sample_rank, adamas::sample_rank_op)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(most_sample_rank, adamas::most_sample_rank_op)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(limits, adamas::limits_op)

@@ -41,22 +41,6 @@ __device__ __forceinline__ Bin walk_bins(const uint32_t* bins, int top, uint32_t
   return bin;
 }
 
-// Search by a warp: the bin of the `need`-th best value among 2^kBits bins; size 0 if there are fewer values.
-template <int kBits>
-__device__ __forceinline__ Bin find_warp_bin(const uint32_t* bins, uint32_t need) {
-  constexpr int kPerLane = (1 << kBits) / 32;
-  const int lane = threadIdx.x % 32;
-  const int top = (1 << kBits) - 1 - lane * kPerLane;
-  const uint32_t own = sum_bins<kPerLane>(bins, top), sum = warp_prefix_sum(own);
-  const unsigned reached = __ballot_sync(kFull, sum >= need);
-  if (!reached) return {0, 0, 0};
-  const int owner = __ffs(reached) - 1;
-  Bin bin{0, sum - own, 0};
-  if (lane == owner) bin = walk_bins<kPerLane>(bins, top, sum - own, need);
-  return {__shfl_sync(kFull, bin.index, owner), __shfl_sync(kFull, bin.before, owner),
-          __shfl_sync(kFull, bin.size, owner)};
-}
-
 // Search by a warp whose lanes hold the counts of 32 * kCount bins in registers: each lane kCount bins in descending
 // order, lane 0 the highest ones. `bin` is the result in the lane that owns it: the values down to its last bin
 // reach `need`, and those above its first bin do not.
@@ -107,31 +91,6 @@ struct RadixDigit {
     return uint32_t(value >> shift) & ((1u << (above - shift)) - 1);
   }
 };
-
-// Radix selection by a warp, kBits bits per pass: a threshold that `need` to `need + slack` values reach. each(visit)
-// calls visit for every value (below 2^bits), in any order and distribution over the lanes.
-template <int kBits, class Each>
-__device__ uint64_t warp_threshold(uint32_t* bins, int bits, uint32_t need, uint32_t slack, Each each) {
-  const int lane = threadIdx.x % 32;
-  uint64_t prefix = 0;
-  for (int shift = bits;;) {
-    const int width = min(kBits, shift), above = shift;
-    shift -= width;
-    __syncwarp();  // every lane has read the bins of the previous pass
-    for (int i = lane; i < padded(1 << kBits); i += 32) bins[i] = 0;
-    __syncwarp();
-    const RadixDigit digit{prefix, above, shift};
-    each([&](uint64_t v) {
-      if (digit.has(v)) atomicAdd(&bins[padded(digit(v))], 1u);
-    });
-    __syncwarp();
-    const Bin found = find_warp_bin<kBits>(bins, need);
-    const uint32_t size = found.size;
-    need -= found.before;
-    prefix = prefix << width | found.index;
-    if (size - need <= slack || shift == 0) return prefix << shift;
-  }
-}
 
 // Radix selection by a block without slack, kBinBits bits per pass. `bins`: kHistogramWords. Starts and ends
 // synchronised.

@@ -20,6 +20,9 @@ constexpr int64_t kMaxStep = int64_t(1) << 37;
 // Planes of an encoded query: 2 with two bits each (dot) or 3 thermometer planes (manhattan).
 constexpr int kMaxQueryPlanes = 3;
 
+// The counter of token sets whose selection took more than one pass.
+constexpr int kSearchedAgain = 4;
+
 // dot; manhattan per query head; manhattan summed over the query heads of a KV head.
 enum class Mode : int { dot, manhattan, manhattan_sum };
 
@@ -90,7 +93,7 @@ struct DecodeParams {
   int capacity;  // candidates per set
   int dense_workers;
   int sample_bits;  // log2 of the tokens of a context that encode samples
-  int64_t* stats;  // sparse rows, dense rows, context tokens, attended tokens (over query heads)
+  int64_t* stats;  // sparse rows, dense rows, context and attended tokens (over query heads), then kSearchedAgain
   // if scan runs alone: all scores, no candidates
   float* scores;
   int64_t scores_row_stride, scores_head_stride;

@@ -48,6 +48,11 @@ __device__ __forceinline__ void count_row(const DecodeParams& p, const RowPlan& 
   atomicAdd(stats + 3, (unsigned long long)(attended) * p.num_query_heads);
 }
 
+// Counts a token set whose selection took more than one pass; one thread per set.
+__device__ __forceinline__ void count_search(const DecodeParams& p) {
+  if (p.stats) atomicAdd(reinterpret_cast<unsigned long long*>(p.stats) + kSearchedAgain, 1ull);
+}
+
 // Exclusive prefix sums of work(row) in shared memory: cum[0 .. rows]. All threads call it; the first warp computes
 // them, one row per lane. Ends synchronised.
 template <class Work>

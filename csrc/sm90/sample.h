@@ -6,15 +6,19 @@
 
 namespace adamas {
 
+// How the best scores of a sample gather in its tiles: the variance of a tile's number over its mean. Encode measures
+// it (find_pivot) and uses it within these bounds.
+constexpr float kLeastSpread = 1.5f, kMostSpread = 8.0f;
+
 // The minimum rank of a pivot in the sample: six standard deviations below the k-th best. Its rank is at most 1.5
-// times that, or twice that where scores tie (find_pivot).
-ADAMAS_BOTH inline int sample_rank(int need, int sample, int length) {
+// times that (find_pivot).
+ADAMAS_BOTH inline int sample_rank(int need, int sample, int length, float spread) {
 #ifdef __CUDA_ARCH__
   const float expected = __fdividef(float(need) * sample, length);
 #else
   const float expected = float(need) * sample / length;
 #endif
-  return int(expected + 6.0f * sqrtf(1.5f * expected) + 3.0f);
+  return int(expected + 6.0f * sqrtf(spread * expected) + 3.0f);
 }
 
 }  // namespace adamas

@@ -12,18 +12,32 @@ constexpr int kMembers = 128;                               // most members of a
 constexpr int kCandidates = 512;                            // most candidates that a warp lists
 constexpr int kTokens = 2048;                               // selected tokens at a time, over the token sets
 
+// The range of a block's own scores of one token set, as order keys, and the groups that its floor is taken from.
+struct alignas(16) FusedRange {
+  uint32_t floor, best, worst, groups;
+  float sum;  // of the groups' best scores
+};
+
 // The search for one token set's k-th best score.
 struct FusedHead {
-  uint32_t floor, best, worst, groups;  // range of the block's own scores as order keys, and their groups
-  float low, scale;                     // map a score to its bin
-  int size, wanted, edge;               // the edge bin: members, members to select, index
-  uint32_t base, placed;                // first place of the block's own members, and members placed
-  float score;                          // the k-th best, score and token
+  uint32_t floor, best, worst, groups;  // as in FusedRange; later, best is that of the cluster
+  float sum;
+  float low, scale;                       // map a score to its bin
+  int size, wanted, edge;                 // the edge bin: members, members to select, index
+  uint32_t base, placed;                  // first place of the block's own members, and members placed
+  bool exact;                             // the edge bin is the range [from, to] of ranks (score, token)
+  uint64_t from, to;
+  unsigned long long least, most;         // ranks of the block's own members
+  float score;                            // the k-th best, score and token
   int token;
-  int active;       // warps that attended
-  uint32_t need;    // radix search: rank among the values that agree with the prefix
-  uint64_t prefix;  // digits found so far
+  int active;  // warps that attended
 };
+
+// log2 of the ranks per bin if a range of ranks is divided into kEdgeBins bins.
+__device__ __forceinline__ int range_shift(const FusedHead& head) {
+  return max(0, 57 - __clzll(static_cast<long long>(head.to - head.from)));
+}
+static_assert(kEdgeBins == 1 << 7);
 
 struct FusedShape {
   int cluster;  // blocks
@@ -32,7 +46,7 @@ struct FusedShape {
   uint32_t round_magic;  // ceil(2^32 / token quads of one stage per block)
   StageShape stage;
   // Offsets in shared memory. When the scores are complete, selected tokens, candidates and the warps' softmax
-  // states, or the histograms of the radix search, reuse the memory of the ring. The scratch of query encoding uses
+  // states reuse the memory of the ring. The scratch of query encoding uses
   // the memory of the scores.
   int states, scores, counts, copies, ranges, members, planes, bias, partial, softmax, barriers, heads, warps, bytes;
 };
@@ -41,12 +55,11 @@ struct FusedMemory {
   uint8_t* ring;
   int* tokens;        // [set][kTokens / sets] selected
   uint2* candidates;  // [warp][kCandidates] score, index
-  uint32_t* wide;     // [2][set][kEdgeBins] histograms of the radix search
   float* states;      // [warp][head][top, sum, -, -, D values]
   float* scores;      // [set][score_stride]
   uint32_t* counts;   // [set][kEdgeWords] histograms of the block
   uint32_t* copies;   // [block][set][kEdgeWords] histograms of the cluster
-  uint4* ranges;      // [block][set] floor, best, worst, groups
+  FusedRange* ranges;  // [block][set]
   uint2* members;     // [set][kMembers] score, token
   uint32_t* planes;   // encoded queries
   int32_t* bias;      // [kMaxHeadQuads][4]
@@ -58,10 +71,10 @@ struct FusedMemory {
 
   __device__ FusedMemory(const FusedShape& s, uint8_t* m)
       : ring(m), tokens(reinterpret_cast<int*>(m)), candidates(reinterpret_cast<uint2*>(m + kTokens * 4)),
-        wide(reinterpret_cast<uint32_t*>(m)), states(reinterpret_cast<float*>(m + s.states)),
+        states(reinterpret_cast<float*>(m + s.states)),
         scores(reinterpret_cast<float*>(m + s.scores)),
         counts(reinterpret_cast<uint32_t*>(m + s.counts)), copies(reinterpret_cast<uint32_t*>(m + s.copies)),
-        ranges(reinterpret_cast<uint4*>(m + s.ranges)), members(reinterpret_cast<uint2*>(m + s.members)),
+        ranges(reinterpret_cast<FusedRange*>(m + s.ranges)), members(reinterpret_cast<uint2*>(m + s.members)),
         planes(reinterpret_cast<uint32_t*>(m + s.planes)), bias(reinterpret_cast<int32_t*>(m + s.bias)),
         partial(reinterpret_cast<float*>(m + s.partial)), softmax(reinterpret_cast<float2*>(m + s.softmax)),
         barriers(reinterpret_cast<uint64_t*>(m + s.barriers)), heads(reinterpret_cast<FusedHead*>(m + s.heads)),

@@ -18,44 +18,56 @@ namespace adamas {
 //
 // The scores of a head are divided into groups. The floor is the smallest of the groups' maxima, so each group has at
 // least one score at or above it. If there are at least as many groups as tokens needed, no token below the floor is
-// selected. Fewer groups give a higher floor: a group is the scores of four lanes, two lanes, one lane or half a lane.
-template <int kQuads>
-__device__ __forceinline__ void merge_range(const FusedBlock& b, const float (&best)[kQuads][2],
+// selected. Fewer groups give a higher floor: a group is the scores of four lanes, two lanes, one lane, or a part of
+// those of a lane. best: the maxima of kParts parts of a lane's scores.
+template <int kQuads, int kParts>
+__device__ __forceinline__ void merge_range(const FusedBlock& b, float (&best)[kQuads][kParts],
                                             const float (&worst)[kQuads]) {
   const int lane = b.lane;
   const int warps = min(b.s.cluster * kFusedWarps, b.plan.length / kStageTokens);
   int per_warp = 2;  // groups of a head
-  while (per_warp < 16 && per_warp * warps < b.plan.need) per_warp *= 2;
+  while (per_warp < 8 * kParts && per_warp * warps < b.plan.need) per_warp *= 2;
 #pragma unroll
   for (int q = 0; q < kQuads; ++q) {
-    float top = fmaxf(best[q][0], best[q][1]), bottom = worst[q];
-    float floor = INFINITY;
+    float(&part)[kParts] = best[q];
+#pragma unroll
+    for (int n = kParts / 2; n; n /= 2)  // until as many parts are left as a lane has groups
+      if (8 * n >= per_warp)
+#pragma unroll
+        for (int i = 0; i < n; ++i) part[i] = fmaxf(part[i], part[i + n]);
+    float top = part[0], bottom = worst[q];
+    float floor = INFINITY, sum = 0;
     int groups = 0;
-    auto add_group = [&](float x, int size) {
-      if (x > -INFINITY) floor = fminf(floor, x), groups += size;
-    };
     if (per_warp <= 8) {
       float x = top;
       if (per_warp <= 4) x = fmaxf(x, __shfl_xor_sync(kFull, x, 4));
       if (per_warp <= 2) x = fmaxf(x, __shfl_xor_sync(kFull, x, 8));
-      add_group(x, (lane & (8 / per_warp - 1) * 4) == 0);
+      if (x > -INFINITY) floor = x;
+      if (x > -INFINITY && (lane & (8 / per_warp - 1) * 4) == 0) groups = 1, sum = x;
     } else {
-      add_group(best[q][0], 1);
-      add_group(best[q][1], 1);
+#pragma unroll
+      for (int i = 0; i < kParts; ++i) {
+        if (8 * i >= per_warp) break;
+        top = fmaxf(top, part[i]);
+        if (part[i] > -INFINITY) floor = fminf(floor, part[i]), sum += part[i], ++groups;
+      }
     }
 #pragma unroll
     for (int step = 4; step < 32; step *= 2) {
       groups += __shfl_xor_sync(kFull, groups, step);
+      sum += __shfl_xor_sync(kFull, sum, step);
       floor = fminf(floor, __shfl_xor_sync(kFull, floor, step));
       top = fmaxf(top, __shfl_xor_sync(kFull, top, step));
       bottom = fminf(bottom, __shfl_xor_sync(kFull, bottom, step));
     }
     const int head = q * 4 + lane;
     if (lane < 4 && head < b.sets && top > -INFINITY) {
-      atomicMin(&b.m.heads[head].floor, order_key(floor));
-      atomicMax(&b.m.heads[head].best, order_key(top));
-      atomicMin(&b.m.heads[head].worst, order_key(bottom));
-      atomicAdd(&b.m.heads[head].groups, uint32_t(groups));
+      auto& to = b.m.heads[head];
+      atomicMin(&to.floor, order_key(floor));
+      atomicMax(&to.best, order_key(top));
+      atomicMin(&to.worst, order_key(bottom));
+      atomicAdd(&to.groups, uint32_t(groups));
+      atomicAdd(&to.sum, sum);
     }
   }
 }
@@ -85,9 +97,9 @@ __device__ __forceinline__ void score_own_tokens(const FusedBlock& b) {
   for (int i = threadIdx.x; i < b.sets * kEdgeWords; i += kFusedThreads) m.counts[i] = 0;
   if (int(threadIdx.x) < b.sets) {
     auto& head = m.heads[threadIdx.x];
-    head.floor = head.worst = kFull, head.best = 0, head.groups = 0, head.placed = 0;
+    head.floor = head.worst = kFull, head.best = 0, head.groups = 0, head.sum = 0, head.placed = 0;
   }
-  if (threadIdx.x == 0) m.search_failed() = 0;
+  if (threadIdx.x == 0) m.search_failed() = 1;  // unless exchange 1 finds scores that differ
   b.begin();
 
   uint16_t raw[kChunks * 4] = {};
@@ -107,9 +119,16 @@ __device__ __forceinline__ void score_own_tokens(const FusedBlock& b) {
   query.load(m.planes, m.bias, p.head_quads);
 
   const Reader reader(shape);
-  float best[kQuads][Reader::kSteps], worst[kQuads];
+  // Parts of a lane's scores: those of a step, or its place in the quad as well where registers allow.
+  constexpr int kPlaces = kQuads == 1 && kMode != Mode::manhattan_sum ? kQuad : 1;
+  constexpr int kParts = Reader::kSteps * kPlaces;
+  float best[kQuads][kParts], worst[kQuads];
 #pragma unroll
-  for (int q = 0; q < kQuads; ++q) best[q][0] = best[q][1] = -INFINITY, worst[q] = INFINITY;
+  for (int q = 0; q < kQuads; ++q) {
+    worst[q] = INFINITY;
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) best[q][i] = -INFINITY;
+  }
   float* to = m.scores + warp * kStageTokens + lane % 4 * s.score_stride + lane / 4 * kQuad;
   // Summed distances have the longest code of a step: both steps' signatures at once would spill registers.
   constexpr bool kOneStep = kMode == Mode::manhattan_sum;
@@ -126,7 +145,8 @@ __device__ __forceinline__ void score_own_tokens(const FusedBlock& b) {
           const bool here = decltype(whole)::value || in_middle(p, plan, token + reader.token[i] + j);
           worst[q] = fminf(worst[q], here ? score[j] : INFINITY);
           score[j] = here ? score[j] : -INFINITY;
-          best[q][i] = fmaxf(best[q][i], score[j]);
+          float& top = best[q][i * kPlaces + j % kPlaces];
+          top = fmaxf(top, score[j]);
         }
         if (q * 4 + lane % 4 < b.sets)
           *reinterpret_cast<float4*>(to + q * 4 * s.score_stride + i * Reader::kStep) =

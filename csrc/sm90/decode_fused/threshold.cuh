@@ -7,8 +7,8 @@
 //
 // A block writes its part to every block, so that each of them computes the same result locally; a cluster barrier
 // ends each exchange. Tokens below the floor of the range cannot be selected, so warps list the others once
-// (Candidates) and process nothing else. If the edge bin is too full for exchange 3, as with mostly equal scores, a
-// radix search over the histograms of all blocks replaces it (radix_search).
+// (Candidates) and process nothing else. If the edge bin is too full for exchange 3, as with equal scores, further
+// histograms within it narrow it down (narrow_edge).
 #pragma once
 #include <cfloat>
 #include <climits>
@@ -21,6 +21,9 @@ namespace adamas {
 
 // -- exchange 1: the range --
 
+// The bins span the floor to the mean of the groups' maxima and as much again. The k-th best is near that mean if
+// there are about as many groups as tokens needed, whatever the distribution; a few outliers hardly move the mean,
+// and better scores share the last bin.
 __device__ __forceinline__ void find_range(const FusedBlock& b) {
   const FusedMemory& m = b.m;
   const int sets = b.sets;
@@ -28,21 +31,32 @@ __device__ __forceinline__ void find_range(const FusedBlock& b) {
   if (b.lane < sets)
     for (int r = b.warp; r < b.s.cluster; r += kFusedWarps) {
       const auto& head = m.heads[b.lane];
-      remote_store16(remote(m.ranges + b.rank * sets + b.lane, r),
-                     make_uint4(head.floor, head.best, head.worst, head.groups));
+      const uint32_t to = remote(m.ranges + b.rank * sets + b.lane, r);
+      remote_store16(to, make_uint4(head.floor, head.best, head.worst, head.groups));
+      remote_store(to + sizeof(uint4), head.sum);
     }
   cluster_sync();
   if (b.warp < sets) {  // one block per lane
-    uint4 range = make_uint4(kFull, 0, kFull, 0);
+    FusedRange range{kFull, 0, kFull, 0, 0.0f};
     if (b.lane < b.s.cluster) range = m.ranges[b.lane * sets + b.warp];
-    const uint32_t floor = __reduce_min_sync(kFull, range.x), top = __reduce_max_sync(kFull, range.y);
-    const uint32_t bottom = __reduce_min_sync(kFull, range.z), groups = __reduce_add_sync(kFull, range.w);
+    const uint32_t floor = __reduce_min_sync(kFull, range.floor), top = __reduce_max_sync(kFull, range.best);
+    const uint32_t bottom = __reduce_min_sync(kFull, range.worst), groups = __reduce_add_sync(kFull, range.groups);
+    const float sum = warp_sum(range.sum);
     if (b.lane == 0) {
       auto& head = m.heads[b.warp];
-      const float high = groups ? from_order_key(top) : 0.0f;
-      head.low = groups ? from_order_key(groups >= uint32_t(b.plan.need) ? floor : bottom) : 0.0f;
-      const float scale = high > head.low ? __fdividef(kEdgeBins - 1, high - head.low) : 0.0f;
+      const uint32_t least = groups >= uint32_t(b.plan.need) ? floor : bottom;
+      const float low = groups ? from_order_key(least) : 0.0f, best = groups ? from_order_key(top) : 0.0f;
+      const float high = fminf(best, low + 2.0f * (__fdividef(sum, groups) - low));
+      const float scale = high > low ? __fdividef(kEdgeBins - 1, high - low) : 0.0f;
+      head.low = low;
       head.scale = scale < 3e38f ? scale : 0.0f;
+      head.best = top;
+      // All scores that may be selected are equal: only tokens differ.
+      head.exact = least == top;
+      head.size = INT_MAX, head.wanted = b.plan.need;
+      head.from = uint64_t(top) << token_bits(b.plan.length);
+      head.to = head.from + b.plan.length - 1;
+      if (!head.exact) m.search_failed() = 0;
     }
   }
   __syncthreads();
@@ -107,47 +121,177 @@ struct Candidates {
 
 // -- exchange 2: the histogram, and the bin of each token set's k-th best --
 
+__device__ __forceinline__ void count_bin(uint32_t* counts, int bin) { atomicAdd(counts + bin / 2, 1u << 16 * (bin % 2)); }
+
+// Sends the block's histograms to all blocks. The caller waits until they have arrived.
+__device__ __forceinline__ void send_counts(const FusedBlock& b) {
+  const int words = b.sets * kEdgeWords;
+  for (int r = b.warp; r < b.s.cluster; r += kFusedWarps) {
+    const uint32_t to = remote(b.m.copies + b.rank * words, r);
+    for (int i = b.lane; i < words / 4; i += 32)
+      remote_store16(to + i * 16, reinterpret_cast<const uint4*>(b.m.counts)[i]);
+  }
+}
+
+// The edge bin of the warp's set, from the histograms of all blocks: its index, members, members to select, and the
+// place of the block's own members after those of the blocks with lower rank. One lane writes them.
+__device__ __forceinline__ void find_bin(const FusedBlock& b, FusedHead& head) {
+  const int lane = b.lane, words = b.sets * kEdgeWords;
+  uint32_t count[4] = {0, 0, 0, 0};  // a lane has four bins, summed over the blocks
+  const uint32_t* from = b.m.copies + b.warp * kEdgeWords;
+#pragma unroll 4
+  for (int r = 0; r < b.s.cluster; ++r) {
+    const uint2 x = *reinterpret_cast<const uint2*>(from + r * words + kEdgeWords - 2 - 2 * lane);
+    count[0] += x.y >> 16, count[1] += x.y & 0xffff, count[2] += x.x >> 16, count[3] += x.x & 0xffff;
+  }
+  const uint32_t wanted = head.wanted;
+  const LaneBin own = find_lane_bin(count, wanted);
+  const int owner = __ffs(__ballot_sync(kFull, own.sum >= wanted)) - 1;
+  const int edge = __shfl_sync(kFull, int(own.bin.index), max(owner, 0));
+  const uint32_t theirs = lane < b.rank ? from[lane * words + edge / 2] >> 16 * (edge % 2) & 0xffff : 0;
+  const uint32_t base = __reduce_add_sync(kFull, theirs);
+  __syncwarp();  // every lane has read `wanted`
+  if (lane == owner) head.edge = edge, head.size = own.bin.size, head.wanted = wanted - own.bin.before, head.base = base;
+  __syncwarp();
+}
+
 __device__ __forceinline__ void find_edge(const FusedBlock& b, const Candidates& candidates) {
   const FusedMemory& m = b.m;
-  const int lane = b.lane, warp = b.warp, words = b.sets * kEdgeWords;
   if (b.set < b.sets) {
     const float low = m.heads[b.set].low, scale = m.heads[b.set].scale;
     uint32_t* counts = m.counts + b.set * kEdgeWords;
     candidates.each([&](float x, int, bool here) {
-      if (!here || x == INFINITY) return;
-      const int bin = edge_bin(x, low, scale);
-      atomicAdd(counts + bin / 2, 1u << 16 * (bin % 2));
+      if (here && x != INFINITY) count_bin(counts, edge_bin(x, low, scale));
     });
   }
   __syncthreads();
-  for (int r = warp; r < b.s.cluster; r += kFusedWarps) {
-    const uint32_t to = remote(m.copies + b.rank * words, r);
-    for (int i = lane; i < words / 4; i += 32) remote_store16(to + i * 16, reinterpret_cast<const uint4*>(m.counts)[i]);
-  }
+  send_counts(b);
   cluster_sync();
-  if (warp < b.sets && b.plan.need > 0) {  // a warp per set; a lane has four bins, summed over the blocks
-    uint32_t count[4] = {0, 0, 0, 0};
-    const uint32_t* from = m.copies + warp * kEdgeWords;
-#pragma unroll 4
-    for (int r = 0; r < b.s.cluster; ++r) {
-      const uint2 x = *reinterpret_cast<const uint2*>(from + r * words + kEdgeWords - 2 - 2 * lane);
-      count[0] += x.y >> 16, count[1] += x.y & 0xffff, count[2] += x.x >> 16, count[3] += x.x & 0xffff;
-    }
-    const uint32_t need = b.plan.need;
-    const LaneBin own = find_lane_bin(count, need);
-    const int owner = __ffs(__ballot_sync(kFull, own.sum >= need)) - 1;
-    const int edge = __shfl_sync(kFull, int(own.bin.index), max(owner, 0));
-    // Own members of the edge bin follow those of the blocks with lower rank.
-    const uint32_t theirs = lane < b.rank ? from[lane * words + edge / 2] >> 16 * (edge % 2) & 0xffff : 0;
-    const uint32_t base = __reduce_add_sync(kFull, theirs);
-    if (lane == owner) {
-      auto& head = m.heads[warp];
-      head.edge = edge, head.size = own.bin.size, head.wanted = need - own.bin.before, head.base = base;
-      if (own.bin.size > kMembers) m.search_failed() = 1;
-    }
-    if (owner < 0 && lane == 0) m.search_failed() = 1;
+  if (b.warp < b.sets) {
+    FusedHead& head = m.heads[b.warp];
+    find_bin(b, head);
+    if (b.lane == 0 && head.size > kMembers) m.search_failed() = 1;
   }
   __syncthreads();
+}
+
+// The smallest order key in [first, last] whose score is in bin `edge` or a higher one; last + 1 if there is none.
+__device__ __forceinline__ uint32_t first_key(uint32_t first, uint32_t last, int edge, float low, float scale) {
+  for (;;) {
+    const uint32_t step = (last - first) / 32 + 1;
+    const uint64_t key = uint64_t(first) + uint64_t(threadIdx.x % 32 + 1) * step - 1;
+    const bool reached = key > last || edge_bin(from_order_key(uint32_t(key)), low, scale) >= edge;
+    const int lane = __ffs(__ballot_sync(kFull, reached)) - 1;
+    if (lane < 0) return last + 1;
+    const uint64_t found = uint64_t(first) + uint64_t(lane) * step;
+    if (found > last) return last + 1;
+    first = uint32_t(found);
+    if (step == 1) return first;
+    last = uint32_t(min(uint64_t(last), found + step - 1));
+  }
+}
+
+// Narrows edge bins that have too many members. A bin is now a range of ranks: (score, token) as one integer
+// (rank_key). First the range shrinks to the members' own; then histograms of 128 equal parts narrow it, so that equal
+// scores are told apart by their tokens. Not inlined, because it would raise the register count of the kernel.
+inline __device__ __noinline__ void narrow_edge(const DecodeParams& p, const FusedShape& s, uint8_t* memory) {
+  const FusedBlock b(p, s, memory);
+  const FusedMemory& m = b.m;
+  const int lane = b.lane, warp = b.warp, sets = b.sets;
+  const int bits = token_bits(b.plan.length);
+  auto each_rank = [&](auto visit) {
+    const FusedHead& head = m.heads[min(b.set, sets - 1)];
+    const uint64_t from = head.from, to = head.to;
+    if (head.size <= kMembers) return;
+    b.each_quad([&](float(&x)[4], int index, bool) {
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        const uint64_t rank = rank_key(order_key(x[j]), b.token(index + j), bits);
+        if (x[j] > -INFINITY && rank >= from && rank <= to) visit(rank);
+      }
+    });
+  };
+  bool shrink = false;
+  for (int i = 0; i < sets; ++i) shrink |= m.heads[i].size > kMembers && !m.heads[i].exact;
+  __syncthreads();
+  if (warp < sets) {
+    FusedHead& head = m.heads[warp];
+    const bool own = head.size > kMembers && !head.exact;
+    if (own) {
+      const uint32_t floor = order_key(head.low), top = head.best;
+      const uint32_t first = first_key(floor, top, head.edge, head.low, head.scale);
+      const uint32_t next =
+          head.edge < kEdgeBins - 1 ? first_key(first, top, head.edge + 1, head.low, head.scale) : top + 1;
+      __syncwarp();
+      if (lane == 0) head.from = uint64_t(first) << bits, head.to = (uint64_t(next) << bits) - 1;
+    }
+    __syncwarp();
+    if (lane == 0) {
+      head.least = ~0ull, head.most = 0;
+      if (head.size > kMembers) {
+        head.exact = true;
+        if (b.rank == 0) count_search(p);
+      }
+    }
+  }
+  __syncthreads();
+  if (shrink) {  // all blocks agree
+    unsigned long long least = ~0ull, most = 0;
+    each_rank([&](unsigned long long rank) { least = min(least, rank), most = max(most, rank); });
+#pragma unroll
+    for (int step = 16; step; step /= 2) {
+      least = min(least, __shfl_xor_sync(kFull, least, step));
+      most = max(most, __shfl_xor_sync(kFull, most, step));
+    }
+    if (lane == 0 && b.set < sets) atomicMin(&m.heads[b.set].least, least), atomicMax(&m.heads[b.set].most, most);
+    __syncthreads();
+    if (lane < sets)
+      for (int r = warp; r < s.cluster; r += kFusedWarps) {
+        const auto& head = m.heads[lane];
+        remote_store16(remote(m.ranges + b.rank * sets + lane, r),
+                       make_uint4(uint32_t(head.least), uint32_t(head.least >> 32), uint32_t(head.most),
+                                  uint32_t(head.most >> 32)));
+      }
+    cluster_sync();
+    if (warp < sets) {
+      least = ~0ull, most = 0;
+      if (lane < s.cluster) {
+        const uint4 x = *reinterpret_cast<const uint4*>(m.ranges + lane * sets + warp);
+        least = (unsigned long long)x.y << 32 | x.x, most = (unsigned long long)x.w << 32 | x.z;
+      }
+#pragma unroll
+      for (int step = 16; step; step /= 2) {
+        least = min(least, __shfl_xor_sync(kFull, least, step));
+        most = max(most, __shfl_xor_sync(kFull, most, step));
+      }
+      if (lane == 0 && m.heads[warp].size > kMembers) m.heads[warp].from = least, m.heads[warp].to = most;
+    }
+  }
+  for (;;) {
+    cluster_arrive();  // this block has read the previous histograms
+    for (int i = threadIdx.x; i < sets * kEdgeWords; i += kFusedThreads) m.counts[i] = 0;
+    __syncthreads();
+    each_rank([&](uint64_t rank) {
+      const FusedHead& head = m.heads[b.set];
+      count_bin(m.counts + b.set * kEdgeWords, int((rank - head.from) >> range_shift(head)));
+    });
+    __syncthreads();
+    cluster_wait();
+    send_counts(b);
+    cluster_sync();
+    bool wide = false;
+    if (warp < sets && m.heads[warp].size > kMembers) {
+      FusedHead& head = m.heads[warp];
+      const int shift = range_shift(head);
+      find_bin(b, head);
+      if (lane == 0) {
+        head.from += uint64_t(head.edge) << shift;
+        head.to = min(head.to, head.from + (uint64_t(1) << shift) - 1);
+      }
+      wide = head.size > kMembers;
+    }
+    if (!__syncthreads_or(wide)) break;
+  }
 }
 
 // -- exchange 3: the members of the edge bin, and the k-th best among them --
@@ -163,9 +307,17 @@ __device__ __forceinline__ void find_threshold(const FusedBlock& b, const Candid
   if (b.set < b.sets) {
     auto& head = m.heads[b.set];
     const float low = head.low, scale = head.scale;
-    const int edge = head.edge;
+    const int edge = head.edge, bits = token_bits(b.plan.length);
+    const bool exact = head.exact;
+    const uint64_t from = head.from, to = head.to;
     candidates.each([&](float x, int index, bool here) {
-      if (!here || x == INFINITY || edge_bin(x, low, scale) != edge) return;
+      if (!here || x == INFINITY) return;
+      if (exact) {
+        const uint64_t rank = rank_key(order_key(x), b.token(index), bits);
+        if (rank < from || rank > to) return;
+      } else if (edge_bin(x, low, scale) != edge) {
+        return;
+      }
       const uint32_t at = head.base + atomicAdd(&head.placed, 1u);
       for (int r = 0; r < b.s.cluster; ++r)
         remote_store8(remote(m.members + b.set * kMembers + at, r), make_uint2(__float_as_uint(x), b.token(index)));
@@ -188,57 +340,6 @@ __device__ __forceinline__ void find_threshold(const FusedBlock& b, const Candid
     }
   }
   __syncthreads();
-}
-
-// -- instead of exchange 3: radix passes over (score, token), for any scores --
-
-// Seven bits per pass, with one cluster barrier each. Two histograms alternate: while blocks read one from each other,
-// the other is cleared and filled. Not inlined, because it is rare and would raise the register count of the kernel.
-inline __device__ __noinline__ void radix_search(const DecodeParams& p, const FusedShape& s, uint8_t* memory) {
-  const FusedBlock b(p, s, memory);
-  const FusedMemory& m = b.m;
-  const int lane = b.lane, warp = b.warp, sets = b.sets;
-  const int bits = token_bits(b.plan.length);
-  if (int(threadIdx.x) < sets) m.heads[threadIdx.x].prefix = 0, m.heads[threadIdx.x].need = b.plan.need;
-  int parity = 0;
-  for (int shift = 32 + bits; shift > 0; parity ^= 1) {
-    const int above = shift;
-    shift = max(shift - 7, 0);
-    uint32_t* bins = m.wide + parity * sets * kEdgeBins;
-    for (int i = threadIdx.x; i < sets * kEdgeBins; i += kFusedThreads) bins[i] = 0;
-    __syncthreads();
-    b.each_quad([&](float(&x)[4], int index, bool) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (x[j] == -INFINITY) continue;
-        const uint64_t value = rank_key(order_key(x[j]), b.token(index + j), bits);
-        const RadixDigit digit{m.heads[b.set].prefix, above, shift};
-        if (digit.has(value)) atomicAdd(bins + b.set * kEdgeBins + digit(value), 1u);
-      }
-    });
-    cluster_sync();
-    if (warp < sets) {  // a warp per set; a lane has four bins, summed over the blocks
-      uint32_t count[4] = {0, 0, 0, 0};
-      for (int r = 0; r < s.cluster; ++r) {
-        const uint4 x = remote_load16(remote(bins + warp * kEdgeBins + (31 - lane) * 4, r));
-        count[0] += x.w, count[1] += x.z, count[2] += x.y, count[3] += x.x;
-      }
-      const uint32_t need = m.heads[warp].need;
-      const LaneBin own = find_lane_bin(count, need);
-      __syncwarp();  // every lane has read `need`
-      if (own.owned(need)) {  // one lane
-        m.heads[warp].need = need - own.bin.before;
-        m.heads[warp].prefix = m.heads[warp].prefix << (above - shift) | own.bin.index;
-      }
-    }
-    __syncthreads();
-  }
-  if (int(threadIdx.x) < sets) {
-    auto& head = m.heads[threadIdx.x];
-    head.score = from_order_key(uint32_t(head.prefix >> bits));
-    head.token = int(head.prefix & ((1ull << bits) - 1));
-  }
-  cluster_sync();  // all blocks have read the histograms, whose memory the selected tokens reuse
 }
 
 }  // namespace adamas

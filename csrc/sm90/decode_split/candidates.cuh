@@ -1,6 +1,6 @@
 // The candidates of a token set, and the selection of the k best among them by a block of attend.
 //
-// Scores above the pivot are divided into kBins equal bins. One pass over the candidates fills the bins. A second one
+// Scores above the pivot are divided into kBins equal bins, the last of which holds all better ones as well. One pass over the candidates fills the bins. A second one
 // selects the candidates above the bin of the k-th best and collects the few members of that bin, which are ranked one
 // by one. A thread reads only candidates that it copied to shared memory itself, so the copies need no barrier.
 #pragma once
@@ -64,10 +64,13 @@ __device__ __noinline__ void select_in_bin(CandidateList<kThreads, kKept> candid
                                            int index, int wanted, int bits, uint32_t* bins, uint32_t* bitmap) {
   uint32_t* range = bins + kFreeWord;
   if (threadIdx.x == 0) range[0] = kFull, range[1] = 0;
-  __syncthreads();
+  uint32_t least = kFull, most = 0;
   candidates.each(count, [&](float score, uint32_t) {
-    if (bin_at(score) == index) atomicMin(range, order_key(score)), atomicMax(range + 1, order_key(score));
+    if (bin_at(score) == index) least = min(least, order_key(score)), most = max(most, order_key(score));
   });
+  least = __reduce_min_sync(kFull, least), most = __reduce_max_sync(kFull, most);
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) atomicMin(range, least), atomicMax(range + 1, most);
   __syncthreads();
   const uint32_t low = range[0], high = range[1];
   auto members = [&](auto visit) {
@@ -86,14 +89,17 @@ __device__ __noinline__ void select_in_bin(CandidateList<kThreads, kKept> candid
 // Sets the bits of the plan.need best of `count` candidates; there are at least that many. `bins`: kHistogramWords,
 // zeroed and synchronised. The caller synchronises before it reads the bitmap.
 template <int kThreads, int kKept>
-__device__ __forceinline__ void select_candidates(const CandidateList<kThreads, kKept>& candidates,
+__device__ __forceinline__ void select_candidates(const DecodeParams& p,
+                                                  const CandidateList<kThreads, kKept>& candidates,
                                                   const RowPlan& plan, int count, const ScoreBins& bin_at,
                                                   uint32_t* bins, uint32_t* bitmap) {
+  const int bits = token_bits(plan.length);
+  if (bin_at.scale == 0)  // a single bin
+    return select_in_bin(candidates, count, bin_at, 0, plan.need, bits, bins, bitmap);
   candidates.each(count, [&](float score, uint32_t) { atomicAdd(bins + padded(bin_at(score)), 1u); });
   __syncthreads();
   const Bin edge = find_block_bin<kThreads>(bins, plan.need);
   const int index = int(edge.index), wanted = int(plan.need - edge.before), size = int(edge.size);
-  const int bits = token_bits(plan.length);
   uint64_t* members = reinterpret_cast<uint64_t*>(bins);  // the counts are no longer needed
   uint32_t* num_members = bins + kFreeWord;
   if (threadIdx.x == 0) *num_members = 0;
@@ -106,7 +112,10 @@ __device__ __forceinline__ void select_candidates(const CandidateList<kThreads, 
   });
   if (size == wanted) return;
   __syncthreads();
-  if (size > kEdgeMembers) return select_in_bin(candidates, count, bin_at, index, wanted, bits, bins, bitmap);
+  if (size > kEdgeMembers) {
+    if (threadIdx.x == 0) count_search(p);
+    return select_in_bin(candidates, count, bin_at, index, wanted, bits, bins, bitmap);
+  }
   for (int m = threadIdx.x; m < size; m += kThreads) {
     const uint64_t mine = members[m];
     int better = 0;

@@ -54,18 +54,20 @@ __global__ void __maxnreg__(most_registers(kQuads))
   QueryMemory s;
   s.planes = reinterpret_cast<uint32_t*>(memory);
   s.bias = reinterpret_cast<int32_t*>(s.planes + plane_words);
-  uint32_t* bins = reinterpret_cast<uint32_t*>(s.bias + 4 * kMaxHeadQuads);  // [score head][kPivotWords]
-  // [score head][sample]
-  float* scores = s.scratch = reinterpret_cast<float*>(bins + p.score_heads_per_kv * kPivotWords);
+  float* scores = s.scratch = reinterpret_cast<float*>(s.bias + 4 * kMaxHeadQuads);  // [score head][sample]
   clear_queries<kChunks, kMode>(p, s);
   __syncthreads();
 
-  // The sample consists of whole tiles, evenly spaced over the context. Every token is a candidate, without a sample,
-  // if the sample would be most of the context or the pivot would rank near the end of the sample.
-  const int rank = sample_rank(plan.need, sample, plan.length);
+  // The sample consists of whole tiles, one in each of as many equal parts of the context. In every second part it is
+  // the first tile, in the others it may be any, so that no period of the context escapes the sample. Every token is a
+  // candidate, without a sample, if the sample would be most of the context or the pivot would rank near its end.
+  const int rank = sample_rank(plan.need, sample, plan.length, kLeastSpread);
   const bool sampled = !p.scores && plan.length >= 2 * sample && rank < sample * 3 / 4 && plan.need > 0;
   const int64_t tiles = (plan.length + kTile - 1) / kTile;
-  auto quad_at = [&](int i) { return int((i / 4 * tiles >> (sample_bits - 4)) * 4 + i % 4); };
+  auto quad_at = [&](int i) {
+    const int part = i / 4, inside = part % 2 ? part * 39 % 64 : 0;  // in 64ths of a part
+    return int(((part * 64 + inside) * tiles >> (sample_bits + 2)) * 4 + i % 4);
+  };
   const int steps = sampled ? sample / kQuad / 8 / warps : 0;
   QueryFragments<kChunks, kMode, kQuads> query;
   scan_quads<kChunks, kMode, kQuads>(
@@ -97,14 +99,12 @@ __global__ void __maxnreg__(most_registers(kQuads))
   }
   __syncthreads();
   for (int head = warp; head < p.score_heads_per_kv; head += warps) {
-    const Pivot pivot = find_pivot(scores + head * sample, sample_bits, rank, bins + head * kPivotWords);
+    const Pivot pivot = find_pivot(Sample{scores + head * sample, sample_bits}, plan.need, plan.length);
     if (lane == 0) {
       const bool found = pivot.score > -INFINITY;
       p.work.pivot_score[set + head] = pivot.score;
       p.work.pivot_token[set + head] = found ? quad_at(pivot.position / kQuad) * kQuad : INT_MAX;
-      // The k-th best is between the pivot and slightly above the best of the sample.
-      p.work.pivot_scale[set + head] =
-          found && pivot.top > pivot.score ? 0.5f * kBins / (pivot.top - pivot.score) : 0.0f;
+      p.work.pivot_scale[set + head] = pivot.scale;
     }
   }
 }
@@ -113,7 +113,6 @@ __global__ void __maxnreg__(most_registers(kQuads))
 int encode_memory(const DecodeParams& p, int sample_bits) {
   const int chunks = p.page.words <= 4 ? 1 : 2;
   const int words = p.head_quads * query_planes(p.mode) * chunks * 32 + 4 * kMaxHeadQuads +
-                    p.score_heads_per_kv * kPivotWords +
                     std::max(p.score_heads_per_kv << sample_bits, p.group * chunks * 4 * 32);
   return words * 4;
 }

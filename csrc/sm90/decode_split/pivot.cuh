@@ -1,13 +1,19 @@
 // The pivot of a token set: a score that ranks well below the k-th best. One warp finds it in a sample of the context
-// in shared memory. A guess costs one pass over the sample; there is no barrier of the block.
+// in shared memory; there is no barrier of the block.
+//
+// The pivot is found by value. A guess costs one pass over the sample, and each pass bounds the pivot by values of the
+// sample, so outliers and equal scores do not prolong the search.
 #pragma once
 #include "sm90/histogram.cuh"
+#include "sm90/memory.cuh"
 #include "sm90/order.cuh"
+#include "sm90/reduce.cuh"
+#include "sm90/sample.h"
+#include "sm90/signature.cuh"
 
 namespace adamas {
 
-constexpr int kPivotBits = 8, kPivotWords = padded(1 << kPivotBits);
-constexpr int kTries = 8;  // guesses of a pivot's value
+constexpr int kNormalTries = 4;  // guesses that take the scores as normally distributed
 
 // The number of standard deviations above the mean that a share `p` < 0.5 of a normal distribution exceeds, with an
 // error below 0.005 (Abramowitz and Stegun, 26.2.22).
@@ -18,74 +24,168 @@ __device__ __forceinline__ float normal_tail(float p) {
 
 // Candidates are tokens with a better score, and tokens with an equal score from `position` in the sample on.
 struct Pivot {
-  float score, top;  // top: the best of the sample
+  float score;
+  float scale;  // selection bins per unit of score above the pivot, or 0 if all scores there are equal
   int position;
 };
 
-// Calls visit(score, position) for every score of a sample, four neighbours per lane.
-template <class Visit>
-__device__ __forceinline__ void each_sampled(const float* scores, int sample_bits, Visit visit) {
+// The sample's scores in order; excluded tokens are -inf. Tiles of kTile neighbours are neighbours in the context.
+struct Sample {
+  const float* scores;
+  int bits;  // log2 of their number
+  __device__ __forceinline__ int size() const { return 1 << bits; }
+
+  // Calls visit(score, position) for every score, four neighbours per lane.
+  template <class Visit>
+  __device__ __forceinline__ void each(Visit visit) const {
 #pragma unroll 4
-  for (int i = threadIdx.x % 32 * 4; i < 1 << sample_bits; i += 128) {
-    const float4 x = *reinterpret_cast<const float4*>(scores + i);
-    visit(x.x, i), visit(x.y, i + 1), visit(x.z, i + 2), visit(x.w, i + 3);
+    for (int i = threadIdx.x % 32 * 4; i < size(); i += 128) {
+      const float4 x = *reinterpret_cast<const float4*>(scores + i);
+      visit(x.x, i), visit(x.y, i + 1), visit(x.z, i + 2), visit(x.w, i + 3);
+    }
   }
-}
+};
 
-// Among many equal scores, the position in the sample decides. Rare, hence not inlined.
-inline __device__ __noinline__ uint64_t find_tied_pivot(const float* scores, int sample_bits, int rank, int slack,
-                                                 uint32_t* bins) {
-  return warp_threshold<kPivotBits>(bins, 32 + sample_bits, rank, slack, [&](auto visit) {
-    each_sampled(scores, sample_bits, [&](float x, int i) {
-      if (x > -INFINITY) visit(rank_key(order_key(x), i, sample_bits));
+// The search for the `rank`-th best score. `low` and `high` are scores of the sample: at least `rank` scores reach low,
+// and fewer are better than high.
+struct PivotSearch {
+  float low, high;
+  int reached, better;   // scores that reach low, and scores better than high
+  float mean, deviation, inverse;  // of the sample: mean and standard deviation, 1 / number of scores
+
+  __device__ __forceinline__ explicit PivotSearch(const Sample& sample) : better(0) {
+    float sum = 0, squares = 0, least = INFINITY, most = -INFINITY;
+    int seen = 0;
+    sample.each([&](float x, int) {
+      const bool here = x > -INFINITY;
+      seen += here;
+      sum += here ? x : 0.0f;
+      squares += here ? x * x : 0.0f;
+      least = fminf(least, here ? x : INFINITY);
+      most = fmaxf(most, x);
     });
-  });
+    reached = __reduce_add_sync(kFull, seen);
+#pragma unroll
+    for (int step = 16; step; step /= 2) {
+      sum += __shfl_xor_sync(kFull, sum, step);
+      squares += __shfl_xor_sync(kFull, squares, step);
+      least = fminf(least, __shfl_xor_sync(kFull, least, step));
+      most = fmaxf(most, __shfl_xor_sync(kFull, most, step));
+    }
+    low = least, high = most;
+    inverse = __fdividef(1.0f, reached);
+    mean = sum * inverse;
+    deviation = sqrtf(fmaxf(squares * inverse - mean * mean, 0.0f));
+  }
+
+  // A score that `rank` to rank + slack scores reach. If there is none, low and high end at the score whose equals
+  // include both ranks.
+  __device__ __forceinline__ float find(const Sample& sample, int rank, int slack) {
+    const float share = (rank + 0.4f * slack) * inverse;
+    float guess = mean + deviation * (share < 0.5f ? normal_tail(share) : 0.0f);
+#pragma unroll 1
+    for (int i = 0; reached > rank + slack && low < high; ++i) {
+      // Any value in (low, high] makes progress. Halves of the range of the floats serve scores of any magnitude.
+      if (!(guess > low && guess <= high)) guess = i % 2 ? low + 0.5f * (high - low) : middle_key();
+      if (!(guess > low && guess <= high)) guess = high;
+      int count = 0;
+      float above = INFINITY, below = -INFINITY;
+      sample.each([&](float x, int) {
+        const bool reaches = x >= guess;
+        count += reaches;
+        above = fminf(above, reaches ? x : INFINITY);
+        below = fmaxf(below, reaches ? -INFINITY : x);
+      });
+      count = __reduce_add_sync(kFull, count);
+      if (count >= rank) {
+        low = from_order_key(__reduce_min_sync(kFull, order_key(above)));
+        reached = count;
+      } else {
+        high = from_order_key(__reduce_max_sync(kFull, order_key(below)));
+        better = count;
+      }
+      const float found = count * inverse;
+      guess = i < kNormalTries && share < 0.5f && count && found < 0.5f
+                  ? mean + (guess - mean) * __fdividef(normal_tail(share), normal_tail(found))
+                  : NAN;
+    }
+    return low;
+  }
+
+ private:
+  __device__ __forceinline__ float middle_key() const {
+    return from_order_key(order_key(low) + (order_key(high) - order_key(low) + 1) / 2);
+  }
+};
+
+// The last position from which on `count` scores equal `value`, to a multiple of 4.
+inline __device__ __noinline__ int find_position(const Sample& sample, float value, int count) {
+  for (int base = sample.size() - 128;; base -= 128) {
+    const int at = base + threadIdx.x % 32 * 4;
+    const float4 x = *reinterpret_cast<const float4*>(sample.scores + max(at, 0));
+    const int own = at < 0 ? 0 : (x.x == value) + (x.y == value) + (x.z == value) + (x.w == value);
+    const int before = warp_prefix_sum(own) - own, total = __reduce_add_sync(kFull, own);
+    const uint32_t enough = __ballot_sync(kFull, total - before >= count);
+    if (enough) return max(base + (31 - __clz(enough)) * 4, 0);
+    if (base <= 0) return 0;
+    count -= total;
+  }
 }
 
-// A score that at least `rank` and at most 1.5 `rank` tokens of the sample reach (2 `rank` where scores tie). Excluded
-// tokens are -inf. Scores are nearly normal, so the first guess mostly fits; otherwise it is corrected, then bisected.
-__device__ __forceinline__ Pivot find_pivot(const float* scores, int sample_bits, int rank, uint32_t* bins) {
-  const int slack = rank / 2;  // more candidates do no harm as long as they fit
-  float sum = 0, squares = 0, low = INFINITY, high = -INFINITY;
-  int seen = 0;
-  each_sampled(scores, sample_bits, [&](float x, int) {
-    const bool here = x > -INFINITY;
-    seen += here;
-    sum += here ? x : 0.0f;
-    squares += here ? x * x : 0.0f;
-    low = fminf(low, here ? x : INFINITY);
-    high = fmaxf(high, x);
-  });
-  seen = __reduce_add_sync(kFull, seen);
-#pragma unroll
-  for (int step = 16; step; step /= 2) {
-    sum += __shfl_xor_sync(kFull, sum, step);
-    squares += __shfl_xor_sync(kFull, squares, step);
-    low = fminf(low, __shfl_xor_sync(kFull, low, step));
-    high = fmaxf(high, __shfl_xor_sync(kFull, high, step));
+// The scores that reach the pivot: how they gather in tiles (the variance of a tile's number over its mean, 1 for
+// independent scores), and by how much they exceed it on average.
+struct Reaching {
+  float spread, excess;
+  __device__ __forceinline__ Reaching(const Sample& sample, float pivot, int reached) {
+    float sum = 0;
+    int squares = 0;
+#pragma unroll 2
+    for (int base = 0; base < sample.size(); base += 128) {  // 8 tiles, four lanes each
+      const float4 x = *reinterpret_cast<const float4*>(sample.scores + base + threadIdx.x % 32 * 4);
+      int count = 0;
+      auto add = [&](float score) {
+        count += score >= pivot;
+        sum += score >= pivot ? score - pivot : 0.0f;
+      };
+      add(x.x), add(x.y), add(x.z), add(x.w);
+      count += __shfl_xor_sync(kFull, count, 1);
+      count += __shfl_xor_sync(kFull, count, 2);
+      squares += count * count;
+    }
+    const float number = float(reached);
+    spread = __fdividef(0.25f * __reduce_add_sync(kFull, squares), number) - number * kTile / sample.size();
+    excess = __fdividef(warp_sum(sum), number);
   }
-  if (seen < rank) return {-INFINITY, high, 0};
-  int most = seen;  // tokens that reach low
-  const float top = high, inverse = __fdividef(1.0f, seen), mean = sum * inverse;
-  const float share = (rank + 0.4f * slack) * inverse;
-  float guess = mean + sqrtf(fmaxf(squares * inverse - mean * mean, 0.0f)) * (share < 0.5f ? normal_tail(share) : 0.0f);
+};
+static_assert(kTile == 4 * kQuad);
+
+// The pivot for the `need` best of `length` tokens. If the best scores of the sample gather in few tiles, as those of a
+// passage do, their number says less about the context, so the pivot ranks lower.
+__device__ __forceinline__ Pivot find_pivot(const Sample& sample, int need, int length) {
+  PivotSearch search(sample);
+  int rank = sample_rank(need, sample.size(), length, kLeastSpread);
+  if (search.reached < rank) return {-INFINITY, 0.0f, 0};
+  const PivotSearch all = search;
+  float score = 0;
+  float excess = 0;
 #pragma unroll 1
-  for (int i = 0; i < kTries; ++i) {
-    if (!(guess > low && guess < high)) guess = 0.5f * (low + high);
-    int reached = 0;
-    each_sampled(scores, sample_bits, [&](float x, int) { reached += x >= guess; });
-    reached = __reduce_add_sync(kFull, reached);
-    if (reached >= rank && reached <= rank + slack) return {guess, top, 0};
-    (reached < rank ? high : low) = guess;
-    if (reached >= rank) most = reached;
-    const float found = reached * inverse;
-    guess = i < 4 && share < 0.5f && reached && found < 0.5f
-                ? mean + (guess - mean) * __fdividef(normal_tail(share), normal_tail(found))
-                : NAN;  // bisect
+  for (bool again = false;; again = true) {
+    const int slack = rank / 2;  // more candidates do no harm as long as they fit
+    score = search.find(sample, rank, slack);
+    if (search.reached > rank + slack) {  // equal scores: the most recent ones are candidates
+      const int position = find_position(sample, score, rank - search.better);
+      return {score, 0.0f, position};
+    }
+    const Reaching reaching(sample, score, search.reached);
+    excess = reaching.excess;
+    const int wanted =
+        min(sample_rank(need, sample.size(), length, fminf(reaching.spread, kMostSpread)), sample.size() * 3 / 4);
+    if (again || search.reached >= wanted || all.reached < wanted) break;
+    rank = wanted;
+    search = all;
   }
-  if (most <= 2 * rank) return {low, top, 0};
-  const uint64_t tied = find_tied_pivot(scores, sample_bits, rank, slack, bins);
-  return {from_order_key(uint32_t(tied >> sample_bits)), top, int(tied & ((1 << sample_bits) - 1))};
+  // The k-th best is above the pivot by a few times the mean excess; better scores share the last bin.
+  return {score, excess > 0 ? __fdividef(kBins, 6.0f * excess) : 0.0f, 0};
 }
 
 }  // namespace adamas

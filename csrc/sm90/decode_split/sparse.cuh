@@ -60,9 +60,10 @@ __device__ void attend_sparse(const DecodeParams& p, int set, uint8_t* memory) {
     if (count >= uint32_t(plan.need) && count <= uint32_t(p.capacity)) {
       candidates.fetch(expected, min(int(count), Shape::kKept));
       wait_for_async_copies();
-      select_candidates(candidates, plan, int(count), bin_at, bins, bitmap);
+      select_candidates(p, candidates, plan, int(count), bin_at, bins, bitmap);
     } else {
       wait_for_async_copies();  // they write to the memory of the search's bins
+      if (threadIdx.x == 0) count_search(p);
       select_from_scan<kThreads, Shape::kHeadSize <= 128 ? 1 : 2>(p, row, kv_head, score_head, plan, bins, bitmap);
     }
   }
