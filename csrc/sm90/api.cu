@@ -169,16 +169,16 @@ void scan_op(Layer layer, TensorView query, TensorView block_table, TensorView s
 }
 
 int64_t workspace_bytes_op(int64_t num_query_heads, int64_t num_kv_heads, int64_t head_size, bool dot,
-                           bool per_query_head, int64_t rows, int64_t capacity) {
-  DecodeParams p = decode_shape(num_query_heads, num_kv_heads, head_size, dot, per_query_head);
+                           bool per_query_head, bool maximum, int64_t rows, int64_t capacity) {
+  DecodeParams p = decode_shape(num_query_heads, num_kv_heads, head_size, dot, per_query_head, maximum);
   p.num_rows = int(rows);
   p.capacity = int(capacity);
   return workspace(p, nullptr);
 }
 
 int64_t max_sample_bits_op(int64_t num_query_heads, int64_t num_kv_heads, int64_t head_size, bool dot,
-                           bool per_query_head) {
-  return max_sample_bits(decode_shape(num_query_heads, num_kv_heads, head_size, dot, per_query_head));
+                           bool per_query_head, bool maximum) {
+  return max_sample_bits(decode_shape(num_query_heads, num_kv_heads, head_size, dot, per_query_head, maximum));
 }
 
 // Clusters of the fused kernel that run at once, 0 if it does not support the shape. half: queries are float16.

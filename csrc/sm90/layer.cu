@@ -42,17 +42,18 @@ Page make_page(const TensorView& kv_cache, const PageLayout& layout, int64_t hea
 }  // namespace
 
 DecodeParams decode_shape(int64_t num_query_heads, int64_t num_kv_heads, int64_t head_size, bool dot,
-                          bool per_query_head) {
+                          bool per_query_head, bool maximum) {
   expect(num_kv_heads > 0 && num_query_heads > 0 && num_query_heads % num_kv_heads == 0,
          "num_query_heads: expected a multiple of num_kv_heads");
   DecodeParams p{};
   p.num_query_heads = int(num_query_heads);
   p.group = int(num_query_heads / num_kv_heads);
   expect(p.group <= kMaxGroup, "num_query_heads: expected at most 16 per KV head");
-  p.mode = dot ? Mode::dot : per_query_head ? Mode::manhattan : Mode::manhattan_sum;
+  expect(!maximum || (dot && !per_query_head), "maximum: expected dot scores and one set of tokens per KV head");
+  p.mode = maximum ? Mode::dot_max : dot ? Mode::dot : per_query_head ? Mode::manhattan : Mode::manhattan_sum;
   p.per_query_head = per_query_head;
   p.score_heads_per_kv = per_query_head ? p.group : 1;
-  p.head_quads = dot && !per_query_head ? 1 : (p.group + 3) / 4;
+  p.head_quads = p.mode == Mode::dot && !per_query_head ? 1 : (p.group + 3) / 4;
   p.page.head_size = int(head_size);
   p.page.words = int(head_size / kWord);
   p.page.num_kv_heads = int(num_kv_heads);
@@ -88,10 +89,12 @@ Layer bind(TensorView kv_cache, Map<String, Any> description, Optional<Tensor> k
   auto layer = tvm::ffi::make_object<LayerObj>();
   layer->device = device;
   DecodeParams& p = layer->decode;
-  p = decode_shape(integer("num_query_heads"), num_kv_heads, head_size, flag("dot"), flag("per_query_head"));
+  p = decode_shape(integer("num_query_heads"), num_kv_heads, head_size, flag("dot"), flag("per_query_head"),
+                   flag("maximum"));
   p.page = make_page(kv_cache, layout, head_size);
   p.coding = Coding{float(number("threshold")), flag("relative")};
   p.softmax_scale = float(number("softmax_scale") * number("k_scale") * kLog2E);  // logits in base 2
+  p.logit_scale = float(number("logit_scale"));
   p.num_sink_tokens = int(integer("num_sink_tokens"));
   p.recent_window = int(integer("recent_window"));
   p.least_budget = std::max(p.num_sink_tokens + p.recent_window, 1);

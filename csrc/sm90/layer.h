@@ -30,7 +30,7 @@ class Layer : public tvm::ffi::ObjectRef {
 
 // The parameters that depend on the heads and the score alone.
 DecodeParams decode_shape(int64_t num_query_heads, int64_t num_kv_heads, int64_t head_size, bool dot,
-                          bool per_query_head);
+                          bool per_query_head, bool maximum);
 
 // kv_cache: [num_blocks, num_kv_heads, block_size, C]. description: Params.native in backends/base.py. key_mean:
 // float32 [num_kv_heads, head_size].

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "common/coding.h"
+#include "common/element.h"
 #include "common/page.h"
 
 namespace adamas {
@@ -23,8 +24,15 @@ constexpr int kMaxQueryPlanes = 3;
 // The counter of token sets whose selection took more than one pass.
 constexpr int kSearchedAgain = 4;
 
-// dot; manhattan per query head; manhattan summed over the query heads of a KV head.
-enum class Mode : int { dot, manhattan, manhattan_sum };
+// dot; manhattan per query head; manhattan summed over the query heads of a KV head; the maximum over them (maximum.cuh)
+// of dot.
+enum class Mode : int { dot, manhattan, manhattan_sum, dot_max };
+ADAMAS_BOTH constexpr bool is_dot(Mode mode) { return mode == Mode::dot || mode == Mode::dot_max; }
+
+// A query head's logit in base 2 is score * factor; log_sum is the log-sum-exp of a sample of them.
+struct HeadWeight {
+  float factor, log_sum;
+};
 
 // How a page and a token in it are located.
 struct PageAddress {
@@ -64,6 +72,7 @@ struct GatherParams {
 struct Workspace {
   uint32_t* planes;       // [group][head quad][plane][chunk of 4 words][32 lanes] query planes
   int32_t* bias;          // [group][head quad][4] integer constant of a head's score
+  HeadWeight* weights;    // [group][head quad][4], for dot_max
   float* pivot_score;     // [set] tokens below (score, token) are not candidates
   int32_t* pivot_token;   // [set]
   float* pivot_scale;     // [set] selection bins per unit of score above the pivot, or 0
@@ -85,6 +94,7 @@ struct DecodeParams {
   int num_rows, num_query_heads, group, score_heads_per_kv, head_quads;
   int max_seq_len;  // upper bound of all rows, which workspaces and the block table hold
   float softmax_scale, norm;
+  float logit_scale;  // softmax scale in base 2 of values that are not fp8
   Mode mode;
   bool per_query_head;
   int num_sink_tokens, recent_window, sliding_window;

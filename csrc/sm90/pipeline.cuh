@@ -19,6 +19,14 @@ struct StageShape {
   bool whole_blocks;
 
   StageShape() = default;
+  // A stage of single tiles.
+  static __device__ __forceinline__ StageShape of_tiles(const Page& page) {
+    StageShape shape;
+    shape.words = page.words, shape.whole_blocks = false, shape.tokens = kStageTokens;
+    shape.part_tokens = kTile, shape.parts = kStageTokens / kTile;
+    shape.part_bytes = kTile * (page.head_size / 4 + 2);
+    return shape;
+  }
   __host__ __device__ explicit StageShape(const Page& page) {
     words = page.words;
     whole_blocks = page.block_size <= kStageTokens;
@@ -64,9 +72,15 @@ class StageRing {
   // lanes call it, and none may still read the slot.
   __device__ __forceinline__ void fill(int slot, const Page& page, const StageShape& shape, const uint8_t* pages,
                                        int token, int length, uint32_t block) {
-    const int lane = threadIdx.x % 32;
     const int parts =
         shape.parts == 1 ? 1 : min(shape.parts, (length - token + shape.part_tokens - 1) / shape.part_tokens);
+    fill_parts(slot, page, shape, pages, token + int(threadIdx.x % 32) * shape.part_tokens, parts, block);
+  }
+
+  // Fetches a stage of `parts` parts from anywhere; this lane's one starts at `token`, in `block`.
+  __device__ __forceinline__ void fill_parts(int slot, const Page& page, const StageShape& shape, const uint8_t* pages,
+                                             int token, int parts, uint32_t block) {
+    const int lane = threadIdx.x % 32;
     const uint32_t barrier = barriers_ + slot * 8;
     if (lane == 0) barrier_expect(barrier, parts * shape.part_bytes);
     if (lane < parts) {
@@ -75,7 +89,7 @@ class StageRing {
       if (shape.whole_blocks) {
         bulk_copy(to, from + page.hi_offset, shape.part_bytes, barrier);
       } else {
-        const int inside = (token + lane * shape.part_tokens) % page.block_size;
+        const int inside = token % page.block_size;
         const int plane = shape.part_tokens * shape.words * 4;
         bulk_copy(to, from + page.hi_offset + inside * shape.words * 4, plane, barrier);
         bulk_copy(to + plane, from + page.lo_offset + inside * shape.words * 4, plane, barrier);
@@ -130,7 +144,7 @@ struct StageReader {
       to.hi[k] = load_shared16(data + quad_at_[i] + word_at_[k]);
       to.lo[k] = load_shared16(data + quad_at_[i] + word_at_[k] + plane_bytes_);
     }
-    if (kMode == Mode::dot) to.scale = load_shared8(data + scale_at_[i]);
+    if (is_dot(kMode)) to.scale = load_shared8(data + scale_at_[i]);
   }
 
  private:

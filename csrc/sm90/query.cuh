@@ -1,6 +1,7 @@
 // Encodes queries as bit planes in the order of the tensor core's fragments: 4-bit two's complement (dot) or the
 // thermometer planes of 2-bit codes (manhattan).
 #pragma once
+#include "sm90/maximum.cuh"
 #include "sm90/score.cuh"
 #include "sm90/signature.cuh"
 
@@ -9,9 +10,10 @@ namespace adamas {
 // The encoded queries of one (row, KV head) in shared memory. A block encodes them, one warp per query head. If heads
 // share a token set, their sum is encoded instead (dot), or their biases are summed (manhattan_sum).
 struct QueryMemory {
-  uint32_t* planes;  // as in the workspace
-  int32_t* bias;     // [kMaxHeadQuads][4]
-  float* scratch;    // [group][words][32], used while encoding
+  uint32_t* planes;     // as in the workspace
+  int32_t* bias;        // [kMaxHeadQuads][4]
+  HeadWeight* weights;  // [kMaxHeadQuads][4], for dot_max
+  float* scratch;       // [group][words][32], used while encoding
 };
 
 template <int kChunks, Mode kMode>
@@ -45,6 +47,7 @@ __device__ void encode_dot(const DecodeParams& p, float (&x)[kChunks * 4], int s
   }
   total = __reduce_add_sync(kFull, total);
   if (lane == 0) s.bias[slot] = 3 * total;
+  if (kMode == Mode::dot_max && lane == 0) s.weights[slot] = {logit_factor(step, p.logit_scale), 0.0f};
 }
 
 template <int kChunks>
@@ -73,8 +76,9 @@ template <int kChunks, Mode kMode>
 __device__ __forceinline__ void clear_queries(const DecodeParams& p, const QueryMemory& s) {
   const int words = p.head_quads * query_planes(kMode) * kChunks * 32;
   for (int i = threadIdx.x; i < words; i += blockDim.x)
-    s.planes[i] = kMode != Mode::dot && i / 4 % 2 && i / 32 % kChunks * 4 + i % 4 < p.page.words ? kFull : 0;
+    s.planes[i] = !is_dot(kMode) && i / 4 % 2 && i / 32 % kChunks * 4 + i % 4 < p.page.words ? kFull : 0;
   if (threadIdx.x < 4 * kMaxHeadQuads) s.bias[threadIdx.x] = 0;
+  if (kMode == Mode::dot_max && threadIdx.x < 4 * kMaxHeadQuads) s.weights[threadIdx.x] = {0.0f, INFINITY};
 }
 
 // Encodes all query heads of one (row, KV head); warp h < group holds head h in x. Ends synchronised.
@@ -98,7 +102,7 @@ __device__ __forceinline__ void encode_queries(const DecodeParams& p, float (&x)
       encode_dot<kChunks, kMode>(p, x, 0, s);
     }
   } else if (warp < p.group) {
-    if constexpr (kMode == Mode::dot) encode_dot<kChunks, kMode>(p, x, warp, s);
+    if constexpr (is_dot(kMode)) encode_dot<kChunks, kMode>(p, x, warp, s);
     else encode_manhattan<kChunks>(p, x, warp, s);
   }
   __syncthreads();

@@ -18,7 +18,7 @@
 
 namespace adamas {
 
-constexpr int query_planes(Mode mode) { return mode == Mode::dot ? 2 : 3; }
+constexpr int query_planes(Mode mode) { return is_dot(mode) ? 2 : 3; }
 
 // The encoded queries of one (row, KV head) as this lane's fragments.
 template <int kChunks, Mode kMode, int kQuads>
@@ -26,8 +26,16 @@ struct QueryFragments {
   static constexpr int kPlanes = query_planes(kMode);
   uint32_t plane[kQuads][kPlanes][kChunks];
   int bias[kQuads];
+  HeadWeight weight[kQuads];  // dot_max
   const uint32_t* more = nullptr;  // manhattan_sum: fragments of all head quads but the first
   int num_more = 0;
+
+  // weights: [head quad][4]. Heads past the last one never have the maximum.
+  __device__ void load_weights(const HeadWeight* weights, int head_quads) {
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q)
+      weight[q] = q < head_quads ? weights[q * 4 + threadIdx.x % 4] : HeadWeight{0.0f, INFINITY};
+  }
 
   // planes: [head quad][plane][chunk][32 lanes]; biases: [head quad][4]
   __device__ void load(const uint32_t* planes, const int32_t* biases, int head_quads) {
@@ -152,7 +160,7 @@ __device__ __forceinline__ void score_quad(const QueryFragments<kChunks, kMode, 
                                            const Signatures<kChunks, kMode>& s, int q, float (&score)[4]) {
   const QuadWords<kChunks> words(s);
   int value[4];
-  if constexpr (kMode == Mode::dot) {
+  if constexpr (is_dot(kMode)) {
     dot_quad(query, words, q, value);
     const float2 s01 = __half22float2(*reinterpret_cast<const __half2*>(&s.scale.x));
     const float2 s23 = __half22float2(*reinterpret_cast<const __half2*>(&s.scale.y));
@@ -164,6 +172,50 @@ __device__ __forceinline__ void score_quad(const QueryFragments<kChunks, kMode, 
     manhattan_quad(query, words, q, value);
 #pragma unroll
     for (int i = 0; i < 4; ++i) score[i] = float(value[i]);
+  }
+}
+
+// The logits of a lane's four tokens (dot_max), with the head's log-sum-exp not yet subtracted.
+template <int kChunks, int kQuads>
+__device__ __forceinline__ void logit_quad(const QueryFragments<kChunks, Mode::dot_max, kQuads>& query,
+                                           const Signatures<kChunks, Mode::dot_max>& s, int q, float (&logit)[4]) {
+  score_quad(query, s, q, logit);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) logit[i] = __fmul_rn(logit[i], query.weight[q].factor);
+}
+
+// How the scores of token sets are divided among the lanes of a warp that scores 32 tokens at a time: a lane has
+// kScores neighbouring tokens, from the quad's kFirst-th on, of set quad_set(q) for each of kSetQuads q; kSetLanes lanes
+// have scores of the same set, and lanes that are kSetStride apart.
+template <Mode kMode, int kQuads>
+struct SetScores {
+  static constexpr bool kOne = kMode == Mode::dot_max;  // one set, whose scores four lanes compute together
+  static constexpr int kSetQuads = kOne ? 1 : kQuads, kScores = kOne ? 1 : kQuad;
+  static constexpr int kSetStride = kOne ? 1 : 4, kSetLanes = 32 / kSetStride;
+  static __device__ __forceinline__ int first() { return kOne ? threadIdx.x % 4 : 0; }
+  static __device__ __forceinline__ int set(int q) { return kOne ? 0 : q * 4 + threadIdx.x % 4; }
+};
+
+template <int kChunks, Mode kMode, int kQuads, int kScores>
+__device__ __forceinline__ void score_set(const QueryFragments<kChunks, kMode, kQuads>& query,
+                                          const Signatures<kChunks, kMode>& s, int q, float (&score)[kScores]) {
+  static_assert(kScores == SetScores<kMode, kQuads>::kScores);
+  if constexpr (kMode == Mode::dot_max) {
+    float best[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+#pragma unroll
+    for (int h = 0; h < kQuads; ++h) {
+      float logit[4];
+      logit_quad(query, s, h, logit);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) best[i] = fmaxf(best[i], __fsub_rn(logit[i], query.weight[h].log_sum));
+    }
+    // Four neighbouring lanes have the same tokens and different heads. Each keeps the maximum of one token.
+    const bool upper = threadIdx.x & 2, odd = threadIdx.x & 1;
+    const float even_token = fmaxf(upper ? best[2] : best[0], __shfl_xor_sync(kFull, upper ? best[0] : best[2], 2));
+    const float odd_token = fmaxf(upper ? best[3] : best[1], __shfl_xor_sync(kFull, upper ? best[1] : best[3], 2));
+    score[0] = fmaxf(odd ? odd_token : even_token, __shfl_xor_sync(kFull, odd ? even_token : odd_token, 1));
+  } else {
+    score_quad(query, s, q, score);
   }
 }
 

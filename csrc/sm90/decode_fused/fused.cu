@@ -34,6 +34,9 @@ FusedShape fused_shape(const DecodeParams& p, int cluster) {
   s.members = take(sets * kMembers * 8);
   s.planes = take(p.head_quads * kMaxQueryPlanes * chunks * 32 * 4);
   s.bias = take(4 * kMaxHeadQuads * 4);
+  const bool summed = p.mode == Mode::dot_max;
+  s.weights = take(summed ? 4 * kMaxHeadQuads * sizeof(HeadWeight) : 0);
+  s.tops = take(summed ? 2 * 4 * kMaxHeadQuads * 4 : 0);
   s.partial = take((p.group * head_size + cluster * cluster) * 4);
   s.softmax = take(cluster * p.group * 8);
   s.barriers = take(kFusedWarps * kFusedStages * 8);

@@ -67,6 +67,7 @@ int fused_head_size(const DecodeParams& p, const FusedShape& s, void* stream, bo
       if (p.head_quads == 1) return run(element, mode, One());
       run(element, mode, integral_constant<int, 2>());
     };
+    if (p.mode == Mode::dot_max) return by_quads(integral_constant<Mode, Mode::dot_max>());
     if (p.mode == Mode::dot) return by_quads(integral_constant<Mode, Mode::dot>());
     by_quads(integral_constant<Mode, Mode::manhattan>());
   };

@@ -48,7 +48,8 @@ struct FusedShape {
   // Offsets in shared memory. When the scores are complete, selected tokens, candidates and the warps' softmax
   // states reuse the memory of the ring. The scratch of query encoding uses
   // the memory of the scores.
-  int states, scores, counts, copies, ranges, members, planes, bias, partial, softmax, barriers, heads, warps, bytes;
+  int states, scores, counts, copies, ranges, members, planes, bias, weights, tops, partial, softmax, barriers, heads,
+      warps, bytes;
 };
 
 struct FusedMemory {
@@ -63,6 +64,8 @@ struct FusedMemory {
   uint2* members;     // [set][kMembers] score, token
   uint32_t* planes;   // encoded queries
   int32_t* bias;      // [kMaxHeadQuads][4]
+  HeadWeight* weights;     // [kMaxHeadQuads][4], for dot_max, as are tops and sums
+  uint32_t *tops, *sums;   // [kMaxHeadQuads][4] largest logit of the sample as an order key, sum of its terms
   float* partial;     // [block][outputs of this block] weighted V sums
   float2* softmax;    // [block][query head] top, sum
   uint64_t* barriers;
@@ -76,6 +79,8 @@ struct FusedMemory {
         counts(reinterpret_cast<uint32_t*>(m + s.counts)), copies(reinterpret_cast<uint32_t*>(m + s.copies)),
         ranges(reinterpret_cast<FusedRange*>(m + s.ranges)), members(reinterpret_cast<uint2*>(m + s.members)),
         planes(reinterpret_cast<uint32_t*>(m + s.planes)), bias(reinterpret_cast<int32_t*>(m + s.bias)),
+        weights(reinterpret_cast<HeadWeight*>(m + s.weights)), tops(reinterpret_cast<uint32_t*>(m + s.tops)),
+        sums(tops + 4 * kMaxHeadQuads),
         partial(reinterpret_cast<float*>(m + s.partial)), softmax(reinterpret_cast<float2*>(m + s.softmax)),
         barriers(reinterpret_cast<uint64_t*>(m + s.barriers)), heads(reinterpret_cast<FusedHead*>(m + s.heads)),
         warps(reinterpret_cast<int*>(m + s.warps)) {}

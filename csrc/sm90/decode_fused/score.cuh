@@ -9,6 +9,7 @@
 #include <type_traits>
 
 #include "sm90/decode_fused/block.cuh"
+#include "sm90/maximum.cuh"
 #include "sm90/order.cuh"
 #include "sm90/query.cuh"
 
@@ -18,50 +19,52 @@ namespace adamas {
 //
 // The scores of a head are divided into groups. The floor is the smallest of the groups' maxima, so each group has at
 // least one score at or above it. If there are at least as many groups as tokens needed, no token below the floor is
-// selected. Fewer groups give a higher floor: a group is the scores of four lanes, two lanes, one lane, or a part of
-// those of a lane. best: the maxima of kParts parts of a lane's scores.
-template <int kQuads, int kParts>
+// selected. Fewer groups give a higher floor: a group is the scores of several lanes, one lane, or a part of those of a
+// lane. best: the maxima of kParts parts of a lane's scores.
+template <class Scores, int kQuads, int kParts>
 __device__ __forceinline__ void merge_range(const FusedBlock& b, float (&best)[kQuads][kParts],
                                             const float (&worst)[kQuads]) {
+  constexpr int kLanes = Scores::kSetLanes, kStride = Scores::kSetStride;
   const int lane = b.lane;
   const int warps = min(b.s.cluster * kFusedWarps, b.plan.length / kStageTokens);
   int per_warp = 2;  // groups of a head
-  while (per_warp < 8 * kParts && per_warp * warps < b.plan.need) per_warp *= 2;
+  while (per_warp < kLanes * kParts && per_warp * warps < b.plan.need) per_warp *= 2;
 #pragma unroll
   for (int q = 0; q < kQuads; ++q) {
     float(&part)[kParts] = best[q];
 #pragma unroll
     for (int n = kParts / 2; n; n /= 2)  // until as many parts are left as a lane has groups
-      if (8 * n >= per_warp)
+      if (kLanes * n >= per_warp)
 #pragma unroll
         for (int i = 0; i < n; ++i) part[i] = fmaxf(part[i], part[i + n]);
     float top = part[0], bottom = worst[q];
     float floor = INFINITY, sum = 0;
     int groups = 0;
-    if (per_warp <= 8) {
+    if (per_warp <= kLanes) {
       float x = top;
-      if (per_warp <= 4) x = fmaxf(x, __shfl_xor_sync(kFull, x, 4));
-      if (per_warp <= 2) x = fmaxf(x, __shfl_xor_sync(kFull, x, 8));
+#pragma unroll
+      for (int n = kLanes / 2, step = kStride; n >= 2; n /= 2, step *= 2)
+        if (n >= per_warp) x = fmaxf(x, __shfl_xor_sync(kFull, x, step));
       if (x > -INFINITY) floor = x;
-      if (x > -INFINITY && (lane & (8 / per_warp - 1) * 4) == 0) groups = 1, sum = x;
+      if (x > -INFINITY && (lane & (kLanes / per_warp - 1) * kStride) == 0) groups = 1, sum = x;
     } else {
 #pragma unroll
       for (int i = 0; i < kParts; ++i) {
-        if (8 * i >= per_warp) break;
+        if (kLanes * i >= per_warp) break;
         top = fmaxf(top, part[i]);
         if (part[i] > -INFINITY) floor = fminf(floor, part[i]), sum += part[i], ++groups;
       }
     }
 #pragma unroll
-    for (int step = 4; step < 32; step *= 2) {
+    for (int step = kStride; step < 32; step *= 2) {
       groups += __shfl_xor_sync(kFull, groups, step);
       sum += __shfl_xor_sync(kFull, sum, step);
       floor = fminf(floor, __shfl_xor_sync(kFull, floor, step));
       top = fmaxf(top, __shfl_xor_sync(kFull, top, step));
       bottom = fminf(bottom, __shfl_xor_sync(kFull, bottom, step));
     }
-    const int head = q * 4 + lane;
-    if (lane < 4 && head < b.sets && top > -INFINITY) {
+    const int head = q * kStride + lane;
+    if (lane < kStride && head < b.sets && top > -INFINITY) {
       auto& to = b.m.heads[head];
       atomicMin(&to.floor, order_key(floor));
       atomicMax(&to.best, order_key(top));
@@ -72,9 +75,73 @@ __device__ __forceinline__ void merge_range(const FusedBlock& b, float (&best)[k
   }
 }
 
+// The log-sum-exp of every head's logits over the sample (maximum.cuh), which each block of the cluster computes. The
+// warp has tiles kTilesPerWarp * warp and following, if the context has so many; `data` is its stage of them.
+constexpr int kTilesPerWarp = kStageTokens / kTile;
+static_assert(kTilesPerWarp * kFusedWarps == kSumTiles);
+
+template <int kChunks, int kQuads, class Fill>
+__device__ __forceinline__ void weigh_heads(const FusedBlock& b, QueryFragments<kChunks, Mode::dot_max, kQuads>& query,
+                                            const StageShape& shape, uint32_t data, int tiles, Fill next) {
+  using Reader = StageReader<kChunks, Mode::dot_max>;
+  const Reader reader(shape);
+  const int lane = b.lane;
+  float logit[kQuads][Reader::kSteps][4];
+#pragma unroll
+  for (int i = 0; i < Reader::kSteps; ++i) {
+    const int number = b.warp * kTilesPerWarp + reader.token[i] / kTile;
+    const int token = sum_tile(min(number, tiles - 1), tiles) * kTile + reader.token[i] % kTile;
+    const int here = number < tiles ? b.plan.length - token : 0;
+    Signatures<kChunks, Mode::dot_max> signatures;
+    reader.load(signatures, data, i);
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) {
+      logit_quad(query, signatures, q, logit[q][i]);
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        if (j >= here) logit[q][i][j] = -INFINITY;
+    }
+  }
+  __syncwarp();  // every lane has read the slot
+  next();
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {
+    uint32_t top = 0;
+#pragma unroll
+    for (int i = 0; i < Reader::kSteps; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) top = max(top, order_key(logit[q][i][j]));
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2) top = max(top, __shfl_xor_sync(kFull, top, step));
+    if (lane < 4) atomicMax(b.m.tops + q * 4 + lane, top);
+  }
+  __syncthreads();
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {
+    const float top = from_order_key(b.m.tops[q * 4 + lane % 4]);
+    uint32_t sum = 0;
+#pragma unroll
+    for (int i = 0; i < Reader::kSteps; ++i)
+#pragma unroll
+      for (int j = 0; j < 4; ++j) sum += logit[q][i][j] > -INFINITY ? sum_term(logit[q][i][j], top) : 0;
+#pragma unroll
+    for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(kFull, sum, step);
+    if (lane < 4) atomicAdd(b.m.sums + q * 4 + lane, sum);
+  }
+  __syncthreads();
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {
+    const int head = q * 4 + lane % 4;
+    if (head < b.p.group) query.weight[q].log_sum = log_sum(from_order_key(b.m.tops[head]), b.m.sums[head]);
+  }
+}
+
 template <int kChunks, Mode kMode, int kQuads>
 __device__ __forceinline__ void score_own_tokens(const FusedBlock& b) {
   using Reader = StageReader<kChunks, kMode>;
+  using Scores = SetScores<kMode, kQuads>;
+  constexpr int kSetQuads = Scores::kSetQuads;
+  constexpr bool kSummed = kMode == Mode::dot_max;  // the first slot of the ring holds the sample first
   static_assert(Reader::kSteps == 2);
   const DecodeParams& p = b.p;
   const FusedShape& s = b.s;
@@ -92,9 +159,16 @@ __device__ __forceinline__ void score_own_tokens(const FusedBlock& b) {
 #pragma unroll
   for (int i = 0; i < kFusedStages; ++i)
     block[i] = load_stage_block(p, shape, blocks, b.first_token(warp) + i * stride, p.max_seq_len);
-  QueryMemory queries{m.planes, m.bias, m.scores};
+  // The warp's tiles of the sample; this lane's one.
+  const StageShape tile_shape = StageShape::of_tiles(p.page);
+  const int tiles = (plan.length + kTile - 1) / kTile;
+  const int tile_token = sum_tile(min(warp * kTilesPerWarp + lane % kTilesPerWarp, tiles - 1), tiles) * kTile;
+  uint32_t tile_block = 0;
+  if (kSummed) tile_block = __ldg(blocks + block_index(p.page, tile_token / kQuad));
+  QueryMemory queries{m.planes, m.bias, m.weights, m.scores};
   clear_queries<kChunks, kMode>(p, queries);
   for (int i = threadIdx.x; i < b.sets * kEdgeWords; i += kFusedThreads) m.counts[i] = 0;
+  if (kSummed && threadIdx.x < 4 * kMaxHeadQuads) m.tops[threadIdx.x] = m.sums[threadIdx.x] = 0;
   if (int(threadIdx.x) < b.sets) {
     auto& head = m.heads[threadIdx.x];
     head.floor = head.worst = kFull, head.best = 0, head.groups = 0, head.sum = 0, head.placed = 0;
@@ -108,8 +182,13 @@ __device__ __forceinline__ void score_own_tokens(const FusedBlock& b) {
     if (token < plan.length) ring.fill(slot, p.page, shape, pages, token, plan.length, block);
   };
   int token = b.first_token(warp);
+  constexpr int kFirst = kSummed ? 1 : 0;  // slot of the first own stage
+  if (kSummed) {
+    const int parts = min(max(min(tiles, kSumTiles) - warp * kTilesPerWarp, 0), kTilesPerWarp);
+    ring.fill_parts(0, p.page, tile_shape, pages, tile_token, parts, tile_block);
+  }
 #pragma unroll
-  for (int i = 0; i < kFusedStages; ++i) fill(i, token + i * stride, block[i]);
+  for (int i = 0; i < kFusedStages - kFirst; ++i) fill(kFirst + i, token + i * stride, block[i]);
   uint32_t next_block = load_stage_block(p, shape, blocks, token + kFusedStages * stride, plan.length);
   float x[kChunks * 4];
   widen(x, raw, p.query.element);
@@ -117,40 +196,49 @@ __device__ __forceinline__ void score_own_tokens(const FusedBlock& b) {
   encode_queries<kChunks, kMode>(p, x, queries);
   QueryFragments<kChunks, kMode, kQuads> query;
   query.load(m.planes, m.bias, p.head_quads);
+  if constexpr (kSummed) {
+    query.load_weights(m.weights, p.head_quads);
+    ring.wait(0, 0);
+    const int last = kFusedStages - 1;
+    weigh_heads(b, query, tile_shape, ring.data(0), min(tiles, kSumTiles),
+                [&] { fill(0, token + last * stride, block[last]); });
+  }
 
   const Reader reader(shape);
   // Parts of a lane's scores: those of a step, or its place in the quad as well where registers allow.
-  constexpr int kPlaces = kQuads == 1 && kMode != Mode::manhattan_sum ? kQuad : 1;
+  constexpr int kPlaces = kSetQuads == 1 && kMode != Mode::manhattan_sum ? Scores::kScores : 1;
   constexpr int kParts = Reader::kSteps * kPlaces;
-  float best[kQuads][kParts], worst[kQuads];
+  float best[kSetQuads][kParts], worst[kSetQuads];
 #pragma unroll
-  for (int q = 0; q < kQuads; ++q) {
+  for (int q = 0; q < kSetQuads; ++q) {
     worst[q] = INFINITY;
 #pragma unroll
     for (int i = 0; i < kParts; ++i) best[q][i] = -INFINITY;
   }
-  float* to = m.scores + warp * kStageTokens + lane % 4 * s.score_stride + lane / 4 * kQuad;
+  float* to = m.scores + warp * kStageTokens + Scores::set(0) * s.score_stride + lane / 4 * kQuad + Scores::first();
   // Summed distances have the longest code of a step: both steps' signatures at once would spill registers.
   constexpr bool kOneStep = kMode == Mode::manhattan_sum;
   auto score_stage = [&](Signatures<kChunks, kMode>(&signatures)[Reader::kSteps], uint32_t data, auto whole) {
 #pragma unroll
-    for (int q = 0; q < kQuads; ++q) {
+    for (int q = 0; q < kSetQuads; ++q) {
 #pragma unroll
       for (int i = 0; i < Reader::kSteps; ++i) {
-        float score[4];
+        float score[Scores::kScores];
         if (kOneStep) reader.load(signatures[i], data, i);
-        score_quad(query, signatures[i], q, score);
+        score_set(query, signatures[i], q, score);
 #pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const bool here = decltype(whole)::value || in_middle(p, plan, token + reader.token[i] + j);
+        for (int j = 0; j < Scores::kScores; ++j) {
+          const bool here =
+              decltype(whole)::value || in_middle(p, plan, token + reader.token[i] + Scores::first() + j);
           worst[q] = fminf(worst[q], here ? score[j] : INFINITY);
           score[j] = here ? score[j] : -INFINITY;
           float& top = best[q][i * kPlaces + j % kPlaces];
           top = fmaxf(top, score[j]);
         }
-        if (q * 4 + lane % 4 < b.sets)
-          *reinterpret_cast<float4*>(to + q * 4 * s.score_stride + i * Reader::kStep) =
-              make_float4(score[0], score[1], score[2], score[3]);
+        float* at = to + q * 4 * s.score_stride + i * Reader::kStep;
+        if constexpr (Scores::kOne) *at = score[0];
+        else if (Scores::set(q) < b.sets)
+          *reinterpret_cast<float4*>(at) = make_float4(score[0], score[1], score[2], score[3]);
       }
     }
   };
@@ -158,7 +246,7 @@ __device__ __forceinline__ void score_own_tokens(const FusedBlock& b) {
   // because two would not fit the instruction cache.
   constexpr bool kTwoForms = kMode != Mode::manhattan_sum;
   const int last_whole = shape.tokens == kStageTokens ? p.num_sink_tokens + plan.middle - kStageTokens : INT_MIN;
-  int slot = 0;
+  int slot = kFirst;
   uint32_t phase = 0;
   for (; token < plan.length; token += stride, to += kFusedWarps * kStageTokens) {
     ring.wait(slot, phase);
@@ -174,7 +262,7 @@ __device__ __forceinline__ void score_own_tokens(const FusedBlock& b) {
     next_block = load_stage_block(p, shape, blocks, token + (kFusedStages + 1) * stride, plan.length);
     if (++slot == kFusedStages) slot = 0, phase ^= 1;
   }
-  merge_range(b, best, worst);
+  merge_range<Scores>(b, best, worst);
   __syncthreads();
 }
 

@@ -22,6 +22,7 @@ void with_scan_types(const DecodeParams& p, Launch launch_it) {
     switch (p.mode) {
       case Mode::dot: return by_quads(chunks, std::integral_constant<Mode, Mode::dot>());
       case Mode::manhattan: return by_quads(chunks, std::integral_constant<Mode, Mode::manhattan>());
+      case Mode::dot_max: return by_quads(chunks, std::integral_constant<Mode, Mode::dot_max>());
       default: return by_quads(chunks, std::integral_constant<Mode, Mode::manhattan_sum>());
     }
   };

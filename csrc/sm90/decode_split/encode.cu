@@ -23,6 +23,24 @@ constexpr int kMostThreads = 512;
 // Registers are limited so that a block of scan fits next to two blocks of encode and fetches its first stages early.
 constexpr int most_registers(int quads) { return quads == 4 ? 128 : 80; }
 
+// Heads whose scores encode keeps.
+__host__ __device__ int scored_heads(const DecodeParams& p) {
+  return p.mode == Mode::dot_max ? p.group : p.score_heads_per_kv;
+}
+
+// The log-sum-exp of a head's logits in `count` tiles, every `every`-th of the sample, by one warp.
+__device__ __forceinline__ float sample_log_sum(const float* logits, int every, int count) {
+  auto each = [&](auto visit) {
+    for (int i = threadIdx.x % 32; i < count * kTile; i += 32) visit(logits[i / kTile * every * kTile + i % kTile]);
+  };
+  float top = -INFINITY;
+  each([&](float logit) { top = fmaxf(top, logit); });
+  top = warp_max(top);
+  uint32_t sum = 0;
+  each([&](float logit) { sum += logit > -INFINITY ? sum_term(logit, top) : 0; });
+  return log_sum(top, __reduce_add_sync(kFull, sum));
+}
+
 template <int kChunks, Mode kMode, int kQuads>
 __global__ void __maxnreg__(most_registers(kQuads))
     encode_kernel(const __grid_constant__ DecodeParams p, int sample_bits) {
@@ -54,7 +72,8 @@ __global__ void __maxnreg__(most_registers(kQuads))
   QueryMemory s;
   s.planes = reinterpret_cast<uint32_t*>(memory);
   s.bias = reinterpret_cast<int32_t*>(s.planes + plane_words);
-  float* scores = s.scratch = reinterpret_cast<float*>(s.bias + 4 * kMaxHeadQuads);  // [score head][sample]
+  s.weights = reinterpret_cast<HeadWeight*>(s.bias + 4 * kMaxHeadQuads);
+  float* scores = s.scratch = reinterpret_cast<float*>(s.weights + 4 * kMaxHeadQuads);  // [scored head][sample]
   clear_queries<kChunks, kMode>(p, s);
   __syncthreads();
 
@@ -64,27 +83,58 @@ __global__ void __maxnreg__(most_registers(kQuads))
   const int rank = sample_rank(plan.need, sample, plan.length, kLeastSpread);
   const bool sampled = !p.scores && plan.length >= 2 * sample && rank < sample * 3 / 4 && plan.need > 0;
   const int64_t tiles = (plan.length + kTile - 1) / kTile;
+  // A maximum needs the log-sum-exp of the first tiles of kSumTiles parts in any case.
+  const bool summed = kMode == Mode::dot_max;
   auto quad_at = [&](int i) {
     const int part = i / 4, inside = part % 2 ? part * 39 % 64 : 0;  // in 64ths of a part
+    if (summed && !sampled) return sum_tile(part, int(tiles)) * 4 + i % 4;
     return int(((part * 64 + inside) * tiles >> (sample_bits + 2)) * 4 + i % 4);
   };
-  const int steps = sampled ? sample / kQuad / 8 / warps : 0;
+  const int sampled_tokens = sampled ? sample : summed ? kSumTiles * kTile : 0;
+  const int steps = sampled_tokens / kQuad / 8 / warps;
   QueryFragments<kChunks, kMode, kQuads> query;
-  scan_quads<kChunks, kMode, kQuads>(
-      p.page, kv_head, row_blocks(p, row), plan.length, query, steps,
+  scan_quads<kChunks, kMode>(
+      p.page, kv_head, row_blocks(p, row), plan.length, steps,
       [&](int step) { return quad_at((warp * steps + step) * 8 + lane / 4); }, begin,
       [&] {  // while the signatures are being loaded
         encode_queries<kChunks, kMode>(p, x, s);
         query.load(s.planes, s.bias, p.head_quads);
+        if constexpr (kMode == Mode::dot_max) query.load_weights(s.weights, p.head_quads);
       },
-      [&](int step, int token, int q, const float(&score)[4]) {
-        const int head = q * 4 + lane % 4;
-        if (head >= p.score_heads_per_kv) return;
-        float4 kept;
-        auto in_sample = [&](int i) { return in_middle(p, plan, token + i) ? score[i] : -INFINITY; };
-        kept.x = in_sample(0), kept.y = in_sample(1), kept.z = in_sample(2), kept.w = in_sample(3);
-        *reinterpret_cast<float4*>(scores + head * sample + ((warp * steps + step) * 8 + lane / 4) * 4) = kept;
+      [&](int step, int token, const Signatures<kChunks, kMode>& signatures) {
+#pragma unroll
+        for (int q = 0; q < kQuads; ++q) {
+          const int head = q * 4 + lane % 4;
+          float score[4];
+          if constexpr (kMode == Mode::dot_max) logit_quad(query, signatures, q, score);
+          else score_quad(query, signatures, q, score);
+          if (head >= scored_heads(p)) continue;
+          auto kept = [&](int i) {
+            const bool here = summed ? token + i < plan.length : in_middle(p, plan, token + i);
+            return here ? score[i] : -INFINITY;
+          };
+          const int at = ((warp * steps + step) * 8 + lane / 4) * 4;
+          *reinterpret_cast<float4*>(scores + head * sampled_tokens + at) =
+              make_float4(kept(0), kept(1), kept(2), kept(3));
+        }
       });
+  if constexpr (kMode == Mode::dot_max) {
+    __syncthreads();
+    // Parts of the sample that begin with the same tile as those of the log-sum-exp; few tiles are all summed.
+    const int every = sampled ? (sample / kTile) / kSumTiles : 1, count = min(int(tiles), kSumTiles);
+    for (int head = warp; head < p.group; head += warps) {
+      const float log_sum = sample_log_sum(scores + head * sampled_tokens, every, count);
+      if (lane == 0) s.weights[head].log_sum = log_sum;
+    }
+    __syncthreads();
+    if (threadIdx.x < 4 * p.head_quads) p.work.weights[blockIdx.x * 4 * p.head_quads + threadIdx.x] = s.weights[threadIdx.x];
+    for (int i = threadIdx.x; sampled && i < sample; i += threads) {
+      float best = -INFINITY;
+      for (int head = 0; head < p.group; ++head)
+        best = fmaxf(best, __fsub_rn(scores[head * sample + i], s.weights[head].log_sum));
+      scores[i] = in_middle(p, plan, quad_at(i / kQuad) * kQuad + i % kQuad) ? best : -INFINITY;
+    }
+  }
   for (int i = threadIdx.x; i < plane_words; i += threads)
     p.work.planes[int64_t(blockIdx.x) * plane_words + i] = s.planes[i];
   if (threadIdx.x < 4 * p.head_quads)
@@ -113,7 +163,8 @@ __global__ void __maxnreg__(most_registers(kQuads))
 int encode_memory(const DecodeParams& p, int sample_bits) {
   const int chunks = p.page.words <= 4 ? 1 : 2;
   const int words = p.head_quads * query_planes(p.mode) * chunks * 32 + 4 * kMaxHeadQuads +
-                    std::max(p.score_heads_per_kv << sample_bits, p.group * chunks * 4 * 32);
+                    4 * kMaxHeadQuads * int(sizeof(HeadWeight) / 4) +
+                    std::max(scored_heads(p) << sample_bits, p.group * chunks * 4 * 32);
   return words * 4;
 }
 

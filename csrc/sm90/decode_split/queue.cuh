@@ -1,6 +1,6 @@
 // Queues of candidates of scan's lanes, so that one atomic on a set's counter serves many candidates.
 //
-// A lane has a queue in shared memory per head quad, for the head that it scores. A warp empties its queues of a head
+// A lane has a queue in shared memory per head quad, for the set that it scores. A warp empties its queues of a head
 // quad as soon as one of them might overflow; no other warp is involved.
 #pragma once
 #include "sm90/memory.cuh"
@@ -9,19 +9,20 @@
 
 namespace adamas {
 
-// Appends the lanes' queues of one head quad, [length][32], to the candidates of their heads' sets. Lanes congruent
-// modulo 4 have the same head; the last of them reserves the places for all.
-inline __device__ __noinline__ void flush(const DecodeParams& p, const uint2* queue, int count, int set) {
+// Appends the lanes' queues of one head quad, [length][32], to the candidates of their sets. Lanes congruent modulo
+// kStride have the same set; the last of them reserves the places for all.
+template <int kStride>
+__device__ __noinline__ void flush(const DecodeParams& p, const uint2* queue, int count, int set) {
   const int lane = threadIdx.x % 32;
-  const int sum = warp_prefix_sum<4>(count);
+  const int sum = warp_prefix_sum<kStride>(count);
   uint32_t at = 0;
-  if (lane >= 28 && sum) at = atomicAdd(p.work.count + set, uint32_t(sum));
-  at = __shfl_sync(kFull, at, 28 + lane % 4) + sum - count;
+  if (lane >= 32 - kStride && sum) at = atomicAdd(p.work.count + set, uint32_t(sum));
+  at = __shfl_sync(kFull, at, 32 - kStride + lane % kStride) + sum - count;
   for (int i = 0; i < count; ++i)
     if (at + i < uint32_t(p.capacity)) p.work.candidates[int64_t(set) * p.capacity + at + i] = queue[i * 32 + lane];
 }
 
-template <int kQuads, int kLength>
+template <int kQuads, int kLength, int kStride>
 struct CandidateQueues {
   static constexpr int kEntryBytes = 32 * int(sizeof(uint2));  // distance between entries of a lane
 
@@ -61,8 +62,8 @@ struct CandidateQueues {
  private:
   __device__ __forceinline__ void empty(const DecodeParams& p, int q) {
     // A lane past the last head has an empty queue and uses the last head's set.
-    const int set = first_set + min(q * 4 + lane % 4, p.score_heads_per_kv - 1);
-    flush(p, memory + q * kLength * 32, int(tail[q] - head(q)) / kEntryBytes, set);
+    const int set = first_set + min(q * kStride + lane % kStride, p.score_heads_per_kv - 1);
+    flush<kStride>(p, memory + q * kLength * 32, int(tail[q] - head(q)) / kEntryBytes, set);
     tail[q] = head(q);
   }
 };

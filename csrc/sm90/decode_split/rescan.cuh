@@ -18,23 +18,29 @@ __device__ __noinline__ void select_from_scan(const DecodeParams& p, int row, in
   constexpr int kWarps = kThreads / 32;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int64_t group = int64_t(row) * p.page.num_kv_heads + kv_head;
+  constexpr int kQuads = kMode == Mode::dot_max ? kMaxHeadQuads : 1;
+  using Scores = SetScores<kMode, kQuads>;
   const int quad = head / 4;
   constexpr int kQuadWords = query_planes(kMode) * kChunks * 32;
-  QueryFragments<kChunks, kMode, 1> query;
+  QueryFragments<kChunks, kMode, kQuads> query;
   query.load(p.work.planes + (group * p.head_quads + quad) * kQuadWords,
              p.work.bias + (group * p.head_quads + quad) * 4,
-             kMode == Mode::manhattan_sum ? p.head_quads : 1);
+             kMode == Mode::manhattan_sum || kMode == Mode::dot_max ? p.head_quads : 1);
+  if constexpr (kMode == Mode::dot_max) query.load_weights(p.work.weights + group * p.head_quads * 4, p.head_quads);
   const int bits = token_bits(plan.length);
   const int all = (plan.length + 31) / 32;
   const int steps = (all - warp + kWarps - 1) / kWarps;
   auto each = [&](auto visit) {
-    scan_quads<kChunks, kMode, 1>(
-        p.page, kv_head, row_blocks(p, row), plan.length, query, max(steps, 0),
+    scan_quads<kChunks, kMode>(
+        p.page, kv_head, row_blocks(p, row), plan.length, max(steps, 0),
         [&](int step) { return (warp + step * kWarps) * 8 + lane / 4; }, [] {}, [] {},
-        [&](int, int token, int, const float(&score)[4]) {
-          if (lane % 4 != head % 4) return;
+        [&](int, int token, const Signatures<kChunks, kMode>& signatures) {
+          float score[Scores::kScores];
+          score_set(query, signatures, 0, score);
+          if (Scores::set(quad) != head) return;
+          token += Scores::first();
 #pragma unroll
-          for (int i = 0; i < 4; ++i)
+          for (int i = 0; i < Scores::kScores; ++i)
             if (in_middle(p, plan, token + i)) visit(rank_key(order_key(score[i]), token + i, bits));
         });
     __syncwarp();
@@ -54,6 +60,8 @@ __device__ __forceinline__ void select_from_scan(const DecodeParams& p, int row,
       return select_from_scan<kThreads, kChunks, Mode::dot>(p, row, kv_head, head, plan, bins, bitmap);
     case Mode::manhattan:
       return select_from_scan<kThreads, kChunks, Mode::manhattan>(p, row, kv_head, head, plan, bins, bitmap);
+    case Mode::dot_max:
+      return select_from_scan<kThreads, kChunks, Mode::dot_max>(p, row, kv_head, 0, plan, bins, bitmap);
     default:
       return select_from_scan<kThreads, kChunks, Mode::manhattan_sum>(p, row, kv_head, 0, plan, bins, bitmap);
   }

@@ -72,10 +72,12 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(kChunks, kQuads
   extern __shared__ __align__(16) uint8_t memory[];
   constexpr int kStages = ring_stages(kChunks, kQuads), kQueue = queue_length(kChunks, kQuads);
   constexpr int kSteps = StageReader<kChunks, kMode>::kSteps;
+  using Scores = SetScores<kMode, kQuads>;
+  constexpr int kSetQuads = Scores::kSetQuads;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   uint8_t* at_memory = memory + kWarps * kStages * bytes;
-  uint2* queue = reinterpret_cast<uint2*>(at_memory) + warp * (kQuads * kQueue * 32);
-  at_memory += kWarps * kQuads * kQueue * 32 * sizeof(uint2);
+  uint2* queue = reinterpret_cast<uint2*>(at_memory) + warp * (kSetQuads * kQueue * 32);
+  at_memory += kWarps * kSetQuads * kQueue * 32 * sizeof(uint2);
   uint64_t* barriers = reinterpret_cast<uint64_t*>(at_memory) + warp * kStages;
   int64_t* cum = reinterpret_cast<int64_t*>(at_memory) + kWarps * kStages;
   launch_dependents();
@@ -133,19 +135,20 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(kChunks, kQuads
     QueryFragments<kChunks, kMode, kQuads> query;
     query.load(p.work.planes + group * p.head_quads * query_planes(kMode) * kChunks * 32,
                p.work.bias + group * 4 * p.head_quads, p.head_quads);
+    if constexpr (kMode == Mode::dot_max) query.load_weights(p.work.weights + group * 4 * p.head_quads, p.head_quads);
     // Tokens with a score above the limit are kept. From the stage of the pivot's token on, tokens with the pivot's
     // score are kept as well.
-    float above[kQuads], above_late[kQuads];
-    int late[kQuads];
+    float above[kSetQuads], above_late[kSetQuads];
+    int late[kSetQuads];
 #pragma unroll
-    for (int q = 0; q < kQuads; ++q) {
-      const int head = q * 4 + lane % 4;
+    for (int q = 0; q < kSetQuads; ++q) {
+      const int head = Scores::set(q);
       const bool here = head < p.score_heads_per_kv;
       above[q] = here ? p.work.pivot_score[first_set + head] : INFINITY;
       late[q] = here ? p.work.pivot_token[first_set + head] : INT_MAX;
       above_late[q] = above[q] > -INFINITY ? next_below(above[q]) : above[q];
     }
-    CandidateQueues<kQuads, kQueue> queues(queue, lane, first_set);
+    CandidateQueues<kSetQuads, kQueue, Scores::kSetStride> queues(queue, lane, first_set);
 
     for (int stage = 0; stage < stages; ++stage) {
       ring.wait(slot, phase);
@@ -157,31 +160,31 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(kChunks, kQuads
 #pragma unroll
       for (int i = 0; i < kSteps; ++i) reader.load(signatures[i], data, i);
 #pragma unroll
-      for (int q = 0; q < kQuads; ++q) {
-        const int head = q * 4 + lane % 4;
+      for (int q = 0; q < kSetQuads; ++q) {
+        const int head = Scores::set(q);
         const float limit = stage_token + kStageTokens > late[q] ? above_late[q] : above[q];
-        float scores[kSteps][4];
+        float scores[kSteps][Scores::kScores];
 #pragma unroll
-        for (int i = 0; i < kSteps; ++i) score_quad(query, signatures[i], q, scores[i]);
+        for (int i = 0; i < kSteps; ++i) score_set(query, signatures[i], q, scores[i]);
 #pragma unroll
         for (int i = 0; i < kSteps; ++i) {
-          const int token = stage_token + reader.token[i];
-          float(&score)[4] = scores[i];
+          const int token = stage_token + reader.token[i] + Scores::first();
+          float(&score)[Scores::kScores] = scores[i];
           if constexpr (kAll) {
             float* to = p.scores + row * p.scores_row_stride +
                         (kv_head * p.score_heads_per_kv + head) * p.scores_head_stride + token;
 #pragma unroll
-            for (int j = 0; j < 4; ++j)
+            for (int j = 0; j < Scores::kScores; ++j)
               if (head < p.score_heads_per_kv && token + j < plan.length) to[j] = score[j];
             continue;
           }
           if (edge) {
 #pragma unroll
-            for (int j = 0; j < 4; ++j)
+            for (int j = 0; j < Scores::kScores; ++j)
               if (token + j < p.num_sink_tokens || token + j >= middle_end) score[j] = -INFINITY;
           }
 #pragma unroll
-          for (int j = 0; j < 4; ++j) queues.push(q, score[j], limit, token + j);
+          for (int j = 0; j < Scores::kScores; ++j) queues.push(q, score[j], limit, token + j);
           queues.make_room(p, q);
         }
       }
@@ -202,11 +205,12 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(kChunks, kQuads
 void scan(const DecodeParams& p, void* stream) {
   with_scan_types(p, [&](auto chunks, auto mode, auto quads) {
     constexpr int kChunks = decltype(chunks)::value, kQuads = decltype(quads)::value;
-    constexpr int kStages = ring_stages(kChunks, kQuads), kQueue = queue_length(kChunks, kQuads);
-    const int bytes = stage_bytes(p.page);
-    const int smem = kWarps * (kStages * (bytes + 8) + kQuads * kQueue * 32 * int(sizeof(uint2))) +
-                     (p.num_rows + 1) * int(sizeof(int64_t));
     constexpr Mode kMode = decltype(mode)::value;
+    constexpr int kStages = ring_stages(kChunks, kQuads), kQueue = queue_length(kChunks, kQuads);
+    constexpr int kSetQuads = SetScores<kMode, kQuads>::kSetQuads;
+    const int bytes = stage_bytes(p.page);
+    const int smem = kWarps * (kStages * (bytes + 8) + kSetQuads * kQueue * 32 * int(sizeof(uint2))) +
+                     (p.num_rows + 1) * int(sizeof(int64_t));
     const int blocks = std::max(1, std::min(blocks_per_processor(kChunks, kQuads), blocks_that_fit(smem)));
     launch(p.scores ? scan_kernel<kChunks, kMode, kQuads, true> : scan_kernel<kChunks, kMode, kQuads, false>,
            dim3(blocks * num_multiprocessors()), kThreads, smem, stream, true, "scan", p, bytes);

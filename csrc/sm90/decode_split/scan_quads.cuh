@@ -47,7 +47,7 @@ struct SignatureReader {
       to.hi[k] = load16(hi[k] + from.words);
       to.lo[k] = load16(hi[k] + from.words + lo);
     }
-    if (kMode == Mode::dot) to.scale = load8(run + from.scale);
+    if (is_dot(kMode)) to.scale = load8(run + from.scale);
   }
 
   // Into the L2 cache only, which stays coherent if the preceding kernel still writes there.
@@ -57,20 +57,19 @@ struct SignatureReader {
       prefetch_l2(hi[k] + from.words);
       prefetch_l2(hi[k] + from.words + lo);
     }
-    if (kMode == Mode::dot) prefetch_l2(run + from.scale);
+    if (is_dot(kMode)) prefetch_l2(run + from.scale);
   }
 };
 
-// Scores `steps` steps of 8 token quads (32 tokens) of one (row, KV head). Signatures are loaded kDepth steps ahead of
+// Reads `steps` steps of 8 token quads (32 tokens) of one (row, KV head). Signatures are loaded kDepth steps ahead of
 // the scores, and block table entries twice as far; kDepth is limited by registers.
 //   lane_quad(step) this lane's token quad
 //   begin()         called before the first signature is read, after the first prefetches to the L2 cache
 //   ready()         called after the first loads are issued, before the first score
-//   sink(step, first token, head quad, scores of four tokens for head lane % 4)
-template <int kChunks, Mode kMode, int kQuads, class LaneQuad, class Begin, class Ready, class Sink>
+//   sink(step, the quad's first token, its signatures)
+template <int kChunks, Mode kMode, class LaneQuad, class Begin, class Ready, class Sink>
 __device__ __forceinline__ void scan_quads(const Page& page, int kv_head, const int32_t* blocks, int length,
-                                           const QueryFragments<kChunks, kMode, kQuads>& query, int steps,
-                                           LaneQuad lane_quad, Begin begin, Ready ready, Sink sink) {
+                                           int steps, LaneQuad lane_quad, Begin begin, Ready ready, Sink sink) {
   constexpr int kDepth = kChunks == 1 ? 4 : 2;
   const SignatureReader<kChunks, kMode> reader(page, kv_head);
   const uint32_t last = uint32_t(length - 1) / kQuad;
@@ -100,13 +99,7 @@ __device__ __forceinline__ void scan_quads(const Page& page, int kv_head, const 
 #pragma unroll
     for (int i = 0; i < kDepth; ++i) {
       if (step + i >= steps) break;
-      const int token = lane_quad(step + i) * kQuad;
-#pragma unroll
-      for (int q = 0; q < kQuads; ++q) {
-        float score[4];
-        score_quad(query, data[i], q, score);
-        sink(step + i, token, q, score);
-      }
+      sink(step + i, lane_quad(step + i) * kQuad, data[i]);
       if (step + i + kDepth < steps) reader.load(data[i], reader.place(quad_at(step + i + kDepth), block[i]));
       if (step + i + 2 * kDepth < steps) block[i] = fetch_block(step + i + 2 * kDepth);
     }
