@@ -14,6 +14,7 @@ import torch
 from cases import CASES, TOLERANCE, Batch, Case, relative_error
 
 from vllm_adamas.backends.base import Backend
+from vllm_adamas.backends.cuda.backend import CudaBackend
 from vllm_adamas.backends.cuda.library import LIBRARY
 from vllm_adamas.backends.reference import ReferenceBackend
 from vllm_adamas.backends.reference.backend import select_tokens
@@ -67,7 +68,7 @@ TRITON_CASES = {**(CASES if COMPILED else {}), **SMALL_CASES}
 CUDA_CASES = {
     name: case if case.dtype != torch.float32 else dataclasses.replace(case, dtype=torch.bfloat16)
     for name, case in CASES.items()
-    if case.dtype != torch.float32 or case.fp8
+    if (case.dtype != torch.float32 or case.fp8) and case.combine in CudaBackend.combines
 } | {
     "block16": Case((1, 15, 16, 17, 700, 0), 30, heads=(6, 1), block_size=16),
     "block144": Case((1, 143, 145, 700), 30, block_size=144),
@@ -300,8 +301,6 @@ def _triton() -> Backend:
 
 @cache
 def _cuda() -> Backend:
-    from vllm_adamas.backends.cuda.backend import CudaBackend
-
     return CudaBackend()
 
 
