@@ -58,6 +58,10 @@ SMALL_CASES = {
     "forced": Case((90, 12, 13, 5, 40, 0), (8, 5, 0, 3, -5, 1), (2, 1), 64, sinks=4, recent=8),
     "little-budget": Case(SMALL, (0, -(2**31), 1, -1, 2**31 - 1), (4, 2), 64, selection="kv_head"),
     "centred": Case(SMALL, 8, (4, 1), 128, centred=True, selection="kv_head"),
+    "group3-max": Case(SMALL, SMALL_BUDGETS, (6, 2), 64, selection="kv_head", combine="max"),
+    "group16-max": Case(SMALL, 8, (16, 1), 96, 16, selection="kv_head", combine="max", seed=3),
+    "few-max": Case(SMALL, 20, (2, 2), 64, data="few", selection="kv_head", combine="max"),
+    "long-max": Case((1100, 1024), 300, (2, 1), 64, selection="kv_head", combine="max"),
     "long": Case((2500,), (300,), (2, 1), 64, selection="kv_head"),
     "empty": Case((0, 0), 4, (2, 1), 64),
 }

@@ -112,9 +112,8 @@ def logits(
 
     Arguments and result are those of :func:`dot_score`.
     """
-    factor = quantize_query(q)[1] * logit_scale  # [..., 1]
-    factor = torch.where(factor.isfinite(), factor, torch.zeros_like(factor))
-    return dot_score(q, codes, scale) * factor.clamp_max(LARGEST_FACTOR)
+    factor = (quantize_query(q)[1] * logit_scale).clamp_max(LARGEST_FACTOR)  # [..., 1]
+    return dot_score(q, codes, scale) * factor
 
 
 def sampled_tokens(length: int) -> torch.Tensor:

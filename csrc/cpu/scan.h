@@ -18,9 +18,10 @@ static void encode_query(const float* x, const DecodeParams& p, QueryCode* code)
     }
     float top = 0;
     for (int lane = 0; lane < kLanes; ++lane) top = tops[lane] <= top || top != top ? top : tops[lane];
-    const float step = top / kQueryMax;
+    float step = top / kQueryMax;
+    if (!(step - step == 0)) step = 0.0f;  // NaN or infinite
     float inverse = step > 0 ? 1.0f / step : 0.0f;
-    if (!(inverse - inverse == 0)) inverse = 0.0f;  // NaN or infinite step, or a step too small to invert
+    if (!(inverse - inverse == 0)) inverse = 0.0f;  // a step too small to invert
     alignas(64) int32_t q[D];
     vi sums = {};
     for (int i = 0; i < D; i += kLanes) {
@@ -34,7 +35,7 @@ static void encode_query(const float* x, const DecodeParams& p, QueryCode* code)
       sums += rounded;
     }
     const float factor = step * p.logit_scale;
-    code->factor = !(factor - factor == 0) ? 0.0f : factor < kLargestFactor ? factor : kLargestFactor;
+    code->factor = factor < kLargestFactor ? factor : kLargestFactor;
     code->sum = 0;
     for (int lane = 0; lane < kLanes; ++lane) code->sum += sums[lane];
     for (int b = 0; b < kQueryBits; ++b)
