@@ -1,5 +1,7 @@
 """The reference operations from first principles; every kernel is then tested against them."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given
@@ -171,6 +173,51 @@ def test_dot_score_estimates_the_dot_product() -> None:
     scores = sig.dot_score(sig.hadamard(q), codes, sig.code_scale(x, codes))
     correlation = torch.corrcoef(torch.stack((scores, keys @ q)))[0, 1]
     assert correlation > 0.9
+
+
+def test_logits_estimate_those_of_the_softmax() -> None:
+    """In base 2, with the step of the query and the scale of the key in them."""
+    q, keys = randn(128, seed=1), randn(2000, 128, seed=2)
+    x = sig.hadamard(keys)
+    codes = sig.bucketize(x, AdamasConfig().coding(128))
+    scale, logit_scale = sig.code_scale(x, codes), 128**-0.5 / math.log(2)
+    logits = sig.logits(sig.hadamard(q), codes, scale, logit_scale)
+    exact = keys @ q * logit_scale
+    assert (logits - exact).std() < 0.4 * exact.std()
+    slope = (logits * exact).sum() / exact.square().sum()
+    assert slope == pytest.approx(0.88, abs=0.05)  # of a least-squares fit with 2-bit codes
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-45, 1e38, torch.inf, torch.nan])
+def test_logits_are_always_finite(value: float) -> None:
+    codes, scale = random_codes(4, 64), torch.full((4,), sig.FP16_MAX, dtype=torch.float16)
+    logits = sig.logits(torch.full((64,), value), codes, scale, 1e30)
+    assert logits.isfinite().all()
+    assert (logits - sig.log_sum(logits)).isfinite().all()
+
+
+@given(seeds, st.integers(1, 1024), st.sampled_from([0.0, 0.3, 3.0, 30.0, 1e30]))
+def test_log_sum_is_close_and_has_no_order(seed: int, count: int, spread: float) -> None:
+    x = spread * randn(count, seed=seed)
+    found = sig.log_sum(x)
+    exact = (x.double() * math.log(2)).logsumexp(0) / math.log(2)
+    assert found.item() == pytest.approx(exact.item(), abs=0.09, rel=1e-6)
+    assert torch.equal(found, sig.log_sum(x.flip(0)))
+    assert torch.equal(found, sig.log_sum(x[torch.randperm(count)]))
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 1000, 1023, 1024])
+def test_the_sample_of_a_short_context_is_the_context(length: int) -> None:
+    assert torch.equal(sig.sampled_tokens(length), torch.arange(length))
+
+
+@pytest.mark.parametrize("length", [1025, 1040, 5000, 2**17 + 3, 2**30])
+def test_the_sample_of_a_long_context_is_spread_over_it(length: int) -> None:
+    tiles = sig.sampled_tokens(length).view(sig.SAMPLE_TILES, TILE)
+    assert torch.equal(tiles - tiles[:, :1], torch.arange(TILE).expand_as(tiles))
+    total = -(-length // TILE)
+    assert tiles[:, 0].tolist() == [i * total // 64 * TILE for i in range(64)]
+    assert tiles.max() < length
 
 
 @st.composite
