@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_adamas.backends.reference import signature as sig
@@ -12,6 +12,7 @@ from vllm_adamas.backends.reference.backend import select_tokens
 from vllm_adamas.config import PAPER_THRESHOLD, AdamasConfig, Coding
 from vllm_adamas.layout import HEAD_SIZES, TILE, WORD
 
+UNHURRIED = settings(deadline=None)  # a busy machine fails no test
 every_head_size = pytest.mark.parametrize("size", HEAD_SIZES)
 seeds = st.integers(0, 2**32 - 1)
 sizes = st.sampled_from(HEAD_SIZES)
@@ -55,6 +56,7 @@ def test_hadamard_is_sylvesters() -> None:
     torch.testing.assert_close(matrix(64), h / 8)
 
 
+@UNHURRIED
 @given(seeds, sizes)
 def test_hadamard_preserves_dot_products(seed: int, size: int) -> None:
     a, b = randn(2, 5, size, seed=seed)
@@ -87,6 +89,7 @@ def test_paper_threshold_is_ten_of_an_unnormalised_transform() -> None:
     assert torch.equal(sig.bucketize(sig.hadamard(x), coding).long(), expected)
 
 
+@UNHURRIED
 @given(seeds, sizes)
 def test_pack_and_unpack(seed: int, size: int) -> None:
     bits = random_codes(3, size, seed=seed) & 1
@@ -107,6 +110,7 @@ def test_untile_puts_tokens_in_order() -> None:
     assert torch.equal(sig.untile(tiled), plain)
 
 
+@UNHURRIED
 @given(seeds, sizes)
 def test_manhattan_distance_by_thermometer_planes(seed: int, size: int) -> None:
     """Kernels count bits of [c >= 1], [c >= 2] and [c >= 3]; the planes of a code are hi and lo."""
@@ -119,6 +123,7 @@ def test_manhattan_distance_by_thermometer_planes(seed: int, size: int) -> None:
     assert sig.manhattan_score(a, b.unsqueeze(0)).item() == -plain
 
 
+@UNHURRIED
 @given(seeds, sizes)
 def test_dot_score_is_the_sum_over_levels(seed: int, size: int) -> None:
     q, codes = randn(size, seed=seed), random_codes(4, size, seed=seed)
@@ -132,6 +137,7 @@ def test_dot_score_is_the_sum_over_levels(seed: int, size: int) -> None:
         assert score == pytest.approx(whole * scale[token].item(), rel=1e-6, abs=1e-9)
 
 
+@UNHURRIED
 @given(seeds)
 def test_quantized_query_is_within_half_a_step(seed: int) -> None:
     q = randn(128, seed=seed)
@@ -147,6 +153,7 @@ def test_quantized_query_is_always_finite(value: float) -> None:
     assert (whole.abs() <= sig.QUERY_MAX).all()
 
 
+@UNHURRIED
 @given(seeds, sizes)
 def test_scale_is_the_best_factor(seed: int, size: int) -> None:
     """No other factor brings the levels closer to the key."""
@@ -196,6 +203,7 @@ def test_logits_are_always_finite(value: float) -> None:
     assert (logits - sig.log_sum(logits)).isfinite().all()
 
 
+@UNHURRIED
 @given(seeds, st.integers(1, 1024), st.sampled_from([0.0, 0.3, 3.0, 30.0, 1e30]))
 def test_log_sum_is_close_and_has_no_order(seed: int, count: int, spread: float) -> None:
     x = spread * randn(count, seed=seed)
@@ -230,6 +238,7 @@ def selections(draw):
     return scores, budget, sinks, recent
 
 
+@UNHURRIED
 @given(selections())
 def test_select_tokens_is_an_exact_top_k(selection) -> None:
     scores, budget, sinks, recent = selection
