@@ -6,6 +6,7 @@ D = head_size, N = block_size, L = the longest context of the batch. Larger scor
 
 from __future__ import annotations
 
+import math
 import weakref
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field, replace
@@ -37,6 +38,8 @@ class Params:
         coding: thresholds of the 2-bit codes.
         score: ``dot`` or ``manhattan``.
         selection: one token set per ``query_head`` or per ``kv_head``.
+        combine: how the scores of a KV head's query heads become one, with one set per ``kv_head``:
+            their ``sum``, or (with ``dot``) the ``max`` of the logits less each head's log-sum-exp.
         num_sink_tokens, recent_window: tokens always selected, inside the budget.
         sliding_window: tokens visible to a query (its own included), 0 = all. With a window every row
             is dense.
@@ -55,6 +58,7 @@ class Params:
     coding: Coding
     score: Literal["dot", "manhattan"] = "dot"
     selection: Literal["query_head", "kv_head"] = "query_head"
+    combine: Literal["sum", "max"] = "sum"
     num_sink_tokens: int = 0
     recent_window: int = 0
     sliding_window: int = 0
@@ -79,6 +83,7 @@ class Params:
             coding=config.coding(layout.head_size),
             score=config.score,
             selection=config.selection,
+            combine=config.combine,
             num_sink_tokens=config.num_sink_tokens,
             recent_window=config.recent_window,
             budget=config.budget,
@@ -89,6 +94,11 @@ class Params:
     def group(self) -> int:
         """Query heads per KV head."""
         return self.num_query_heads // self.num_kv_heads
+
+    @property
+    def logit_scale(self) -> float:
+        """Factor from q.k to logits in base 2."""
+        return self.softmax_scale * math.log2(math.e)
 
     @cached_property
     def native(self) -> dict[str, int | float | bool]:
@@ -107,8 +117,10 @@ class Params:
             "num_query_heads": self.num_query_heads,
             "num_kv_heads": self.num_kv_heads,
             "softmax_scale": self.softmax_scale,
+            "logit_scale": self.logit_scale,
             "dot": self.score == "dot",
             "per_query_head": self.selection == "query_head",
+            "maximum": self.combine == "max",
             "num_sink_tokens": self.num_sink_tokens,
             "recent_window": self.recent_window,
             "sliding_window": self.sliding_window,
@@ -210,6 +222,7 @@ class Backend(ABC):
     """
 
     name: str
+    combines: tuple[str, ...] = ("sum", "max")  #: values of :attr:`Params.combine` that it computes
 
     @property
     @abstractmethod

@@ -52,6 +52,7 @@ class Case:
     fp8: str | None = None
     score: str = "dot"
     selection: str = "query_head"
+    combine: str = "sum"
     sinks: int = 0
     recent: int = 0
     window: int = 0
@@ -64,7 +65,9 @@ class Case:
     def params(self) -> Params:
         options = {"num_sink_tokens": self.sinks, "recent_window": self.recent}
         options["token_budget"] = max(256, self.sinks + self.recent + 1)
-        config = AdamasConfig(score=self.score, selection=self.selection, **options)
+        config = AdamasConfig(
+            score=self.score, selection=self.selection, combine=self.combine, **options
+        )
         scales = {"k_scale": 0.37, "v_scale": 1.3} if self.fp8 else {}
         return Params.of(
             config,
@@ -251,14 +254,14 @@ class Batch:
             1, (params.num_kv_heads, params.group)
         )  # [R, Hkv, G, D]
         if params.score == "dot":
-            if params.selection == "kv_head":
+            if params.selection == "kv_head" and params.combine == "sum":
                 q = q.sum(2, keepdim=True)
             steps = q / sig.quantize_query(q)[1]
             near = ((steps - steps.floor() - 0.5).abs() < sig.QUERY_MAX * NEAR).any(-1)
         else:
             near = near_threshold(q, params).any(-1)
-            if params.selection == "kv_head":
-                near = near.any(2, keepdim=True)
+        if params.selection == "kv_head":
+            near = near.any(2, keepdim=True)
         return near.flatten(1)
 
 
@@ -292,6 +295,7 @@ CASES = {
     "mixed-kv_head": Case(MIXED, MIXED_BUDGETS, selection="kv_head"),
     "mixed-manhattan": Case(MIXED, MIXED_BUDGETS, score="manhattan"),
     "mixed-manhattan-kv_head": Case(MIXED, MIXED_BUDGETS, score="manhattan", selection="kv_head"),
+    "mixed-max": Case(MIXED, MIXED_BUDGETS, selection="kv_head", combine="max"),
     "single-tokens": Case((1, 1, 1), (1, 2, 1)),
     "empty": Case((0, 0), 4),
     "group1": Case(heads=(2, 2)),
@@ -299,9 +303,13 @@ CASES = {
     "group4": Case(heads=(4, 1), score="manhattan"),
     "group5": Case(heads=(5, 1), score="manhattan", selection="kv_head"),
     "group8": Case(heads=(8, 1), selection="kv_head"),
+    "group1-max": Case(heads=(2, 2), selection="kv_head", combine="max"),
+    "group8-max": Case(heads=(8, 1), selection="kv_head", combine="max"),
     "d64": Case(head_size=64, heads=(9, 3)),
+    "d64-max": Case(head_size=64, heads=(9, 3), selection="kv_head", combine="max"),
     "d96": Case(head_size=96, block_size=32),
     "d96-manhattan": Case(head_size=96, score="manhattan"),
+    "d96-max": Case(head_size=96, block_size=32, selection="kv_head", combine="max"),
     "d192": Case(head_size=192, heads=(4, 1)),
     "d192-manhattan": Case(head_size=192, score="manhattan", selection="kv_head"),
     "d256": Case(head_size=256, heads=(8, 1)),
@@ -317,8 +325,11 @@ CASES = {
     "equal-manhattan": Case(MIXED, MIXED_BUDGETS, data="equal", score="manhattan"),
     "few": Case(MIXED, 40, data="few"),
     "few-kv_head": Case(MIXED, 40, data="few", selection="kv_head"),
+    "few-max": Case(MIXED, 40, data="few", selection="kv_head", combine="max"),
     "zero": Case(MIXED, 7, data="zero"),
+    "zero-max": Case(MIXED, 7, data="zero", selection="kv_head", combine="max"),
     "huge": Case(data="huge"),
+    "huge-max": Case(data="huge", selection="kv_head", combine="max"),
     "huge-fp16": Case(data="huge", dtype=torch.float16),
     "huge-e4m3": Case(data="huge", fp8="e4m3"),  # saturates
     "huge-e5m2": Case(data="huge", fp8="e5m2", score="manhattan"),
@@ -326,6 +337,7 @@ CASES = {
     "tiny-fp16": Case(data="tiny", dtype=torch.float16, score="manhattan"),
     "tiny-e4m3": Case(data="tiny", fp8="e4m3"),
     "sinks": Case((300, 65, 40, 0), 40, sinks=4, recent=8),
+    "sinks-max": Case((300, 65, 40, 0), 13, sinks=4, recent=8, selection="kv_head", combine="max"),
     "sinks-all-but-one": Case((300, 65, 40, 0), 13, sinks=4, recent=8, selection="kv_head"),
     "window-only": Case((300, 65, 40, 0), 40, recent=39, score="manhattan"),
     "sliding": Case((300, 1, 99, 100, 101, 0), 16, window=100),
@@ -335,8 +347,14 @@ CASES = {
     "forced-manhattan": Case((300, 41, 40, 99), 8, sinks=40, score="manhattan"),
     "centred": Case(MIXED, MIXED_BUDGETS, centred=True),
     "centred-d256": Case(head_size=256, heads=(4, 1), centred=True, selection="kv_head"),
+    "centred-max": Case(
+        head_size=256, heads=(4, 1), centred=True, selection="kv_head", combine="max"
+    ),
     "centred-d96-manhattan": Case(head_size=96, score="manhattan", centred=True),
     "long": Case((5000, 2049, 2048, 700), (128, 2048, 64, 1), heads=(4, 1), head_size=64),
+    "long-max": Case(
+        (5000, 1025, 1024, 1023), (128, 30, 64, 1), (4, 1), 64, selection="kv_head", combine="max"
+    ),
     "long-ties": Case((5000, 2048), (1000, 30), heads=(2, 1), head_size=64, data="few"),
 }
 

@@ -14,6 +14,7 @@ import torch
 from cases import CASES, TOLERANCE, Batch, Case, relative_error
 
 from vllm_adamas.backends.base import Backend
+from vllm_adamas.backends.cuda.backend import CudaBackend
 from vllm_adamas.backends.cuda.library import LIBRARY
 from vllm_adamas.backends.reference import ReferenceBackend
 from vllm_adamas.backends.reference.backend import select_tokens
@@ -57,6 +58,10 @@ SMALL_CASES = {
     "forced": Case((90, 12, 13, 5, 40, 0), (8, 5, 0, 3, -5, 1), (2, 1), 64, sinks=4, recent=8),
     "little-budget": Case(SMALL, (0, -(2**31), 1, -1, 2**31 - 1), (4, 2), 64, selection="kv_head"),
     "centred": Case(SMALL, 8, (4, 1), 128, centred=True, selection="kv_head"),
+    "group3-max": Case(SMALL, SMALL_BUDGETS, (6, 2), 64, selection="kv_head", combine="max"),
+    "group16-max": Case(SMALL, 8, (16, 1), 96, 16, selection="kv_head", combine="max", seed=3),
+    "few-max": Case(SMALL, 20, (2, 2), 64, data="few", selection="kv_head", combine="max"),
+    "long-max": Case((1100, 1024), 300, (2, 1), 64, selection="kv_head", combine="max"),
     "long": Case((2500,), (300,), (2, 1), 64, selection="kv_head"),
     "empty": Case((0, 0), 4, (2, 1), 64),
 }
@@ -67,7 +72,7 @@ TRITON_CASES = {**(CASES if COMPILED else {}), **SMALL_CASES}
 CUDA_CASES = {
     name: case if case.dtype != torch.float32 else dataclasses.replace(case, dtype=torch.bfloat16)
     for name, case in CASES.items()
-    if case.dtype != torch.float32 or case.fp8
+    if (case.dtype != torch.float32 or case.fp8) and case.combine in CudaBackend.combines
 } | {
     "block16": Case((1, 15, 16, 17, 700, 0), 30, heads=(6, 1), block_size=16),
     "block144": Case((1, 143, 145, 700), 30, block_size=144),
@@ -300,8 +305,6 @@ def _triton() -> Backend:
 
 @cache
 def _cuda() -> Backend:
-    from vllm_adamas.backends.cuda.backend import CudaBackend
-
     return CudaBackend()
 
 

@@ -74,6 +74,10 @@ class AdamasConfig(BaseModel):
     selection: Literal["query_head", "kv_head"] = Field(
         "kv_head", description="One set of tokens per KV head, or one per query head (the paper)."
     )
+    combine: Literal["sum", "max"] = Field(
+        "sum",
+        description="How the scores of a KV head's query heads become one, with selection='kv_head'.",
+    )
     num_dense_layers: int | None = Field(
         None,
         ge=0,
@@ -132,6 +136,11 @@ class AdamasConfig(BaseModel):
             raise ValueError(
                 "profile belongs to score='dot': a distance between codes is not kept by shifting and "
                 "balancing keys, so take score='dot' or remove profile"
+            )
+        if self.combine == "max" and (self.score, self.selection) != ("dot", "kv_head"):
+            raise ValueError(
+                "combine='max' belongs to score='dot' with selection='kv_head', where it compares the "
+                "logits of a KV head's query heads: set these two or remove combine"
             )
         low, high = THRESHOLDS
         if isinstance(self.thresholds, float) and not low <= self.thresholds <= high:

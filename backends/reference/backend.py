@@ -77,7 +77,11 @@ class ReferenceBackend(Backend, Inspectable):
         codes = (2 * hi + lo).transpose(0, 1).flatten(1, 2)[:, :length]  # [Hkv, L, D]
         scale = layout.scale(kv_cache)[used].transpose(0, 1).flatten(1, 2)[:, :length]  # [Hkv, L]
         q = sig.hadamard(query).unflatten(0, (params.num_kv_heads, params.group))  # [Hkv, G, D]
-        if params.score == "dot":
+        if params.combine == "max":
+            logits = sig.logits(q, codes.unsqueeze(1), scale.unsqueeze(1), params.logit_scale)
+            sample = logits[..., sig.sampled_tokens(length)]
+            scores = (logits - sig.log_sum(sample)).amax(1, keepdim=True)  # [Hkv, 1, L]
+        elif params.score == "dot":
             if params.selection == "kv_head":
                 q = q.sum(1, keepdim=True)  # [Hkv, 1, D]; dot is linear, so queries are summed
             scores = sig.dot_score(q, codes.unsqueeze(1), scale.unsqueeze(1))  # [Hkv, G, L]

@@ -9,11 +9,15 @@ from __future__ import annotations
 import torch
 
 from vllm_adamas.config import Coding
-from vllm_adamas.layout import WORD
+from vllm_adamas.layout import TILE, WORD
 
 QUERY_BITS = 4  #: bits of a query element in the dot score
 QUERY_MAX = 2 ** (QUERY_BITS - 1) - 1
 FP16_MAX = 65504.0
+SAMPLE_TILES = 64  #: tiles of a context that a head's log-sum-exp is estimated from
+LARGEST_FACTOR = 1e25  #: of logits, which stay finite: a dot score is below 4e8
+FRACTION_BITS = 18  #: of a power of two in fixed point; SAMPLE_TILES * TILE of them fit 32 bits
+LEAST_EXPONENT = -20  #: of a term of the sum of powers of two; smaller ones are 0 in fixed point
 
 
 def hadamard(x: torch.Tensor) -> torch.Tensor:
@@ -99,6 +103,41 @@ def dot_score(q: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor) -> torc
     q_int, _ = quantize_query(q)
     levels = 2.0 * codes.float() - 3.0  # [..., L, D]
     return (levels @ q_int.unsqueeze(-1)).squeeze(-1) * scale.float()
+
+
+def logits(
+    q: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, logit_scale: float
+) -> torch.Tensor:
+    """Estimated logits in base 2: the dot score times the query's step and ``logit_scale``.
+
+    Arguments and result are those of :func:`dot_score`.
+    """
+    factor = (quantize_query(q)[1] * logit_scale).clamp_max(LARGEST_FACTOR)  # [..., 1]
+    return dot_score(q, codes, scale) * factor
+
+
+def sampled_tokens(length: int) -> torch.Tensor:
+    """Tokens of SAMPLE_TILES tiles spread over a context, or all of its tokens: ascending int64."""
+    tiles = -(-length // TILE)
+    count = min(tiles, SAMPLE_TILES)
+    first = torch.arange(count) * tiles // count * TILE
+    tokens = (first.unsqueeze(-1) + torch.arange(TILE)).flatten()
+    return tokens[tokens < length]
+
+
+def log_sum(logits: torch.Tensor) -> torch.Tensor:
+    """log2(sum(2^logits)) of the last dimension, ``[..., L] -> [..., 1]``, within 0.09.
+
+    Powers and logarithm are interpolated linearly between powers of two, and terms are added in fixed
+    point, so the result does not depend on the order of additions.
+    """
+    top = logits.amax(-1, keepdim=True)
+    x = (logits - top).clamp_min(LEAST_EXPONENT)  # [..., L]
+    exponent = x.floor()
+    terms = ((1 + (x - exponent)) * 2**FRACTION_BITS).int() >> (-exponent).int()
+    total = terms.sum(-1, keepdim=True, dtype=torch.int32).float()  # [..., 1]
+    mantissa, exponent = total.frexp()  # 0.5 <= mantissa < 1
+    return top + ((exponent - 1 - FRACTION_BITS) + (2 * mantissa - 1))
 
 
 def manhattan_score(q_codes: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:

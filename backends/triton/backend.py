@@ -21,7 +21,7 @@ from vllm_adamas.backends.launch import rounded_context
 from vllm_adamas.backends.triton.append import append_kernel
 from vllm_adamas.backends.triton.attend import attend_kernel, merge_kernel
 from vllm_adamas.backends.triton.gather import gather_kernel
-from vllm_adamas.backends.triton.scan import PLANES, encode_kernel, scan_kernel
+from vllm_adamas.backends.triton.scan import PLANES, encode_kernel, sample_kernel, scan_kernel
 from vllm_adamas.backends.triton.select import select_kernel
 from vllm_adamas.backends.workspace import Workspace
 from vllm_adamas.dtypes import ELEMENTS
@@ -206,20 +206,30 @@ class TritonBackend(Backend, Inspectable):
         params, planes = layer.params, layer.planes
         rows, heads, layout = len(query), params.num_kv_heads, params.layout
         dot = params.score == "dot"
-        shared = params.selection == "kv_head"
-        summed = dot and shared
+        shared, maximum = params.selection == "kv_head", params.combine == "max"
+        summed = dot and shared and not maximum
         encode_kernel[rows, heads](
-            query, plan.planes, plan.bias, *query.stride()[:2], params.coding.threshold,
-            DOT=dot, SUMMED=summed, RELATIVE=params.coding.relative, GROUP=params.group,
+            query, plan.planes, plan.bias, plan.factor, *query.stride()[:2], params.coding.threshold,
+            params.logit_scale, DOT=dot, SUMMED=summed, RELATIVE=params.coding.relative, GROUP=params.group,
             GROUP_PADDED=_padded(params.group), **_sizes(layout.head_size),
             BLOCK=_block(layout.head_size),
         )  # fmt: skip
+        sizes = {
+            "ROWS": 1 if summed else _padded(params.group),
+            "N": layout.block_size,
+            "SIZE": layout.head_size,
+            "TOKENS": SCAN_TOKENS,
+            "enable_fp_fusion": False,
+        }
+        coded = (plan.planes, plan.bias, plan.factor, plan.log_sum)
+        pages = (planes.hi, planes.lo, planes.scale, *planes.strides[2:])
+        table = (block_table, block_table.stride(0), seq_lens, budgets)
+        limits = (scores.shape[2], params.least_budget)
+        if maximum:
+            sample_kernel[rows, heads](*coded, *pages, *table, *limits, **sizes)
         scan_kernel[rows, heads, plan.scan_parts](
-            plan.planes, plan.bias, planes.hi, planes.lo, planes.scale, *planes.strides[2:],
-            block_table, block_table.stride(0), seq_lens, budgets, scores,
-            *scores.stride()[:2], scores.shape[2], params.least_budget, DOT=dot, SHARED=shared, GROUP=params.group,
-            ROWS=1 if summed else _padded(params.group), N=layout.block_size,
-            SIZE=layout.head_size, TOKENS=SCAN_TOKENS,
+            *coded, *pages, *table, scores, *scores.stride()[:2], *limits, DOT=dot, SHARED=shared,
+            MAXIMUM=maximum, GROUP=params.group, **sizes,
         )  # fmt: skip
 
     def _select(self, params, scores, tokens, seq_lens, budgets, sparse_only):
@@ -320,6 +330,8 @@ class Plan:
             "tokens": (self.rows, params.num_score_heads, longest),
             "planes": (*queries, PLANES.value, params.layout.words),
             "bias": queries,
+            "factor": queries,
+            "log_sum": queries,
             "partial": (*split, padded),
             "maximum": split,
             "total": split,

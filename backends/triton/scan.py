@@ -6,6 +6,9 @@ Both scores are sums over bits, which are counted 32 at a time. With the code c 
     manhattan:  -sum |a - c|      =  -sum over t = 1..3 of |[a >= t] xor [c >= t]|
 
 where q_b are the bits of the 4-bit query, the last one with weight -8, and |x| counts the bits of x.
+
+The maximum over a KV head's query heads compares logits less their log-sum-exp, which a sample of the tiles
+estimates first. Launches of its kernels do not fuse products with sums, for the reference's bits.
 """
 
 from __future__ import annotations
@@ -28,17 +31,24 @@ QUERY_MAX = tl.constexpr(7)
 PLANES = tl.constexpr(4)  #: bit planes of an encoded query in memory; manhattan uses three
 ROUND = tl.constexpr(12582912.0)  #: 1.5 * 2^23: adding it rounds to an integer
 
+# As in the reference's signature.py.
+SAMPLE_TILES = tl.constexpr(64)
+LARGEST_FACTOR = tl.constexpr(1e25)
+FRACTION_BITS = tl.constexpr(18)
+FRACTION_ONE = tl.constexpr(2.0**18)
+LEAST_EXPONENT = tl.constexpr(-20.0)
+
 
 @triton.jit
 def _quantize(q):
-    """Symmetric 4-bit query, int32 [ROWS, PADDED]; halves round to even."""
-    step = tl.max(tl.abs(q), 1) / QUERY_MAX
-    usable = (step > 0) & (step < float("inf"))
-    inverse = tl.where(usable, tl.div_rn(1.0, tl.where(usable, step, 1.0)), 0.0)
+    """Symmetric 4-bit query, int32 [ROWS, PADDED], halves rounded to even, and its step [ROWS]."""
+    top = tl.max(tl.where(q == q, tl.abs(q), float("inf")), 1)
+    step = tl.div_rn(tl.where(top < float("inf"), top, 0.0), 1.0 * QUERY_MAX)
+    inverse = tl.where(step > 0, tl.div_rn(1.0, tl.where(step > 0, step, 1.0)), 0.0)
     inverse = tl.where(inverse < float("inf"), inverse, 0.0)
     x = (q * inverse[:, None] + ROUND) - ROUND
     x = tl.where(x == x, x, 0.0)
-    return tl.minimum(tl.maximum(x, -QUERY_MAX), QUERY_MAX).to(tl.int32)
+    return tl.minimum(tl.maximum(x, -QUERY_MAX), QUERY_MAX).to(tl.int32), step
 
 
 @triton.jit
@@ -46,9 +56,11 @@ def encode_kernel(
     query,  # [R, Hq, D]
     planes,  # int32 [R, Hkv, ROWS, PLANES, D/32]: bits of the encoded queries
     bias,  # int32 [R, Hkv, ROWS]: -3 sum q
+    factor,  # float32 [R, Hkv, ROWS]: from dot scores to logits in base 2
     query_row,
     query_head,
     threshold,
+    logit_scale,
     DOT: tl.constexpr,
     SUMMED: tl.constexpr,  # sum the group's queries into one; ROWS is 1
     RELATIVE: tl.constexpr,
@@ -74,7 +86,8 @@ def encode_kernel(
     to = planes + (unit * (PLANES * SIZE // WORD))[:, None] + word[None, :]
     inside = (word < SIZE // WORD)[None, :]
     if DOT:
-        q = _quantize(q)
+        q, step = _quantize(q)
+        tl.store(factor + unit, tl.minimum(step * logit_scale, LARGEST_FACTOR))
         for b in tl.static_range(QUERY_BITS):
             tl.store(to + b * (SIZE // WORD), pack((q >> b) & 1, ROWS, PADDED), mask=inside)
         tl.store(bias + unit, -3 * tl.sum(q, 1))
@@ -95,9 +108,129 @@ def _popcount(x):
 
 
 @triton.jit
+def _scores(
+    planes,
+    bias,
+    hi,
+    lo,
+    scale,
+    sig_block,
+    sig_head,
+    scale_block,
+    scale_head,
+    block_table,
+    unit,  # [ROWS]: the encoded queries
+    head,
+    token,  # [TOKENS]
+    inside,
+    DOT: tl.constexpr,
+    N: tl.constexpr,
+    SIZE: tl.constexpr,
+):
+    """Scores of some tokens of one row with the queries of one KV head, float32 [ROWS, TOKENS]."""
+    WORDS: tl.constexpr = SIZE // WORD
+    planes += unit * (PLANES * WORDS)
+    block = tl.load(block_table + token // N, mask=inside, other=0).to(tl.int64)
+    at = block * sig_block + head * sig_head + signature_offset(token % N, SIZE)
+    high, low = (), ()
+    for w in tl.static_range(WORDS):
+        high_word = tl.load(hi + at + w * TILE, mask=inside, other=0)
+        low_word = tl.load(lo + at + w * TILE, mask=inside, other=0)
+        high += (high_word.to(tl.uint32, bitcast=True)[None, :],)
+        low += (low_word.to(tl.uint32, bitcast=True)[None, :],)
+    total = tl.zeros((unit.shape[0], token.shape[0]), tl.int32)
+    if DOT:
+        for b in tl.static_range(QUERY_BITS):
+            in_high, in_low = tl.zeros_like(total), tl.zeros_like(total)
+            for w in tl.static_range(WORDS):
+                q = tl.load(planes + (b * WORDS + w)).to(tl.uint32, bitcast=True)[:, None]
+                in_high += _popcount(high[w] & q)
+                in_low += _popcount(low[w] & q)
+            part = (4 * in_high + 2 * in_low) << b
+            total += part if b < QUERY_BITS - 1 else -part  # two's complement
+        fit = scale + block * scale_block + head * scale_head + token % N
+        fit = tl.load(fit, mask=inside, other=0).to(tl.float32)[None, :]
+        score = (total + tl.load(bias + unit)[:, None]).to(tl.float32) * fit
+    else:
+        for w in tl.static_range(WORDS):
+            for t in tl.static_range(3):
+                q = tl.load(planes + (t * WORDS + w)).to(tl.uint32, bitcast=True)[:, None]
+                if t == 0:
+                    at_least = high[w] | low[w]
+                elif t == 1:
+                    at_least = high[w]
+                else:
+                    at_least = high[w] & low[w]
+                total += _popcount(at_least ^ q)
+        score = -total.to(tl.float32)
+    return score
+
+
+@triton.jit
+def sample_kernel(
+    planes,
+    bias,
+    factor,
+    log_sum,  # float32 [R, Hkv, ROWS]: of the powers of two of the sampled logits
+    hi,
+    lo,
+    scale,
+    sig_block,
+    sig_head,
+    scale_block,
+    scale_head,
+    block_table,  # int32 [R, blocks]
+    table_row,
+    seq_lens,  # int32 [R]
+    budgets,  # int32 [R]; dense rows are skipped; None takes all rows
+    longest,
+    least,
+    ROWS: tl.constexpr,  # as in encode_kernel
+    N: tl.constexpr,
+    SIZE: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """One program: the query heads of one row and KV head. Sums are in fixed point, so their order does not matter."""
+    row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
+    length = length_of(seq_lens, row, longest)
+    if budgets is not None:
+        length = tl.where(budget_of(budgets, row, least) < length, length, 0)
+    tiles = tl.cdiv(length, TILE)
+    sampled = tl.minimum(tiles, SAMPLE_TILES)
+    block_table += row * table_row
+    unit = (row * tl.num_programs(1) + head) * ROWS + tl.arange(0, ROWS)
+    to_logit = tl.load(factor + unit)[:, None]
+    top = tl.full((ROWS,), float("-inf"), tl.float32)
+    total = tl.zeros((ROWS,), tl.int32)
+    for step in tl.static_range(2):  # the largest logit, then the sum
+        for first in range(0, sampled * TILE, TOKENS):
+            place = first + tl.arange(0, TOKENS)
+            token = (place // TILE).to(tl.int64) * tiles // sampled * TILE + place % TILE
+            inside = (place < sampled * TILE) & (token < length)
+            logit = to_logit * _scores(
+                planes, bias, hi, lo, scale, sig_block, sig_head, scale_block, scale_head,
+                block_table, unit, head, token, inside, True, N, SIZE,
+            )  # fmt: skip
+            if step == 0:
+                top = tl.maximum(top, tl.max(tl.where(inside[None, :], logit, float("-inf")), 1))
+            else:
+                x = tl.maximum(logit - top[:, None], LEAST_EXPONENT)
+                exponent = tl.floor(x)
+                term = ((1 + (x - exponent)) * FRACTION_ONE).to(tl.int32)
+                term = term >> (-exponent).to(tl.int32)
+                total += tl.sum(tl.where(inside[None, :], term, 0), 1)
+    bits = total.to(tl.float32).to(tl.int32, bitcast=True)
+    exponent = ((bits >> 23) - (FRACTION_BITS + 127)).to(tl.float32)
+    mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
+    tl.store(log_sum + unit, top + (exponent + (mantissa - 1)))
+
+
+@triton.jit
 def scan_kernel(
     planes,
     bias,
+    factor,
+    log_sum,
     hi,
     lo,
     scale,
@@ -116,6 +249,7 @@ def scan_kernel(
     least,
     DOT: tl.constexpr,
     SHARED: tl.constexpr,  # one set per KV head
+    MAXIMUM: tl.constexpr,  # of its logits, less the log-sum-exp of each query; otherwise the sum
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,  # as in encode_kernel
     N: tl.constexpr,
@@ -123,7 +257,6 @@ def scan_kernel(
     TOKENS: tl.constexpr,
 ):
     """One program: a part of one row's context, for one KV head."""
-    WORDS: tl.constexpr = SIZE // WORD
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     length = length_of(seq_lens, row, longest)
     chunk = tl.cdiv(tl.cdiv(length, tl.num_programs(2)), TOKENS) * TOKENS
@@ -133,53 +266,25 @@ def scan_kernel(
         end = tl.where(budget_of(budgets, row, least) < length, end, start)
 
     encoded = tl.arange(0, ROWS)
+    real = (encoded < GROUP)[:, None]
     unit = (row * tl.num_programs(1) + head) * ROWS + encoded
-    planes += unit * (PLANES * WORDS)
     which = tl.arange(0, 1 if SHARED else ROWS)
     sets = 1 if SHARED else GROUP
     scores += row * score_row + (head * sets + which)[:, None] * score_set
-    if DOT:
-        offset = tl.load(bias + unit)[:, None]
+    block_table += row * table_row
+    if MAXIMUM:
+        to_logit, less = tl.load(factor + unit)[:, None], tl.load(log_sum + unit)[:, None]
 
     for first in range(start, end, TOKENS):
         token = first + tl.arange(0, TOKENS)
         inside = token < end
-        block = tl.load(block_table + row * table_row + token // N, mask=inside, other=0)
-        block = block.to(tl.int64)
-        at = block * sig_block + head * sig_head + signature_offset(token % N, SIZE)
-        high, low = (), ()
-        for w in tl.static_range(WORDS):
-            high_word = tl.load(hi + at + w * TILE, mask=inside, other=0)
-            low_word = tl.load(lo + at + w * TILE, mask=inside, other=0)
-            high += (high_word.to(tl.uint32, bitcast=True)[None, :],)
-            low += (low_word.to(tl.uint32, bitcast=True)[None, :],)
-        total = tl.zeros((ROWS, TOKENS), tl.int32)
-        if DOT:
-            for b in tl.static_range(QUERY_BITS):
-                in_high = tl.zeros((ROWS, TOKENS), tl.int32)
-                in_low = tl.zeros((ROWS, TOKENS), tl.int32)
-                for w in tl.static_range(WORDS):
-                    q = tl.load(planes + (b * WORDS + w)).to(tl.uint32, bitcast=True)[:, None]
-                    in_high += _popcount(high[w] & q)
-                    in_low += _popcount(low[w] & q)
-                part = (4 * in_high + 2 * in_low) << b
-                total += part if b < QUERY_BITS - 1 else -part  # two's complement
-            fit = scale + block * scale_block + head * scale_head + token % N
-            fit = tl.load(fit, mask=inside, other=0).to(tl.float32)[None, :]
-            score = (total + offset).to(tl.float32) * fit
-        else:
-            for w in tl.static_range(WORDS):
-                for t in tl.static_range(3):
-                    q = tl.load(planes + (t * WORDS + w)).to(tl.uint32, bitcast=True)[:, None]
-                    if t == 0:
-                        at_least = high[w] | low[w]
-                    elif t == 1:
-                        at_least = high[w]
-                    else:
-                        at_least = high[w] & low[w]
-                    total += _popcount(at_least ^ q)
-            if SHARED:
-                real = (encoded < GROUP)[:, None]
-                total = tl.sum(tl.where(real, total, 0), 0)[None, :]
-            score = -total.to(tl.float32)
+        score = _scores(
+            planes, bias, hi, lo, scale, sig_block, sig_head, scale_block, scale_head,
+            block_table, unit, head, token, inside, DOT, N, SIZE,
+        )  # fmt: skip
+        if MAXIMUM:
+            score = tl.where(real, score * to_logit - less, float("-inf"))
+            score = tl.max(score, 0)[None, :]
+        elif SHARED:
+            score = tl.sum(tl.where(real, score, 0), 0)[None, :]
         tl.store(scores + token[None, :], score, mask=inside[None, :] & (which < sets)[:, None])

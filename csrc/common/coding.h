@@ -6,6 +6,12 @@ namespace adamas {
 constexpr int kQueryBits = 4;
 constexpr int kQueryMax = (1 << (kQueryBits - 1)) - 1;
 
+// Estimate of a query head's log-sum-exp (backends/reference/signature.py, log_sum).
+constexpr int kSampleTiles = 64;
+constexpr int kFractionBits = 18;
+constexpr int kLeastExponent = -20;
+constexpr float kLargestFactor = 1e25f;
+
 // The thresholds -t, 0 and t between the four codes of a transformed key.
 struct Coding {
   float threshold;

@@ -97,8 +97,8 @@ struct LayerObj : public Object {
   int64_t num_blocks;
   Coding coding;
   int num_query_heads, num_sink_tokens, recent_window, sliding_window;
-  float softmax_scale;
-  bool dot, per_query_head;
+  float softmax_scale, logit_scale;
+  bool dot, per_query_head, maximum;
   Optional<Tensor> key_mean;
 
   TVM_FFI_DECLARE_OBJECT_INFO_FINAL("vllm_adamas.cpu.Layer", LayerObj, Object);
@@ -121,8 +121,10 @@ Layer bind(TensorView kv_cache, Map<String, Any> description, Optional<Tensor> k
   layer->recent_window = integer("recent_window");
   layer->sliding_window = integer("sliding_window");
   layer->softmax_scale = float(number_of<double>(description, "softmax_scale"));
+  layer->logit_scale = float(number_of<double>(description, "logit_scale"));
   layer->dot = flag("dot");
   layer->per_query_head = flag("per_query_head");
+  layer->maximum = flag("maximum");
   if (key_mean.has_value()) {
     const Tensor mean = key_mean.value();
     expect(mean.ndim() == 2 && mean.dtype().code == kDLFloat && mean.dtype().bits == 32 &&
@@ -157,8 +159,10 @@ struct DecodeArgs {
     p.coding = layer->coding;
     p.num_query_heads = layer->num_query_heads;
     p.softmax_scale = layer->softmax_scale;
+    p.logit_scale = layer->logit_scale;
     p.dot = layer->dot;
     p.per_query_head = layer->per_query_head;
+    p.maximum = layer->maximum;
     p.num_sink_tokens = layer->num_sink_tokens;
     p.recent_window = layer->recent_window;
     p.sliding_window = layer->sliding_window;

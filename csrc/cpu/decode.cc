@@ -108,10 +108,10 @@ int select_row(const Kernels& kernels, const DecodeParams& p, const float* score
 // Computes the scores of some KV heads of one row.
 void scan_heads(const Kernels& kernels, const DecodeParams& p, int row, int first_head, int heads,
                 const QueryCode* codes, int first, int last, float* scores, int64_t stride) {
-  const bool shared = !p.per_query_head, sum = shared && !p.dot;
-  const int sets = shared ? 1 : p.group();              // score rows of a KV head
-  const int count = shared && p.dot ? 1 : p.group();    // query codes of a KV head
-  kernels.scan(p, row, first_head, heads, codes + first_head * count, count, sum, first, last,
+  const int sets = p.per_query_head ? p.group() : 1;  // score rows of a KV head
+  const int count = p.summed() ? 1 : p.group();       // query codes of a KV head
+  const Combine combine = p.maximum ? Combine::maximum : count > sets ? Combine::sum : Combine::none;
+  kernels.scan(p, row, first_head, heads, codes + first_head * count, count, combine, first, last,
                scores + first_head * sets * stride, stride);
 }
 
@@ -132,6 +132,13 @@ class Group {
 #pragma omp for schedule(static)
       for (int r = 0; r < int(rows_.size()); ++r)
         if (rows_[r].sparse) kernels_.encode_queries(p_, first_row + r, codes + int64_t(r) * p_.num_query_heads);
+      if (p_.maximum) {
+#pragma omp for collapse(2) schedule(dynamic)
+        for (int r = 0; r < int(rows_.size()); ++r)
+          for (int head = 0; head < p_.num_query_heads; ++head)
+            if (rows_[r].sparse)
+              kernels_.sample(p_, first_row + r, head / p_.group(), codes + int64_t(r) * p_.num_query_heads + head);
+      }
 #pragma omp for schedule(dynamic)
       for (int64_t item = 0; item < items1_; ++item) {
         const int r = find(item, &RowPlan::item1);
@@ -281,6 +288,8 @@ void scan(const Kernels& kernels, const DecodeParams& p, float* scores, int64_t 
     const int64_t stride = padded(length);
     row_scores.resize(stride * p.score_heads() + 1);
     kernels.encode_queries(p, row, codes.data());
+    for (int head = 0; p.maximum && length && head < p.num_query_heads; ++head)
+      kernels.sample(p, row, head / p.group(), &codes[head]);
     scan_heads(kernels, p, row, 0, p.page.num_kv_heads, codes.data(), 0, length, row_scores.data(), stride);
     for (int head = 0; head < p.score_heads(); ++head)
       std::copy_n(row_scores.data() + head * stride, length, scores + row * row_stride + head * head_stride);

@@ -44,9 +44,12 @@ void append_any(const AppendParams& p, int64_t token) {
 void encode_any(const DecodeParams& p, int row, QueryCode* codes) {
   ADAMAS_FOR_HEAD_SIZE(p.page.head_size, encode_queries<D>(p, row, codes))
 }
+void sample_any(const DecodeParams& p, int row, int kv_head, QueryCode* code) {
+  ADAMAS_FOR_HEAD_SIZE(p.page.head_size, sample_tokens<D>(p, row, kv_head, code))
+}
 void scan_any(const DecodeParams& p, int row, int first_head, int heads, const QueryCode* codes, int count,
-              bool sum, int first, int last, float* scores, int64_t stride) {
-  ADAMAS_FOR_HEAD_SIZE(p.page.head_size, scan_tokens<D>(p, row, first_head, heads, codes, count, sum, first,
+              Combine combine, int first, int last, float* scores, int64_t stride) {
+  ADAMAS_FOR_HEAD_SIZE(p.page.head_size, scan_tokens<D>(p, row, first_head, heads, codes, count, combine, first,
                                                         last, scores, stride))
 }
 void load_query_any(const DecodeParams& p, int row, int head, float* query) {
@@ -66,8 +69,8 @@ void gather_any(const Page& page, int64_t block, int kv_head, int count, const R
                        gather_block<D>(page, block, kv_head, count, key, value, first_row))
 }
 
-constexpr Kernels kTable = {ADAMAS_ISA_NAME, append_any,    encode_any, scan_any,         select_tokens,
-                            load_query_any,  attend_any, store_output_any, gather_any};
+constexpr Kernels kTable = {ADAMAS_ISA_NAME, append_any,     encode_any, sample_any,       scan_any,
+                            select_tokens,   load_query_any, attend_any, store_output_any, gather_any};
 
 }  // namespace
 }  // namespace ADAMAS_ISA

@@ -10,7 +10,13 @@ namespace adamas {
 struct QueryCode {
   uint32_t planes[kQueryBits][kMaxWords];
   int32_t sum;
+  float factor;   // from dot scores to logits in base 2
+  float log_sum;  // of the powers of two of a sample of logits; set by Kernels::sample
 };
+
+// How the scores of a KV head's query codes become one: not at all, their sum, or the largest logit less its
+// log_sum.
+enum class Combine { none, sum, maximum };
 
 // Softmax state of one query head over some tokens; acc is in the lane order of the page's element.
 struct Partial {
@@ -29,15 +35,17 @@ struct Kernels {
   // Writes K, V and the signature of one token to its slot.
   void (*append)(const AppendParams&, int64_t token);
 
-  // Codes of the score queries of one row: Hq of them, or Hkv for dot with one set per KV head.
+  // Codes of the score queries of one row: Hkv of them if queries are summed, otherwise Hq.
   void (*encode_queries)(const DecodeParams&, int row, QueryCode* codes);
 
+  // The log_sum of one query code of a KV head, over the sampled tokens of a row.
+  void (*sample)(const DecodeParams&, int row, int kv_head, QueryCode* code);
+
   // Scores of tokens [first, last) of one row, for `heads` KV heads from first_head on with `count` query
-  // codes each: codes[h * count + i] -> scores[(h * count + i) * stride + token]. With `sum`, the scores of a
-  // KV head's queries are summed in scores[h * stride + token]. `first` is a multiple of kTile; whole tiles
-  // are written.
+  // codes each: codes[h * count + i] -> scores[(h * count + i) * stride + token], or combined in
+  // scores[h * stride + token]. `first` is a multiple of kTile; whole tiles are written.
   void (*scan)(const DecodeParams&, int row, int first_head, int heads, const QueryCode* codes, int count,
-               bool sum, int first, int last, float* scores, int64_t stride);
+               Combine combine, int first, int last, float* scores, int64_t stride);
 
   // The k best of scores[0, n), ties to the larger index. Writes ascending indices + base to out, which has
   // room for k + kTile; scratch has room for 2 * (n + kTile).

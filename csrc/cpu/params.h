@@ -39,8 +39,8 @@ struct DecodeParams {
   const int32_t* seq_lens;  // [rows]
   const int32_t* budgets;       // [rows]
   int num_rows, num_query_heads;
-  float softmax_scale;
-  bool dot, per_query_head;
+  float softmax_scale, logit_scale;
+  bool dot, per_query_head, maximum;
   int num_sink_tokens, recent_window, sliding_window;
   int64_t* stats;  // sparse rows, dense rows, context tokens, attended tokens (over query heads)
 
@@ -51,6 +51,7 @@ struct DecodeParams {
   }
 
   int group() const { return num_query_heads / page.num_kv_heads; }
+  bool summed() const { return dot && !per_query_head && !maximum; }  // dot is linear, so queries are summed
   int score_heads() const { return per_query_head ? num_query_heads : page.num_kv_heads; }
   const int32_t* blocks(int row) const { return block_table + row * blocks_per_row; }
 };

@@ -4,6 +4,9 @@
 // its query heads. dot: the sum over query planes p and words w of 2^p (2 |hi & q| + |lo & q|) is the
 // exact integer <q, code>; the score is scale * (2 <q, code> - 3 sum(q)). manhattan: the negated sum over
 // thermometer planes of |a xor b|.
+//
+// The maximum over a KV head's query heads compares logits less their log-sum-exp, which a sample of the tiles
+// estimates first. Every backend gets the same bits: each operation is rounded on its own.
 
 template <int D>
 static void encode_query(const float* x, const DecodeParams& p, QueryCode* code) {
@@ -15,9 +18,10 @@ static void encode_query(const float* x, const DecodeParams& p, QueryCode* code)
     }
     float top = 0;
     for (int lane = 0; lane < kLanes; ++lane) top = tops[lane] <= top || top != top ? top : tops[lane];
-    const float step = top / kQueryMax;
+    float step = top / kQueryMax;
+    if (!(step - step == 0)) step = 0.0f;  // NaN or infinite
     float inverse = step > 0 ? 1.0f / step : 0.0f;
-    if (!(inverse - inverse == 0)) inverse = 0.0f;  // NaN or infinite step, or a step too small to invert
+    if (!(inverse - inverse == 0)) inverse = 0.0f;  // a step too small to invert
     alignas(64) int32_t q[D];
     vi sums = {};
     for (int i = 0; i < D; i += kLanes) {
@@ -30,6 +34,8 @@ static void encode_query(const float* x, const DecodeParams& p, QueryCode* code)
       store(q + i, rounded);
       sums += rounded;
     }
+    const float factor = step * p.logit_scale;
+    code->factor = factor < kLargestFactor ? factor : kLargestFactor;
     code->sum = 0;
     for (int lane = 0; lane < kLanes; ++lane) code->sum += sums[lane];
     for (int b = 0; b < kQueryBits; ++b)
@@ -50,11 +56,10 @@ static void encode_query(const float* x, const DecodeParams& p, QueryCode* code)
 template <int D>
 static void encode_queries(const DecodeParams& p, int row, QueryCode* codes) {
   alignas(64) float x[D], total[D];
-  const bool summed = p.dot && !p.per_query_head;  // dot is linear, so queries are summed
   for (int head = 0; head < p.num_query_heads; ++head) {
     load_vector<D>(p.query, row, head, x);
     hadamard<D>(x);
-    if (!summed) {
+    if (!p.summed()) {
       encode_query<D>(x, p, codes + head);
       continue;
     }
@@ -134,7 +139,7 @@ class Prefetcher {
 // Scores of one tile of one KV head with its query codes.
 template <int D, bool kDot>
 static inline void scan_tile(const uint8_t* hi_plane, const uint8_t* lo_plane, const uint8_t* scale_plane,
-                             const QueryCode* codes, int count, bool sum, float* scores, int64_t stride) {
+                             const QueryCode* codes, int count, Combine combine, float* scores, int64_t stride) {
   constexpr int W = D / kWord;
   for (int lane = 0; lane < kTile; lane += kLanes) {
     vu hi[W], lo[W];
@@ -149,22 +154,67 @@ static inline void scan_tile(const uint8_t* hi_plane, const uint8_t* lo_plane, c
     for (int i = 0; i < count; ++i) {
       vf score = score_tile<D, kDot>(hi, lo, codes[i]);
       if (kDot) score = score * scale + 0.0f;  // + 0 turns -0 into 0, which is equal
-      if (sum)
+      if (combine == Combine::maximum) {
+        score = rounded(score * codes[i].factor) - codes[i].log_sum;
+        total = i ? max(total, score) : score;
+      } else if (combine == Combine::sum) {
         total += score;
-      else
+      } else {
         store(scores + i * stride + lane, score);
+      }
     }
-    if (sum) store(scores + lane, total);
+    if (combine != Combine::none) store(scores + lane, total);
   }
+}
+
+// log2(sum(2^x)) of the first `count` of n values, n a multiple of kLanes; the rest is overwritten. Powers and
+// logarithm are interpolated linearly, and terms are added in fixed point, in which their order does not matter.
+static inline float log_sum(float* x, int count, int n) {
+  for (int i = count; i < n; ++i) x[i] = -__builtin_inff();
+  vf tops = load<vf>(x);
+  for (int i = kLanes; i < n; i += kLanes) tops = max(tops, load<vf>(x + i));
+  const float top = hmax(tops);
+  vi sums = {};
+  for (int i = 0; i < n; i += kLanes) {
+    vf d = load<vf>(x + i) - top;
+    d = d > float(kLeastExponent) ? d : splat(kLeastExponent);
+    vi floor = __builtin_convertvector(d, vi);  // towards zero
+    floor += __builtin_convertvector(floor, vf) > d;  // true is -1
+    const vf mantissa = 1.0f + (d - __builtin_convertvector(floor, vf));
+    sums += __builtin_convertvector(mantissa * float(1 << kFractionBits), vi) >> -floor;
+  }
+  int total = 0;
+  for (int lane = 0; lane < kLanes; ++lane) total += sums[lane];
+  const uint32_t bits = float_to_bits(float(total));
+  const float mantissa = bits_to_float((bits & 0x7fffffu) | 0x3f800000u);
+  return top + (float(int(bits >> 23) - 127 - kFractionBits) + (mantissa - 1.0f));
+}
+
+template <int D>
+static void sample_tokens(const DecodeParams& p, int row, int kv_head, QueryCode* code) {
+  constexpr int kPlane = D / 8;  // bytes per token and bit plane
+  const Page& page = p.page;
+  const int length = p.seq_lens[row], tiles = (length + kTile - 1) / kTile;
+  const int sampled = tiles < kSampleTiles ? tiles : kSampleTiles;
+  alignas(64) float logits[kSampleTiles * kTile];
+  for (int i = 0; i < sampled; ++i) {
+    const int token = int(int64_t(i) * tiles / sampled) * kTile, at = token % page.block_size;
+    const uint8_t* planes = page.run(p.blocks(row)[token / page.block_size], kv_head);
+    scan_tile<D, true>(planes + page.hi_offset + at * kPlane, planes + page.lo_offset + at * kPlane,
+                       planes + page.scale_offset + 2 * at, code, 1, Combine::none, logits + i * kTile, 0);
+  }
+  const int n = sampled * kTile;
+  for (int i = 0; i < n; ++i) logits[i] *= code->factor;
+  code->log_sum = log_sum(logits, length < n ? length : n, n);
 }
 
 template <int D, bool kDot>
 static void scan_as(const DecodeParams& p, int row, int first_head, int heads, const QueryCode* codes,
-                    int count, bool sum, int first, int last, float* scores, int64_t stride) {
+                    int count, Combine combine, int first, int last, float* scores, int64_t stride) {
   constexpr int kPlane = D / 8;  // bytes per token and bit plane
   const Page& page = p.page;
   const int32_t* blocks = p.blocks(row);
-  const int sets = sum ? 1 : count;
+  const int sets = combine == Combine::none ? count : 1;
   // Prefetches past the chunk, since this thread most likely scans the next one.
   Prefetcher<D, kDot> ahead(page, blocks, first_head, heads, first, p.seq_lens[row]);
   for (int start = first; start < last;) {
@@ -177,7 +227,7 @@ static void scan_as(const DecodeParams& p, int row, int first_head, int heads, c
       for (int h = 0; h < heads; ++h) {
         const uint8_t* planes = run + h * page.head_stride;
         scan_tile<D, kDot>(planes + page.hi_offset + at * kPlane, planes + page.lo_offset + at * kPlane,
-                           planes + page.scale_offset + 2 * at, codes + h * count, count, sum,
+                           planes + page.scale_offset + 2 * at, codes + h * count, count, combine,
                            scores + h * sets * stride + token, stride);
       }
     }
@@ -187,11 +237,11 @@ static void scan_as(const DecodeParams& p, int row, int first_head, int heads, c
 
 template <int D>
 static void scan_tokens(const DecodeParams& p, int row, int first_head, int heads, const QueryCode* codes,
-                        int count, bool sum, int first, int last, float* scores, int64_t stride) {
+                        int count, Combine combine, int first, int last, float* scores, int64_t stride) {
+  const int sets = combine == Combine::none ? count : 1;
   for (int h = 0; h < heads; h += kSideBySide) {
     const int n = heads - h < kSideBySide ? heads - h : kSideBySide;
-    (p.dot ? scan_as<D, true> : scan_as<D, false>)(p, row, first_head + h, n, codes + h * count, count, sum,
-                                                   first, last, scores + h * (sum ? 1 : count) * stride,
-                                                   stride);
+    (p.dot ? scan_as<D, true> : scan_as<D, false>)(p, row, first_head + h, n, codes + h * count, count, combine,
+                                                   first, last, scores + h * sets * stride, stride);
   }
 }

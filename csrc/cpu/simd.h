@@ -30,6 +30,15 @@ static inline vu round_bf16(vf x) {  // bf16 in the upper half of each word, nea
 }
 static inline vi splat_int(int32_t x) { return x - vi{}; }
 static inline vu splat_word(uint32_t x) { return x - vu{}; }
+// Hides from the compiler where x comes from: a product stays rounded, and is not fused with a later sum.
+static inline vf rounded(vf x) {
+#if defined(__x86_64__)
+  asm("" : "+x"(x));
+#else
+  asm("" : "+m"(x));
+#endif
+  return x;
+}
 static inline vf max(vf a, vf b) { return a > b ? a : b; }
 static inline float hmax(vf v) {
 #ifdef __AVX512F__

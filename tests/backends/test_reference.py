@@ -1,8 +1,10 @@
 """The reference operations from first principles; every kernel is then tested against them."""
 
+import math
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_adamas.backends.reference import signature as sig
@@ -10,6 +12,7 @@ from vllm_adamas.backends.reference.backend import select_tokens
 from vllm_adamas.config import PAPER_THRESHOLD, AdamasConfig, Coding
 from vllm_adamas.layout import HEAD_SIZES, TILE, WORD
 
+UNHURRIED = settings(deadline=None)  # a busy machine fails no test
 every_head_size = pytest.mark.parametrize("size", HEAD_SIZES)
 seeds = st.integers(0, 2**32 - 1)
 sizes = st.sampled_from(HEAD_SIZES)
@@ -53,6 +56,7 @@ def test_hadamard_is_sylvesters() -> None:
     torch.testing.assert_close(matrix(64), h / 8)
 
 
+@UNHURRIED
 @given(seeds, sizes)
 def test_hadamard_preserves_dot_products(seed: int, size: int) -> None:
     a, b = randn(2, 5, size, seed=seed)
@@ -85,6 +89,7 @@ def test_paper_threshold_is_ten_of_an_unnormalised_transform() -> None:
     assert torch.equal(sig.bucketize(sig.hadamard(x), coding).long(), expected)
 
 
+@UNHURRIED
 @given(seeds, sizes)
 def test_pack_and_unpack(seed: int, size: int) -> None:
     bits = random_codes(3, size, seed=seed) & 1
@@ -105,6 +110,7 @@ def test_untile_puts_tokens_in_order() -> None:
     assert torch.equal(sig.untile(tiled), plain)
 
 
+@UNHURRIED
 @given(seeds, sizes)
 def test_manhattan_distance_by_thermometer_planes(seed: int, size: int) -> None:
     """Kernels count bits of [c >= 1], [c >= 2] and [c >= 3]; the planes of a code are hi and lo."""
@@ -117,6 +123,7 @@ def test_manhattan_distance_by_thermometer_planes(seed: int, size: int) -> None:
     assert sig.manhattan_score(a, b.unsqueeze(0)).item() == -plain
 
 
+@UNHURRIED
 @given(seeds, sizes)
 def test_dot_score_is_the_sum_over_levels(seed: int, size: int) -> None:
     q, codes = randn(size, seed=seed), random_codes(4, size, seed=seed)
@@ -130,6 +137,7 @@ def test_dot_score_is_the_sum_over_levels(seed: int, size: int) -> None:
         assert score == pytest.approx(whole * scale[token].item(), rel=1e-6, abs=1e-9)
 
 
+@UNHURRIED
 @given(seeds)
 def test_quantized_query_is_within_half_a_step(seed: int) -> None:
     q = randn(128, seed=seed)
@@ -145,6 +153,7 @@ def test_quantized_query_is_always_finite(value: float) -> None:
     assert (whole.abs() <= sig.QUERY_MAX).all()
 
 
+@UNHURRIED
 @given(seeds, sizes)
 def test_scale_is_the_best_factor(seed: int, size: int) -> None:
     """No other factor brings the levels closer to the key."""
@@ -173,6 +182,52 @@ def test_dot_score_estimates_the_dot_product() -> None:
     assert correlation > 0.9
 
 
+def test_logits_estimate_those_of_the_softmax() -> None:
+    """In base 2, with the step of the query and the scale of the key in them."""
+    q, keys = randn(128, seed=1), randn(2000, 128, seed=2)
+    x = sig.hadamard(keys)
+    codes = sig.bucketize(x, AdamasConfig().coding(128))
+    scale, logit_scale = sig.code_scale(x, codes), 128**-0.5 / math.log(2)
+    logits = sig.logits(sig.hadamard(q), codes, scale, logit_scale)
+    exact = keys @ q * logit_scale
+    assert (logits - exact).std() < 0.4 * exact.std()
+    slope = (logits * exact).sum() / exact.square().sum()
+    assert slope == pytest.approx(0.88, abs=0.05)  # of a least-squares fit with 2-bit codes
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-45, 1e38, torch.inf, torch.nan])
+def test_logits_are_always_finite(value: float) -> None:
+    codes, scale = random_codes(4, 64), torch.full((4,), sig.FP16_MAX, dtype=torch.float16)
+    logits = sig.logits(torch.full((64,), value), codes, scale, 1e30)
+    assert logits.isfinite().all()
+    assert (logits - sig.log_sum(logits)).isfinite().all()
+
+
+@UNHURRIED
+@given(seeds, st.integers(1, 1024), st.sampled_from([0.0, 0.3, 3.0, 30.0, 1e30]))
+def test_log_sum_is_close_and_has_no_order(seed: int, count: int, spread: float) -> None:
+    x = spread * randn(count, seed=seed)
+    found = sig.log_sum(x)
+    exact = (x.double() * math.log(2)).logsumexp(0) / math.log(2)
+    assert found.item() == pytest.approx(exact.item(), abs=0.09, rel=1e-6)
+    assert torch.equal(found, sig.log_sum(x.flip(0)))
+    assert torch.equal(found, sig.log_sum(x[torch.randperm(count)]))
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 1000, 1023, 1024])
+def test_the_sample_of_a_short_context_is_the_context(length: int) -> None:
+    assert torch.equal(sig.sampled_tokens(length), torch.arange(length))
+
+
+@pytest.mark.parametrize("length", [1025, 1040, 5000, 2**17 + 3, 2**30])
+def test_the_sample_of_a_long_context_is_spread_over_it(length: int) -> None:
+    tiles = sig.sampled_tokens(length).view(sig.SAMPLE_TILES, TILE)
+    assert torch.equal(tiles - tiles[:, :1], torch.arange(TILE).expand_as(tiles))
+    total = -(-length // TILE)
+    assert tiles[:, 0].tolist() == [i * total // 64 * TILE for i in range(64)]
+    assert tiles.max() < length
+
+
 @st.composite
 def selections(draw):
     """Scores from three values, so that most of them tie, and a selection that fits."""
@@ -183,6 +238,7 @@ def selections(draw):
     return scores, budget, sinks, recent
 
 
+@UNHURRIED
 @given(selections())
 def test_select_tokens_is_an_exact_top_k(selection) -> None:
     scores, budget, sinks, recent = selection

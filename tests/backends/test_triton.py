@@ -211,7 +211,7 @@ class Compiled:
         self.kernel = kernel
     def __getitem__(self, grid):
         return self.launch
-    def launch(self, *args, num_warps=4, **kwargs):
+    def launch(self, *args, num_warps=4, enable_fp_fusion=True, **kwargs):
         values = dict(zip(self.kernel.arg_names, args)) | kwargs
         types, constants, aligned = {}, {}, {}
         for i, parameter in enumerate(self.kernel.params):
@@ -226,7 +226,9 @@ class Compiled:
         source = ASTSource(self.kernel, types, constants, aligned)
         for capability in capabilities:
             target = GPUTarget("cuda", capability, 32)
-            done = triton.compile(source, target=target, options={"num_warps": num_warps})
+            options = {"num_warps": num_warps, "enable_fp_fusion": enable_fp_fusion}
+            done = triton.compile(source, target=target, options=options)
+            assert enable_fp_fusion or "fma" not in done.asm["ptx"], self.kernel
             assert done.metadata.shared <= 99 << 10, (self.kernel, done.metadata.shared)
             print(capability, self.kernel.__name__)
 
@@ -238,7 +240,8 @@ ops.TritonBackend.__init__ = lambda self: vars(self).update(
 )
 backend = ops.TritonBackend()
 for case, capabilities in (
-    (Case((9, 0), 4, (8, 2), 128, selection="kv_head"), (80, 90, 100, 120)),
+    (Case((9, 0), 4, (8, 2), 128, selection="kv_head", combine="max"), (80, 90, 100, 120)),
+    (Case((9, 0), 4, (8, 2), 128, selection="kv_head"), (80,)),
     (Case((9, 0), 4, (16, 1), 256, score="manhattan", fp8="e4m3", centred=True), (120,)),
 ):
     batch = case.build(backend)
@@ -258,7 +261,7 @@ def test_kernels_compile_for_every_generation(tmp_path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    kernels = {"append", "encode", "scan", "select", "attend", "merge", "gather"}
+    kernels = {"append", "encode", "sample", "scan", "select", "attend", "merge", "gather"}
     made = {tuple(line.split()) for line in done.stdout.splitlines()}
     assert made == {(c, f"{k}_kernel") for c in ("80", "90", "100", "120") for k in kernels}
 

@@ -26,6 +26,7 @@ DEFAULTS = {
     "token_budget": 256,
     "min_token_budget": 64,
     "selection": "kv_head",
+    "combine": "sum",
     "num_dense_layers": None,
     "num_sink_tokens": 0,
     "recent_window": 0,
@@ -44,6 +45,7 @@ VALID = [
     ("token_budget", 1.0),
     ("min_token_budget", 1),
     ("selection", "query_head"),
+    ("combine", "max"),
     ("num_dense_layers", 0),
     ("num_dense_layers", MAX_LAYERS),
     ("num_sink_tokens", 255),
@@ -74,6 +76,11 @@ INVALID = [
     ({"min_token_budget": 2.5}, ("min_token_budget=2.5", "integer")),
     ({"score": "cosine"}, ("score='cosine'", "'dot'", "'manhattan'")),
     ({"selection": "head"}, ("selection='head'", "'query_head'", "'kv_head'")),
+    ({"combine": "mean"}, ("combine='mean'", "'sum'", "'max'")),
+    *[
+        ({"combine": "max", **other}, ("combine='max'", "'dot'", "'kv_head'", "remove"))
+        for other in ({"score": "manhattan"}, {"selection": "query_head"})
+    ],
     ({"num_dense_layers": -1}, ("num_dense_layers=-1", "0")),
     ({"num_sink_tokens": -1}, ("num_sink_tokens=-1", "0")),
     ({"recent_window": "many"}, ("recent_window='many'", "integer")),

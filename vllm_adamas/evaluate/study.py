@@ -28,6 +28,7 @@ TASKS = (PERPLEXITY, AGREEMENT, *tasks.TASKS)
 #: Families of configurations; a family with a budget is a configuration.
 FAMILIES: dict[str, dict] = {
     "dot": {"score": "dot", "selection": "kv_head"},
+    "dot-max": {"score": "dot", "selection": "kv_head", "combine": "max"},
     "dot-query-head": {"score": "dot", "selection": "query_head"},
     "manhattan": {"score": "manhattan", "selection": "query_head"},
     "manhattan-window": {
