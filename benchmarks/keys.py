@@ -84,7 +84,7 @@ class Contexts:
     """
 
     def __init__(self, name: str, heads: Heads, tokens: int, rows: int, generator: torch.Generator):
-        self.heads, self.tokens, self.generator = heads, tokens, generator
+        self.name, self.heads, self.tokens, self.generator = name, heads, tokens, generator
         if name == "real":
             recording = Recording.of(heads.size, generator.device)
             self.query = torch.stack([recording.query(heads, row) for row in range(rows)])
