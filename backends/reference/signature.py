@@ -14,7 +14,7 @@ from vllm_adamas.layout import TILE, WORD
 QUERY_BITS = 4  #: bits of a query element in the dot score
 QUERY_MAX = 2 ** (QUERY_BITS - 1) - 1
 FP16_MAX = 65504.0
-SAMPLE_TILES = 64  #: tiles of a context that a head's log-sum-exp is estimated from
+SAMPLE_TILES = 32  #: tiles of a context that a head's log-sum-exp is estimated from
 LARGEST_FACTOR = 1e25  #: of logits, which stay finite: a dot score is below 4e8
 FRACTION_BITS = 18  #: of a power of two in fixed point; SAMPLE_TILES * TILE of them fit 32 bits
 LEAST_EXPONENT = -20  #: of a term of the sum of powers of two; smaller ones are 0 in fixed point

@@ -32,7 +32,7 @@ PLANES = tl.constexpr(4)  #: bit planes of an encoded query in memory; manhattan
 ROUND = tl.constexpr(12582912.0)  #: 1.5 * 2^23: adding it rounds to an integer
 
 # As in the reference's signature.py.
-SAMPLE_TILES = tl.constexpr(64)
+SAMPLE_TILES = tl.constexpr(32)
 LARGEST_FACTOR = tl.constexpr(1e25)
 FRACTION_BITS = tl.constexpr(18)
 FRACTION_ONE = tl.constexpr(2.0**18)

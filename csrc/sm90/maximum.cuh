@@ -10,33 +10,28 @@
 
 namespace adamas {
 
-constexpr int kSumTiles = 32;            // tiles of the sample of a log-sum-exp
-constexpr int kTermBits = 18;            // of 2^0 in fixed point; all terms fit 32 bits
-constexpr float kLeastExponent = -20.0f;  // terms below 2^-20 are 0 in fixed point
-constexpr float kLargestFactor = 1e25f;   // of logits, which stay finite
-
 // A head's logit in base 2 is its score times this.
 __device__ __forceinline__ float logit_factor(float step, float logit_scale) {
   return fminf(__fmul_rn(step, logit_scale), kLargestFactor);
 }
 
-// The tile that is number i of the sample of a context of `tiles` tiles; i < min(tiles, kSumTiles).
+// The tile that is number i of the sample of a context of `tiles` tiles; i < min(tiles, kSampleTiles).
 __device__ __forceinline__ int sum_tile(int i, int tiles) {
-  return tiles <= kSumTiles ? i : int(int64_t(i) * tiles / kSumTiles);
+  return tiles <= kSampleTiles ? i : int(int64_t(i) * tiles / kSampleTiles);
 }
 
 // 2^(logit - top) in fixed point, interpolated linearly between powers of two.
 __device__ __forceinline__ uint32_t sum_term(float logit, float top) {
-  const float x = fmaxf(__fsub_rn(logit, top), kLeastExponent), exponent = floorf(x);
+  const float x = fmaxf(__fsub_rn(logit, top), float(kLeastExponent)), exponent = floorf(x);
   const float mantissa = __fadd_rn(1.0f, __fsub_rn(x, exponent));
-  return uint32_t(__fmul_rn(mantissa, float(1 << kTermBits))) >> int(-exponent);
+  return uint32_t(__fmul_rn(mantissa, float(1 << kFractionBits))) >> int(-exponent);
 }
 
 // log2 of a sum of terms, interpolated likewise.
 __device__ __forceinline__ float log_sum(float top, uint32_t sum) {
   const int exponent = 31 - __clz(int(sum));
   const float mantissa = __fmul_rn(__uint2float_rn(sum), __int_as_float((127 - exponent) << 23));  // [1, 2]
-  return __fadd_rn(top, __fadd_rn(float(exponent - kTermBits), __fsub_rn(mantissa, 1.0f)));
+  return __fadd_rn(top, __fadd_rn(float(exponent - kFractionBits), __fsub_rn(mantissa, 1.0f)));
 }
 
 }  // namespace adamas

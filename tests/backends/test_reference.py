@@ -214,17 +214,17 @@ def test_log_sum_is_close_and_has_no_order(seed: int, count: int, spread: float)
     assert torch.equal(found, sig.log_sum(x[torch.randperm(count)]))
 
 
-@pytest.mark.parametrize("length", [1, 15, 16, 17, 1000, 1023, 1024])
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 500, 511, 512])
 def test_the_sample_of_a_short_context_is_the_context(length: int) -> None:
     assert torch.equal(sig.sampled_tokens(length), torch.arange(length))
 
 
-@pytest.mark.parametrize("length", [1025, 1040, 5000, 2**17 + 3, 2**30])
+@pytest.mark.parametrize("length", [513, 528, 5000, 2**17 + 3, 2**30])
 def test_the_sample_of_a_long_context_is_spread_over_it(length: int) -> None:
     tiles = sig.sampled_tokens(length).view(sig.SAMPLE_TILES, TILE)
     assert torch.equal(tiles - tiles[:, :1], torch.arange(TILE).expand_as(tiles))
     total = -(-length // TILE)
-    assert tiles[:, 0].tolist() == [i * total // 64 * TILE for i in range(64)]
+    assert tiles[:, 0].tolist() == [i * total // 32 * TILE for i in range(32)]
     assert tiles.max() < length
 
 

@@ -78,7 +78,7 @@ __device__ __forceinline__ void merge_range(const FusedBlock& b, float (&best)[k
 // The log-sum-exp of every head's logits over the sample (maximum.cuh), which each block of the cluster computes. The
 // warp has tiles kTilesPerWarp * warp and following, if the context has so many; `data` is its stage of them.
 constexpr int kTilesPerWarp = kStageTokens / kTile;
-static_assert(kTilesPerWarp * kFusedWarps == kSumTiles);
+static_assert(kTilesPerWarp * kFusedWarps == kSampleTiles);
 
 template <int kChunks, int kQuads, class Fill>
 __device__ __forceinline__ void weigh_heads(const FusedBlock& b, QueryFragments<kChunks, Mode::dot_max, kQuads>& query,
@@ -184,7 +184,7 @@ __device__ __forceinline__ void score_own_tokens(const FusedBlock& b) {
   int token = b.first_token(warp);
   constexpr int kFirst = kSummed ? 1 : 0;  // slot of the first own stage
   if (kSummed) {
-    const int parts = min(max(min(tiles, kSumTiles) - warp * kTilesPerWarp, 0), kTilesPerWarp);
+    const int parts = min(max(min(tiles, kSampleTiles) - warp * kTilesPerWarp, 0), kTilesPerWarp);
     ring.fill_parts(0, p.page, tile_shape, pages, tile_token, parts, tile_block);
   }
 #pragma unroll
@@ -200,7 +200,7 @@ __device__ __forceinline__ void score_own_tokens(const FusedBlock& b) {
     query.load_weights(m.weights, p.head_quads);
     ring.wait(0, 0);
     const int last = kFusedStages - 1;
-    weigh_heads(b, query, tile_shape, ring.data(0), min(tiles, kSumTiles),
+    weigh_heads(b, query, tile_shape, ring.data(0), min(tiles, kSampleTiles),
                 [&] { fill(0, token + last * stride, block[last]); });
   }
 

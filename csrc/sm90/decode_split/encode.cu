@@ -83,14 +83,14 @@ __global__ void __maxnreg__(most_registers(kQuads))
   const int rank = sample_rank(plan.need, sample, plan.length, kLeastSpread);
   const bool sampled = !p.scores && plan.length >= 2 * sample && rank < sample * 3 / 4 && plan.need > 0;
   const int64_t tiles = (plan.length + kTile - 1) / kTile;
-  // A maximum needs the log-sum-exp of the first tiles of kSumTiles parts in any case.
+  // A maximum needs the log-sum-exp of the first tiles of kSampleTiles parts in any case.
   const bool summed = kMode == Mode::dot_max;
   auto quad_at = [&](int i) {
     const int part = i / 4, inside = part % 2 ? part * 39 % 64 : 0;  // in 64ths of a part
     if (summed && !sampled) return sum_tile(part, int(tiles)) * 4 + i % 4;
     return int(((part * 64 + inside) * tiles >> (sample_bits + 2)) * 4 + i % 4);
   };
-  const int sampled_tokens = sampled ? sample : summed ? kSumTiles * kTile : 0;
+  const int sampled_tokens = sampled ? sample : summed ? kSampleTiles * kTile : 0;
   const int steps = sampled_tokens / kQuad / 8 / warps;
   QueryFragments<kChunks, kMode, kQuads> query;
   scan_quads<kChunks, kMode>(
@@ -121,7 +121,7 @@ __global__ void __maxnreg__(most_registers(kQuads))
   if constexpr (kMode == Mode::dot_max) {
     __syncthreads();
     // Parts of the sample that begin with the same tile as those of the log-sum-exp; few tiles are all summed.
-    const int every = sampled ? (sample / kTile) / kSumTiles : 1, count = min(int(tiles), kSumTiles);
+    const int every = sampled ? (sample / kTile) / kSampleTiles : 1, count = min(int(tiles), kSampleTiles);
     for (int head = warp; head < p.group; head += warps) {
       const float log_sum = sample_log_sum(scores + head * sampled_tokens, every, count);
       if (lane == 0) s.weights[head].log_sum = log_sum;
