@@ -29,11 +29,16 @@ RETRIEVAL_BUDGETS = (64, 128, 256, 512)
 SELECTOR_TASKS = ("perplexity", "passkey", "single", "multikey")
 PROFILE = "+profile"
 PROFILE_FAMILIES = ("dot", "dot-query-head")
-#: Families with fewer or more dense first layers than the default.
+#: Families with fewer or more dense first layers than the default, or with a budget in layer 0.
 VARIANTS = {
-    f"{family}-dense{layers}": {**FAMILIES[family], "num_dense_layers": layers}
+    f"{family}-{name}": {**FAMILIES[family], **options}
     for family in PROFILE_FAMILIES
-    for layers in (0, 2)
+    for name, options in {
+        "dense0": {"num_dense_layers": 0},
+        "dense2": {"num_dense_layers": 2},
+        "layer0-1024": {"layer_budgets": {"0": 1024}},
+        "layer0-2048": {"layer_budgets": {"0": 2048}},
+    }.items()
 }
 
 
@@ -50,7 +55,8 @@ def arm(family: str, budget: int, profile: str | None) -> Arm:
     """A family or variant with a budget; ``<family>+profile`` uses the profile."""
     if family in VARIANTS:
         options = {**VARIANTS[family], "token_budget": budget}
-        return Arm(f"{family}-{budget}", family, budget, options)
+        batched = "layer_budgets" not in options  # a request's budget is that of all its layers
+        return Arm(f"{family}-{budget}", family, budget, options, batched=batched)
     if not family.endswith(PROFILE):
         return Arm.of(family, budget)
     if profile is None:
