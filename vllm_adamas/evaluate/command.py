@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -121,6 +122,10 @@ def profile_table(profile: profiles.Profile) -> str:
         if hint.reached
         else f"{what} is out of reach: token_budget {hint.token_budget} is the largest that was measured"
     )
+    if hint.layer_budgets:
+        lines.append(
+            f"for errors like the median layer's: layer_budgets {json.dumps(hint.layer_budgets)}"
+        )
     return "\n".join(lines)
 
 
