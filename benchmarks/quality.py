@@ -29,16 +29,17 @@ RETRIEVAL_BUDGETS = (64, 128, 256, 512)
 SELECTOR_TASKS = ("perplexity", "passkey", "single", "multikey")
 PROFILE = "+profile"
 PROFILE_FAMILIES = ("dot", "dot-query-head")
-#: Families with fewer or more dense first layers than the default, or with a budget in layer 0.
+#: Families with fewer or more dense first layers than the default.
 VARIANTS = {
-    f"{family}-{name}": {**FAMILIES[family], **options}
+    f"{family}-dense{layers}": {**FAMILIES[family], "num_dense_layers": layers}
     for family in PROFILE_FAMILIES
-    for name, options in {
-        "dense0": {"num_dense_layers": 0},
-        "dense2": {"num_dense_layers": 2},
-        "layer0-1024": {"layer_budgets": {"0": 1024}},
-        "layer0-2048": {"layer_budgets": {"0": 2048}},
-    }.items()
+    for layers in (0, 2)
+}
+#: Families whose layer 0 has a budget of its own; they run if they are named.
+LAYER_0 = {
+    f"{family}-layer0-{tokens}": {**FAMILIES[family], "layer_budgets": {"0": tokens}}
+    for family in PROFILE_FAMILIES
+    for tokens in (1024, 2048)
 }
 
 
@@ -53,10 +54,10 @@ def arms(families: list[str], budgets: list[int], profile: str | None) -> list[A
 
 def arm(family: str, budget: int, profile: str | None) -> Arm:
     """A family or variant with a budget; ``<family>+profile`` uses the profile."""
-    if family in VARIANTS:
-        options = {**VARIANTS[family], "token_budget": budget}
-        batched = "layer_budgets" not in options  # a request's budget is that of all its layers
-        return Arm(f"{family}-{budget}", family, budget, options, batched=batched)
+    for variants, batched in ((VARIANTS, True), (LAYER_0, False)):  # one budget per request, or not
+        if family in variants:
+            options = {**variants[family], "token_budget": budget}
+            return Arm(f"{family}-{budget}", family, budget, options, batched=batched)
     if not family.endswith(PROFILE):
         return Arm.of(family, budget)
     if profile is None:

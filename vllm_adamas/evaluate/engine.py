@@ -37,7 +37,7 @@ class Request:
         prompt: token ids.
         target: ids of the actual continuation, forced token by token; None generates greedily.
         tokens: number of tokens to generate.
-        budget: tokens that a sparse layer attends to. None attends to the whole context, or obeys the
+        budget: tokens that every sparse layer attends to. None attends to the whole context, or obeys the
             configuration if no request of the run has a budget.
         window: index of the window, to compare a forced target with the same window's dense run.
     """
@@ -130,16 +130,25 @@ class Engine:
         """vLLM's ModelConfig."""
         return self.llm.llm_engine.vllm_config.model_config
 
+    def check(self, options: dict) -> AdamasConfig:
+        """The configuration with these options.
+
+        Raises:
+            AdamasError: an option is not valid, or does not fit the model.
+        """
+        config = AdamasConfig.parse({**SILENT, **self.options, **options})
+        check_layers(self.model_config, config)
+        return config
+
     def use(
         self, options: dict, wrap: Callable[[Backend, int], Backend] | None = None
     ) -> AdamasConfig:
         """Serves with these options from now on, with backends wrapped by ``wrap(backend, number)`` if given.
 
         Raises:
-            AdamasError: an option is not valid.
+            AdamasError: as :meth:`check` does.
         """
-        config = AdamasConfig.parse({**SILENT, **self.options, **options})
-        check_layers(self.model_config, config)
+        config = self.check(options)
         before = [layer.impl.key_factor() for layer in self._layers.values()]
         for number, layer in enumerate(self._layers.values()):
             layer.impl.reconfigure(config, partial(wrap, number=number) if wrap else None)
