@@ -91,7 +91,7 @@ class AdamasConfig(BaseModel):
     )
     layer_budgets: dict[int, int | float] = Field(
         {},
-        description="Layers with a budget of their own, such as {'0': 2048}: numbers from 0 and budgets "
+        description='Layers with a budget of their own, such as {"0": 2048}: numbers from 0 and budgets '
         "as in token_budget.",
     )
     num_sink_tokens: Tokens = Field(

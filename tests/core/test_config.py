@@ -76,7 +76,7 @@ INVALID = [
     ({"min_token_budget": 0}, ("min_token_budget=0", "1")),
     ({"min_token_budget": 2.5}, ("min_token_budget=2.5", "integer")),
     *[
-        ({"layer_budgets": {x: 64}}, ("layer_budgets", "not the number of a layer", "{'0': 2048}"))
+        ({"layer_budgets": {x: 64}}, ("layer_budgets", "not the number of a layer", '{"0": 2048}'))
         for x in ("a", "", "-1", "00", "1.0", "0x1", "99999", "9" * 5000, -1, MAX_LAYERS, True)
     ],
     *[
@@ -87,7 +87,7 @@ INVALID = [
         ({"layer_budgets": {"3": x}}, ("layer_budgets[3]", "whole number", "fraction"))
         for x in (0, -1, MAX_TOKENS + 1, 10**400, 0.0, 1.5, math.nan, math.inf)
     ],
-    *[({"layer_budgets": x}, ("layer_budgets", "{'0': 2048}")) for x in (None, 64, "0=64", [64])],
+    *[({"layer_budgets": x}, ("layer_budgets", '{"0": 2048}')) for x in (None, 64, "0=64", [64])],
     ({"layer_budgets": {"3": 64, 3: 64}}, ("layer_budgets", "layer 3 is named twice")),
     ({"layer_budgets": {"3": 32}, "recent_window": 32}, ("layer_budgets[3]=32", "recent_window")),
     (
