@@ -112,5 +112,8 @@ def test_shadow_sees_the_error_of_the_output(selection: str) -> None:
     for found in (record, others):
         error = found.mean("error", 30)[0].float()
         torch.testing.assert_close(error, expected, atol=1e-4, rtol=1e-4)
+        off, whole = (output[0] - dense).norm(), dense.norm()
+        together = found.mean("together", 30)[0].float()
+        torch.testing.assert_close(together, off / whole, atol=1e-4, rtol=1e-4)
     few, many = (others.mean("error", size).mean() for size in (8, 300))
     assert few > expected.mean() > many > 0

@@ -181,8 +181,8 @@ def suggest(layers: list[profiles.LayerProfile], wanted: float, name: str = "dot
 
 
 def _errors(record: MassRecord) -> dict[int, dict[int, float]]:
-    """Mean error of the output over rows and query heads, by layer and budget."""
-    means = {b: record.mean("error", b).mean(1).tolist() for b in record.budgets}
+    """Mean error of the output over rows, all heads of a layer together, by layer and budget."""
+    means = {b: record.mean("together", b).tolist() for b in record.budgets}
     return {layer: {b: means[b][row] for b in means} for row, layer in enumerate(record.layers())}
 
 

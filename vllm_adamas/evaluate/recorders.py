@@ -16,7 +16,8 @@ class MassRecord:
     """Sums over sampled sparse rows, per layer and budget: each value is a float64 tensor ``[Hq]``.
 
     The attention mass of a set of tokens is the sum of their dense softmax weights; ``oracle`` is that
-    of the tokens with the largest weights. ``error`` is ||output - dense|| / ||dense||.
+    of the tokens with the largest weights. ``error`` is ||output - dense|| / ||dense|| of each head, and
+    ``together`` that of all heads of the layer as one vector, a float64 scalar.
 
     Args:
         budgets: set sizes to measure, in dense rows too, where the output is that of attention over the
@@ -31,13 +32,14 @@ class MassRecord:
         self.mass: dict[tuple[int, int], torch.Tensor | float] = defaultdict(float)
         self.oracle: dict[tuple[int, int], torch.Tensor | float] = defaultdict(float)
         self.error: dict[tuple[int, int], torch.Tensor | float] = defaultdict(float)
+        self.together: dict[tuple[int, int], torch.Tensor | float] = defaultdict(float)
 
     def layers(self) -> list[int]:
         """Layers that had sparse rows."""
         return sorted({layer for layer, _ in self.rows})
 
     def mean(self, what: str, budget: int) -> torch.Tensor:
-        """``mass``, ``oracle`` or ``error`` averaged over rows: ``[sparse layers, Hq]``."""
+        """One of the values averaged over rows: ``[sparse layers, Hq]``; ``together`` ``[sparse layers]``."""
         table = getattr(self, what)
         return torch.stack([table[n, budget] / self.rows[n, budget] for n in self.layers()]).cpu()
 
@@ -96,11 +98,13 @@ class Shadow(DelegatingBackend):
             if record.budgets:
                 share = torch.zeros_like(weights).scatter_add_(1, at, kept / mass[:, None])
                 output = (share.unflatten(0, q.shape[:2]) @ value).flatten(0, 1)  # [Hq, D]
-            error = (output.float() - dense).norm(dim=-1) / dense.norm(dim=-1).clamp_min(1e-30)
+            off = output.float() - dense
+            error = off.norm(dim=-1) / dense.norm(dim=-1).clamp_min(1e-30)
             name = 0 if record.pooled else size
             record.rows[number, name] += 1
             record.mass[number, name] += mass.double()
             record.error[number, name] += error.double()
+            record.together[number, name] += (off.norm() / dense.norm().clamp_min(1e-30)).double()
             record.oracle[number, name] += best[:, min(size, length) - 1].double()
 
 
