@@ -46,7 +46,7 @@ class Params:
             is dense.
         fp8: ``e4m3`` or ``e5m2`` when the K and V planes hold fp8 bytes.
         k_scale, v_scale: factors from fp8 to real values.
-        budget: the configured budget, which launches are sized for; decode obeys the batch's budgets.
+        budget: the layer's configured budget, which launches are sized for; decode obeys the batch's budgets.
         key_mean: float32 ``[Hkv, D]`` on the device of the pages, the layer's mean key after the
             Hadamard transform, subtracted from keys before coding. It shifts all scores of a query
             equally, so the exact ranking does not change. None means zero.
@@ -77,8 +77,14 @@ class Params:
                 )
 
     @classmethod
-    def of(cls, config: AdamasConfig, layout: PageLayout, **kwargs) -> Params:
-        """Parameters of a layer under the user's configuration."""
+    def of(
+        cls, config: AdamasConfig, layout: PageLayout, budget: TokenBudget | None = None, **kwargs
+    ) -> Params:
+        """Parameters of a layer under the user's configuration.
+
+        Args:
+            budget: of a layer with one of its own.
+        """
         return cls(
             layout=layout,
             coding=config.coding(layout.head_size),
@@ -87,7 +93,7 @@ class Params:
             combine=config.combine,
             num_sink_tokens=config.num_sink_tokens,
             recent_window=config.recent_window,
-            budget=config.budget,
+            budget=budget or config.budget,
             **kwargs,
         )
 
@@ -149,7 +155,7 @@ class Params:
 
 @dataclass(eq=False)
 class DecodeBatch:
-    """The decode rows of one step, one query token each; all layers of a KV cache group share it.
+    """The decode rows of one step, one query token each; layers with one budget share it.
 
     Args:
         block_table: int32 ``[R, blocks]``.

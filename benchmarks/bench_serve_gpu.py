@@ -192,13 +192,14 @@ def floors(context: int, rows: int, config: dict, read_rate: float) -> tuple[flo
     layers = m["num_hidden_layers"]
     weights = 2 * (layers * layer + m["vocab_size"] * m["hidden_size"])
     options = AdamasConfig.parse(config)
-    dense_layers = options.dense_layers
     sets = 4 if options.selection == "query_head" else 1
     token = KV_BYTES // layers
     signature = m["num_key_value_heads"] * (m["head_dim"] // 4 + 2)
-    sparse = signature * context + sets * token * options.budget.of(context)
     dense = weights + rows * layers * token * context
-    ours = weights + rows * (dense_layers * token * context + (layers - dense_layers) * sparse)
+    ours = weights
+    for layer in range(layers):
+        sparse = signature * context + sets * token * options.budget_of(layer).of(context)
+        ours += rows * (token * context if options.is_dense(layer) else sparse)
     return 1e3 * dense / read_rate, 1e3 * ours / read_rate
 
 

@@ -35,6 +35,12 @@ VARIANTS = {
     for family in PROFILE_FAMILIES
     for layers in (0, 2)
 }
+#: Families whose layer 0 has a budget of its own; they run if they are named.
+LAYER_0 = {
+    f"{family}-layer0-{tokens}": {**FAMILIES[family], "layer_budgets": {"0": tokens}}
+    for family in PROFILE_FAMILIES
+    for tokens in (1024, 2048)
+}
 
 
 def arms(families: list[str], budgets: list[int], profile: str | None) -> list[Arm]:
@@ -48,9 +54,10 @@ def arms(families: list[str], budgets: list[int], profile: str | None) -> list[A
 
 def arm(family: str, budget: int, profile: str | None) -> Arm:
     """A family or variant with a budget; ``<family>+profile`` uses the profile."""
-    if family in VARIANTS:
-        options = {**VARIANTS[family], "token_budget": budget}
-        return Arm(f"{family}-{budget}", family, budget, options)
+    for variants, batched in ((VARIANTS, True), (LAYER_0, False)):  # one budget per request, or not
+        if family in variants:
+            options = {**variants[family], "token_budget": budget}
+            return Arm(f"{family}-{budget}", family, budget, options, batched=batched)
     if not family.endswith(PROFILE):
         return Arm.of(family, budget)
     if profile is None:

@@ -8,6 +8,7 @@ With --check nothing is written; the exit status is 1 when the document differs 
 from __future__ import annotations
 
 import json
+import statistics
 import sys
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ DEFAULT = "dot" if AdamasConfig().selection == "kv_head" else "dot-query-head"
 BUDGET = AdamasConfig().token_budget
 NEEDLES = f"{DEFAULT}-dense2"
 SMOLLM, GEMMA = "SmolLM2-135M-Instruct", "gemma-3-270m"
+LAYER_0 = "-layer0"  #: end of the names of studies of layer 0
 SELECTORS = [name for name, options in FAMILIES.items() if "selector" in options]
 
 
@@ -140,12 +142,38 @@ def times(result: dict, bench: dict) -> list[str]:
     return [head, "", *markdown(["configuration", "ms", "ΔNLL", "KL", "mass"], lines), ""]
 
 
+def layer_0(result: dict) -> list[str]:
+    """Layer 0 with a budget of its own against the dense layer 0 of the same family, window by window."""
+    cells, lines = result["cells"], []
+    for name, cell in cells.items():
+        tokens = cell["options"].get("layer_budgets", {}).get("0")
+        if tokens is None:
+            continue
+        usual = f"{cell['family'].removesuffix(f'-layer0-{tokens}')}-{cell['budget']}"
+        ours, dense = (cells[x]["tasks"][PERPLEXITY] for x in (name, usual))
+        differences = (
+            report.bootstrap([a - b for a, b in zip(ours[what], dense[what], strict=True)])
+            for what in ("nll", "kl")
+        )
+        shown = ["{:+.4f} [{:+.4f}, {:+.4f}]".format(*difference) for difference in differences]
+        layer = statistics.fmean(ours["error"][ours["layers"].index(0)])
+        others = statistics.fmean(statistics.fmean(heads) for heads in dense["error"])
+        lines.append([usual, tokens, *shown, f"{layer:.3f}", f"{others:.3f}"])
+    head = (
+        "Layer 0 sparse less layer 0 dense, by window; 95% intervals, paired bootstrap over windows. Errors "
+        "of the attention output: of layer 0, and of the other layers on average."
+    )
+    headers = ["configuration", "tokens in layer 0", "NLL", "KL", "error of layer 0", "of others"]
+    return [head, "", *markdown(headers, lines), ""]
+
+
 def render() -> list[str]:
     found = {path: json.loads(path.read_text()) for path in RESULTS.glob("quality_*.json")}
     by_model = {
         result["model"]["name"]: result
-        for result in found.values()
-        if PERPLEXITY in result["settings"]["tasks"]
+        for path, result in found.items()
+        if path.stem == f"quality_{result['model']['name']}"
+        and PERPLEXITY in result["settings"]["tasks"]
     }
     lines = targets(by_model)
     benches = {name: RESULTS / f"decode_cpu_{name}.json" for name in by_model}
@@ -156,9 +184,14 @@ def render() -> list[str]:
     for path in sorted(found, reverse=True):
         result = found[path]
         context = result["settings"]["context"]
-        lines += [f"### {result['model']['name']}, context {context}", ""]
+        by_layer = path.stem.endswith(LAYER_0)
+        what = ", budgets of layer 0" if by_layer else ""
+        lines += [f"### {result['model']['name']}, context {context}{what}", ""]
         lines += report.markdown(result).split("\n")[2:]
-        lines += [f"![plot](../benchmarks/results/{path.stem}.png)", ""]
+        if by_layer:
+            lines += layer_0(result)
+        else:
+            lines += [f"![plot](../benchmarks/results/{path.stem}.png)", ""]
     for path in sorted(profile.SHIPPED.glob("*.json")):
         table = profile_table(profile.load(path.stem))
         lines += [f"### The shipped profile `{path.stem}`", "", "```text", table, "```", ""]

@@ -31,6 +31,8 @@ def check_config(vllm_config) -> AdamasConfig:
     config = AdamasConfig.parse(adamas_options(vllm_config))
     for check in (_check_device, _check_parallel, _check_features, _check_model, _check_cache):
         check(vllm_config)
+    if vllm_config.model_config is not None:
+        check_layers(vllm_config.model_config, config)
     _check_kernels(vllm_config, config)
     return _pin_profile(vllm_config, config)
 
@@ -213,6 +215,27 @@ def _check_model(vllm_config) -> None:
             f"value heads of another size than key heads ({value_size} and {model.get_head_size()})",
             OTHER_BACKEND,
         )
+
+
+def check_layers(model, config: AdamasConfig) -> None:
+    """Checks the layers that have a budget of their own against a model's configuration.
+
+    Raises:
+        AdamasError: the model has no such layer, or the layer is dense whatever its budget.
+    """
+    layers = model.get_total_num_hidden_layers()
+    kinds = getattr(model.hf_text_config, "layer_types", None) or ["full_attention"] * layers
+    for number in config.layer_budgets:
+        if number >= layers:
+            raise AdamasError(
+                f"adamas.layer_budgets names layer {number}, and the layers of this model are 0 to "
+                f"{layers - 1}: name layers of the model."
+            )
+        if kinds[number] != "full_attention":
+            raise AdamasError(
+                f"adamas.layer_budgets names layer {number}, which has no token budget in this model "
+                f"({kinds[number]}): leave it out."
+            )
 
 
 #: Fields of a model's configuration that declare learned sinks in some layers.

@@ -20,6 +20,7 @@ from vllm_adamas import profile as profiles
 from vllm_adamas.backends.base import Layer, Params
 from vllm_adamas.backends.reference.signature import hadamard
 from vllm_adamas.backends.workspace import capturing
+from vllm_adamas.budget import TokenBudget
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.dtypes import fp8_element, page_dtype
 from vllm_adamas.errors import AdamasError
@@ -98,13 +99,16 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         )
         self._reserved = False
         logger.info_once(
-            "Using ADAMAS attention backend: score %s (thresholds %s), token budget %s per %s, "
+            "Using ADAMAS attention backend: score %s (thresholds %s), token budget %s per %s%s, "
             "%d dense layers, profile %s, pages +%.1f%%, kernels %s.",
             self.config.score,
             self.config.coding(head_size),
             self.config.budget,
             self.config.selection.replace("_", " "),
-            self.config.dense_layers,
+            "".join(
+                f", {self.config.budget_of(n)} in layer {n}" for n in self.config.layer_budgets
+            ),
+            sum(map(self.config.is_dense, range(self.config.dense_layers))),
             self.config.profile or "none",
             100 * overhead(head_size, self._cache_dtype),
             self.backend.description,
@@ -164,7 +168,7 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         return output
 
     def _decode(self, bound: Layer, query, metadata: AdamasMetadata, output) -> None:
-        rows, batch = metadata.num_decodes, metadata.decode
+        rows, batch = metadata.num_decodes, metadata.decode[bound.params.budget]
         if capturing(output.device):  # a graph replays with contexts of any length
             batch = replace(batch, max_seq_len=self.max_model_len)
         if self._dense and self.dense.decodes(bound.params):
@@ -204,10 +208,11 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         """Builds the parameters at the first step with a KV cache, when vLLM has loaded its scales."""
         self._reserve()
         index = extract_layer_index(layer.layer_name)
-        self._dense = index < self.config.dense_layers or self.sliding_window is not None
+        self._dense = self.config.is_dense(index) or self.sliding_window is not None
         k_scale, v_scale = compat.kv_scales(layer)
         return self._make_params(
             PageLayout(self.head_size, kv_cache.shape[2], kv_cache.dtype),
+            self.config.budget_of(index),
             k_scale=k_scale,
             v_scale=v_scale,
             key_mean=self._load_profile(layer, kv_cache.device),
@@ -226,9 +231,10 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
             return
         self._reserved = True
         rows, tokens = self._largest_step
-        params = self._make_params(PageLayout(self.head_size, TILE, self._cache_dtype))
-        workspace = self.backend.reserve(params, rows, self.max_model_len)
-        workspace += self.dense.reserve(params, self.dtype, tokens)
+        layout = PageLayout(self.head_size, TILE, self._cache_dtype)
+        kinds = [self._make_params(layout, budget) for budget in self.config.budgets]
+        workspace = max(self.backend.reserve(kind, rows, self.max_model_len) for kind in kinds)
+        workspace += self.dense.reserve(kinds[0], self.dtype, tokens)
         if workspace:
             logger.info_once("The ADAMAS workspace takes %.0f MiB.", workspace / 2**20)
 
@@ -257,10 +263,11 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
             )
         return hadamard(profile.key_mean(index, heads).to(device) * factor).contiguous()
 
-    def _make_params(self, layout: PageLayout, **scales) -> Params:
+    def _make_params(self, layout: PageLayout, budget: TokenBudget, **scales) -> Params:
         return Params.of(
             self.config,
             layout,
+            budget,
             num_query_heads=self.num_heads,
             num_kv_heads=self.num_kv_heads,
             softmax_scale=self.scale,

@@ -31,15 +31,16 @@ class AdamasMetadata(AttentionMetadata):
 
     Args:
         num_decodes: number of requests with one query token, R.
-        decode: their rows. The budget of a dense row is its context length; rows are dense if they
-            belong to a prompt (the last token of a prefill too) or if the budget covers the context.
+        decode: their rows, by the budget of a layer. The budget of a dense row is its context length;
+            rows are dense if they belong to a prompt (the last token of a prefill too) or if the budget
+            covers the context.
         query_start_loc: int32 ``[R + 1]``, 0 to R.
         prefill: plan of the other requests, None if there are none.
         slot_mapping: int64 ``[tokens]``, slots of the step's keys and values.
     """
 
     num_decodes: int
-    decode: DecodeBatch
+    decode: dict[TokenBudget, DecodeBatch]
     query_start_loc: torch.Tensor
     prefill: PrefillPlan | None
     slot_mapping: torch.Tensor
@@ -87,24 +88,28 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1)
-        self.config = AdamasConfig.parse(adamas_options(vllm_config))
+        config = AdamasConfig.parse(adamas_options(vllm_config))
         self.stats = compat.layers_of(vllm_config)[layer_names[0]].impl.shared.stats
         # Once per builder and not per layer, because it reads the model's files.
-        for warning in warnings(vllm_config, self.config):
+        for warning in warnings(vllm_config, config):
             logger.warning_once(warning)
-        # Captured graphs read budgets and starts from these tensors.
+        # Captured graphs read starts and budgets from these tensors.
         rows = compat.max_decode_rows(vllm_config)
-        self._budgets = torch.zeros(rows, dtype=torch.int32, device=device)
         self._starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
+        self.configure(config)
+
+    def configure(self, config: AdamasConfig) -> None:
+        """Makes a tensor for each distinct budget of the layers; called once in a server."""
+        self._budgets = {budget: torch.zeros_like(self._starts[:-1]) for budget in config.budgets}
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata):
         metadata = super().build_for_cudagraph_capture(common_attn_metadata)
         self.stats.warming_up = True
         return metadata
 
-    def set_budgets(self, seq_lens, prefilling, out) -> None:
+    def set_budgets(self, budget: TokenBudget, seq_lens, prefilling, out) -> None:
         """Writes the configured budgets; an evaluation replaces this method to set a budget per request."""
-        row_budgets(self.config.budget, seq_lens, prefilling, out)
+        row_budgets(budget, seq_lens, prefilling, out)
 
     def build(
         self,
@@ -117,11 +122,19 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
         num_decodes, num_prefills, num_decode_tokens, num_prefill_tokens = (
             split_decodes_and_prefills(common)
         )
-        seq_lens, budgets = common.seq_lens[:num_decodes], self._budgets[:num_decodes]
         prefilling = common.is_prefilling
-        self.set_budgets(
-            seq_lens, None if prefilling is None else prefilling[:num_decodes], budgets
-        )
+        prefilling = None if prefilling is None else prefilling[:num_decodes]
+        seq_lens, decode = common.seq_lens[:num_decodes], {}
+        for budget, buffer in self._budgets.items():
+            budgets = buffer[:num_decodes]
+            self.set_budgets(budget, seq_lens, prefilling, budgets)
+            decode[budget] = DecodeBatch(
+                block_table=common.block_table_tensor[:num_decodes],
+                seq_lens=seq_lens,
+                budgets=budgets,
+                max_seq_len=common.max_seq_len,
+                overlap=True,  # projections precede decode in a step
+            )
         plan = None
         if num_prefills:
             starts = common.query_start_loc[num_decodes : common.num_reqs + 1]
@@ -139,13 +152,7 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
         self.stats.tick()
         return AdamasMetadata(
             num_decodes=num_decodes,
-            decode=DecodeBatch(
-                block_table=common.block_table_tensor[:num_decodes],
-                seq_lens=seq_lens,
-                budgets=budgets,
-                max_seq_len=common.max_seq_len,
-                overlap=True,  # projections precede decode in a step
-            ),
+            decode=decode,
             query_start_loc=self._starts[: num_decodes + 1],
             prefill=plan,
             slot_mapping=common.slot_mapping,

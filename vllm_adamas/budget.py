@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -19,6 +19,11 @@ class TokenBudget:
     tokens: int | float
     floor: int = 1
     min_context: int = 0
+    # A field, because 1 token and the whole context, 1.0, would be equal without it.
+    is_fraction: bool = field(init=False)
+
+    def __post_init__(self):
+        object.__setattr__(self, "is_fraction", isinstance(self.tokens, float))
 
     def fill(self, seq_lens: torch.Tensor, out: torch.Tensor) -> None:
         """Writes the budget of each row; a dense row's budget is its context. Does not sync the host.
@@ -27,7 +32,7 @@ class TokenBudget:
             seq_lens: int32 ``[R]``, tokens in the context, the query's own included.
             out: int32 ``[R]`` on the same device, the budgets in tokens.
         """
-        if isinstance(self.tokens, float):
+        if self.is_fraction:
             wanted = (seq_lens.double() * self.tokens).ceil().clamp_(min=self.floor)
             torch.minimum(seq_lens, wanted.to(torch.int32), out=out)
         else:
@@ -49,6 +54,6 @@ class TokenBudget:
         return TokenBudget(self.tokens, self.floor).of(seq_len)
 
     def __str__(self) -> str:
-        if isinstance(self.tokens, float):
+        if self.is_fraction:
             return f"{self.tokens:g} of the context, at least {self.floor} tokens"
         return f"{self.tokens} tokens"

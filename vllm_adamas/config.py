@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
 from reprlib import Repr
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from vllm_adamas.budget import TokenBudget
 from vllm_adamas.errors import AdamasError
@@ -34,6 +42,7 @@ BUDGET_WAY_OUT = (
 )
 
 Tokens = Annotated[int, Field(le=MAX_TOKENS)]
+LAYER_NUMBER = re.compile("0|[1-9][0-9]{0,4}")
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,11 @@ class AdamasConfig(BaseModel):
         le=MAX_LAYERS,
         description="First layers that attend to every token (default 1 for dot, 2 for manhattan).",
     )
+    layer_budgets: dict[int, int | float] = Field(
+        {},
+        description='Layers with a budget of their own, such as {"0": 2048}: numbers from 0 and budgets '
+        "as in token_budget.",
+    )
     num_sink_tokens: Tokens = Field(
         0, ge=0, description="First tokens always kept, inside the budget."
     )
@@ -117,21 +131,9 @@ class AdamasConfig(BaseModel):
 
     @model_validator(mode="after")
     def _check(self) -> AdamasConfig:
-        budget = self.token_budget
-        if isinstance(budget, float):
-            possible = 0.0 < budget <= 1.0
-            floor, name = self.min_token_budget, "min_token_budget"
-        else:
-            possible = 1 <= budget <= MAX_TOKENS
-            floor, name = budget, "token_budget"
-        if not possible:
-            raise ValueError(f"token_budget={_short(budget)} is impossible: {BUDGET_WAY_OUT}")
-        forced = self.num_sink_tokens + self.recent_window
-        if forced >= floor and forced > 0:
-            raise ValueError(
-                f"num_sink_tokens + recent_window = {forced} leaves nothing of {name}={floor} to "
-                f"select: raise {name} above {forced} or lower the other two"
-            )
+        self._check_budget("token_budget", self.token_budget)
+        for layer, budget in self.layer_budgets.items():
+            self._check_budget(f"layer_budgets[{layer}]", budget)
         if self.profile is not None and self.score == "manhattan":
             raise ValueError(
                 "profile belongs to score='dot': a distance between codes is not kept by shifting and "
@@ -149,6 +151,41 @@ class AdamasConfig(BaseModel):
                 f"from {low:g} to {high:g}"
             )
         return self
+
+    def _check_budget(self, name: str, budget: int | float) -> None:
+        if isinstance(budget, float):
+            possible = 0.0 < budget <= 1.0
+            floor, raised = self.min_token_budget, "min_token_budget"
+        else:
+            possible = 1 <= budget <= MAX_TOKENS
+            floor, raised = budget, name
+        if not possible:
+            raise ValueError(f"{name}={_short(budget)} is impossible: {BUDGET_WAY_OUT}")
+        forced = self.num_sink_tokens + self.recent_window
+        if forced >= floor and forced > 0:
+            raise ValueError(
+                f"num_sink_tokens + recent_window = {forced} leaves nothing of {raised}={floor} to "
+                f"select: raise {raised} above {forced} or lower the other two"
+            )
+
+    @field_validator("layer_budgets", mode="before")
+    @classmethod
+    def _number_layers(cls, given: Any) -> Any:
+        """Budgets by layer number; the keys of a JSON object are strings."""
+        if not isinstance(given, dict):
+            return given
+        numbered: dict[int, int | float] = {}
+        for key, budget in given.items():
+            is_text = isinstance(key, str) and LAYER_NUMBER.fullmatch(key)
+            number = int(key) if is_text else key
+            if type(number) is not int or not 0 <= number < MAX_LAYERS:
+                raise ValueError(f"{_short(key)} is not the number of a layer")
+            if number in numbered:
+                raise ValueError(f"layer {number} is named twice")
+            if type(budget) not in (int, float):
+                raise ValueError(f"the budget of layer {number} is not a number")
+            numbered[number] = budget
+        return numbered
 
     @classmethod
     def parse(cls, options: Any) -> AdamasConfig:
@@ -190,10 +227,27 @@ class AdamasConfig(BaseModel):
             return Coding(PAPER_THRESHOLD / math.sqrt(head_size), relative=False)
         return Coding(float(chosen), relative=False)
 
+    def is_dense(self, layer: int) -> bool:
+        """Whether a layer is dense by its number; one with a budget of its own is not."""
+        return layer < self.dense_layers and layer not in self.layer_budgets
+
     @property
     def budget(self) -> TokenBudget:
-        """The budget of a decode row."""
-        return TokenBudget(self.token_budget, self.min_token_budget, self.min_context)
+        """The budget of a decode row in layers without one of their own."""
+        return self._budget(self.token_budget)
+
+    def budget_of(self, layer: int) -> TokenBudget:
+        """The budget of a decode row in a layer."""
+        return self._budget(self.layer_budgets.get(layer, self.token_budget))
+
+    @property
+    def budgets(self) -> list[TokenBudget]:
+        """The distinct budgets of all layers, :attr:`budget` first."""
+        own = map(self._budget, self.layer_budgets.values())
+        return list(dict.fromkeys([self.budget, *own]))
+
+    def _budget(self, tokens: int | float) -> TokenBudget:
+        return TokenBudget(tokens, self.min_token_budget, self.min_context)
 
 
 def _sentence(err: ValidationError) -> str:

@@ -58,12 +58,17 @@ class LayerProfile(_Part):
 
 
 class Suggestion(_Part):
-    """Settings that reach a target share of the oracle's mass, from the profile's own tables."""
+    """Settings that reach a target share of the oracle's mass, from the profile's own tables.
+
+    Args:
+        layer_budgets: of layers that need more or fewer tokens than others to err no more.
+    """
 
     wanted_recall: float
     token_budget: int
     num_dense_layers: int
     reached: bool
+    layer_budgets: dict[int, int] = Field(default_factory=dict)
 
 
 class Profile(_Part):

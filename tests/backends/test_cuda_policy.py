@@ -160,6 +160,18 @@ def test_growing_contexts_share_plans(recorder) -> None:
     assert len(layers[0].plans) == 2 and len(other.plans) == 1
 
 
+def test_layers_with_other_budgets_have_other_plans(recorder) -> None:
+    """1 token and the whole context, 1.0, too. The workspace of the largest holds them all."""
+    backend, params = cuda.CudaBackend(), Case(heads=(2, 2)).params
+    kinds = [dataclasses.replace(params, budget=TokenBudget(x)) for x in (256, 2048, 1, 1.0, 256)]
+    pages = bound(backend, Case(heads=(2, 2))).kv_cache
+    layers = [backend.bind(kind, pages) for kind in kinds]
+    plans = [backend.plan(layer, 1, torch.bfloat16, 4096) for layer in layers]
+    assert [plan.cluster for plan in plans] == [3, 0, 3, 0, 3]
+    assert layers[0].plans is layers[4].plans
+    assert len({id(layer.plans) for layer in layers}) == 4
+
+
 def test_the_bound_of_a_step(recorder) -> None:
     """What the batch says, but never more than its block table; the longest context without either."""
     backend = cuda.CudaBackend()

@@ -181,9 +181,9 @@ def test_plans_let_go_of_a_workspace_that_grows() -> None:
 class Engine:
     """Layers as vLLM builds them, without vLLM's engine; calls take the place of its steps."""
 
-    def __init__(self, monkeypatch, kernels: str = "cpu", layers: int = 2):
+    def __init__(self, monkeypatch, kernels: str = "cpu", layers: int = 2, **options):
         self.context = {}
-        options = {"kernels": kernels, "token_budget": 8, "num_dense_layers": 0}
+        options = {"kernels": kernels, "token_budget": 8, "num_dense_layers": 0, **options}
         self.config = SimpleNamespace(
             additional_config={"adamas": options},
             compilation_config=SimpleNamespace(
@@ -215,14 +215,19 @@ class Engine:
         for layer in self.context.values():
             layer.impl.forward(layer, *[torch.zeros(1)] * 3, layer.kv_cache, None, torch.zeros(1))
 
-    def step(self, batch: Batch) -> torch.Tensor:
-        """A decode step of the first layer, whose pages hold the batch already."""
-        (layer, *_) = self.context.values()
+    def step(self, batch: Batch, number: int = 0) -> torch.Tensor:
+        """A decode step of a layer, whose pages hold the batch already."""
+        layer = self.context[f"layers.{number}"]
         output = torch.zeros_like(batch.query)
         nowhere = torch.full((len(batch.lengths),), -1)
         made = metadata.AdamasMetadata(
             num_decodes=len(batch.lengths),
-            decode=batch.step(),
+            decode={
+                budget: dataclasses.replace(
+                    batch.step(), budgets=batch.seq_lens.clamp(max=budget.tokens)
+                )
+                for budget in layer.impl.config.budgets
+            },
             query_start_loc=torch.arange(len(batch.lengths) + 1).int(),
             prefill=None,
             slot_mapping=nowhere,
@@ -284,13 +289,32 @@ def test_engines_share_nothing(monkeypatch, tmp_path, kernels: str) -> None:
     assert read_counters(tmp_path)[0] == 3 * len(batch.lengths)
 
 
+@over_backends
+def test_layers_take_the_rows_of_their_budgets(monkeypatch, kernels: str) -> None:
+    """Of three dense layers one is named, and so is a layer behind them."""
+    options = {"num_dense_layers": 3, "layer_budgets": {"1": 30, "4": 50}}
+    engine = Engine(monkeypatch, kernels, 5, **options)
+    batch, backend = CASE.build(ReferenceBackend()), BACKENDS[kernels]()
+    for number, budget in enumerate((1 << 30, 30, 1 << 30, 8, 50)):
+        engine.context[f"layers.{number}"].kv_cache = batch.kv_cache
+        counters = engine.impls[0].shared.stats.counters(dense_layer=False)
+        before = counters.clone()
+        output = engine.step(batch, number)
+        same = dataclasses.replace(batch, budgets=torch.full((2,), budget).int())
+        expected, counted = same.decode(backend)
+        assert torch.equal(as_bytes(output), as_bytes(expected))
+        dense_layer = number in (0, 2)
+        assert (counters - before).tolist() == ([0] * len(counted) if dense_layer else counted)
+
+
 class Reserving(ReferenceBackend):
     """Says when memory is asked for."""
 
     def __init__(self):
-        self.asked = []
+        self.asked, self.budgets = [], []
 
     def reserve(self, params, max_rows, max_seq_len):
+        self.budgets.append(params.budget.tokens)
         self.asked.append((params.layout.dtype, max_rows, max_seq_len))
         return 1 << 20
 
@@ -313,6 +337,14 @@ def test_memory_is_reserved_when_vllm_measures_it(monkeypatch, profiled: bool) -
     for _ in range(2):
         engine.step(batch)
     assert backend.asked == [largest] * (2 if profiled else 1)
+
+
+def test_memory_is_reserved_for_every_budget(monkeypatch) -> None:
+    """By each layer, whichever comes first, so that the largest is reserved before a graph is captured."""
+    monkeypatch.setitem(BACKENDS, "reference", Reserving)
+    engine = Engine(monkeypatch, "reference", layer_budgets={"1": 200, "3": 0.5})
+    engine.profile()
+    assert engine.impls[0].backend.budgets == [8, 200, 0.5] * 2
 
 
 def test_only_what_is_zeros_becomes_huge_pages() -> None:

@@ -28,6 +28,7 @@ DEFAULTS = {
     "selection": "kv_head",
     "combine": "sum",
     "num_dense_layers": None,
+    "layer_budgets": {},
     "num_sink_tokens": 0,
     "recent_window": 0,
     "min_context": 0,
@@ -48,6 +49,8 @@ VALID = [
     ("combine", "max"),
     ("num_dense_layers", 0),
     ("num_dense_layers", MAX_LAYERS),
+    ("layer_budgets", {}),
+    ("layer_budgets", {0: 2048, 7: 0.5, MAX_LAYERS - 1: 1}),
     ("num_sink_tokens", 255),
     ("recent_window", 255),
     ("min_context", MAX_TOKENS),
@@ -74,6 +77,25 @@ INVALID = [
     *[({"token_budget": x}, ("token_budget",)) for x in (None, [1], {})],
     ({"min_token_budget": 0}, ("min_token_budget=0", "1")),
     ({"min_token_budget": 2.5}, ("min_token_budget=2.5", "integer")),
+    *[
+        ({"layer_budgets": {x: 64}}, ("layer_budgets", "not the number of a layer", '{"0": 2048}'))
+        for x in ("a", "", "-1", "00", "1.0", "0x1", "99999", "9" * 5000, -1, MAX_LAYERS, True)
+    ],
+    *[
+        ({"layer_budgets": {"3": x}}, ("layer_budgets", "budget of layer 3 is not a number"))
+        for x in ("64", None, True, [64], {})
+    ],
+    *[
+        ({"layer_budgets": {"3": x}}, ("layer_budgets[3]", "whole number", "fraction"))
+        for x in (0, -1, MAX_TOKENS + 1, 10**400, 0.0, 1.5, math.nan, math.inf)
+    ],
+    *[({"layer_budgets": x}, ("layer_budgets", '{"0": 2048}')) for x in (None, 64, "0=64", [64])],
+    ({"layer_budgets": {"3": 64, 3: 64}}, ("layer_budgets", "layer 3 is named twice")),
+    ({"layer_budgets": {"3": 32}, "recent_window": 32}, ("layer_budgets[3]=32", "recent_window")),
+    (
+        {"layer_budgets": {"3": 0.5}, "recent_window": 64},
+        ("min_token_budget=64", "recent_window"),
+    ),
     ({"score": "cosine"}, ("score='cosine'", "'dot'", "'manhattan'")),
     ({"selection": "head"}, ("selection='head'", "'query_head'", "'kv_head'")),
     ({"combine": "mean"}, ("combine='mean'", "'sum'", "'max'")),
@@ -241,6 +263,33 @@ def test_kernels_of_another_device_are_refused(name: str, device: str) -> None:
     with pytest.raises(AdamasError, match=f"{name!r}.*{device}") as error:
         get_backend(name, device)
     assert is_one_sentence(str(error.value))
+
+
+def test_layers_by_the_numbers_of_a_json_object() -> None:
+    assert AdamasConfig.parse({"layer_budgets": {"0": 64, "12": 0.5}}).layer_budgets == {
+        0: 64,
+        12: 0.5,
+    }
+
+
+def test_a_layer_with_a_budget_of_its_own_is_sparse() -> None:
+    """Also among the first, which are dense unless they are named."""
+    config = AdamasConfig(num_dense_layers=3, layer_budgets={1: 512, 7: 0.5}, min_context=100)
+    assert [n for n in range(9) if config.is_dense(n)] == [0, 2]
+    assert [config.budget_of(n).of(2000) for n in (0, 1, 7, 8)] == [256, 512, 1000, 256]
+    assert [config.budget_of(n).of(99) for n in (0, 1, 7, 8)] == [99] * 4
+    assert config.budgets == [config.budget_of(n) for n in (0, 1, 7)]
+
+
+def test_layers_with_one_budget_share_it() -> None:
+    assert len(AdamasConfig(layer_budgets={0: 256, 1: 64, 2: 64}).budgets) == 2
+
+
+def test_one_token_and_the_whole_context_are_two_budgets() -> None:
+    """In Python 1 equals 1.0."""
+    config = AdamasConfig(token_budget=1, layer_budgets={0: 1.0})
+    assert [budget.of(100) for budget in config.budgets] == [1, 100]
+    assert len(set(config.budgets)) == 2
 
 
 def test_dense_layers_follow_the_score() -> None:

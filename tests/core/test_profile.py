@@ -12,7 +12,7 @@ from common import MODEL, refused
 
 from vllm_adamas import identity as models
 from vllm_adamas import profile
-from vllm_adamas.evaluate.calibrate import suggest
+from vllm_adamas.evaluate.calibrate import suggest, suggest_layers
 from vllm_adamas.serving import checks
 from vllm_adamas.serving.impl import AdamasImpl
 
@@ -240,6 +240,22 @@ def test_a_header_is_read_within_the_limit_of_the_format(tmp_path: Path, monkeyp
     assert models.fingerprint(tmp_path)
     monkeypatch.setattr(models, "MAX_HEADER_BYTES", len(json.dumps(header)) - 1)
     assert not models.fingerprint(tmp_path)
+
+
+def test_a_layer_that_needs_more_gets_more() -> None:
+    """So many tokens that it errs no more than the median layer with the suggested budget."""
+    usual = {64: 0.4, 128: 0.3, 256: 0.2, 512: 0.1}
+    errors = dict.fromkeys(range(7), usual)
+    errors |= {2: {64: 0.2, 128: 0.1, 256: 0.1, 512: 0.1}}  # 64 would do, 128 is the least
+    errors |= {
+        4: {64: 0.6, 128: 0.5, 256: 0.4, 512: 0.2},
+        5: {64: 0.9, 128: 0.9, 256: 0.9, 512: 0.9},
+    }
+    hint = made().suggestion.model_copy(update={"token_budget": 256, "num_dense_layers": 0})
+    assert suggest_layers(errors, hint) == {2: 128, 4: 512, 5: 512}
+    # What would be dense is named with the usual budget too, unless even the largest is not enough.
+    errors[0], hint = errors[5], hint.model_copy(update={"num_dense_layers": 2})
+    assert suggest_layers(errors, hint) == {1: 256, 2: 128, 4: 512, 5: 512}
 
 
 def test_the_suggestion_is_the_smallest_budget_that_keeps_enough() -> None:

@@ -305,6 +305,19 @@ def test_pages_whose_keys_are_unknown_are_forgotten(tensors: int, kind: str, for
         assert torch.equal(layout.scale(page), layout.scale(fresh))
 
 
+def test_options_that_do_not_fit_the_model_are_refused() -> None:
+    from vllm_adamas.evaluate.engine import Engine
+
+    model = SimpleNamespace(get_total_num_hidden_layers=lambda: 4, hf_text_config=None)
+    engine = object.__new__(Engine)
+    engine.options = {"token_budget": 99}
+    engine.llm = SimpleNamespace(
+        llm_engine=SimpleNamespace(vllm_config=SimpleNamespace(model_config=model))
+    )
+    assert engine.check({"layer_budgets": {"3": 64}}).budgets[0].tokens == 99
+    refused(lambda: engine.check({"layer_budgets": {"4": 64}}), "layer 4", "0 to 3")
+
+
 # mistakes at the command line
 
 

@@ -39,6 +39,9 @@ def profile(tmp_path_factory) -> Path:
         *SMALL,
     )
     assert "token_budget" in out
+    suggestion = json.loads(path.read_text())["suggestion"]
+    assert set(suggestion["layer_budgets"].values()) <= {128, 256, 512}
+    assert f"layer_budgets {json.dumps(suggestion['layer_budgets'])}" in out
     return path  # fmt: skip
 
 
@@ -47,7 +50,8 @@ def cells(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("eval")
     slice_ = ["--context", "1024", "--windows", "4", "--steps", "24", "--tasks", "perplexity"]
     arms = ["--arms", "dot,manhattan,oracle", "--budgets", "64,128"]
-    run("eval", str(MODEL), "--output", str(folder), *slice_, *arms, *SMALL)
+    config = ["--config", json.dumps({"token_budget": 64, "layer_budgets": {"0": 256, "9": 128}})]
+    run("eval", str(MODEL), "--output", str(folder), *slice_, *arms, *config, *SMALL)
     assert (folder / "report.md").read_text().count("| dot-64 ") == 1
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
     found = json.loads((folder / "results.json").read_text())["cells"]
@@ -91,6 +95,16 @@ def test_scores_and_budgets_are_ordered(cells: dict) -> None:
         for score in ("oracle", "dot", "manhattan"):
             by_budget = [found[f"{score}-{budget}"] for budget in (64, 128)]
             assert by_budget == sorted(by_budget, reverse=falling), found
+
+
+def test_a_layer_keeps_what_its_budget_does(cells: dict) -> None:
+    """Layer 9 what it keeps with 128 tokens, the others with 64; layer 0 is sparse, as it is named."""
+    names = ("config-1", "dot-64", "dot-128")
+    ours, few, many = ([statistics.fmean(heads) for heads in cells[name]["mass"]] for name in names)
+    assert cells["config-1"]["layers"] == list(range(30))
+    for layer in range(1, 30):
+        own, other = (many, few) if layer == 9 else (few, many)
+        assert abs(ours[layer] - own[layer - 1]) < abs(ours[layer] - other[layer - 1]), layer
 
 
 def test_a_profile_is_made_and_used(tmp_path: Path, profile: Path) -> None:

@@ -93,16 +93,27 @@ def test_the_oracle_keeps_the_most_attention() -> None:
     assert kept["oracle"].mean() > kept["dot"].mean() > kept["streaming_llm"].mean()
 
 
-def test_shadow_sees_the_error_of_the_output() -> None:
-    """Against attention over the appended keys and values."""
+@pytest.mark.parametrize("selection", ["query_head", "kv_head"])
+def test_shadow_sees_the_error_of_the_output(selection: str) -> None:
+    """Against attention over the appended keys and values; of dense rows, that of other budgets."""
     from vllm_adamas.evaluate.recorders import MassRecord, Shadow
 
-    case = Case((400,), 30, heads=(2, 1), dtype=torch.float32, padding=0)
-    batch, record = case.build(REFERENCE), MassRecord()
+    case = Case((400,), 30, (2, 1), dtype=torch.float32, selection=selection, padding=0)
+    batch, record, others = case.build(REFERENCE), MassRecord(), MassRecord((8, 30, 300))
     output, _ = batch.decode(Shadow(REFERENCE, 0, record, stride=1))
+    dataclasses.replace(batch, budgets=batch.seq_lens).decode(
+        Shadow(REFERENCE, 0, others, stride=1)
+    )
     key, value = (x.transpose(0, 1).expand(2, -1, -1) for x in batch.stored())
     dense = torch.nn.functional.scaled_dot_product_attention(batch.query[0, :, None], key, value)[
         :, 0
     ]
     expected = (output[0] - dense).norm(dim=-1) / dense.norm(dim=-1)
-    torch.testing.assert_close(record.mean("error", 30)[0].float(), expected, atol=1e-4, rtol=1e-4)
+    for found in (record, others):
+        error = found.mean("error", 30)[0].float()
+        torch.testing.assert_close(error, expected, atol=1e-4, rtol=1e-4)
+        off, whole = (output[0] - dense).norm(), dense.norm()
+        together = found.mean("together", 30)[0].float()
+        torch.testing.assert_close(together, off / whole, atol=1e-4, rtol=1e-4)
+    few, many = (others.mean("error", size).mean() for size in (8, 300))
+    assert few > expected.mean() > many > 0

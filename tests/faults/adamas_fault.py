@@ -53,7 +53,8 @@ def neighbours_block() -> None:
 
     def spoil(metadata):
         if metadata.num_decodes > 1:
-            table = metadata.decode.block_table = metadata.decode.block_table.clone()
+            (batch,) = metadata.decode.values()
+            table = batch.block_table = batch.block_table.clone()
             table[0, 0] = table[1, 0]
 
     _spoil_some_steps(spoil)

@@ -23,6 +23,8 @@ from targets import (  # noqa: F401
     target,
 )
 
+from vllm_adamas.budget import TokenBudget
+
 
 @over_cases(forms=True)
 def test_decode(target: Target, case: Case) -> None:
@@ -81,6 +83,20 @@ def test_counters_add_up(target: Target) -> None:
 @over_targets("cpu")
 def test_decode_of_a_thousand_rows(target: Target) -> None:
     check_decode(target, target.build(many(1030)))
+
+
+@over_targets("cpu", "triton", "cuda", forms=True)
+def test_layers_with_budgets_of_their_own_take_turns(target: Target) -> None:
+    """The layers of an engine share a backend and its workspace, and one step's rows but for the budgets."""
+    batch = target.build(Case((300, 1, 65, 0), 8, heads=(2, 1), head_size=64, selection="kv_head"))
+    for tokens in (8, 200, 8, 1 << 30, 60):
+        layer = dataclasses.replace(
+            batch,
+            params=dataclasses.replace(batch.params, budget=TokenBudget(tokens)),
+            budgets=batch.seq_lens.clamp(max=tokens),
+        )
+        target.skip_unless_fits(layer)
+        check_decode(target, layer)
 
 
 SURROUNDED = {"cpu": KINDS, "triton": ("group3-manhattan", "e4m3", "forced")}

@@ -74,6 +74,31 @@ def test_kernels_of_another_device_end_before_the_server(vllm_config, kernels: s
         checks.check_config(gpu)
 
 
+@pytest.mark.parametrize("layer", [0, 29])
+def test_layers_of_the_model_may_have_budgets(vllm_config, layer: int) -> None:
+    options = {"layer_budgets": {str(layer): 512}}
+    found = checks.check_config(Changed(vllm_config, additional_config={"adamas": options}))
+    assert found.budget_of(layer).of(8192) == 512
+
+
+@pytest.mark.parametrize(
+    ("kinds", "layer", "named"),
+    [
+        (None, 30, ("layer 30", "0 to 29")),
+        (["sliding_attention", "full_attention"] * 15, 2, ("layer 2", "sliding_attention")),
+    ],
+    ids=["no such layer", "sliding window"],
+)
+def test_layers_that_have_no_budget(vllm_config, kinds, layer: int, named: tuple) -> None:
+    model = vllm_config.model_config
+    changed = Changed(model, hf_text_config=Changed(model.hf_text_config, layer_types=kinds))
+    options = {"adamas": {"layer_budgets": {"1": 512, str(layer): 512}}}
+    check_refusal(
+        Changed(vllm_config, model_config=changed, additional_config=options),
+        ("adamas.layer_budgets", *named),
+    )
+
+
 OTHER = "--attention-backend"
 MODELS = {  # change of the model configuration -> what the sentence names
     "mla": ({"use_mla": True}, ("MLA", OTHER)),

@@ -10,6 +10,7 @@ from common import refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from vllm_adamas.backends.base import DecodeBatch
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.serving.backend import AdamasBackend
 from vllm_adamas.serving.metadata import AdamasMetadata, AdamasMetadataBuilder
@@ -198,21 +199,29 @@ def build(runner: str, options: dict, requests: list[Request], rows: int = 0) ->
     return make(group_of(options), requests, rows or len(requests))
 
 
+def only(metadata: AdamasMetadata) -> DecodeBatch:
+    """The decode rows of layers that have one budget."""
+    (batch,) = metadata.decode.values()
+    return batch
+
+
 def check(metadata: AdamasMetadata, options: dict, requests: list[Request], rows: int = 0) -> None:
     """Every live row has its own length, budget and blocks, and padding has none."""
     rows, config = rows or len(requests), AdamasConfig.parse(options)
     single = [request for request in requests if request.new == 1]
     decodes = rows if len(single) == len(requests) else len(single)
     padding = [0] * (decodes - len(single))
-    budgets = [x.context if x.prefilling else config.budget.of(x.context) for x in single]
     assert metadata.num_decodes == decodes
-    assert metadata.decode.seq_lens.tolist() == [x.context for x in single] + padding
-    assert metadata.decode.budgets.tolist() == budgets + padding
     assert metadata.query_start_loc.tolist() == list(range(decodes + 1))
+    assert list(metadata.decode) == config.budgets
     longest = max((request.context for request in requests), default=0)
-    assert longest <= metadata.decode.max_seq_len <= MAX_MODEL_LEN
     tables = block_tables(rows)
-    assert torch.equal(metadata.decode.block_table[: len(single)], tables[: len(single)])
+    for budget, batch in metadata.decode.items():
+        budgets = [x.context if x.prefilling else budget.of(x.context) for x in single]
+        assert batch.seq_lens.tolist() == [x.context for x in single] + padding
+        assert batch.budgets.tolist() == budgets + padding
+        assert longest <= batch.max_seq_len <= MAX_MODEL_LEN
+        assert torch.equal(batch.block_table[: len(single)], tables[: len(single)])
     several = requests[len(single) :]
     if not several:
         assert metadata.prefill is None
@@ -230,7 +239,7 @@ def test_a_warm_prompt_with_one_token_left_beside_decodes_in_a_padded_graph(runn
     """641 tokens of which 640 are cached, beside two decodes, in a graph of four rows."""
     requests = in_order([decoding(300), decoding(50), remainder(641)])
     metadata = build(runner, {"token_budget": BUDGET}, requests, rows=4)
-    assert metadata.decode.budgets.tolist() == [BUDGET, 50, 641, 0]
+    assert only(metadata).budgets.tolist() == [BUDGET, 50, 641, 0]
     check(metadata, {"token_budget": BUDGET}, requests, rows=4)
 
 
@@ -260,6 +269,8 @@ OPTIONS = [
     {"token_budget": BUDGET},
     {"token_budget": 0.25, "min_token_budget": 40},
     {"token_budget": BUDGET, "min_context": 500},
+    {"token_budget": BUDGET, "layer_budgets": {"0": 700, "2": 0.5, "5": BUDGET}},
+    {"token_budget": 1, "layer_budgets": {"0": 1.0}},
 ]
 REQUESTS = st.one_of(
     st.integers(2, MAX_MODEL_LEN).map(decoding),
@@ -289,9 +300,9 @@ def test_micro_batches_have_their_own_rows() -> None:
     requests = in_order([decoding(300), remainder(641), decoding(90), chunk(100, 30)])
     slices = [UBatchSlice(slice(0, 2), slice(0, 2)), UBatchSlice(slice(2, 4), slice(2, 33))]
     first, second = build_v1(group_of(options, 2), requests, len(requests), ubatches=slices)
-    assert first.decode.budgets.tolist() == [BUDGET, BUDGET]
+    assert only(first).budgets.tolist() == [BUDGET, BUDGET]
     assert (first.prefill, second.num_decodes) == (None, 1)
-    assert second.decode.seq_lens.tolist() == [requests[2].context]
+    assert only(second).seq_lens.tolist() == [requests[2].context]
     assert second.prefill.num_tokens == 30
     assert torch.equal(second.prefill.block_table, block_tables(4)[3:])
 
@@ -299,14 +310,19 @@ def test_micro_batches_have_their_own_rows() -> None:
 @pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("rows", [1, 2, 8, MAX_ROWS])
 def test_a_capture_and_the_steps_that_replay_it_share_their_buffers(runner: str, rows: int) -> None:
-    options = {"token_budget": BUDGET}
+    options = {"token_budget": BUDGET, "layer_budgets": {"0": 200, "3": 0.5}}
     group, make = group_of(options), build_v1 if runner == "v1" else build_v2
     captured = make(group, [Request(1, 0)] * rows, rows, capture=True)
     assert captured.num_decodes == rows
     replayed = make(group, [decoding(300)], rows)
-    assert captured.decode.max_seq_len == MAX_MODEL_LEN
-    assert replayed.decode.budgets.data_ptr() == captured.decode.budgets.data_ptr()
-    assert captured.decode.budgets.tolist() == [BUDGET] + [0] * (rows - 1)
+    assert len(captured.decode) == len(replayed.decode) == 3
+    addresses = set()
+    for (budget, before), own in zip(captured.decode.items(), (BUDGET, 200, 150), strict=True):
+        assert before.max_seq_len == MAX_MODEL_LEN
+        assert replayed.decode[budget].budgets.data_ptr() == before.budgets.data_ptr()
+        assert before.budgets.tolist() == [own] + [0] * (rows - 1)
+        addresses.add(before.budgets.data_ptr())
+    assert len(addresses) == 3
 
 
 def common(**changes) -> CommonAttentionMetadata:
@@ -344,7 +360,8 @@ def common(**changes) -> CommonAttentionMetadata:
 def test_masks_that_are_missing_or_of_another_length(mask, budgets: list[int]) -> None:
     mask = None if mask is None else torch.tensor(mask, dtype=torch.bool)
     builder = group_of({"token_budget": BUDGET}).get_metadata_builder()
-    assert builder.build(0, common(is_prefilling=mask)).decode.budgets.tolist() == budgets
+    metadata = builder.build(0, common(is_prefilling=mask))
+    assert only(metadata).budgets.tolist() == budgets
 
 
 def test_a_step_without_requests() -> None:
@@ -367,12 +384,8 @@ def test_a_step_without_requests() -> None:
         ),
     )
     assert (metadata.num_decodes, metadata.prefill) == (0, None)
-    assert (
-        len(metadata.decode.seq_lens)
-        == len(metadata.decode.budgets)
-        == len(metadata.decode.block_table)
-        == 0
-    )
+    batch = only(metadata)
+    assert len(batch.seq_lens) == len(batch.budgets) == len(batch.block_table) == 0
 
 
 @pytest.mark.parametrize(

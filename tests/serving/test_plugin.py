@@ -104,6 +104,11 @@ def test_the_cpu_platform_honours_the_choice(platform) -> None:
     assert is_one_sentence(str(error.value))
 
 
+def test_options_are_part_of_the_key_of_compiled_models(platform) -> None:
+    options = ({}, {"token_budget": 99}, {"layer_budgets": {"0": 99}}, {"layer_budgets": {"0": 98}})
+    assert len({engine_config("ADAMAS", each).compute_hash() for each in options}) == len(options)
+
+
 def test_only_the_adamas_backend_is_checked(platform) -> None:
     wrong = {"no such option": 1}
     assert not compat.is_selected(engine_config("CPU_ATTN", wrong))

@@ -66,6 +66,11 @@ PROFILE = Spec(
     json.dumps({"token_budget": BUDGET, "profile": MODEL.name}),
     EAGER + "--block-size 128",
 )
+BY_LAYER = Spec(
+    "adamas",
+    json.dumps({"token_budget": BUDGET, "layer_budgets": {"0": 512, "7": 0.25}}),
+    EAGER + "--block-size 128",
+)
 FP8 = Spec("adamas", SPARSE, EAGER + "--kv-cache-dtype fp8")
 
 
@@ -174,6 +179,7 @@ REFUSED = {  # options of the backend, further arguments, config.json or None ->
     "budget 0": ({"token_budget": 0}, "", None, ("token_budget=0",)),
     "budget -1": ({"token_budget": -1}, "", None, ("token_budget=-1",)),
     "budget 1.5": ({"token_budget": 1.5}, "", None, ("token_budget=1.5",)),
+    "no such layer": ({"layer_budgets": {"30": 64}}, "", None, ("layer 30", "0 to 29")),
     "block size": ({}, "--block-size 48", None, ("block_size 48", "32")),
     "alibi": ({}, "", BLOOM, ("ALiBi", "--attention-backend")),
     "mla": ({}, "", DEEPSEEK, ("MLA", "--attention-backend")),
@@ -489,6 +495,28 @@ def test_a_profile_is_served(serve) -> None:
     steps, heads = range(1001, 1000 + tokens), SPARSE_LAYERS * QUERY_HEADS
     expected = (SPARSE_LAYERS * len(steps), 0, heads * sum(steps), heads * BUDGET * len(steps))
     assert moved.ours() == expected
+    assert "Paris" in complete(server, "The capital of France is", 8)["text"]
+
+
+def test_layers_have_budgets_of_their_own(serve) -> None:
+    """Layer 0, which is dense unless it is named, has 512 tokens, and layer 7 a quarter of the context."""
+    server, tokens = serve(BY_LAYER), 20
+    line = next(x for x in server.log().splitlines() if "Using ADAMAS" in x)
+    assert "512 tokens in layer 0" in line and "0 dense layers" in line
+    prompt = token_ids(server, harbour_log(60, seed=5), 1000)
+    with Moved(server) as moved:
+        complete(server, prompt, tokens)
+    contexts = range(1001, 1000 + tokens)
+    attended = [(LAYERS - 2) * BUDGET + 512 + -(-context // 4) for context in contexts]
+    assert moved.ours() == (
+        LAYERS * len(contexts),
+        0,
+        LAYERS * QUERY_HEADS * sum(contexts),
+        QUERY_HEADS * sum(attended),
+    )
+    with Moved(server) as moved:
+        complete(server, prompt[:300], tokens)
+    assert moved.ours()[:2] == ((LAYERS - 1) * len(contexts), len(contexts))  # layer 0 is dense
     assert "Paris" in complete(server, "The capital of France is", 8)["text"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 from collections.abc import Sequence
 from functools import partial
@@ -17,7 +18,8 @@ from vllm_adamas.evaluate.engine import Engine, Request
 from vllm_adamas.evaluate.recorders import Capture, ChannelRecord, MassRecord, Shadow
 from vllm_adamas.identity import identify
 
-BUDGETS = (32, 64, 128, 256, 512, 1024)
+BUDGETS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+LEAST_OF_A_LAYER = 128  #: tokens; smaller budgets of single layers save little
 #: Settings that a profile holds tables for, as options besides the profile; None runs without it.
 SETTINGS = {
     "dot": {"score": "dot", "selection": "kv_head"},
@@ -89,6 +91,8 @@ def calibrate(
     ]
     engine.close()
     suggestion = suggest(layers, wanted_recall)
+    by_layer = suggest_layers(_errors(tables["dot"]), suggestion)
+    suggestion = suggestion.model_copy(update={"layer_budgets": by_layer})
     return made.model_copy(update={"layers": layers, "suggestion": suggestion})
 
 
@@ -174,6 +178,36 @@ def suggest(layers: list[profiles.LayerProfile], wanted: float, name: str = "dot
         num_dense_layers=sparse[dense - 1] + 1 if dense else 0,
         reached=bool(reached),
     )
+
+
+def _errors(record: MassRecord) -> dict[int, dict[int, float]]:
+    """Mean error of the output over rows, all heads of a layer together, by layer and budget."""
+    means = {b: record.mean("together", b).tolist() for b in record.budgets}
+    return {layer: {b: means[b][row] for b in means} for row, layer in enumerate(record.layers())}
+
+
+def suggest_layers(
+    errors: dict[int, dict[int, float]], suggestion: profiles.Suggestion
+) -> dict[int, int]:
+    """Budgets of the layers that need more or fewer tokens than the suggested ``token_budget``.
+
+    A layer gets the smallest budget with which its output errs no more than that of the median layer with
+    ``token_budget``. If none is enough, one of the suggested dense layers stays dense, and another layer
+    gets the largest.
+
+    Args:
+        errors: by layer and budget.
+    """
+    usual, found = suggestion.token_budget, {}
+    wanted = statistics.median(by_budget[usual] for by_budget in errors.values())
+    for layer, by_budget in errors.items():
+        tried = [b for b in sorted(by_budget) if b >= min(LEAST_OF_A_LAYER, usual)]
+        enough = [b for b in tried if by_budget[b] <= wanted]
+        if enough or layer >= suggestion.num_dense_layers:
+            found[layer] = enough[0] if enough else tried[-1]
+    return {
+        layer: b for layer, b in found.items() if b != usual or layer < suggestion.num_dense_layers
+    }
 
 
 def _rounded(values: torch.Tensor) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
@@ -121,6 +122,16 @@ def profile_table(profile: profiles.Profile) -> str:
         if hint.reached
         else f"{what} is out of reach: token_budget {hint.token_budget} is the largest that was measured"
     )
+    if hint.layer_budgets:
+        budgets = [
+            hint.layer_budgets.get(n, hint.token_budget)
+            for n, layer in enumerate(profile.layers)
+            if layer.mass and (n >= hint.num_dense_layers or n in hint.layer_budgets)
+        ]
+        lines.append(
+            f"for errors like the median layer's: layer_budgets {json.dumps(hint.layer_budgets)}, "
+            f"{sum(budgets) / len(budgets):.0f} tokens per sparse layer on average"
+        )
     return "\n".join(lines)
 
 

@@ -21,6 +21,7 @@ from vllm_adamas.backends.base import Backend
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.serving import compat
+from vllm_adamas.serving.checks import check_layers
 
 #: The engine runs in the process that evaluates it.
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
@@ -36,7 +37,7 @@ class Request:
         prompt: token ids.
         target: ids of the actual continuation, forced token by token; None generates greedily.
         tokens: number of tokens to generate.
-        budget: tokens that a sparse layer attends to. None attends to the whole context, or obeys the
+        budget: tokens that every sparse layer attends to. None attends to the whole context, or obeys the
             configuration if no request of the run has a budget.
         window: index of the window, to compare a forced target with the same window's dense run.
     """
@@ -129,20 +130,30 @@ class Engine:
         """vLLM's ModelConfig."""
         return self.llm.llm_engine.vllm_config.model_config
 
+    def check(self, options: dict) -> AdamasConfig:
+        """The configuration with these options.
+
+        Raises:
+            AdamasError: an option is not valid, or does not fit the model.
+        """
+        config = AdamasConfig.parse({**SILENT, **self.options, **options})
+        check_layers(self.model_config, config)
+        return config
+
     def use(
         self, options: dict, wrap: Callable[[Backend, int], Backend] | None = None
     ) -> AdamasConfig:
         """Serves with these options from now on, with backends wrapped by ``wrap(backend, number)`` if given.
 
         Raises:
-            AdamasError: an option is not valid.
+            AdamasError: as :meth:`check` does.
         """
-        config = AdamasConfig.parse({**SILENT, **self.options, **options})
+        config = self.check(options)
         before = [layer.impl.key_factor() for layer in self._layers.values()]
         for number, layer in enumerate(self._layers.values()):
             layer.impl.reconfigure(config, partial(wrap, number=number) if wrap else None)
         for builder in self._builders:
-            builder.config = config
+            builder.configure(config)
         sizes = {layer.impl.head_size for layer in self._layers.values()}
         coding = (config.profile, *(config.coding(size) for size in sorted(sizes)))
         if self._coding not in (None, coding):
@@ -177,9 +188,9 @@ class Engine:
                 slots = torch.arange(some.start * size, some.stop * size, device=kv_cache.device)
                 backend.append(bound, key * ratio, value, slots)
 
-    def _set_budgets(self, builder, by_config, seq_lens, prefilling, out) -> None:
+    def _set_budgets(self, builder, by_config, budget, seq_lens, prefilling, out) -> None:
         """Sets the budgets of requests that carry their own; see :class:`Request`."""
-        by_config(seq_lens, prefilling, out)
+        by_config(budget, seq_lens, prefilling, out)
         rows = len(seq_lens)
         own = [extra.get(self.forcing.BUDGET) for extra in self._extra_args(rows)]
         if len(own) < rows or all(budget is None for budget in own):

@@ -16,10 +16,12 @@ class MassRecord:
     """Sums over sampled sparse rows, per layer and budget: each value is a float64 tensor ``[Hq]``.
 
     The attention mass of a set of tokens is the sum of their dense softmax weights; ``oracle`` is that
-    of the tokens with the largest weights.
+    of the tokens with the largest weights. ``error`` is ||output - dense|| / ||dense|| of each head, and
+    ``together`` that of all heads of the layer as one vector, a float64 scalar.
 
     Args:
-        budgets: set sizes to measure, in dense rows too; empty measures each row's own budget.
+        budgets: set sizes to measure, in dense rows too, where the output is that of attention over the
+            set; empty measures each row's own budget and the output of its decode.
         pooled: whether to add rows of all budgets up, under budget 0.
     """
 
@@ -30,13 +32,14 @@ class MassRecord:
         self.mass: dict[tuple[int, int], torch.Tensor | float] = defaultdict(float)
         self.oracle: dict[tuple[int, int], torch.Tensor | float] = defaultdict(float)
         self.error: dict[tuple[int, int], torch.Tensor | float] = defaultdict(float)
+        self.together: dict[tuple[int, int], torch.Tensor | float] = defaultdict(float)
 
     def layers(self) -> list[int]:
         """Layers that had sparse rows."""
         return sorted({layer for layer, _ in self.rows})
 
     def mean(self, what: str, budget: int) -> torch.Tensor:
-        """``mass``, ``oracle`` or ``error`` averaged over rows: ``[sparse layers, Hq]``."""
+        """One of the values averaged over rows: ``[sparse layers, Hq]``; ``together`` ``[sparse layers]``."""
         table = getattr(self, what)
         return torch.stack([table[n, budget] / self.rows[n, budget] for n in self.layers()]).cpu()
 
@@ -44,8 +47,7 @@ class MassRecord:
 class Shadow(DelegatingBackend):
     """Compares every ``stride``-th decode step with dense attention over the same pages.
 
-    The mass is that of the tokens chosen by the backend's own scan and select. The error is
-    ||output - dense|| / ||dense|| of the output of its decode.
+    Tokens are chosen by the backend's own scan and select.
 
     Args:
         number: index of the layer in the record.
@@ -83,9 +85,6 @@ class Shadow(DelegatingBackend):
         weights = (q @ key.transpose(1, 2) * params.softmax_scale).softmax(-1)  # [Hkv, G, L]
         dense = (weights @ value).flatten(0, 1)  # [Hq, D]
         weights = weights.flatten(0, 1)  # [Hq, L]
-        error = (output.float() - dense).norm(dim=-1) / dense.norm(dim=-1).clamp_min(1e-30)
-        name = 0 if record.pooled else budget
-        record.error[number, name] += error.double()
         sizes = record.budgets or (budget,)
         scores = self.inner.scan(layer, query, table, lens)
         best = weights.topk(min(max(sizes), length), -1).values.cumsum(-1)  # [Hq, K]
@@ -93,10 +92,19 @@ class Shadow(DelegatingBackend):
             wanted = torch.full_like(lens, size)
             tokens = self.inner.select(params, scores, lens, wanted)[0].long()  # [sets, K]
             tokens = tokens.repeat_interleave(params.num_query_heads // len(tokens), 0)  # [Hq, K]
-            mass = weights.gather(1, tokens.clamp_min(0)).masked_fill(tokens < 0, 0.0).sum(-1)
+            at = tokens.clamp_min(0)
+            kept = weights.gather(1, at).masked_fill(tokens < 0, 0.0)  # [Hq, K]
+            mass = kept.sum(-1)
+            if record.budgets:
+                share = torch.zeros_like(weights).scatter_add_(1, at, kept / mass[:, None])
+                output = (share.unflatten(0, q.shape[:2]) @ value).flatten(0, 1)  # [Hq, D]
+            off = output.float() - dense
+            error = off.norm(dim=-1) / dense.norm(dim=-1).clamp_min(1e-30)
             name = 0 if record.pooled else size
             record.rows[number, name] += 1
             record.mass[number, name] += mass.double()
+            record.error[number, name] += error.double()
+            record.together[number, name] += (off.norm() / dense.norm().clamp_min(1e-30)).double()
             record.oracle[number, name] += best[:, min(size, length) - 1].double()
 
 

@@ -211,6 +211,8 @@ class Study:
         engine = Engine(
             settings.model, settings.max_model_len, options=settings.options, **engine_options
         )
+        for arm in todo:
+            engine.check(arm.options)
         self.result["model"] = identify(engine.model_config).model_dump()
         windows = texts.windows(
             engine.tokenizer, self.sources, settings.context, settings.steps, settings.windows
