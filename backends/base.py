@@ -229,7 +229,6 @@ class Backend(ABC):
     """
 
     name: str
-    combines: tuple[str, ...] = ("sum", "max")  #: values of :attr:`Params.combine` that it computes
 
     @property
     @abstractmethod

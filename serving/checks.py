@@ -94,11 +94,6 @@ def _check_kernels(vllm_config, config: AdamasConfig) -> None:
         names = ", ".join(kernel_names(device))
         _refuse(f"kernels={config.kernels!r} on this device", f"choose one of {names}")
     kernels = find_kernels(config.kernels, device, _capability())
-    if config.combine not in kernels.backend_class().combines:
-        _refuse(
-            f"combine={config.combine!r} with the kernels {kernels.name!r} yet",
-            "choose combine='sum', or kernels='triton'",
-        )
     if model is None:
         return
     parallel = vllm_config.parallel_config

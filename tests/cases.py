@@ -286,6 +286,13 @@ def _boundaries(block: int) -> tuple[int, ...]:
 MIXED = (200, 1, 65, 0, 300, 129)  #: contexts of the mixed cases
 MIXED_BUDGETS = (1, 1, 64, 5, 299, 1000)  #: 1, context - 1, at and beyond the context
 
+#: How token sets are chosen: options of a case.
+SETS = {
+    "query_head": {"selection": "query_head"},
+    "kv_head": {"selection": "kv_head"},
+    "max": {"selection": "kv_head", "combine": "max"},
+}
+
 CASES = {
     "plain": Case(_boundaries(64)),
     "block32": Case(_boundaries(32), block_size=32),
@@ -305,6 +312,7 @@ CASES = {
     "group8": Case(heads=(8, 1), selection="kv_head"),
     "group1-max": Case(heads=(2, 2), selection="kv_head", combine="max"),
     "group8-max": Case(heads=(8, 1), selection="kv_head", combine="max"),
+    "group16-max": Case(heads=(16, 1), selection="kv_head", combine="max"),
     "d64": Case(head_size=64, heads=(9, 3)),
     "d64-max": Case(head_size=64, heads=(9, 3), selection="kv_head", combine="max"),
     "d96": Case(head_size=96, block_size=32),

@@ -72,7 +72,7 @@ TRITON_CASES = {**(CASES if COMPILED else {}), **SMALL_CASES}
 CUDA_CASES = {
     name: case if case.dtype != torch.float32 else dataclasses.replace(case, dtype=torch.bfloat16)
     for name, case in CASES.items()
-    if (case.dtype != torch.float32 or case.fp8) and case.combine in CudaBackend.combines
+    if (case.dtype != torch.float32 or case.fp8)
 } | {
     "block16": Case((1, 15, 16, 17, 700, 0), 30, heads=(6, 1), block_size=16),
     "block144": Case((1, 143, 145, 700), 30, block_size=144),
@@ -82,6 +82,16 @@ CUDA_CASES = {
     "group16-kv_head": Case(heads=(16, 1), score="manhattan", selection="kv_head"),
     "group16-e4m3": Case(heads=(16, 1), selection="kv_head", fp8="e4m3"),
     "group9": Case(heads=(9, 1)),
+    "group5-max": Case(
+        (5, 400, 200), (4, 100, 7), heads=(5, 1), selection="kv_head", combine="max"
+    ),
+    "group12-max": Case(heads=(12, 1), head_size=64, selection="kv_head", combine="max"),
+    "group16-d256-max": Case(
+        heads=(16, 1), head_size=256, fp8="e4m3", selection="kv_head", combine="max"
+    ),
+    "block144-max": Case(
+        (1, 143, 145, 700), 30, block_size=144, selection="kv_head", combine="max"
+    ),
     "group10-d256": Case(heads=(10, 1), head_size=256),
     "group13-manhattan": Case(heads=(13, 1), score="manhattan"),
     "group15-d96": Case(heads=(15, 1), head_size=96, dtype=torch.float16),

@@ -40,7 +40,6 @@ class CudaBackend(Backend, Inspectable):
     """
 
     name = "cuda"
-    combines = ("sum",)
 
     def __init__(self):
         self._library = load()
@@ -96,11 +95,6 @@ class CudaBackend(Backend, Inspectable):
         """
         layout = params.layout
         check_block(layout.block_size)
-        if params.combine not in self.combines:
-            raise AdamasError(
-                f"the CUDA kernels do not compute combine={params.combine!r} yet: choose "
-                "combine='sum', or kernels='triton'."
-            )
         if not params.fp8 and layout.dtype not in MODEL_DTYPES["cuda"]:
             raise AdamasError(
                 f"the CUDA kernels read bf16, fp16 and fp8 pages, not {layout.dtype}: serve in another "
@@ -237,4 +231,5 @@ def _shape(params: Params) -> tuple[int | bool, ...]:
         params.layout.head_size,
         params.score == "dot",
         params.selection == "query_head",
+        params.combine == "max",
     )

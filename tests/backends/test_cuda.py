@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import targets
 import torch
-from cases import TOLERANCE, Batch, Case, many, relative_error
+from cases import SETS, TOLERANCE, Batch, Case, many, relative_error
 from targets import CLUSTERS, CudaTarget, attend_selected, needs_hopper
 
 from vllm_adamas.backends.base import COUNTERS
@@ -16,7 +16,11 @@ from vllm_adamas.errors import AdamasError
 
 pytestmark = needs_hopper
 over_clusters = pytest.mark.parametrize("cluster", CLUSTERS)
-SELECTIONS = pytest.mark.parametrize("selection", ["query_head", "kv_head"])
+SELECTIONS = pytest.mark.parametrize("selection", SETS)
+over_scores = pytest.mark.parametrize(
+    "score, selection",
+    [("dot", name) for name in SETS] + [("manhattan", "query_head"), ("manhattan", "kv_head")],
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,33 +43,35 @@ def append_again(backend, batch: Batch) -> None:
     backend.append(batch.bound(backend), batch.key, batch.value, batch.slots)
 
 
-MISLEADING = ("equal", "few", "huge", "zero", "drift", "late")
+MISLEADING = ("equal", "few", "huge", "zero", "drift", "late", "outliers")
 
 
 def mislead(batch: Batch, data: str) -> None:
-    """Scores in few places, or rising along the context: samples of them say little."""
+    """Scores in few places, far above the others, or rising along the context: samples of them say little."""
     key, query = batch.key, batch.query
     query.mul_(0.1).add_(1)
     if data == "drift":
         key.mul_(0.1)
         key[100:400] += 1
+    elif data == "outliers":
+        key[[7, 1000, 1001, 2040]] *= 100
+        query.mul_(100)
     else:
         rise = torch.arange(len(key), device=key.device).to(key.dtype) / len(key)
         key.mul_(0.01).add_(rise.view(-1, 1, 1))
 
 
 @over_clusters
-@SELECTIONS
-@pytest.mark.parametrize("score", ["dot", "manhattan"])
+@over_scores
 @pytest.mark.parametrize("data", ["normal", *MISLEADING])
 def test_decode_of_any_scores(backend, data: str, score: str, selection: str, cluster: int) -> None:
     """Long enough for samples; every distribution of scores is exact."""
-    plain = data in ("drift", "late")
+    plain = data in ("drift", "late", "outliers")
     case = Case(
         (9000, 2048, 2500, 0, 5000),
         (256, 64, 2400, 9, 1),
         score=score,
-        selection=selection,
+        **SETS[selection],
         data="normal" if plain else data,
     )
     batch = case.build(backend, "cuda")
@@ -80,28 +86,34 @@ def test_decode_of_any_scores(backend, data: str, score: str, selection: str, cl
 def test_decode_of_long_contexts(backend, selection: str, cluster: int) -> None:
     """Long contexts, and budgets that the lists of candidates miss."""
     batch = Case(
-        (140000, 66000, 20000, 70000), (256, 300, 9000, 1024), heads=(4, 1), selection=selection
+        (140000, 66000, 20000, 70000), (256, 300, 9000, 1024), heads=(4, 1), **SETS[selection]
     ).build(backend, "cuda")
     skip_unless_fits(backend, batch, cluster)
     check_decode(backend, batch, cluster)
 
 
-@SELECTIONS
-@pytest.mark.parametrize("score", ["dot", "manhattan"])
+@over_scores
 def test_decode_of_a_million_tokens(backend, selection: str, score: str) -> None:
     """The longest context that is served, and an odd one beside it."""
     lengths, budgets = (limits().max_context, 999_999), (256, 4096)
-    case = Case(lengths, budgets, heads=(4, 1), score=score, selection=selection)
+    case = Case(lengths, budgets, heads=(4, 1), score=score, **SETS[selection])
     check_decode(backend, case.build(backend, "cuda"), cluster=0)
 
 
 @pytest.mark.parametrize(
     ("group", "head_size", "selection"),
-    [(8, 128, "kv_head"), (8, 256, "query_head"), (16, 64, "query_head"), (12, 192, "kv_head")],
+    [
+        (8, 128, "kv_head"),
+        (8, 256, "query_head"),
+        (16, 64, "query_head"),
+        (12, 192, "kv_head"),
+        (8, 128, "max"),
+        (16, 256, "max"),
+    ],
 )
 def test_large_groups_have_long_contexts(backend, group: int, head_size: int, selection) -> None:
     """What a block keeps of the context and of the heads fits its memory together."""
-    case = Case((limits().max_context,), 256, (group, 1), head_size, selection=selection)
+    case = Case((limits().max_context,), 256, (group, 1), head_size, **SETS[selection])
     check_decode(backend, case.build(backend, "cuda"), cluster=0)
 
 
@@ -121,7 +133,7 @@ def test_decode_of_misleading_long_contexts(backend, data: str, cluster: int) ->
 @over_clusters
 @SELECTIONS
 def test_decode_sinks_and_window(backend, selection: str, cluster: int) -> None:
-    case = Case((9000, 300, 64, 37), (256, 64, 40, 37), selection=selection, sinks=4, recent=32)
+    case = Case((9000, 300, 64, 37), (256, 64, 40, 37), **SETS[selection], sinks=4, recent=32)
     check_decode(backend, case.build(backend, "cuda"), cluster)
 
 
@@ -173,7 +185,7 @@ def test_decode_many_rows_of_long_contexts(backend, selection: str, data: str) -
     g = torch.Generator().manual_seed(4)
     lengths = tuple(torch.randint(4000, 9000, (40,), generator=g).tolist())
     budgets = tuple(torch.randint(1, 3000, (40,), generator=g).tolist())
-    case = Case(lengths, budgets, (32, 8), selection=selection, data=data.replace("late", "normal"))
+    case = Case(lengths, budgets, (32, 8), **SETS[selection], data=data.replace("late", "normal"))
     batch = case.build(backend, "cuda")
     if data == "late":
         mislead(batch, data)
@@ -201,12 +213,11 @@ def test_nan_stays_where_it_is(backend, cluster: int) -> None:
 
 
 @over_clusters
-@SELECTIONS
-@pytest.mark.parametrize("score", ["dot", "manhattan"])
+@over_scores
 def test_graph_replay_with_other_rows(backend, cluster: int, selection: str, score: str) -> None:
     """A captured step serves every batch of its size: tables, lengths and budgets are read on the device."""
     longest = 65536  # of the rows to come
-    case = Case((9000, 2300, 40), (256, 128, 64), padding=0, selection=selection, score=score)
+    case = Case((9000, 2300, 40), (256, 128, 64), padding=0, **SETS[selection], score=score)
     batch = case.build(backend, "cuda")
     unused = batch.block_table[:, -1:].expand(-1, longest // 64 - batch.block_table.shape[1])
     batch.block_table = torch.cat((batch.block_table, unused), 1)
@@ -241,7 +252,7 @@ def test_graph_replay_with_other_rows(backend, cluster: int, selection: str, sco
 @SELECTIONS
 def test_plans_follow_the_longest_context(backend, selection: str) -> None:
     """One kernel for short contexts of few rows, three for long ones; one reservation serves them all."""
-    params = Case(selection=selection, heads=(8, 2)).params
+    params = Case(**SETS[selection], heads=(8, 2)).params
     layout = params.layout
     pages = torch.zeros(1, 2, layout.block_size, layout.token_bytes // 2, dtype=layout.dtype)
     layer = backend.bind(params, pages.cuda())
@@ -279,7 +290,10 @@ def test_arguments_on_another_device(backend, name: str) -> None:
     batch = Case((64,), 1).build(backend, "cuda")
     elsewhere = dataclasses.replace(batch, **{name: getattr(batch, name).cpu()})
     layer = batch.bound(backend)
-    output, stats = torch.empty_like(batch.query), torch.zeros(COUNTERS, dtype=torch.int64, device="cuda")
+    output, stats = (
+        torch.empty_like(batch.query),
+        torch.zeros(COUNTERS, dtype=torch.int64, device="cuda"),
+    )
     with pytest.raises(ValueError, match=f"^{name}: expected a tensor on cuda:0, got one on cpu"):
         backend.decode(layer, elsewhere.query, elsewhere.step(), output, stats)
 

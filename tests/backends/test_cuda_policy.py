@@ -123,7 +123,9 @@ def decode(backend, layer, lengths: tuple[int, ...], columns: int, max_seq_len: 
         torch.ones(rows, dtype=torch.int32),
         max_seq_len,
     )
-    backend.decode(layer, query, batch, torch.empty_like(query), torch.zeros(COUNTERS, dtype=torch.int64))
+    backend.decode(
+        layer, query, batch, torch.empty_like(query), torch.zeros(COUNTERS, dtype=torch.int64)
+    )
 
 
 def bound(backend, case: Case) -> cuda.CudaLayer:
@@ -211,8 +213,6 @@ def test_what_the_kernels_do_not_hold(recorder) -> None:
     refused(lambda: bound(backend, Case(block_size=112)), "112 tokens", "--block-size", "triton")
     refused(lambda: bound(backend, Case(heads=(5, 1))), "5 query heads", "4")
     refused(lambda: bound(backend, Case(dtype=torch.float32)), "float32", "triton")
-    maximum = Case(selection="kv_head", combine="max")
-    refused(lambda: bound(backend, maximum), "combine='max'", "combine='sum'", "triton")
 
 
 def test_without_the_library(monkeypatch) -> None:

@@ -278,15 +278,6 @@ def test_a_hopper_gpu_passes(vllm_config, monkeypatch) -> None:
         checks.check_config(Changed(vllm_config, cache_config=cache))
 
 
-def test_what_the_cuda_kernels_do_not_compute(vllm_config, monkeypatch) -> None:
-    on_gpu(monkeypatch)
-    options = {"combine": "max"}
-    config = Changed(vllm_config, additional_config={"adamas": options})
-    check_refusal(config, ("combine='max'", "'cuda' yet", "combine='sum'", "kernels='triton'"))
-    options["kernels"] = "triton"
-    checks.check_config(config)
-
-
 def test_what_the_cuda_kernels_cannot_hold(vllm_config, monkeypatch) -> None:
     on_gpu(monkeypatch)
     model = vllm_config.model_config
