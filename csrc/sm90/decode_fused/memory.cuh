@@ -7,37 +7,35 @@ namespace adamas {
 constexpr int kFusedThreads = 256, kFusedWarps = kFusedThreads / 32;
 constexpr int kFusedGroup = kFusedWarps;  // most query heads per KV head: one warp each
 constexpr int kFusedStages = 3;           // stages of a warp's ring
-constexpr int kEdgeBins = 128, kEdgeWords = kEdgeBins / 2;  // two 16-bit counts per word
+constexpr int kEdgeBits = 8, kEdgeBins = 1 << kEdgeBits, kEdgeWords = kEdgeBins / 2;  // two 16-bit counts per word
 constexpr int kMembers = 128;                               // most members of a token set's edge bin
 constexpr int kCandidates = 512;                            // most candidates that a warp lists
 constexpr int kTokens = 2048;                               // selected tokens at a time, over the token sets
 
-// The range of a block's own scores of one token set, as order keys, and the groups that its floor is taken from.
-struct alignas(16) FusedRange {
-  uint32_t floor, best, worst, groups;
-  float sum;  // of the groups' best scores
+// A sample of a block's own scores of one token set: their sum, the sum of their squares, and their number.
+struct alignas(16) ScoreSample {
+  float sum, squares;
+  uint32_t count;
 };
 
 // The search for one token set's k-th best score.
 struct FusedHead {
-  uint32_t floor, best, worst, groups;  // as in FusedRange; later, best is that of the cluster
-  float sum;
-  float low, scale;                       // map a score to its bin
-  int size, wanted, edge;                 // the edge bin: members, members to select, index
-  uint32_t base, placed;                  // first place of the block's own members, and members placed
-  bool exact;                             // the edge bin is the range [from, to] of ranks (score, token)
+  ScoreSample sample;
+  float low, scale;                // map a score to its bin
+  int size, wanted, edge;          // the edge bin: members, members to select, index
+  uint32_t base, placed;           // first place of the block's own members, and members placed
+  bool exact;                      // the edge bin is the range [from, to] of ranks (score, token)
   uint64_t from, to;
-  unsigned long long least, most;         // ranks of the block's own members
-  float score;                            // the k-th best, score and token
+  unsigned long long least, most;  // ranks of the block's own members
+  float score;                     // the k-th best, score and token
   int token;
   int active;  // warps that attended
 };
 
 // log2 of the ranks per bin if a range of ranks is divided into kEdgeBins bins.
 __device__ __forceinline__ int range_shift(const FusedHead& head) {
-  return max(0, 57 - __clzll(static_cast<long long>(head.to - head.from)));
+  return max(0, 64 - kEdgeBits - __clzll(static_cast<long long>(head.to - head.from)));
 }
-static_assert(kEdgeBins == 1 << 7);
 
 struct FusedShape {
   int cluster;  // blocks
@@ -48,7 +46,7 @@ struct FusedShape {
   // Offsets in shared memory. When the scores are complete, selected tokens, candidates and the warps' softmax
   // states reuse the memory of the ring. The scratch of query encoding uses
   // the memory of the scores.
-  int states, scores, counts, copies, ranges, members, planes, bias, weights, tops, partial, softmax, barriers, heads,
+  int states, scores, counts, copies, samples, members, planes, bias, weights, tops, partial, softmax, barriers, heads,
       warps, bytes;
 };
 
@@ -60,7 +58,7 @@ struct FusedMemory {
   float* scores;      // [set][score_stride]
   uint32_t* counts;   // [set][kEdgeWords] histograms of the block
   uint32_t* copies;   // [block][set][kEdgeWords] histograms of the cluster
-  FusedRange* ranges;  // [block][set]
+  ScoreSample* samples;  // [block][set]
   uint2* members;     // [set][kMembers] score, token
   uint32_t* planes;   // encoded queries
   int32_t* bias;      // [kMaxHeadQuads][4]
@@ -77,7 +75,7 @@ struct FusedMemory {
         states(reinterpret_cast<float*>(m + s.states)),
         scores(reinterpret_cast<float*>(m + s.scores)),
         counts(reinterpret_cast<uint32_t*>(m + s.counts)), copies(reinterpret_cast<uint32_t*>(m + s.copies)),
-        ranges(reinterpret_cast<FusedRange*>(m + s.ranges)), members(reinterpret_cast<uint2*>(m + s.members)),
+        samples(reinterpret_cast<ScoreSample*>(m + s.samples)), members(reinterpret_cast<uint2*>(m + s.members)),
         planes(reinterpret_cast<uint32_t*>(m + s.planes)), bias(reinterpret_cast<int32_t*>(m + s.bias)),
         weights(reinterpret_cast<HeadWeight*>(m + s.weights)), tops(reinterpret_cast<uint32_t*>(m + s.tops)),
         sums(tops + 4 * kMaxHeadQuads),

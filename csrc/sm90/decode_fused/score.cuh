@@ -15,65 +15,34 @@
 
 namespace adamas {
 
-// Merges the best and worst of the warp's scores of each head, and a floor, into the block's.
-//
-// The scores of a head are divided into groups. The floor is the smallest of the groups' maxima, so each group has at
-// least one score at or above it. If there are at least as many groups as tokens needed, no token below the floor is
-// selected. Fewer groups give a higher floor: a group is the scores of several lanes, one lane, or a part of those of a
-// lane. best: the maxima of kParts parts of a lane's scores.
-template <class Scores, int kQuads, int kParts>
-__device__ __forceinline__ void merge_range(const FusedBlock& b, float (&best)[kQuads][kParts],
-                                            const float (&worst)[kQuads]) {
-  constexpr int kLanes = Scores::kSetLanes, kStride = Scores::kSetStride;
-  const int lane = b.lane;
-  const int warps = min(b.s.cluster * kFusedWarps, b.plan.length / kStageTokens);
-  int per_warp = 2;  // groups of a head
-  while (per_warp < kLanes * kParts && per_warp * warps < b.plan.need) per_warp *= 2;
-#pragma unroll
-  for (int q = 0; q < kQuads; ++q) {
-    float(&part)[kParts] = best[q];
-#pragma unroll
-    for (int n = kParts / 2; n; n /= 2)  // until as many parts are left as a lane has groups
-      if (kLanes * n >= per_warp)
-#pragma unroll
-        for (int i = 0; i < n; ++i) part[i] = fmaxf(part[i], part[i + n]);
-    float top = part[0], bottom = worst[q];
-    float floor = INFINITY, sum = 0;
-    int groups = 0;
-    if (per_warp <= kLanes) {
-      float x = top;
-#pragma unroll
-      for (int n = kLanes / 2, step = kStride; n >= 2; n /= 2, step *= 2)
-        if (n >= per_warp) x = fmaxf(x, __shfl_xor_sync(kFull, x, step));
-      if (x > -INFINITY) floor = x;
-      if (x > -INFINITY && (lane & (kLanes / per_warp - 1) * kStride) == 0) groups = 1, sum = x;
-    } else {
-#pragma unroll
-      for (int i = 0; i < kParts; ++i) {
-        if (kLanes * i >= per_warp) break;
-        top = fmaxf(top, part[i]);
-        if (part[i] > -INFINITY) floor = fminf(floor, part[i]), sum += part[i], ++groups;
-      }
-    }
+// A lane's part of a block's ScoreSample.
+struct LaneSample {
+  float sum = 0, squares = 0;
+  int count = 0;
+
+  __device__ __forceinline__ void add(float x, bool here) {
+    sum += here ? x : 0.0f;
+    squares += here ? x * x : 0.0f;
+    count += here;
+  }
+
+  // Merges the lanes that are kStride apart, and adds them to the block's sample of set lane % kStride.
+  template <int kStride>
+  __device__ __forceinline__ void merge(FusedHead* heads, int sets) {
 #pragma unroll
     for (int step = kStride; step < 32; step *= 2) {
-      groups += __shfl_xor_sync(kFull, groups, step);
       sum += __shfl_xor_sync(kFull, sum, step);
-      floor = fminf(floor, __shfl_xor_sync(kFull, floor, step));
-      top = fmaxf(top, __shfl_xor_sync(kFull, top, step));
-      bottom = fminf(bottom, __shfl_xor_sync(kFull, bottom, step));
+      squares += __shfl_xor_sync(kFull, squares, step);
+      count += __shfl_xor_sync(kFull, count, step);
     }
-    const int head = q * kStride + lane;
-    if (lane < kStride && head < b.sets && top > -INFINITY) {
-      auto& to = b.m.heads[head];
-      atomicMin(&to.floor, order_key(floor));
-      atomicMax(&to.best, order_key(top));
-      atomicMin(&to.worst, order_key(bottom));
-      atomicAdd(&to.groups, uint32_t(groups));
-      atomicAdd(&to.sum, sum);
-    }
+    const int set = threadIdx.x % 32;
+    if (set >= min(kStride, sets) || count == 0) return;
+    ScoreSample& to = heads[set].sample;
+    atomicAdd(&to.sum, sum);
+    atomicAdd(&to.squares, squares);
+    atomicAdd(&to.count, uint32_t(count));
   }
-}
+};
 
 // The log-sum-exp of every head's logits over the sample (maximum.cuh), which each block of the cluster computes. The
 // warp has tiles kTilesPerWarp * warp and following, if the context has so many; `data` is its stage of them.
@@ -171,9 +140,10 @@ __device__ __forceinline__ void score_own_tokens(const FusedBlock& b) {
   if (kSummed && threadIdx.x < 4 * kMaxHeadQuads) m.tops[threadIdx.x] = m.sums[threadIdx.x] = 0;
   if (int(threadIdx.x) < b.sets) {
     auto& head = m.heads[threadIdx.x];
-    head.floor = head.worst = kFull, head.best = 0, head.groups = 0, head.sum = 0, head.placed = 0;
+    head.sample = {0.0f, 0.0f, 0};
+    head.placed = 0;
   }
-  if (threadIdx.x == 0) m.search_failed() = 1;  // unless exchange 1 finds scores that differ
+  if (threadIdx.x == 0) m.search_failed() = 1;  // until there are bins
   b.begin();
 
   uint16_t raw[kChunks * 4] = {};
@@ -205,16 +175,7 @@ __device__ __forceinline__ void score_own_tokens(const FusedBlock& b) {
   }
 
   const Reader reader(shape);
-  // Parts of a lane's scores: those of a step, or its place in the quad as well where registers allow.
-  constexpr int kPlaces = kSetQuads == 1 && kMode != Mode::manhattan_sum ? Scores::kScores : 1;
-  constexpr int kParts = Reader::kSteps * kPlaces;
-  float best[kSetQuads][kParts], worst[kSetQuads];
-#pragma unroll
-  for (int q = 0; q < kSetQuads; ++q) {
-    worst[q] = INFINITY;
-#pragma unroll
-    for (int i = 0; i < kParts; ++i) best[q][i] = -INFINITY;
-  }
+  LaneSample sample[kSetQuads];  // of the first score of every quad
   float* to = m.scores + warp * kStageTokens + Scores::set(0) * s.score_stride + lane / 4 * kQuad + Scores::first();
   // Summed distances have the longest code of a step: both steps' signatures at once would spill registers.
   constexpr bool kOneStep = kMode == Mode::manhattan_sum;
@@ -230,10 +191,8 @@ __device__ __forceinline__ void score_own_tokens(const FusedBlock& b) {
         for (int j = 0; j < Scores::kScores; ++j) {
           const bool here =
               decltype(whole)::value || in_middle(p, plan, token + reader.token[i] + Scores::first() + j);
-          worst[q] = fminf(worst[q], here ? score[j] : INFINITY);
+          if (j == 0) sample[q].add(score[j], here);
           score[j] = here ? score[j] : -INFINITY;
-          float& top = best[q][i * kPlaces + j % kPlaces];
-          top = fmaxf(top, score[j]);
         }
         float* at = to + q * 4 * s.score_stride + i * Reader::kStep;
         if constexpr (Scores::kOne) *at = score[0];
@@ -262,7 +221,8 @@ __device__ __forceinline__ void score_own_tokens(const FusedBlock& b) {
     next_block = load_stage_block(p, shape, blocks, token + (kFusedStages + 1) * stride, plan.length);
     if (++slot == kFusedStages) slot = 0, phase ^= 1;
   }
-  merge_range<Scores>(b, best, worst);
+#pragma unroll
+  for (int q = 0; q < kSetQuads; ++q) sample[q].template merge<Scores::kSetStride>(m.heads + q * 4, b.sets - q * 4);
   __syncthreads();
 }
 

@@ -162,9 +162,10 @@ __global__ void __maxnreg__(most_registers(kQuads))
 // Shared memory of a block in bytes.
 int encode_memory(const DecodeParams& p, int sample_bits) {
   const int chunks = p.page.words <= 4 ? 1 : 2;
+  const int kept = std::max(1 << sample_bits, p.mode == Mode::dot_max ? kSampleTiles * kTile : 0);  // per scored head
   const int words = p.head_quads * query_planes(p.mode) * chunks * 32 + 4 * kMaxHeadQuads +
                     4 * kMaxHeadQuads * int(sizeof(HeadWeight) / 4) +
-                    std::max(scored_heads(p) << sample_bits, p.group * chunks * 4 * 32);
+                    std::max(scored_heads(p) * kept, p.group * chunks * 4 * 32);
   return words * 4;
 }
 

@@ -6,6 +6,7 @@
 #pragma once
 #include "sm90/histogram.cuh"
 #include "sm90/memory.cuh"
+#include "sm90/normal.cuh"
 #include "sm90/order.cuh"
 #include "sm90/reduce.cuh"
 #include "sm90/sample.h"
@@ -14,13 +15,6 @@
 namespace adamas {
 
 constexpr int kNormalTries = 4;  // guesses that take the scores as normally distributed
-
-// The number of standard deviations above the mean that a share `p` < 0.5 of a normal distribution exceeds, with an
-// error below 0.005 (Abramowitz and Stegun, 26.2.22).
-__device__ __forceinline__ float normal_tail(float p) {
-  const float t = sqrtf(-2.0f * __logf(p));
-  return t - __fdividef(2.30753f + 0.27061f * t, 1.0f + 0.99229f * t + 0.04481f * t * t);
-}
 
 // Candidates are tokens with a better score, and tokens with an equal score from `position` in the sample on.
 struct Pivot {
