@@ -23,6 +23,7 @@ from vllm_adamas.layout import PageLayout
 HOPPER = (9, 0)  #: the compute capability that the CUDA library is built for
 MIN_CAPABILITY = (8, 0)  #: lowest that the Triton kernels and vLLM's FlashAttention support
 MAX_GROUP = 16  #: most query heads per KV head that fit the fragments of GPU kernels
+COUNTERS = 5  #: length of the counters that decode adds to
 MOST_TOKENS = 1 << 30  #: bound of sinks and windows: kernels add two of them in 32 bits
 
 
@@ -288,8 +289,10 @@ class Backend(ABC):
 
         Args:
             query, output: ``[R, Hq, D]``; rows beyond those of the batch are ignored.
-            stats: int64 ``[4]`` counters that the kernel adds to: sparse rows, dense rows, context tokens
-                and attended tokens, the last two summed over query heads.
+            stats: int64 ``[COUNTERS]`` that the kernel adds to: sparse rows; dense rows; context tokens and
+                attended tokens, both summed over query heads; and token sets that the slow path selected
+                again, because the fast one could not hold their candidates. Backends without a slow path
+                leave the last one alone.
         """
 
     @abstractmethod

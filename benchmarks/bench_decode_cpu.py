@@ -54,7 +54,7 @@ import torch  # noqa: E402
 from common import environment, save, spread  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 
-from vllm_adamas.backends.base import DecodeBatch, Params  # noqa: E402
+from vllm_adamas.backends.base import COUNTERS, DecodeBatch, Params  # noqa: E402
 from vllm_adamas.backends.cpu.backend import CpuBackend  # noqa: E402
 from vllm_adamas.config import AdamasConfig  # noqa: E402
 from vllm_adamas.layout import PageLayout  # noqa: E402
@@ -131,7 +131,7 @@ class Sparse:
         self.configure("dot", "query_head", args.budgets[0])
         for layer in self.layers:
             self.backend.append(layer, *batch.key_value(), batch.slots)
-        self.stats = torch.zeros(4, dtype=torch.int64)
+        self.stats = torch.zeros(COUNTERS, dtype=torch.int64)
 
     def configure(self, score: str, selection: str, budget: int):
         # One coding for both scores, so that pages need not be rewritten.

@@ -14,7 +14,7 @@ import time
 import torch
 from common import environment, save, spread
 
-from vllm_adamas.backends.base import Backend, DecodeBatch, Params
+from vllm_adamas.backends.base import COUNTERS, Backend, DecodeBatch, Params
 from vllm_adamas.backends.registry import get_backend
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
@@ -47,7 +47,7 @@ def host_time(backend: Backend, device: str) -> dict:
     table = torch.zeros(1, 1, dtype=torch.int32, device=device)
     batch = DecodeBatch(table, lens, lens, CONTEXT)
     query = torch.randn(1, QUERY_HEADS, HEAD_SIZE, device=device).to(DTYPE)
-    output, stats = torch.empty_like(query), torch.zeros(4, dtype=torch.int64, device=device)
+    output, stats = torch.empty_like(query), torch.zeros(COUNTERS, dtype=torch.int64, device=device)
     times = []
     for _ in range(REPEATS + 1):
         start = time.perf_counter()

@@ -26,6 +26,7 @@ NAMES = (
     ("dense_rows", "Decode rows of sparse layers that attended to their whole context."),
     ("decode_context_tokens", "Context tokens of those rows, times query heads."),
     ("decode_attended_tokens", "Tokens that those rows attended to, times query heads."),
+    ("reselected_token_sets", "Token sets that the slow path of a GPU kernel selected again."),
 )
 
 
@@ -63,7 +64,7 @@ def _export(folder: Path) -> None:
 
 
 def read_counters(folder: Path) -> np.ndarray:
-    """The four counters summed over the workers of one server.
+    """The counters summed over the workers of one server.
 
     Workers of a tensor parallel group have the same rows but different heads, so only rank 0 counts rows.
     """
@@ -115,7 +116,7 @@ class SelectionStats:
         return torch.from_numpy(np.memmap(file, dtype=np.int64, mode="w+", shape=(len(NAMES),)))
 
     def counters(self, dense_layer: bool) -> torch.Tensor:
-        """The int64 ``[4]`` counters that kernels add to."""
+        """The int64 ``[COUNTERS]`` counters that kernels add to, in the order of ``NAMES``."""
         return self._dense if dense_layer else self._sparse
 
     def tick(self) -> None:
@@ -137,7 +138,9 @@ class SelectionStats:
         from vllm.logger import init_logger
 
         total = self._exported.tolist()
-        sparse, dense, context, attended = (a - b for a, b in zip(total, self._logged, strict=True))
+        sparse, dense, context, attended, _ = (
+            a - b for a, b in zip(total, self._logged, strict=True)
+        )
         self._logged = total
         if context:
             init_logger("vllm.adamas").info(

@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from vllm_adamas.backends.base import Backend, DecodeBatch, Layer, Params
+from vllm_adamas.backends.base import COUNTERS, Backend, DecodeBatch, Layer, Params
 from vllm_adamas.backends.inspect import Inspectable
 from vllm_adamas.backends.reference import signature as sig
 from vllm_adamas.backends.reference.backend import select_tokens
@@ -239,7 +239,7 @@ class Batch:
             name: kwargs.pop(name) for name in ("max_seq_len", "overlap") if name in kwargs
         }
         output = torch.full_like(self.query, torch.nan, dtype=dtype)
-        stats = torch.zeros(4, dtype=torch.int64, device=output.device)
+        stats = torch.zeros(COUNTERS, dtype=torch.int64, device=output.device)
         step = self.step(**about_step)
         backend.decode(self.bound(backend), self.query, step, output, stats, **kwargs)
         return output, stats.tolist()

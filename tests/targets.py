@@ -133,6 +133,7 @@ class Target:
     decode_dtype = None  #: of the output; None is that of the queries
     gather_dtype = None  #: of K and V; None is that of the queries
     slack = 1.0  #: factor of the tolerance
+    may_select_again = False  #: whether there is a slow path for scores that mislead the fast one
     repeats = 0  #: of a step, whose bits must be the same
 
     def build(self, case: Case) -> Batch:
@@ -186,6 +187,7 @@ def _built_by_triton(case: Case) -> Batch:
 
 class CudaTarget(_KeepsWorkspace):
     slack = 1.5  # weights are rounded to the dtype of the values
+    may_select_again = True
     repeats = 3
 
     def skip_unless_fits(self, batch: Batch, longest: int | None = None) -> None:
@@ -255,7 +257,8 @@ def check_decode(target: Target, batch: Batch, **kwargs) -> None:
     rows = len(batch.lengths)
     assert ours[rows:].isnan().all(), "padding was written"
     expected, stats, clear = target.expected_decode(batch)
-    assert counted == stats
+    assert counted[:4] == stats[:4]
+    assert counted[4] == 0 or target.may_select_again
     got = ours[:rows].cpu()
     assert got.isfinite().all()
     assert (got[batch.seq_lens.cpu() == 0] == 0).all()

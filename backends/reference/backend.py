@@ -127,7 +127,7 @@ class ReferenceBackend(Backend, Inspectable):
                 p = (k @ query[row, head].float() * params.softmax_scale).softmax(0)  # [K]
                 output[row, head] = (p @ v).to(output.dtype)
             seen, heads = budget if sparse else visible, params.num_query_heads
-            stats += torch.tensor([sparse, not sparse, length * heads, seen * heads])
+            stats += torch.tensor([sparse, not sparse, length * heads, seen * heads, 0])
 
     def gather(self, layer, block_table, seq_lens, key, value):
         params, kv_cache, start = layer.params, layer.kv_cache, 0

@@ -128,7 +128,7 @@ def merge_kernel(
     output_head,
     seq_lens,
     budgets,
-    stats,  # int64 [4]: sparse rows, dense rows, context tokens, attended tokens
+    stats,  # int64: sparse rows, dense rows, context tokens, attended tokens
     factor,
     longest,
     least,

@@ -15,7 +15,14 @@ import triton
 import triton.language as tl
 
 from vllm_adamas.backends.arguments import check_tensor
-from vllm_adamas.backends.base import MAX_GROUP, MIN_CAPABILITY, Backend, Layer, Params
+from vllm_adamas.backends.base import (
+    COUNTERS,
+    MAX_GROUP,
+    MIN_CAPABILITY,
+    Backend,
+    Layer,
+    Params,
+)
 from vllm_adamas.backends.inspect import Inspectable
 from vllm_adamas.backends.launch import rounded_context
 from vllm_adamas.backends.triton.append import append_kernel
@@ -161,7 +168,7 @@ class TritonBackend(Backend, Inspectable):
         self._rows(params, query, block_table, seq_lens)
         check_tensor("output", output, output.dtype, *query.shape)
         check_tensor("budgets", budgets, torch.int32, rows)
-        check_tensor("stats", stats, torch.int64, 4)
+        check_tensor("stats", stats, torch.int64, COUNTERS)
         if not rows:
             return
         longest = block_table.shape[1] * params.layout.block_size

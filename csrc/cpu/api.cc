@@ -206,7 +206,7 @@ void decode_op(Layer layer, TensorView query, TensorView block_table, TensorView
   args.budgets(budgets);
   p.output = rows_of(output, p.num_rows, p.num_query_heads, p.page.head_size,
                      "output: expected float32, float16 or bfloat16 [R, Hq, D] with a contiguous D");
-  expect(stats.ndim() == 1 && is_int(stats, 64) && stats.size(0) == 4, "stats: expected int64 [4]");
+  expect(stats.ndim() == 1 && is_int(stats, 64) && stats.size(0) == 5, "stats: expected int64 [5]");
   p.stats = data<int64_t>(stats);
   decode(*active, p);
 }

@@ -42,7 +42,9 @@ struct DecodeParams {
   float softmax_scale;
   bool dot, per_query_head;
   int num_sink_tokens, recent_window, sliding_window;
-  int64_t* stats;  // sparse rows, dense rows, context tokens, attended tokens (over query heads)
+  // [5]: sparse rows, dense rows, context tokens, attended tokens (over query heads); the last is for devices that
+  // may select twice
+  int64_t* stats;
 
   // Tokens that a sparse row attends to: at least sinks and recent window, and at least one.
   int budget(int row) const {

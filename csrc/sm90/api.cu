@@ -135,7 +135,7 @@ void decode_op(Layer layer, TensorView query, TensorView output, TensorView bloc
   expect_same_type(output, "output", "the dtype of query", query);
   Argument{"output", "", output, device}.expect_aligned(16);
   p.budgets = as_vector<const int32_t>(budgets, "budgets", "contiguous int32 [R]", device, p.num_rows);
-  p.stats = as_vector<int64_t>(stats, "stats", "contiguous int64 [4]", device, 4);
+  p.stats = as_vector<int64_t>(stats, "stats", "contiguous int64 [5]", device, 5);
   p.overlap = overlap;
   void* stream = current_stream(layer);
   use_workspace(p, work, device);

@@ -90,7 +90,8 @@ struct DecodeParams {
   int capacity;  // candidates per set
   int dense_workers;
   int sample_bits;  // log2 of the tokens of a context that encode samples
-  int64_t* stats;  // sparse rows, dense rows, context tokens, attended tokens (over query heads)
+  // [5]: sparse rows, dense rows, context tokens, attended tokens (over query heads), token sets selected again
+  int64_t* stats;
   // if scan runs alone: all scores, no candidates
   float* scores;
   int64_t scores_row_stride, scores_head_stride;

@@ -19,6 +19,7 @@ COUNTERS = (
     "vllm_adamas_dense_rows_total",
     "vllm_adamas_decode_context_tokens_total",
     "vllm_adamas_decode_attended_tokens_total",
+    "vllm_adamas_reselected_token_sets_total",
 )
 MIB = 2**20
 

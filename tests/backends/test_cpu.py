@@ -11,7 +11,7 @@ from cases import CASES, KINDS, SPARE_BLOCKS, Case, as_bytes, check_surroundings
 from common import ROOT, refused
 from targets import REFERENCE, Target, over_targets, target  # noqa: F401
 
-from vllm_adamas.backends.base import MOST_TOKENS, DecodeBatch
+from vllm_adamas.backends.base import COUNTERS, MOST_TOKENS, DecodeBatch
 from vllm_adamas.backends.cpu.backend import CpuBackend
 
 
@@ -82,7 +82,7 @@ def test_an_unknown_instruction_set_is_refused() -> None:
 def bad_arguments():
     batch = Case((40, 5), 8).build(REFERENCE)
     query, table, lens = batch.query, batch.block_table, batch.seq_lens
-    out, stats = torch.empty_like(query), torch.zeros(4, dtype=torch.int64)
+    out, stats = torch.empty_like(query), torch.zeros(COUNTERS, dtype=torch.int64)
     scores, budgets = torch.zeros(2, 8, 40), batch.budgets
     key, value, slots = batch.key, batch.value, batch.slots
     kv = torch.empty(45, *key.shape[1:], dtype=key.dtype)
@@ -108,7 +108,7 @@ def bad_arguments():
         "block_table": (table.long(), table[:1], table[0], table[:, :0], table + 10**8, table - 99),
         "seq_lens": (lens.long(), lens.view(1, -1), lens.float(), lens - 9000),
         "budgets": (budgets.long(), budgets[:1], budgets.view(-1, 1)),
-        "stats": (stats[:3], stats.int(), stats.view(2, 2)),
+        "stats": (stats[:4], stats.int(), stats[None]),
     }.items():
         for value_ in wrong:
             yield (name, *decode(**{name: value_}))

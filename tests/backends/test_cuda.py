@@ -10,6 +10,7 @@ import torch
 from cases import TOLERANCE, Batch, Case, many, relative_error
 from targets import CLUSTERS, CudaTarget, attend_selected, needs_hopper
 
+from vllm_adamas.backends.base import COUNTERS
 from vllm_adamas.backends.cuda.library import limits
 from vllm_adamas.errors import AdamasError
 
@@ -211,7 +212,7 @@ def test_graph_replay_with_other_rows(backend, cluster: int, selection: str, sco
     batch.block_table = torch.cat((batch.block_table, unused), 1)
     skip_unless_fits(backend, batch, cluster, longest)
     output = torch.zeros_like(batch.query)
-    stats = torch.zeros(4, dtype=torch.int64, device="cuda")
+    stats = torch.zeros(COUNTERS, dtype=torch.int64, device="cuda")
     step = batch.step(max_seq_len=longest, overlap=True)
     args = (batch.bound(backend), batch.query, step, output, stats)
     backend.reserve(batch.params, 3, longest)
@@ -278,7 +279,10 @@ def test_arguments_on_another_device(backend, name: str) -> None:
     batch = Case((64,), 1).build(backend, "cuda")
     elsewhere = dataclasses.replace(batch, **{name: getattr(batch, name).cpu()})
     layer = batch.bound(backend)
-    output, stats = torch.empty_like(batch.query), torch.zeros(4, dtype=torch.int64, device="cuda")
+    output, stats = (
+        torch.empty_like(batch.query),
+        torch.zeros(COUNTERS, dtype=torch.int64, device="cuda"),
+    )
     with pytest.raises(ValueError, match=f"^{name}: expected a tensor on cuda:0, got one on cpu"):
         backend.decode(layer, elsewhere.query, elsewhere.step(), output, stats)
 

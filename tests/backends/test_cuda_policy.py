@@ -13,7 +13,7 @@ import torch
 from cases import Batch, Case
 from common import ROOT, refused
 
-from vllm_adamas.backends.base import MAX_GROUP
+from vllm_adamas.backends.base import COUNTERS, MAX_GROUP
 from vllm_adamas.backends.cuda import backend as cuda
 from vllm_adamas.backends.cuda import policy
 from vllm_adamas.backends.cuda.library import LIBRARY, Limits, limits, load
@@ -123,7 +123,9 @@ def decode(backend, layer, lengths: tuple[int, ...], columns: int, max_seq_len: 
         torch.ones(rows, dtype=torch.int32),
         max_seq_len,
     )
-    backend.decode(layer, query, batch, torch.empty_like(query), torch.zeros(4, dtype=torch.int64))
+    backend.decode(
+        layer, query, batch, torch.empty_like(query), torch.zeros(COUNTERS, dtype=torch.int64)
+    )
 
 
 def bound(backend, case: Case) -> cuda.CudaLayer:
@@ -265,7 +267,7 @@ def call(layer: cuda.CudaLayer, batch: Batch, operation: str, **changes) -> None
     tensors = {name: getattr(batch, name, None) for name in ARGUMENTS[operation]}
     made = {
         "output": torch.empty_like(batch.query),
-        "stats": torch.zeros(4, dtype=torch.int64),
+        "stats": torch.zeros(COUNTERS, dtype=torch.int64),
         "scores": torch.zeros(2, batch.params.num_score_heads, 200),
         "work": torch.empty(1, dtype=torch.uint8),
     }
@@ -319,7 +321,7 @@ STEP = ("scan", "decode", "gather")
         (("decode",), "budgets", torch.Tensor.long),
         (("decode",), "budgets", lambda budgets: budgets[:1]),
         (("decode",), "stats", torch.Tensor.int),
-        (("decode",), "stats", lambda stats: stats[:3]),
+        (("decode",), "stats", lambda stats: stats[:4]),
         (("scan",), "scores", torch.Tensor.double),
         (("scan",), "scores", lambda scores: scores[:, :2]),
         (STEP, "seq_lens", torch.Tensor.long),

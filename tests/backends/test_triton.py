@@ -22,6 +22,7 @@ from targets import (
     needs_triton,
 )
 
+from vllm_adamas.backends.base import COUNTERS
 from vllm_adamas.backends.registry import get_backend
 from vllm_adamas.backends.triton import TritonBackend
 from vllm_adamas.backends.triton import backend as ops
@@ -149,7 +150,7 @@ def wrong_arguments():
                 given.get("query", batch.query),
                 step,
                 given.get("output", batch.query.clone()),
-                given.get("stats", torch.zeros(4, dtype=torch.int64, device=DEVICE)),
+                given.get("stats", torch.zeros(COUNTERS, dtype=torch.int64, device=DEVICE)),
             )
 
         return call
@@ -160,7 +161,7 @@ def wrong_arguments():
     yield "block_table", decode(block_table=lambda batch: batch.block_table.long())
     yield "seq_lens", decode(seq_lens=lambda batch: batch.seq_lens.long())
     yield "budgets", decode(budgets=lambda batch: batch.budgets[:1])
-    yield "stats", decode(stats=lambda batch: torch.zeros(3, dtype=torch.int64))
+    yield "stats", decode(stats=lambda batch: torch.zeros(4, dtype=torch.int64))
 
     def append(**kwargs):
         return lambda b, batch: b.append(
@@ -271,7 +272,7 @@ if COMPILED:
         case = Case(MIXED, MIXED_BUDGETS, selection="kv_head")
         batch = case.build(backend, DEVICE)
         output = torch.zeros_like(batch.query)
-        stats = torch.zeros(4, dtype=torch.int64, device=DEVICE)
+        stats = torch.zeros(COUNTERS, dtype=torch.int64, device=DEVICE)
         step = batch.step(max_seq_len=4096)
         backend.decode(batch.bound(backend), batch.query, step, output, stats)  # compiles
         with (

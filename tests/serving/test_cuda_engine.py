@@ -196,7 +196,7 @@ def test_a_budget_beyond_the_context_gives_stock_tokens(host) -> None:
     assert "Using ADAMAS" in dense.log()
     assert "Using ADAMAS" not in stock.log()
     assert answers(dense, PROMPTS) == answers(stock, PROMPTS)
-    sparse_rows, dense_rows, context, attended = counters(dense)
+    sparse_rows, dense_rows, context, attended, _ = counters(dense)
     assert (sparse_rows, attended) == (0, context)
     assert dense_rows > 0
 
@@ -207,7 +207,7 @@ def test_the_counters_say_that_decode_was_sparse(host, name: str) -> None:
     prompt = token_ids(server, harbour_log(60, seed=5), 1000)
     steps = range(len(prompt) + 1, len(prompt) + tokens)  # the prompt gave the first token
     heads = SPARSE_LAYERS * QUERY_HEADS
-    assert moved(server, lambda: complete(server, prompt, tokens)) == (
+    assert moved(server, lambda: complete(server, prompt, tokens))[:4] == (
         SPARSE_LAYERS * len(steps),
         0,
         heads * sum(steps),
@@ -234,7 +234,7 @@ def test_the_pass_key_is_found(host, name: str, lines: int) -> None:
     def ask() -> None:
         assert PASS_KEY in ask_pass_key(server, lines)  # 24 tokens a line
 
-    sparse_rows, _, context, attended = moved(server, ask)
+    sparse_rows, _, context, attended, _ = moved(server, ask)
     assert sparse_rows > 0
     assert attended * 24 * lines < 1.2 * BUDGET * context
 
@@ -375,7 +375,7 @@ def test_heads_may_be_split_over_two_gpus(pair) -> None:
     server, tokens, layers, heads = pair["sparse"], 20, 3, 8
     prompt = token_ids(server, harbour_log(100, seed=5), 2000)
     steps = range(len(prompt) + 1, len(prompt) + tokens)
-    assert moved(server, lambda: complete(server, prompt, tokens)) == (
+    assert moved(server, lambda: complete(server, prompt, tokens))[:4] == (
         layers * len(steps),
         0,
         layers * heads * sum(steps),

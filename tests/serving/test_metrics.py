@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import torch
 
+from vllm_adamas.backends.base import COUNTERS
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.serving import metrics
 
@@ -27,11 +28,15 @@ def test_a_command_names_a_folder_of_its_own_and_removes_it(tmp_path) -> None:
     assert tmp_path.is_dir()
 
 
+def test_every_counter_has_a_name() -> None:
+    assert len(metrics.NAMES) == COUNTERS
+
+
 def test_counters_are_summed_over_workers(tmp_path) -> None:
-    np.array([1, 2, 3, 4]).tofile(tmp_path / "worker-0-11.i64")
-    np.array([10, 20, 30, 40]).tofile(tmp_path / "worker-0-12.i64")
+    np.array([1, 2, 3, 4, 5]).tofile(tmp_path / "worker-0-11.i64")
+    np.array([10, 20, 30, 40, 50]).tofile(tmp_path / "worker-0-12.i64")
     (tmp_path / "worker-0-13.i64").write_bytes(b"torn")  # just being made
-    assert metrics.read_counters(tmp_path).tolist() == [11, 22, 33, 44]
+    assert metrics.read_counters(tmp_path).tolist() == [11, 22, 33, 44, 55]
 
 
 def test_rows_whose_heads_are_shared_count_once(tmp_path, monkeypatch) -> None:
@@ -40,16 +45,16 @@ def test_rows_whose_heads_are_shared_count_once(tmp_path, monkeypatch) -> None:
     for rank in range(2):
         monkeypatch.setattr(os, "getpid", lambda rank=rank: pid + rank)
         stats = metrics.SelectionStats(AdamasConfig(), "cpu", rank)
-        stats.counters(dense_layer=False).add_(torch.tensor([3, 2, 80, 8]))
-    assert metrics.read_counters(tmp_path).tolist() == [3, 2, 160, 16]
+        stats.counters(dense_layer=False).add_(torch.tensor([3, 2, 80, 8, 1]))
+    assert metrics.read_counters(tmp_path).tolist() == [3, 2, 160, 16, 2]
 
 
 def test_what_kernels_add_is_in_the_file(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv(metrics.FOLDER, str(tmp_path))
     stats = metrics.SelectionStats(AdamasConfig(), "cpu")
-    stats.counters(dense_layer=False).add_(torch.tensor([1, 0, 80, 8]))
-    stats.counters(dense_layer=True).add_(torch.tensor([0, 1, 80, 80]))
-    assert metrics.read_counters(tmp_path).tolist() == [1, 0, 80, 8]
+    stats.counters(dense_layer=False).add_(torch.tensor([1, 0, 80, 8, 1]))
+    stats.counters(dense_layer=True).add_(torch.tensor([0, 1, 80, 80, 0]))
+    assert metrics.read_counters(tmp_path).tolist() == [1, 0, 80, 8, 1]
 
 
 def test_steps_that_warm_up_are_not_counted(tmp_path, monkeypatch) -> None:
@@ -60,7 +65,7 @@ def test_steps_that_warm_up_are_not_counted(tmp_path, monkeypatch) -> None:
     stats.tick()
     stats.counters(dense_layer=False).add_(1)
     stats.tick()
-    assert metrics.read_counters(tmp_path).tolist() == [1, 1, 1, 1]
+    assert metrics.read_counters(tmp_path).tolist() == [1] * COUNTERS
 
 
 def test_nothing_is_written_when_turned_off(tmp_path, monkeypatch) -> None:
