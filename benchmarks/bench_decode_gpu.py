@@ -1,13 +1,22 @@
 """Decode attention of one layer on a Hopper GPU: adamas and FlashAttention 3 in one run.
 
-Every cell is a CUDA graph of several decode calls over different blocks and queries that together exceed
+A step is launched as a server's CUDA graph is: for the longest context that the server admits, which is
+longer than the contexts of the step (``--launch exact`` launches for these). Keys and queries come from
+``keys.py``, by the name of their distribution.
+
+Every cell is a CUDA graph of several decode calls over different contexts and queries that together exceed
 the L2 cache; the time of a call is the median over replays. `read` is the measured upper bound: a plain
 read of the signature planes through the same block tables. Times of stages are differences between graphs
 with one, two and three of the kernels. The fused kernel is measured as well; a star marks the policy's
-choice.
+choice. `again` is the share of token sets that the slow path selected again.
 
 The peers, one file each in `peers`, read a dense cache of the same keys and values. If a peer can be called
-in several ways, the fastest counts. Speed-ups are relative to FlashAttention 3.
+in several ways, the fastest counts. Speed-ups are relative to FlashAttention 3 at the same lengths and
+launch. What dense attention takes does not depend on the keys, so it is measured over one distribution.
+
+    python benchmarks/bench_decode_gpu.py
+    python benchmarks/bench_decode_gpu.py --quick
+    python benchmarks/bench_decode_gpu.py --parts keys --heads 24x8x128 --cells 32768x8 --keys real sinks
 """
 
 from __future__ import annotations
@@ -16,42 +25,82 @@ import argparse
 import json
 import statistics
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 import torch
 import triton
 import triton.language as tl
-from common import environment
+from keys import DISTRIBUTIONS, Contexts, Heads, Recording
 from peers import PEERS
-from peers.base import Cell, Peer
+from peers.base import Cell, Peer, widened
 
-from vllm_adamas.backends.base import DecodeBatch, Params
-from vllm_adamas.backends.cuda.backend import CudaBackend, CudaLayer
+from vllm_adamas.backends.base import COUNTERS, DecodeBatch, Layer, Params
+from vllm_adamas.backends.cuda.backend import CudaBackend
 from vllm_adamas.config import AdamasConfig
+from vllm_adamas.environment import Environment
+from vllm_adamas.errors import AdamasError
 from vllm_adamas.layout import PageLayout
 from vllm_adamas.tables import plain
 
 RESULTS = Path(__file__).parent / "results" / "decode_gpu.json"
 DTYPE = torch.bfloat16
-QUERY_HEADS, KV_HEADS, HEAD_SIZE, BLOCK_SIZE, BUDGET = 32, 8, 128, 64, 256
+LLAMA, BLOCK_SIZE, BUDGET = Heads(32, 8, 128), 64, 256
 SELECTIONS = ("query_head", "kv_head")
+SCORES = ("dot", "manhattan")
+LAUNCHES = ("server", "exact")
+#: ``--max-model-len`` of the servers whose graphs are launched: the first that admits the context.
+SERVED = (1 << 17, 1 << 20)
 K = 1024
-#: (context, rows) of the cells in each part of the record.
-CELLS = {
-    "cells": [
-        (n * K, rows) for n, r in ((8, (1, 8, 32)), (32, (1, 8, 32)), (128, (1, 8))) for rows in r
-    ],
-    "budgets": [(32 * K, 1), (32 * K, 8)],
-    "contexts": [(n * K, 1) for n in (4, 16, 64, 256, 512, 1024)],
-    "mha": [(n * K, 1) for n in (8, 16, 32)],
-    "fp8": [(32 * K, 1), (32 * K, 8)],
-}
-BUDGETS = (64, 128, 512, 1024)
 WORKING_SET = 200 << 20  # bytes that one graph touches, several times the L2 cache
-POOL_TOKENS = 1 << 20
 REPLAYS, WARMUP = 25, 5
 BASELINE, *OTHERS = PEERS
-HEADERS = ("context", "rows", "what", "us", "q1", "q3", "GB/s", "speed-up", "stages (us)")
+HEADERS = ("heads", "context", "rows", "launch", "keys", "what", "us", "q1", "q3", "GB/s", "speed-up", "again",
+           "stages (us)")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of the record: all combinations of its fields.
+
+    Args:
+        cells: (context, rows).
+        launches: of ``LAUNCHES``.
+        thorough: whether the first keys and launch of every cell come with the plain read, the other
+            peers and the times of stages.
+        fp8: type of fp8 pages.
+    """
+
+    cells: tuple[tuple[int, int], ...]
+    heads: tuple[Heads, ...] = (LLAMA,)
+    keys: tuple[str, ...] = ("gaussian",)
+    budgets: tuple[int, ...] = (BUDGET,)
+    launches: tuple[str, ...] = ("server",)
+    scores: tuple[str, ...] = ("dot",)
+    selections: tuple[str, ...] = SELECTIONS
+    thorough: bool = False
+    fp8: str | None = None
+
+
+CELLS = tuple(
+    (n * K, rows) for n, r in ((8, (1, 8, 32)), (32, (1, 8, 32)), (128, (1, 8))) for rows in r
+)
+FEW = ((32 * K, 1), (32 * K, 8))
+BOTH = ("gaussian", "real")
+SHAPES = ("24x8x128", "28x4x128", "64x8x128", "9x3x64", "4x1x256")
+PARTS = {
+    "cells": Part(CELLS, launches=LAUNCHES, scores=SCORES, thorough=True),
+    "keys": Part(CELLS, keys=tuple(name for name in DISTRIBUTIONS if name != "gaussian")),
+    "budgets": Part(FEW, keys=BOTH, budgets=(64, 128, 512, 1024)),
+    "contexts": Part(tuple((n * K, 1) for n in (4, 16, 64, 256, 512, 1024))),
+    "heads": Part(FEW, heads=tuple(map(Heads.parse, SHAPES)), keys=BOTH),
+    "mha": Part(tuple((n * K, 1) for n in (8, 16, 32)), heads=(Heads(32, 32, 128),)),
+    "fp8": Part(FEW, fp8="e4m3"),
+}
+QUICK = {
+    "keys": Part((*FEW, (8 * K, 8)), keys=tuple(DISTRIBUTIONS), selections=("kv_head",)),
+}  # fmt: skip
 
 
 @triton.jit
@@ -113,83 +162,106 @@ def timed(calls, replays: int = REPLAYS) -> dict:
 
 
 class Pool:
-    """Random keys and values in adamas pages, and in a dense cache ``[tokens, Hkv, D]``."""
+    """Copies of the contexts of one cell, in adamas pages and in a dense cache ``[tokens, Hkv, D]``.
 
-    def __init__(self, backend, kv_heads=KV_HEADS, tokens=POOL_TOKENS, dense=True, fp8=None):
-        self.kv_heads, self.tokens, self.fp8 = kv_heads, tokens, fp8
-        self.layout = PageLayout(HEAD_SIZE, BLOCK_SIZE, torch.uint8 if fp8 else DTYPE)
+    Contexts lie in blocks of their own, through one shuffled block table per copy.
+
+    Args:
+        length, rows: of the cell; the length is a multiple of ``BLOCK_SIZE``.
+        copies: number of steps that share no block.
+        dense: whether peers will read it.
+        fp8: type of fp8 pages.
+    """
+
+    def __init__(
+        self,
+        heads: Heads,
+        length: int,
+        rows: int,
+        copies: int,
+        *,
+        dense=True,
+        fp8=None,
+        device="cuda",
+    ):
+        self.heads, self.length, self.rows, self.copies = heads, length, rows, copies
+        self.fp8, self.dense = fp8, dense
+        self.layout = PageLayout(heads.size, BLOCK_SIZE, torch.uint8 if fp8 else DTYPE)
         content = self.layout.token_bytes // self.layout.dtype.itemsize
-        blocks = tokens // BLOCK_SIZE
-        self.pages = torch.zeros(
-            blocks, kv_heads, BLOCK_SIZE, content, dtype=self.layout.dtype, device="cuda"
-        )
-        shape = (tokens, kv_heads, HEAD_SIZE)
+        contexts, per_row = copies * rows, length // BLOCK_SIZE
+        shape = (contexts * per_row, heads.kv, BLOCK_SIZE, content)
+        self.pages = torch.zeros(shape, dtype=self.layout.dtype, device=device)
+        order = torch.randperm(contexts * per_row, device=device).to(torch.int32)
+        self._table = order.view(contexts, per_row)
         if dense:
-            self.k, self.v = (torch.empty(shape, dtype=DTYPE, device="cuda") for _ in range(2))
-        layer, step = self.layer(backend, "dot", "query_head"), 1 << 15
-        for start in range(0, tokens, step):
-            key, value = (
-                torch.randn(step, kv_heads, HEAD_SIZE, device="cuda").to(DTYPE) for _ in range(2)
-            )
-            slots = torch.arange(start, start + step, device="cuda")
-            backend.append(layer, key, value, slots)
-            if dense:
-                self.k[start : start + step] = key
-                self.v[start : start + step] = value
+            shape = (contexts * length, heads.kv, heads.size)
+            self.k, self.v = (torch.empty(shape, dtype=DTYPE, device=device) for _ in range(2))
+
+    def fill(self, backend, contexts: Contexts) -> None:
+        """Writes every context in the order of its positions, with Gaussian values."""
+        layer = self.layer(backend, "dot", "query_head")
+        offsets = torch.arange(BLOCK_SIZE, device=self.pages.device)
+        for row, blocks in enumerate(self._table.long()):
+            slots = (blocks[:, None] * BLOCK_SIZE + offsets).flatten()
+            start = 0
+            for chunk in contexts.keys(row):
+                key, value = chunk.to(DTYPE), contexts.normal(*chunk.shape).to(DTYPE)
+                here = slots[start : start + len(key)]
+                backend.append(layer, key, value, here)
+                if self.dense:
+                    self.k[here], self.v[here] = key, value
+                start += len(key)
 
     def params(self, score: str, selection: str, budget: int = BUDGET) -> Params:
         return Params.of(
-            AdamasConfig(score=score, selection=selection, token_budget=budget),
+            AdamasConfig(score=score, selection=selection, token_budget=budget, thresholds="rms"),
             self.layout,
-            num_query_heads=QUERY_HEADS,
-            num_kv_heads=self.kv_heads,
-            softmax_scale=HEAD_SIZE**-0.5,
+            num_query_heads=self.heads.query,
+            num_kv_heads=self.heads.kv,
+            softmax_scale=self.heads.size**-0.5,
             fp8=self.fp8,
         )
 
-    def layer(self, backend, score: str, selection: str, budget: int = BUDGET) -> CudaLayer:
+    def layer(self, backend, score: str, selection: str, budget: int = BUDGET) -> Layer:
         return backend.bind(self.params(score, selection, budget), self.pages)
 
-    def signature_bytes(self, length: int, rows: int) -> int:
-        return length * rows * self.kv_heads * (HEAD_SIZE // 4 + 2)
+    def signature_bytes(self) -> int:
+        """Signatures that a step reads."""
+        return signature_bytes(self.heads, self.length, self.rows)
 
-    def attended_bytes(self, rows: int, selection: str, budget: int) -> int:
-        sets = QUERY_HEADS if selection == "query_head" else self.kv_heads
-        return rows * sets * budget * 2 * HEAD_SIZE * self.layout.dtype.itemsize
+    def attended_bytes(self, selection: str, budget: int) -> int:
+        sets = self.heads.query if selection == "query_head" else self.heads.kv
+        return self.rows * sets * budget * 2 * self.heads.size * self.layout.dtype.itemsize
 
-    def dense_rate(self, result: dict, length: int, rows: int) -> dict:
+    def dense_rate(self, result: dict) -> dict:
         """A result of :func:`timed` with the rate of reading K and V of whole contexts."""
-        moved = rows * length * self.kv_heads * HEAD_SIZE * 2 * DTYPE.itemsize
-        return result | {"GBps": round(moved / result["us"] / 1e3)}
+        values = self.rows * self.length * self.heads.kv * self.heads.size * 2
+        return result | {"GBps": round(values * DTYPE.itemsize / result["us"] / 1e3)}
 
-    def cell(self, length: int, rows: int, copies: int) -> Cell:
-        """The dense cache and ``copies`` steps over it, for peers."""
+    def cell(self, launch: int) -> Cell:
+        """The dense cache and the steps over it, for peers; launched for ``launch`` tokens."""
+        return Cell(self.k, self.v, self.tables, self.heads.query, self.length, self.rows, launch)
 
-        def block_tables(block_size: int) -> list[torch.Tensor]:
-            return self.tables(length, rows, copies, block_size)
-
-        return Cell(self.k, self.v, block_tables, QUERY_HEADS, length, rows)
-
-    def tables(self, length: int, rows: int, copies: int, block_size: int) -> list[torch.Tensor]:
-        """One shuffled block table per copy; copies are disjoint if the pool is large enough."""
-        per_row = length // block_size
-        order = torch.randperm(self.tokens // block_size, device="cuda").to(torch.int32)
-        need = rows * per_row
-        tables = []
-        for i in range(copies):
-            at = i * need % (len(order) - need + 1)
-            tables.append(order[at : at + need].view(rows, per_row).contiguous())
-        return tables
+    def tables(self, block_size: int = BLOCK_SIZE) -> list[torch.Tensor]:
+        """The block table of each copy, int32 ``[rows, length / block_size]``; it divides ``BLOCK_SIZE``."""
+        parts = BLOCK_SIZE // block_size
+        inner = torch.arange(parts, dtype=torch.int32, device=self._table.device)
+        table = (self._table[..., None] * parts + inner).flatten(1)
+        return list(table.view(self.copies, self.rows, -1))
 
 
-def bench_read(pool, length, rows, copies):
+def signature_bytes(heads: Heads, length: int, rows: int) -> int:
+    return length * rows * heads.kv * (heads.size // 4 + 2)
+
+
+def bench_read(pool: Pool) -> dict:
     """Times a plain read of the signature planes and the scales, which follow each other in a block."""
     layout = pool.layout
     runs = layout.runs(pool.pages).view(torch.int32)
     out = torch.zeros(1, dtype=torch.int32, device="cuda")
-    words = BLOCK_SIZE * (HEAD_SIZE // 4 + 2) // 4
-    blocks = length // BLOCK_SIZE
-    grid = (triton.cdiv(blocks, 4), rows, pool.kv_heads)
+    words = BLOCK_SIZE * (pool.heads.size // 4 + 2) // 4
+    blocks = pool.length // BLOCK_SIZE
+    grid = (triton.cdiv(blocks, 4), pool.rows, pool.heads.kv)
 
     def call(table):
         _read_planes[grid](
@@ -197,23 +269,30 @@ def bench_read(pool, length, rows, copies):
             words, blocks, WORDS=triton.next_power_of_2(words), num_warps=4,
         )  # fmt: skip
 
-    tables = pool.tables(length, rows, copies, BLOCK_SIZE)
-    result = timed([lambda t=t: call(t) for t in tables])
-    result["GBps"] = round(pool.signature_bytes(length, rows) / result["us"] / 1e3)
+    result = timed([lambda t=t: call(t) for t in pool.tables()])
+    result["GBps"] = round(pool.signature_bytes() / result["us"] / 1e3)
     return result
 
 
-def bench_adamas(backend, pool, length, rows, copies, score, selection, budget, stages) -> dict:
-    """Times the three kernels and the fused one; ``runs`` is the policy's choice."""
+def bench_adamas(
+    backend, pool: Pool, queries, launch: int, score: str, selection: str, budget: int, stages: bool
+) -> dict:
+    """Times the three kernels and the fused one; ``runs`` is the policy's choice.
+
+    Args:
+        queries: ``[rows, Hq, D]`` of each copy.
+        launch: the longest context that a step is launched for.
+        stages: whether to time the stages of the three kernels.
+    """
     layer = pool.layer(backend, score, selection, budget)
-    lens = torch.full((rows,), length, dtype=torch.int32, device="cuda")
-    budgets = torch.full((rows,), budget, dtype=torch.int32, device="cuda")
-    stats = torch.zeros(4, dtype=torch.int64, device="cuda")
-    tables = pool.tables(length, rows, copies, BLOCK_SIZE)
-    queries = [torch.randn(rows, QUERY_HEADS, HEAD_SIZE, device="cuda").to(DTYPE) for _ in tables]
+    rows, device = pool.rows, pool.pages.device
+    lens = torch.full((rows,), pool.length, dtype=torch.int32, device=device)
+    budgets = torch.full((rows,), budget, dtype=torch.int32, device=device)
+    stats = torch.zeros(COUNTERS, dtype=torch.int64, device=device)
     outputs = [torch.empty_like(q) for q in queries]
-    steps = [DecodeBatch(table, lens, budgets, length, overlap=True) for table in tables]
-    backend.reserve(layer.params, rows, length)
+    tables = widened(pool.tables(), launch // BLOCK_SIZE)
+    steps = [DecodeBatch(table, lens, budgets, launch, overlap=True) for table in tables]
+    backend.reserve(layer.params, rows, launch)
 
     def calls(**how):
         return [
@@ -221,78 +300,107 @@ def bench_adamas(backend, pool, length, rows, copies, score, selection, budget, 
             for q, s, o in zip(queries, steps, outputs, strict=True)
         ]
 
-    moved = pool.signature_bytes(length, rows) + pool.attended_bytes(rows, selection, budget)
-    result = {"three": timed(calls(cluster=0))}
-    chosen = backend.plan(layer, rows, DTYPE, length).cluster
-    cluster = backend.largest_cluster(layer, rows, DTYPE, length)
+    result = {"three": measured(calls(cluster=0), stats, layer.params)}
+    chosen = backend.plan(layer, rows, DTYPE, launch).cluster
+    cluster = backend.largest_cluster(layer, rows, DTYPE, launch)
     if cluster:
-        result["fused"] = timed(calls(cluster=cluster)) | {"cluster": cluster}
+        result["fused"] = measured(calls(cluster=cluster), stats, layer.params)
+        result["fused"]["cluster"] = cluster
     if stages:
         encode, encode_scan = (timed(calls(cluster=0, stages=n))["us"] for n in (1, 3))
         three = result["three"]
         three["encode_us"], three["scan_us"] = encode, round(encode_scan - encode, 2)
         three["attend_us"] = round(three["us"] - encode_scan, 2)
+    moved = pool.signature_bytes() + pool.attended_bytes(selection, budget)
     for one in result.values():
         one["GBps"] = round(moved / one["us"] / 1e3)
     result["runs"] = "fused" if chosen else "three"
     return result
 
 
-def bench_peer(peer: Peer, pool, length, rows, copies) -> dict:
+def measured(calls, stats: torch.Tensor, params: Params) -> dict:
+    """A result of :func:`timed`, with the share of token sets that the slow path selected ``again``."""
+    stats.zero_()
+    result = timed(calls)
+    sparse_rows, *_, again = stats.tolist()
+    return result | {"again": round(again / max(1, sparse_rows * params.num_score_heads), 4)}
+
+
+def bench_peer(peer: Peer, pool: Pool, launch: int) -> dict:
     """Times a peer in its fastest way; also records the times of all ways if it has several."""
-    ways = peer.prepare(pool.cell(length, rows, copies))
+    ways = peer.prepare(pool.cell(launch))
     times = {name: timed(make()) for name, make in ways.items()}
     name, best = min(times.items(), key=lambda item: item[1]["us"])
     if len(times) > 1:
         best |= {"variant": name, "all_us": {n: one["us"] for n, one in times.items()}}
-    return pool.dense_rate(best, length, rows)
+    return pool.dense_rate(best)
 
 
 class Bench:
-    """One run; the baseline is measured once per shape, in the same process."""
+    """One run; the baseline is measured once per shape and launch, in the same process."""
 
-    def __init__(self, dense: bool, peers: list[str], scores: list[str]):
-        self.backend, self.dense, self.scores = CudaBackend(), dense, scores
+    def __init__(self, backend, dense: bool, peers: list[str], device: str = "cuda"):
+        self.backend, self.dense, self.device = backend, dense, device
         self.peers = [PEERS[name] for name in peers if dense and PEERS[name].available()]
-        self.baselines: dict[tuple[int, int, int], dict] = {}
+        self.baselines: dict[tuple, dict] = {}
 
-    def cell(self, pool, length, rows, scores, budget=BUDGET, read=False) -> dict:
-        copies = max(2, -(-WORKING_SET // pool.signature_bytes(length, rows)))
-        cell = {"context": length, "rows": rows, "copies": copies, "budget": budget}
-        if read:
-            cell["read"] = bench_read(pool, length, rows, copies)
-        key = (pool.kv_heads, length, rows)
-        if self.dense and key not in self.baselines and not pool.fp8:
-            self.baselines[key] = bench_peer(PEERS[BASELINE], pool, length, rows, copies)
+    def part(self, part: Part) -> list[dict]:
+        """The cells of a part, each printed when it is measured."""
+        found = []
+        for heads, (length, rows) in product(part.heads, part.cells):
+            copies = max(2, -(-WORKING_SET // signature_bytes(heads, length, rows)))
+            dense = self.dense and not part.fp8
+            pool = Pool(heads, length, rows, copies, dense=dense, fp8=part.fp8, device=self.device)
+            launches = dict.fromkeys(launch_of(length, name) for name in part.launches)
+            first = (part.keys[0], next(iter(launches)))
+            for keys in part.keys:
+                generator = torch.Generator(self.device).manual_seed(0)
+                contexts = Contexts(keys, heads, length, copies * rows, generator)
+                pool.fill(self.backend, contexts)
+                for launch, budget in product(launches, part.budgets):
+                    thorough = part.thorough and (keys, launch) == first
+                    found.append(self.cell(pool, contexts, launch, budget, part, thorough))
+            del pool, contexts  # before the next ones are allocated
+        return found
+
+    def cell(
+        self, pool: Pool, contexts: Contexts, launch: int, budget: int, part: Part, thorough: bool
+    ) -> dict:
+        """One cell over the contexts that the pool holds."""
+        cell = {
+            "heads": str(pool.heads), "context": pool.length, "rows": pool.rows, "launch": launch,
+            "keys": contexts.name, "copies": pool.copies, "budget": budget,
+        }  # fmt: skip
+        if thorough:
+            cell["read"] = bench_read(pool)
+        key = (pool.heads, pool.length, pool.rows, launch)
+        if pool.dense and key not in self.baselines:
+            self.baselines[key] = bench_peer(PEERS[BASELINE], pool, launch)
         if key in self.baselines:
             cell[BASELINE] = self.baselines[key]
-        for peer in list(self.peers) if read else ():
+        for peer in list(self.peers) if thorough else ():
             try:
-                cell[peer.name] = bench_peer(peer, pool, length, rows, copies)
+                cell[peer.name] = bench_peer(peer, pool, launch)
             except Exception as error:  # third-party code, which may not run here
                 print(f"{peer.title} is left out: {error}")
                 self.peers.remove(peer)
             else:
                 compare(cell, cell[peer.name])
-        for score in scores:
-            for selection in SELECTIONS:
-                args = (self.backend, pool, length, rows, copies, score, selection, budget, read)
-                result = cell[f"{score} {selection}"] = bench_adamas(*args)
-                for kernels in ("three", "fused"):
-                    if kernels in result:
-                        compare(cell, result[kernels])
+        query = contexts.query.to(DTYPE).unflatten(0, (pool.copies, pool.rows))
+        for score, selection in product(part.scores, part.selections):
+            how = (launch, score, selection, budget, thorough)
+            result = bench_adamas(self.backend, pool, list(query), *how)
+            cell[f"{score} {selection}"] = result
+            for kernels in ("three", "fused"):
+                if kernels in result:
+                    compare(cell, result[kernels])
         print(plain(HEADERS, list(lines(cell))), end="\n\n", flush=True)
         return cell
 
-    def part(self, name: str, cells: list[tuple[int, int]]) -> list[dict]:
-        dense = self.dense and name != "fp8"
-        tokens = max(POOL_TOKENS, *(length * rows for length, rows in cells))
-        heads = QUERY_HEADS if name == "mha" else KV_HEADS
-        pool = Pool(self.backend, heads, tokens, dense=dense, fp8="e4m3" if name == "fp8" else None)
-        if name == "cells":
-            return [self.cell(pool, *cell, self.scores, read=True) for cell in cells]
-        budgets = BUDGETS if name == "budgets" else (BUDGET,)
-        return [self.cell(pool, *cell, ["dot"], budget) for cell in cells for budget in budgets]
+
+def launch_of(length: int, name: str) -> int:
+    """The longest context that a step over ``length`` tokens is launched for."""
+    return length if name == "exact" else next(tokens for tokens in SERVED if tokens >= length)
 
 
 def compare(cell: dict, result: dict) -> None:
@@ -325,39 +433,94 @@ def line(cell: dict, name: str, result: dict) -> list:
         stages = [f"clusters of {result['cluster']}"]
     times = [f"{result[key]:.1f}" for key in ("us", "q1", "q3")]
     speedup = f"{result['speedup']:.2f}x" if "speedup" in result else ""
-    place = [cell["context"], cell["rows"], name]
-    return [*place, *times, result["GBps"], speedup, " ".join(stages)]
+    again = f"{result['again']:.1%}" if "again" in result else ""
+    place = [cell[key] for key in ("heads", "context", "rows", "launch", "keys")]
+    return [*place, name, *times, result["GBps"], speedup, again, " ".join(stages)]
 
 
-def main():
+def cell_of(text: str) -> tuple[int, int]:
+    """Context and rows of a text such as ``32768x8``.
+
+    Raises:
+        ValueError: it is none, or the kernels and peers have no such cell.
+    """
+    parts = [int(part) if part.isdecimal() else 0 for part in text.split("x")]
+    if len(parts) != 2 or 0 in parts or parts[0] % BLOCK_SIZE or parts[0] > SERVED[-1]:
+        raise ValueError(
+            f"{text!r} is not a cell: give CONTEXTxROWS, as in 32768x8, with a context of at most "
+            f"{SERVED[-1]} tokens that is a multiple of {BLOCK_SIZE}."
+        )
+    return parts[0], parts[1]
+
+
+def parse_args() -> tuple[argparse.Namespace, dict[str, Part]]:
+    """The arguments, and the parts that they ask for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--no-fa3", action="store_true", help="measure adamas alone, without vLLM")
     parser.add_argument(
         "--peers", nargs="*", default=OTHERS, choices=OTHERS, help="other peers, if installed"
     )
-    parser.add_argument("--score", nargs="+", default=["dot", "manhattan"])
-    parser.add_argument("--parts", nargs="+", default=list(CELLS), choices=CELLS)
-    parser.add_argument("--cells", nargs="+", help="LENGTHxROWS of the part 'cells'; default: all")
-    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument(
+        "--parts", nargs="+", choices=PARTS, help="parts of the record; default: all"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="three cells over every distribution, in 90 seconds"
+    )
+    group = parser.add_argument_group("cells", "in place of those of every chosen part")
+    group.add_argument("--cells", nargs="+", help="CONTEXTxROWS, as in 32768x8")
+    group.add_argument(
+        "--heads", nargs="+", help="query heads x KV heads x head size, as in 32x8x128"
+    )
+    group.add_argument("--keys", nargs="+", choices=DISTRIBUTIONS)
+    group.add_argument("--budgets", nargs="+", type=int)
+    group.add_argument("--launch", nargs="+", choices=LAUNCHES, dest="launches")
+    group.add_argument("--score", nargs="+", choices=SCORES, dest="scores")
+    group.add_argument("--selection", nargs="+", choices=SELECTIONS, dest="selections")
+    parser.add_argument(
+        "--output",
+        type=Path,
+        help=f"record; default: {RESULTS.name} of the results, none if --quick",
+    )
     args = parser.parse_args()
-    if args.cells:
-        CELLS["cells"] = [tuple(map(int, cell.split("x"))) for cell in args.cells]
+    if args.quick and args.parts:
+        parser.error("--quick has parts of its own: leave out --parts.")
+    parts = QUICK if args.quick else {name: PARTS[name] for name in args.parts or PARTS}
+    names = ("keys", "budgets", "launches", "scores", "selections")
+    changes = {name: tuple(vars(args)[name]) for name in names if vars(args)[name]}
+    try:
+        if args.cells:
+            changes["cells"] = tuple(map(cell_of, args.cells))
+        if args.heads:
+            changes["heads"] = tuple(map(Heads.parse, args.heads))
+        parts = {name: replace(part, **changes) for name, part in parts.items()}
+        for part in parts.values():
+            for budget in part.budgets:
+                AdamasConfig.parse({"token_budget": budget})
+            for heads in part.heads if "real" in part.keys else ():
+                Recording.of(heads.size, torch.device("cpu"))
+    except (ValueError, AdamasError) as error:
+        parser.error(str(error))
+    return args, parts
 
+
+def main():
+    args, parts = parse_args()
     torch.manual_seed(0)
-    bench = Bench(not args.no_fa3, args.peers, args.score)
+    bench = Bench(CudaBackend(), not args.no_fa3, args.peers)
+    packages = [peer.distribution for peer in PEERS.values()]
     record = {
-        "environment": environment([peer.distribution for peer in PEERS.values()]),
-        "setting": {
-            "dtype": "bf16", "query_heads": QUERY_HEADS, "kv_heads": KV_HEADS, "head_size": HEAD_SIZE,
-            "block_size": BLOCK_SIZE, "budget": BUDGET, "replays": REPLAYS,
-        },
-    }  # fmt: skip
+        "environment": Environment.capture(Path(__file__).parent, packages).record(),
+        "setting": {"dtype": "bf16", "block_size": BLOCK_SIZE, "replays": REPLAYS},
+    }
     print(json.dumps(record["environment"]))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    for name in args.parts:
-        record[name] = bench.part(name, CELLS[name])
-        args.output.write_text(json.dumps(record, indent=1) + "\n")
-    print(f"wrote {args.output}")
+    output = args.output or (None if args.quick else RESULTS)
+    for name, part in parts.items():
+        record[name] = bench.part(part)
+        if output:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(json.dumps(record, indent=1) + "\n")
+    if output:
+        print(f"wrote {output}")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,11 @@ import torch
 Call = Callable[[], object]
 
 
+def widened(tables: list[torch.Tensor], columns: int) -> list[torch.Tensor]:
+    """Block tables with more columns, which point at block 0."""
+    return [torch.nn.functional.pad(table, (0, columns - table.shape[1])) for table in tables]
+
+
 @dataclass(frozen=True)
 class Cell:
     """Decode steps of one shape over one dense cache; each call has its own query and block table.
@@ -22,6 +27,7 @@ class Cell:
         num_query_heads: Hq.
         length: tokens of every row's context.
         rows: number of rows, with one query token each.
+        launch: tokens of the longest context that a captured graph would have to replay with.
     """
 
     key: torch.Tensor
@@ -30,6 +36,7 @@ class Cell:
     num_query_heads: int
     length: int
     rows: int
+    launch: int
 
     @property
     def num_kv_heads(self) -> int:
@@ -58,6 +65,10 @@ class Cell:
         """Context lengths, int32 ``[rows]``."""
         return torch.full((self.rows,), self.length, dtype=torch.int32, device=self.key.device)
 
+    def launch_tables(self, block_size: int) -> list[torch.Tensor]:
+        """The block tables with the columns of the longest context."""
+        return widened(self.block_tables(block_size), self.launch // block_size)
+
     def varlen_arguments(self, block_size: int) -> dict[str, Any]:
         """Arguments of FlashAttention's varlen interface except query, block table and output."""
         key, value = self.pages(block_size)
@@ -67,7 +78,7 @@ class Cell:
             "cu_seqlens_q": torch.arange(self.rows + 1, dtype=torch.int32, device=key.device),
             "max_seqlen_q": 1,
             "seqused_k": self.seq_lens(),
-            "max_seqlen_k": self.length,
+            "max_seqlen_k": self.launch,
             "softmax_scale": self.softmax_scale,
             "causal": True,
         }

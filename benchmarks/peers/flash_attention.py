@@ -1,7 +1,8 @@
 """FlashAttention 3 of the installed vLLM, called as vLLM calls it for decode.
 
 The cache has pages of 16 tokens, vLLM's default. vLLM either prepares the schedule of a step on the GPU
-before the layers run, or leaves it to each call.
+before the layers run, or leaves it to each call. In a captured graph the call is for the longest context
+that the server admits; a prepared schedule is for the contexts of the step.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ def prepare(cell: Cell) -> dict[str, Callable[[], list[Call]]]:
     from vllm.vllm_flash_attn import flash_attn_varlen_func, get_scheduler_metadata
 
     batch = cell.varlen_arguments(BLOCK_SIZE)
-    tables = cell.block_tables(BLOCK_SIZE)
+    tables = cell.launch_tables(BLOCK_SIZE)
     queries = cell.queries(len(tables))
     outputs = [torch.empty_like(query) for query in queries]
     schedule = get_scheduler_metadata(

@@ -38,7 +38,7 @@ def prepare(cell: Cell) -> dict[str, Callable[[], list[Call]]]:
         "softmax_segm_max": maxima,
         "softmax_segm_expsum": sums,
     }
-    tables = cell.block_tables(BLOCK_SIZE)
+    tables = cell.launch_tables(BLOCK_SIZE)
     queries = cell.queries(len(tables))
     outputs = [torch.empty_like(query) for query in queries]
 

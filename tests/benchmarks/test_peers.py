@@ -8,7 +8,7 @@ import torch
 from peers import PEERS
 from peers.base import Cell
 
-TOKENS, LENGTH, ROWS, CALLS = 1024, 128, 2, 3
+TOKENS, LENGTH, LAUNCH, ROWS, CALLS = 1024, 128, 512, 2, 3
 HEADS, KV_HEADS, HEAD_SIZE = 4, 2, 64
 
 
@@ -20,7 +20,7 @@ def cell() -> Cell:
         blocks = torch.arange(TOKENS // block_size, dtype=torch.int32)
         return [blocks.roll(-i)[: ROWS * LENGTH // block_size].view(ROWS, -1) for i in range(CALLS)]
 
-    return Cell(key, value, block_tables, HEADS, LENGTH, ROWS)
+    return Cell(key, value, block_tables, HEADS, LENGTH, ROWS, LAUNCH)
 
 
 @pytest.fixture
@@ -37,9 +37,13 @@ def calls(monkeypatch) -> list[SimpleNamespace]:
         assert rest["causal"]
         assert rest["softmax_scale"] == HEAD_SIZE**-0.5
         assert seqused_k.tolist() == [LENGTH] * ROWS
-        assert max_seqlen_k == LENGTH
+        assert max_seqlen_k == LAUNCH
+        assert block_table.shape == (ROWS, LAUNCH // k.shape[1])
         assert rest["cu_seqlens_q"].tolist() == list(range(ROWS + 1))
         found.append(SimpleNamespace(query=q, key=k, value=v, table=block_table))
+
+    def schedule(max_seqlen_k, **rest) -> None:
+        assert max_seqlen_k == LENGTH  # of the step, which replays
 
     class Wrapper:
         def __init__(self, workspace, layout, **kwargs):
@@ -61,7 +65,7 @@ def calls(monkeypatch) -> list[SimpleNamespace]:
     module(
         "vllm.vllm_flash_attn",
         flash_attn_varlen_func=varlen,
-        get_scheduler_metadata=lambda **kwargs: kwargs,
+        get_scheduler_metadata=schedule,
     )
     module(
         "vllm.v1.attention.backends.triton_attn",
@@ -108,7 +112,7 @@ def test_every_call_reads_the_cache_through_a_table_of_its_own(cell, calls, name
         assert len(calls) == CALLS
         block_size = calls[0].key.shape[1]
         for one, table in zip(calls, cell.block_tables(block_size), strict=True):
-            assert torch.equal(one.table, table)
+            assert torch.equal(one.table[:, : table.shape[1]], table)
             assert one.query.shape == (ROWS, HEADS, HEAD_SIZE)
             assert one.query.dtype == cell.key.dtype
             for stored, given in ((cell.key, one.key), (cell.value, one.value)):
