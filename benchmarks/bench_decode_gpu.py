@@ -12,7 +12,7 @@ choice. `again` is the share of token sets that the slow path selected again.
 
 The peers, one file each in `peers`, read a dense cache of the same keys and values. If a peer can be called
 in several ways, the fastest counts. Speed-ups are relative to FlashAttention 3 at the same lengths and
-launch. What dense attention takes does not depend on the keys, so it is measured over one distribution.
+launch. Dense attention reads everything whatever the keys are, so it is measured over one distribution.
 
     python benchmarks/bench_decode_gpu.py
     python benchmarks/bench_decode_gpu.py --quick
