@@ -12,7 +12,7 @@ choice. `again` is the share of token sets that the slow path selected again.
 
 The peers, one file each in `peers`, read a dense cache of the same keys and values. If a peer can be called
 in several ways, the fastest counts. Speed-ups are relative to FlashAttention 3 at the same lengths and
-launch. What dense attention takes does not depend on the keys, so it is measured over one distribution.
+launch. Dense attention reads everything whatever the keys are, so it is measured over one distribution.
 
     python benchmarks/bench_decode_gpu.py
     python benchmarks/bench_decode_gpu.py --quick
@@ -284,11 +284,8 @@ def bench_adamas(
         launch: the longest context that a step is launched for.
         stages: whether to time the stages of the three kernels.
     """
-    layer, rows, device = (
-        pool.layer(backend, score, selection, budget),
-        pool.rows,
-        pool.pages.device,
-    )
+    layer = pool.layer(backend, score, selection, budget)
+    rows, device = pool.rows, pool.pages.device
     lens = torch.full((rows,), pool.length, dtype=torch.int32, device=device)
     budgets = torch.full((rows,), budget, dtype=torch.int32, device=device)
     stats = torch.zeros(COUNTERS, dtype=torch.int64, device=device)
@@ -326,7 +323,7 @@ def measured(calls, stats: torch.Tensor, params: Params) -> dict:
     stats.zero_()
     result = timed(calls)
     sparse_rows, *_, again = stats.tolist()
-    return result | {"again": round(again / (sparse_rows * params.num_score_heads), 4)}
+    return result | {"again": round(again / max(1, sparse_rows * params.num_score_heads), 4)}
 
 
 def bench_peer(peer: Peer, pool: Pool, launch: int) -> dict:
@@ -497,6 +494,8 @@ def parse_args() -> tuple[argparse.Namespace, dict[str, Part]]:
             changes["heads"] = tuple(map(Heads.parse, args.heads))
         parts = {name: replace(part, **changes) for name, part in parts.items()}
         for part in parts.values():
+            for budget in part.budgets:
+                AdamasConfig.parse({"token_budget": budget})
             for heads in part.heads if "real" in part.keys else ():
                 Recording.of(heads.size, torch.device("cpu"))
     except (ValueError, AdamasError) as error:

@@ -227,11 +227,11 @@ class Recording:
     def load(cls, path: Path, device: torch.device) -> Recording:
         """A file of :func:`save`."""
         with np.load(path) as file:
-            codes, scale, query = (
+            codes, scale, mean, spread, query = (
                 torch.from_numpy(file[name]).to(device).float()
-                for name in ("codes", "scale", "query")
+                for name in ("codes", "scale", "mean", "spread", "query")
             )
-        return cls(codes * scale[..., None], query)
+        return cls(codes * scale[..., None] * spread + mean, query)
 
     def paired(self) -> Recording:
         """Heads of twice the size: every two of the recorded ones side by side, so that scores add."""
@@ -266,15 +266,26 @@ class Recording:
 
 
 def save(path: Path, key: torch.Tensor, query: torch.Tensor, about: dict) -> None:
-    """Writes a recording: keys as 8-bit codes with a scale per token and head, queries as float16.
+    """Writes a recording: queries as float16, keys as 8-bit codes.
+
+    A key less the head's mean, over the spread of each channel, is coded with a scale per token. Without
+    the mean and the spread the rounding of keys with a large mean would drown what tells them apart.
 
     Args:
         key, query: as in :class:`Recording`.
         about: what was recorded, as JSON.
     """
-    scale = (key.abs().amax(-1) / 127).clamp_min(torch.finfo(torch.float16).tiny).half()
-    codes = (key / scale.float()[..., None]).round().clamp(-127, 127).to(torch.int8)
-    arrays = {"codes": codes, "scale": scale, "query": query.half()}
+    mean, spread = key.mean((0, 1)), key.std((0, 1)).clamp_min(1e-6)  # [S, D]
+    centred = (key - mean) / spread
+    scale = (centred.abs().amax(-1) / 127).clamp_min(torch.finfo(torch.float16).tiny).half()
+    codes = (centred / scale.float()[..., None]).round().clamp(-127, 127).to(torch.int8)
+    arrays = {
+        "codes": codes,
+        "scale": scale,
+        "mean": mean,
+        "spread": spread,
+        "query": query.half(),
+    }
     np.savez_compressed(
         path,
         about=np.array(json.dumps(about)),

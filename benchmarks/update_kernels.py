@@ -17,9 +17,12 @@ from vllm_adamas.tables import markdown
 
 DOCUMENT = RESULTS.parent.parent / "docs" / "kernels.md"
 PLOT = RESULTS / "decode_gpu.png"
-SELECTIONS = ("query_head", "kv_head")
+SCORES, SELECTIONS = ("dot", "manhattan"), ("query_head", "kv_head")
 BASELINE, *OTHERS = PEERS.values()
 DENSE_US = f"{BASELINE.heading} µs"
+#: What cells have in common whose times are compared over keys.
+SHAPE = ("heads", "context", "rows", "budget")
+HEADLINE_KEYS = ("gaussian", "real")  #: the worse of these is shown
 
 
 def tokens(n: int) -> str:
@@ -27,7 +30,40 @@ def tokens(n: int) -> str:
 
 
 def used(cell: dict, name: str) -> dict:
+    """The result of the kernels that the policy chose."""
     return cell[name][cell[name]["runs"]]
+
+
+def served(cells: list[dict]) -> list[dict]:
+    """Cells over Gaussian keys as a server launches them: of each shape the one with the longest launch."""
+    longest: dict[tuple, int] = {}
+    for cell in cells:
+        shape = tuple(cell[key] for key in SHAPE)
+        longest[shape] = max(cell["launch"], longest.get(shape, 0))
+    return [
+        cell
+        for cell in cells
+        if cell["keys"] == "gaussian"
+        and cell["launch"] == longest[tuple(cell[key] for key in SHAPE)]
+    ]
+
+
+def over_keys(result: dict, part: str, cell: dict) -> dict[str, dict]:
+    """The cells of a part with the shape and launch of ``cell``, by their keys."""
+    cells = result[part] + (result.get("keys", []) if part == "cells" else [])
+    same = (*SHAPE, "launch")
+    return {one["keys"]: one for one in cells if all(one[key] == cell[key] for key in same)}
+
+
+def worse(result: dict, part: str, cell: dict, name: str) -> dict:
+    """Of the cells of this shape over ``HEADLINE_KEYS`` the slower one."""
+    found = over_keys(result, part, cell)
+    measured = [found[keys] for keys in HEADLINE_KEYS if name in found.get(keys, ())]
+    return max(measured, key=lambda one: used(one, name)["us"])
+
+
+def place(cell: dict) -> str:
+    return f"{tokens(cell['context'])} x {cell['rows']}"
 
 
 def timing(cell: dict, name: str) -> str:
@@ -44,16 +80,14 @@ def table(headers: list[str], rows: list[list]) -> list[str]:
 
 def cells(result: dict) -> list[str]:
     rows = []
-    for cell in result["cells"]:
+    for cell in served(result["cells"]):
         three = cell["dot query_head"]["three"]
+        names = (f"{score} {selection}" for score in SCORES for selection in SELECTIONS)
         rows.append(
             [
-                f"{tokens(cell['context'])} x {cell['rows']}",
+                place(cell),
                 cell[BASELINE.name]["us"],
-                timing(cell, "dot query_head"),
-                timing(cell, "dot kv_head"),
-                timing(cell, "manhattan query_head"),
-                timing(cell, "manhattan kv_head"),
+                *(timing(worse(result, "cells", cell, name), name) for name in names),
                 f"{cell['read']['us']:.1f} ({cell['read']['GBps']})",
                 f"{three['encode_us']} / {three['scan_us']} ({cell['read']['us'] / three['scan_us']:.0%}) / "
                 f"{three['attend_us']}",
@@ -74,10 +108,11 @@ def cells(result: dict) -> list[str]:
 
 def peers(result: dict) -> list[str]:
     """All measured dense kernels, with their times as multiples of the baseline's."""
-    found = [peer for peer in OTHERS if any(peer.name in cell for cell in result["cells"])]
+    measured = served(result["cells"])
+    found = [peer for peer in OTHERS if any(peer.name in cell for cell in measured)]
     rows = []
-    for cell in result["cells"]:
-        row = [f"{tokens(cell['context'])} x {cell['rows']}", cell[BASELINE.name]["us"]]
+    for cell in measured:
+        row = [place(cell), cell[BASELINE.name]["us"]]
         for peer in found:
             us = cell.get(peer.name, {}).get("us")
             row.append(f"{us} ({us / cell['fa3']['us']:.2f})" if us else "-")
@@ -85,29 +120,80 @@ def peers(result: dict) -> list[str]:
     return table(["context x rows", DENSE_US, *(f"{peer.heading} µs" for peer in found)], rows)
 
 
+def distributions(result: dict, name: str) -> list[str]:
+    """Each cell over all keys, with the share of token sets that were selected again, and launched exactly."""
+    shapes = [(cell, over_keys(result, "cells", cell)) for cell in served(result["cells"])]
+    keys = list(dict.fromkeys(keys for _, found in shapes for keys in found))
+    rows = []
+    for cell, found in shapes:
+        row = [place(cell), cell[BASELINE.name]["us"]]
+        for one in map(found.get, keys):
+            again = used(one, name)["again"] if one else 0
+            row.append((timing(one, name) if one else "-") + (f" ({again:.1%})" if again else ""))
+        exact = next((one for one in result["cells"] if is_exact(one, cell)), None)
+        rows.append([*row, timing(exact, name) if exact else "-"])
+    return table(["context x rows", DENSE_US, *keys, "gaussian, launched exactly"], rows)
+
+
+def is_exact(one: dict, cell: dict) -> bool:
+    """Whether ``one`` is the cell of this shape that was launched for exactly its context."""
+    same = all(one[key] == cell[key] for key in (*SHAPE, "keys"))
+    return same and one["launch"] == one["context"]
+
+
 def both_kernels(result: dict) -> list[str]:
     rows = []
-    for cell in result["cells"]:
+    for cell in served(result["cells"]):
         for selection in SELECTIONS:
             one = cell[f"dot {selection}"]
             if "fused" in one:
                 fused, three = one["fused"], one["three"]
-                name = f"{tokens(cell['context'])} x {cell['rows']}"
                 taken = "one" if one["runs"] == "fused" else "three"
-                rows.append([name, selection, fused["cluster"], fused["us"], three["us"], taken])
+                rows.append(
+                    [place(cell), selection, fused["cluster"], fused["us"], three["us"], taken]
+                )
     headers = ["context x rows", "set per", "cluster", "one kernel µs", "three kernels µs", "taken"]
     return table(headers, rows)
 
 
-def part(result: dict, name: str, with_budget: bool) -> list[str]:
+def part(result: dict, name: str) -> list[str]:
+    """A part's cells, with the column that tells them apart besides the context and the rows."""
+    column = {"budgets": "budget", "heads": "heads"}.get(name)
     rows = []
-    for cell in result[name]:
-        shape = f"{tokens(cell['context'])} x {cell['rows']}"
-        start = [shape, cell["budget"]] if with_budget else [shape]
+    for cell in served(result[name]):
+        start = [place(cell), cell[column]] if column else [place(cell)]
         dense = cell.get(BASELINE.name, {}).get("us", "-")
-        rows.append([*start, dense, *(timing(cell, f"dot {s}") for s in SELECTIONS)])
-    headers = ["context x rows", *(["budget"] if with_budget else [])]
+        names = [f"dot {selection}" for selection in SELECTIONS]
+        times = [timing(worse(result, name, cell, one), one) for one in names]
+        rows.append([*start, dense, *times])
+    headers = ["context x rows", *([column] if column else [])]
     return table([*headers, DENSE_US, "set per query head", "set per KV head"], rows)
+
+
+def conditions(result: dict) -> list[str]:
+    """How steps were launched and over which keys, unless they were launched exactly over Gaussian ones."""
+    measured = [cell for cells in result.values() if isinstance(cells, list) for cell in cells]
+    launches = sorted({c["launch"] for c in measured if c["launch"] > c["context"]})
+    lines = []
+    if launches:
+        lines.append(f"Steps were launched for {' or '.join(f'{n:,}' for n in launches)} tokens.")
+    if any(cell["keys"] == "real" for cell in measured):
+        lines.append(
+            "Times are the slower ones of Gaussian and real keys, where both were measured."
+        )
+    return [" ".join(lines), ""] if lines else []
+
+
+def over_all_keys(result: dict) -> list[str]:
+    """The tables of :func:`distributions`, if the record has more than one."""
+    if "keys" not in result:
+        return []
+    lines = []
+    for selection in reversed(SELECTIONS):
+        title = f"Over all keys, dot, one set per {selection.replace('_', ' ')}"
+        lines += [f"{title} (share of token sets that were selected again):", ""]
+        lines += distributions(result, f"dot {selection}")
+    return lines
 
 
 def render(result: dict, environment: Environment) -> list[str]:
@@ -116,7 +202,9 @@ def render(result: dict, environment: Environment) -> list[str]:
         f"One run: {environment.gpu}, driver {environment.driver}, CUDA {environment.cuda}, "
         f"torch {versions['torch']}, vLLM {versions.get('vllm', '-')}. Microseconds of a decode step of one layer, speed-up over {BASELINE.title}.",
         "",
+        *conditions(result),
         *cells(result),
+        *over_all_keys(result),
         f"Dense decode kernels over one cache, µs (as a multiple of {BASELINE.title}):",
         "",
         *peers(result),
@@ -127,12 +215,13 @@ def render(result: dict, environment: Environment) -> list[str]:
     titles = {
         "budgets": "Token budgets, dot:",
         "contexts": "Other contexts, one row, dot:",
+        "heads": "Other layers (query heads x KV heads x head size), dot:",
         "mha": "Multi-head attention (32 query and 32 KV heads), one row, dot:",
         "fp8": "e4m3 pages, dot:",
     }
     for name, title in titles.items():
         if name in result:
-            lines += [title, "", *part(result, name, with_budget=name == "budgets")]
+            lines += [title, "", *part(result, name)]
     return [
         *lines,
         f"![time and speed-up against context length](../benchmarks/results/{PLOT.name})",
@@ -146,20 +235,25 @@ def plot(result: dict) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    measured = sorted(result["cells"] + result.get("contexts", []), key=lambda c: c["context"])
+    parts = {name: served(result.get(name, [])) for name in ("cells", "contexts")}
+    measured = [(part, cell) for part, cells in parts.items() for cell in cells]
+    measured.sort(key=lambda one: one[1]["context"])
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    one = [cell for cell in measured if cell["rows"] == 1]
-    lengths = [cell["context"] for cell in one]
-    left.loglog(lengths, [cell[BASELINE.name]["us"] for cell in one], "k.-", label=BASELINE.title)
+    one = [(part, cell) for part, cell in measured if cell["rows"] == 1]
+    lengths = [cell["context"] for _, cell in one]
+    dense = [cell[BASELINE.name]["us"] for _, cell in one]
+    left.loglog(lengths, dense, "k.-", label=BASELINE.title)
     for selection in SELECTIONS:
-        times = [used(cell, f"dot {selection}")["us"] for cell in one]
+        name = f"dot {selection}"
+        times = [used(worse(result, *where, name), name)["us"] for where in one]
         left.loglog(lengths, times, ".-", label=f"one set per {selection}")
     left.set(title="one row", ylabel="µs of a decode step of one layer")
     left.legend()
-    for rows in sorted({cell["rows"] for cell in measured}):
-        these = [cell for cell in measured if cell["rows"] == rows]
-        ratios = [used(cell, "dot kv_head")["speedup"] for cell in these]
-        right.semilogx([cell["context"] for cell in these], ratios, ".-", label=f"{rows} rows")
+    for rows in sorted({cell["rows"] for _, cell in measured}):
+        these = [where for where in measured if where[1]["rows"] == rows]
+        shown = [worse(result, *where, "dot kv_head") for where in these]
+        ratios = [used(cell, "dot kv_head")["speedup"] for cell in shown]
+        right.semilogx([cell["context"] for cell in shown], ratios, ".-", label=f"{rows} rows")
     right.set(title="speed-up, one set per kv_head", ylim=(0, None))
     right.legend()
     ticks = [1 << n for n in range(12, 21, 2)]

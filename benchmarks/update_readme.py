@@ -14,6 +14,7 @@ import bench_serve
 import bench_serve_gpu
 from common import RESULTS, load, update_document
 from peers import PEERS
+from update_kernels import served, used, worse
 
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.environment import Environment
@@ -53,11 +54,6 @@ def change(row: dict, key: str, digits: int = 1) -> str:
     return f"{dense:,.{digits}f} → {sparse:,.{digits}f}"
 
 
-def used(cell: dict, name: str) -> dict:
-    """The result of the kernels that the policy chose."""
-    return cell[name][cell[name]["runs"]]
-
-
 def find(measured: list[dict], **values) -> dict:
     """The first row with these values."""
     return next(row for row in measured if all(row[key] == value for key, value in values.items()))
@@ -89,15 +85,17 @@ def readme() -> list[str]:
             ]
         )
     context, count = CELL
-    cell = find(load("decode_gpu")[0]["cells"], context=context, rows=count)
-    dense, one = cell[BASELINE.name]["us"], used(cell, "dot kv_head")
+    record, name = load("decode_gpu")[0], "dot kv_head"
+    cell = find(served(record["cells"]), context=context, rows=count)
+    dense, one = cell[BASELINE.name]["us"], used(worse(record, "cells", cell, name), name)
+    exactly = ", exactly the context" if cell["launch"] == context else ""
     rows.append(
         [
             f"{gpu}, decode kernels of one layer, {context:,} tokens x {count}",
             BASELINE.title,
             f"{dense:.0f} → {one['us']:.0f} µs",
             f"{one['speedup']:.2f}x",
-            f"{context:,}, exactly the context",
+            f"{cell['launch']:,}{exactly}",
         ]
     )
     row = find(load("serve_cpu")[0]["rows"], context=CPU_CONTEXT)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import importlib
+import itertools
+import json
 import sys
 from types import SimpleNamespace
 
@@ -9,6 +13,7 @@ import bench_decode_gpu as bench
 import pytest
 import torch
 from bench_decode_gpu import Bench, Part, Pool
+from common import ROOT
 from keys import Contexts, Heads
 
 from vllm_adamas.backends.base import Params
@@ -169,6 +174,7 @@ def test_without_a_baseline_there_is_no_speed_up(measured) -> None:
         (["--cells", "2097152x1"], ("1048576",)),
         (["--heads", "30x8x128"], ("32x8x128",)),
         (["--heads", "32x8x96", "--keys", "real"], ("96", "--keys")),
+        (["--budgets", "0"], ("token_budget",)),
         (["--quick", "--parts", "cells"], ("--quick", "--parts")),
     ],
 )
@@ -204,3 +210,102 @@ def test_a_pool_is_coded_as_its_layers_read_it() -> None:
     codings = {pool().params(score, "kv_head").coding for score in bench.SCORES}
     assert len(codings) == 1
     assert isinstance(pool().params("dot", "kv_head"), Params)
+
+
+# what the documents make of a record
+
+
+@pytest.fixture
+def update_kernels(monkeypatch):
+    """The script, whose ``common`` is that of the benchmarks."""
+    for name in ("common", "update_kernels"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("update_kernels")
+
+
+def scaled(cell: dict, factor: float, **changes) -> dict:
+    """A cell whose steps took ``factor`` times as long."""
+    changed = copy.deepcopy(cell) | changes
+    for name, result in changed.items():
+        for form in ("three", "fused") if isinstance(result, dict) and "runs" in result else ():
+            if form in result:
+                one = changed[name][form]
+                one |= {"us": one["us"] * factor, "speedup": one["speedup"] / factor, "again": 0.0}
+    return changed
+
+
+@pytest.fixture
+def record() -> dict:
+    """Cells launched for a server, exactly, and over other keys: real ones are slowest at eight rows."""
+    published = json.loads(bench.RESULTS.read_text())
+    made = {**published, "cells": [], "keys": []}
+    for cell in published["cells"]:
+        if cell["context"] < 1 << 17:
+            made["cells"] += [scaled(cell, 2.0, launch=1 << 17), scaled(cell, 1.0)]
+            cell = {key: one for key, one in cell.items() if not key.startswith("manhattan")}
+            factor = 3.0 if cell["rows"] == 8 else 1.5
+            made["keys"].append(scaled(cell, factor, launch=1 << 17, keys="real"))
+            made["keys"].append(scaled(cell, 10.0, launch=1 << 17, keys="repeat1"))
+            made["keys"][-1]["dot kv_head"]["three"]["again"] = 0.25
+    return made
+
+
+def columns(lines: list[str], title: str) -> list[list[str]]:
+    """The table that follows a line, without its rule: the text of every field."""
+    start = next(i for i, line in enumerate(lines) if line.startswith(title))
+    rows = itertools.takewhile(
+        lambda line: line.startswith("|"),
+        itertools.dropwhile(lambda line: not line.startswith("|"), lines[start:]),
+    )
+    fields = [[field.strip() for field in line.strip("|").split("|")] for line in rows]
+    return [fields[0], *fields[2:]]
+
+
+def test_the_table_shows_the_worse_of_gaussian_and_real_keys(update_kernels, record) -> None:
+    lines = update_kernels.conditions(record) + update_kernels.cells(record)
+    assert lines[0] == (
+        "Steps were launched for 131,072 tokens. Times are the slower ones of Gaussian and real keys, "
+        "where both were measured."
+    )
+    _, *rows = columns(lines, "Steps")
+    cells = [cell for cell in record["cells"] if cell["launch"] > cell["context"]]
+    assert len(rows) == len(cells)
+    for row, cell in zip(rows, cells, strict=True):
+        factor = 1.5 if cell["rows"] == 8 else 1.0
+        assert row[3].startswith(f"{factor * update_kernels.used(cell, 'dot kv_head')['us']:.1f} ")
+        assert row[5].startswith(f"{update_kernels.used(cell, 'manhattan kv_head')['us']:.1f} ")
+
+
+def test_every_distribution_has_a_column(update_kernels, record) -> None:
+    lines = update_kernels.over_all_keys(record)
+    names, *rows = columns(lines, "Over all keys, dot, one set per kv head")
+    assert names[2:] == ["gaussian", "real", "repeat1", "gaussian, launched exactly"]
+    shown = dict(zip(names, rows[-1], strict=True))  # 32K x 32, three kernels
+    us = record["cells"][-1]["dot kv_head"]["three"]["us"]
+    assert shown["gaussian, launched exactly"].startswith(f"{us:.1f} ")
+    assert shown["gaussian"].startswith(f"{2 * us:.1f} ")
+    assert shown["repeat1"].startswith(f"{10 * us:.1f} ")
+    assert shown["repeat1"].endswith("(25.0%)")
+    assert "%" not in shown["real"]
+
+
+def test_a_record_of_the_benchmark_can_be_shown(update_kernels, measured) -> None:
+    part = Part(
+        ((192, 1),), budgets=(32,), scores=bench.SCORES, launches=bench.LAUNCHES, thorough=True
+    )
+    others = Part(((192, 1),), budgets=(32,), keys=("sinks", "real"))
+    heads = Part(((192, 1),), heads=(Heads(9, 3, 64), Heads(4, 1, 256)), budgets=(32,))
+    parts = {"cells": part, "keys": others, "heads": heads}
+    record = {name: measured(one) for name, one in parts.items()}
+    for cells in record.values():
+        for cell in cells:
+            cell["fa3"]["us"] = 100.0
+    record["cells"][0]["dot query_head"]["three"]["scan_us"] = 10.0
+    environment = SimpleNamespace(gpu="a GPU", driver="1", cuda="2", versions={"torch": "3"})
+    lines = update_kernels.render(record, environment)
+    names, row = columns(lines, "Over all keys, dot, one set per query head")
+    assert names[2:] == ["gaussian", "sinks", "real", "gaussian, launched exactly"]
+    assert all("50.0" in field for field in row[2:])
+    _, *shapes = columns(lines, "Other layers")
+    assert [row[1] for row in shapes] == ["9x3x64", "4x1x256"]

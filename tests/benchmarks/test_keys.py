@@ -162,12 +162,12 @@ def test_scores_of_paired_heads_add(recording: Recording) -> None:
 
 
 def test_a_recording_is_read_as_it_was_written(tmp_path: Path) -> None:
-    key, query = torch.randn(2, 40, 3, 64), torch.randn(2, 8, 3, 2, 64)
-    key[0, 0] = 0
+    generator = torch.Generator().manual_seed(0)
+    key = torch.randn(2, 40, 3, 64, generator=generator) + 100 * torch.arange(3)[:, None]
+    query = torch.randn(2, 8, 3, 2, 64, generator=generator)
     keys.save(tmp_path / "keys.npz", key, query, {"model": "none"})
     read = Recording.load(tmp_path / "keys.npz", torch.device("cpu"))
-    step = key.abs().amax(-1, keepdim=True) / 127
-    assert ((read.key - key).abs() <= 0.51 * step + 1e-4).all()
+    assert ((read.key - key).abs() < 0.03).all()  # whatever the mean of a head is
     assert torch.allclose(read.query_of_position, query, atol=2e-3)
 
 
