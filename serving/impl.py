@@ -98,12 +98,13 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         )
         self._reserved = False
         logger.info_once(
-            "Using ADAMAS attention backend: score %s (thresholds %s), token budget %s per %s, "
+            "Using ADAMAS attention backend: score %s (thresholds %s), token budget %s per %s%s, "
             "%d dense layers, profile %s, pages +%.1f%%, kernels %s.",
             self.config.score,
             self.config.coding(head_size),
             self.config.budget,
             self.config.selection.replace("_", " "),
+            " (maximum)" if self.config.combine == "max" else "",
             self.config.dense_layers,
             self.config.profile or "none",
             100 * overhead(head_size, self._cache_dtype),
