@@ -46,7 +46,7 @@ def profile(tmp_path_factory) -> Path:
 def cells(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("eval")
     slice_ = ["--context", "1024", "--windows", "4", "--steps", "24", "--tasks", "perplexity"]
-    arms = ["--arms", "dot,manhattan,oracle", "--budgets", "64,128"]
+    arms = ["--arms", "dot,dot-max,manhattan,oracle", "--budgets", "64,128"]
     run("eval", str(MODEL), "--output", str(folder), *slice_, *arms, *SMALL)
     assert (folder / "report.md").read_text().count("| dot-64 ") == 1
     assert (folder / "report.png").read_bytes().startswith(b"\x89PNG")
@@ -56,6 +56,10 @@ def cells(tmp_path_factory) -> dict:
 
 def mass(cell: dict) -> float:
     return statistics.fmean(statistics.fmean(heads) for heads in cell["mass"])
+
+
+def error(cell: dict) -> float:
+    return statistics.fmean(statistics.fmean(heads) for heads in cell["error"])
 
 
 def divergence(cell: dict) -> float:
@@ -68,6 +72,8 @@ KEPT = {
     "oracle-128": 0.933,
     "dot-64": 0.801,
     "dot-128": 0.874,
+    "dot-max-64": 0.802,
+    "dot-max-128": 0.880,
     "manhattan-64": 0.713,
     "manhattan-128": 0.817,
 }
@@ -91,6 +97,12 @@ def test_scores_and_budgets_are_ordered(cells: dict) -> None:
         for score in ("oracle", "dot", "manhattan"):
             by_budget = [found[f"{score}-{budget}"] for budget in (64, 128)]
             assert by_budget == sorted(by_budget, reverse=falling), found
+
+
+def test_the_maximum_errs_less_than_the_sum(cells: dict) -> None:
+    """By 5 and 10 % of the output's error, in the same run on the same processor."""
+    for budget, share in ((64, 0.98), (128, 0.95)):
+        assert error(cells[f"dot-max-{budget}"]) < share * error(cells[f"dot-{budget}"])
 
 
 def test_a_profile_is_made_and_used(tmp_path: Path, profile: Path) -> None:
