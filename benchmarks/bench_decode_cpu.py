@@ -40,6 +40,7 @@ def parse_args():
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--scores", nargs="+", default=["dot", "manhattan"])
     parser.add_argument("--selections", nargs="+", default=["query_head", "kv_head"])
+    parser.add_argument("--combine", default="sum", help="sum, or max (of dot, for kv_head)")
     parser.add_argument("--isa", default="auto", help="auto, avx512, avx2 or portable")
     parser.add_argument("--name", default="decode_cpu", help="result file; empty writes none")
     return parser.parse_args()
@@ -135,8 +136,13 @@ class Sparse:
 
     def configure(self, score: str, selection: str, budget: int):
         # One coding for both scores, so that pages need not be rewritten.
+        shared = selection == "kv_head" and score == "dot"
         config = AdamasConfig(
-            score=score, selection=selection, token_budget=budget, thresholds="rms"
+            score=score,
+            selection=selection,
+            combine=args.combine if shared else "sum",
+            token_budget=budget,
+            thresholds="rms",
         )
         self.params = Params.of(
             config,
@@ -223,6 +229,7 @@ def main():
         peers = {
             "dense": f"CPU_ATTN ({dense.isa})",
             "sparse": sparse.backend.description,
+            "combine": args.combine,
             "threads": args.threads,
         }
         print(

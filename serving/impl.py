@@ -99,12 +99,13 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         )
         self._reserved = False
         logger.info_once(
-            "Using ADAMAS attention backend: score %s (thresholds %s), token budget %s per %s%s, "
+            "Using ADAMAS attention backend: score %s (thresholds %s), token budget %s per %s%s%s, "
             "%d dense layers, profile %s, pages +%.1f%%, kernels %s.",
             self.config.score,
             self.config.coding(head_size),
             self.config.budget,
             self.config.selection.replace("_", " "),
+            " (maximum)" if self.config.combine == "max" else "",
             "".join(
                 f", {self.config.budget_of(n)} in layer {n}" for n in self.config.layer_budgets
             ),

@@ -61,6 +61,7 @@ CHUNKED = Spec(
 )
 COMPILED = Spec("adamas", SPARSE, "--dtype float32 --block-size 64 --max-num-seqs 4")
 MANHATTAN = Spec("adamas", f'{{"token_budget": {BUDGET}, "score": "manhattan"}}', EAGER)
+MAXIMUM = Spec("adamas", f'{{"token_budget": {BUDGET}, "combine": "max"}}', EAGER)
 PROFILE = Spec(
     "adamas",
     json.dumps({"token_budget": BUDGET, "profile": MODEL.name}),
@@ -402,8 +403,13 @@ def test_a_compiled_server_gives_the_same_answers(serve, base) -> None:
 # A server as people start it: bf16
 
 
-def test_the_pass_key_is_found_by_manhattan(serve) -> None:
-    server = serve(MANHATTAN)
+def test_the_maximum_is_logged(serve) -> None:
+    assert f"token budget {BUDGET} tokens per kv head (maximum)," in serve(MAXIMUM).log()
+
+
+@pytest.mark.parametrize("spec", [MAXIMUM, MANHATTAN], ids=["maximum", "manhattan"])
+def test_the_pass_key_is_found_in_bf16(serve, spec: Spec) -> None:
+    server = serve(spec)
     with Moved(server) as moved:
         assert PASS_KEY in ask_pass_key(server)
     _, _, context, attended = moved.ours()
