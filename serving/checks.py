@@ -212,21 +212,25 @@ def _check_model(vllm_config) -> None:
         )
 
 
+#: Kinds of layers that are dense whatever their budget, or keep no keys, in a model's ``layer_types``.
+WITHOUT_BUDGET = ("sliding_attention", "linear_attention", "mamba", "conv")
+
+
 def check_layers(model, config: AdamasConfig) -> None:
     """Checks the layers that have a budget of their own against a model's configuration.
 
     Raises:
-        AdamasError: the model has no such layer, or the layer is dense whatever its budget.
+        AdamasError: the model has no such layer, or the layer has no budget.
     """
     layers = model.get_total_num_hidden_layers()
-    kinds = getattr(model.hf_text_config, "layer_types", None) or ["full_attention"] * layers
+    kinds = dict(enumerate(getattr(model.hf_text_config, "layer_types", None) or ()))
     for number in config.layer_budgets:
         if number >= layers:
             raise AdamasError(
                 f"adamas.layer_budgets names layer {number}, and the layers of this model are 0 to "
                 f"{layers - 1}: name layers of the model."
             )
-        if kinds[number] != "full_attention":
+        if kinds.get(number) in WITHOUT_BUDGET:
             raise AdamasError(
                 f"adamas.layer_budgets names layer {number}, which has no token budget in this model "
                 f"({kinds[number]}): leave it out."

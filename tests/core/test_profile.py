@@ -51,7 +51,11 @@ def made(**changes) -> profile.Profile:
             "texts": {"a.txt": "00"},
             "context": 64,
             "suggestion": profile.Suggestion(
-                wanted_recall=0.9, token_budget=64, num_dense_layers=1, reached=True
+                wanted_recall=0.9,
+                token_budget=64,
+                num_dense_layers=1,
+                reached=True,
+                layer_budgets={1: 512},
             ),
             "layers": [layer(seed) for seed in range(LAYERS)],
             **changes,

@@ -19,7 +19,7 @@ from vllm_adamas.evaluate.recorders import Capture, ChannelRecord, MassRecord, S
 from vllm_adamas.identity import identify
 
 BUDGETS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-LEAST_OF_A_LAYER = 128  #: tokens; smaller budgets of single layers save little
+LEAST_OF_A_LAYER = 128  #: tokens of the smallest budget that is suggested for a layer
 #: Settings that a profile holds tables for, as options besides the profile; None runs without it.
 SETTINGS = {
     "dot": {"score": "dot", "selection": "kv_head"},
