@@ -47,7 +47,13 @@ from vllm_adamas.tables import plain
 RESULTS = Path(__file__).parent / "results" / "decode_gpu.json"
 DTYPE = torch.bfloat16
 LLAMA, BLOCK_SIZE, BUDGET = Heads(32, 8, 128), 64, 256
-SELECTIONS = ("query_head", "kv_head")
+#: How token sets are chosen: one per query head, or one per KV head by the sum or the maximum over its heads.
+SETS = {
+    "query_head": {"selection": "query_head", "combine": "sum"},
+    "kv_head": {"selection": "kv_head", "combine": "sum"},
+    "max": {"selection": "kv_head", "combine": "max"},
+}
+SELECTIONS = tuple(SETS)
 SCORES = ("dot", "manhattan")
 LAUNCHES = ("server", "exact")
 #: ``--max-model-len`` of the servers whose graphs are launched: the first that admits the context.
@@ -214,7 +220,7 @@ class Pool:
 
     def params(self, score: str, selection: str, budget: int = BUDGET) -> Params:
         return Params.of(
-            AdamasConfig(score=score, selection=selection, token_budget=budget, thresholds="rms"),
+            AdamasConfig(score=score, **SETS[selection], token_budget=budget, thresholds="rms"),
             self.layout,
             num_query_heads=self.heads.query,
             num_kv_heads=self.heads.kv,
@@ -388,6 +394,8 @@ class Bench:
                 compare(cell, cell[peer.name])
         query = contexts.query.to(DTYPE).unflatten(0, (pool.copies, pool.rows))
         for score, selection in product(part.scores, part.selections):
+            if (score, selection) == ("manhattan", "max"):
+                continue  # the maximum is one of logits
             how = (launch, score, selection, budget, thorough)
             result = bench_adamas(self.backend, pool, list(query), *how)
             cell[f"{score} {selection}"] = result
