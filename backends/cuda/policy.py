@@ -21,9 +21,10 @@ LEAST_CANDIDATES, MOST_CANDIDATES = 4096, 32768  #: per token set
 MIN_CLUSTER = 2
 #: Most scores of a block of the fused kernel, which passes over them several times.
 SCORES_PER_BLOCK = 12288
-#: Groups of tokens per block of the fused kernel, over the token sets of a KV head. The smallest of the
-#: groups' maxima is a lower bound of the k-th best score if there are at least k groups.
-GROUPS_PER_BLOCK = 128
+#: Where a step's longest context is too long for the fused kernel, it takes the rows up to a shorter one if
+#: that is at least so many tokens; the launches of the three kernels for the other rows cost time even if
+#: there are none.
+LEAST_FUSED_CONTEXT = 8192
 
 
 @dataclass(frozen=True)
@@ -31,13 +32,16 @@ class LaunchPlan:
     """The launch of a decode step.
 
     Args:
-        cluster: blocks per (row, KV head) of the fused kernel, 0 for the three kernels.
+        cluster: blocks per (row, KV head) of the fused kernel, 0 for the three kernels alone.
+        fused_context: most tokens of the rows that the fused kernel takes, while the three kernels take the
+            others; 0 if it takes all rows.
         sample_bits: log2 of the tokens of a context that encode samples.
         capacity: candidates per token set.
         workspace_bytes: size of the workspace.
     """
 
     cluster: int
+    fused_context: int
     sample_bits: int
     capacity: int
     workspace_bytes: int
@@ -51,18 +55,30 @@ def rounded_contexts(max_seq_len: int) -> Iterator[int]:
         tokens = rounded_context(tokens + 1)
 
 
-def prefers_fused(cluster: int, max_seq_len: int, sets: int, budget: int) -> bool:
+def prefers_fused(cluster: int, max_seq_len: int, sets: int) -> bool:
     """Whether the fused kernel in ``cluster`` blocks per (row, KV head) beats the three kernels.
 
     Args:
         sets: token sets per KV head.
-        budget: tokens per set.
     """
-    return (
-        cluster >= MIN_CLUSTER
-        and max_seq_len * sets <= SCORES_PER_BLOCK * cluster
-        and budget * sets <= GROUPS_PER_BLOCK * cluster
-    )
+    return cluster >= MIN_CLUSTER and max_seq_len * sets <= SCORES_PER_BLOCK * cluster
+
+
+def fused_launch(max_seq_len: int, sets: int, cluster_of: Callable[[int], int]) -> tuple[int, int]:
+    """``cluster`` and ``fused_context`` of a :class:`LaunchPlan`.
+
+    Args:
+        sets: token sets per KV head.
+        cluster_of: maps a longest context to the result of :func:`largest_cluster`.
+    """
+    for longest in reversed(list(rounded_contexts(max_seq_len))):
+        whole = longest == rounded_context(max_seq_len)
+        if not whole and longest < LEAST_FUSED_CONTEXT:
+            break
+        cluster = cluster_of(longest)
+        if prefers_fused(cluster, longest, sets):
+            return cluster, 0 if whole else longest
+    return 0, 0
 
 
 def largest_cluster(groups: int, clusters_at_once: Callable[[int], int]) -> int:

@@ -196,24 +196,34 @@ struct SetScores {
   static __device__ __forceinline__ int set(int q) { return kOne ? 0 : q * 4 + threadIdx.x % 4; }
 };
 
+// The maximum over the heads of a group, whose lanes hold one head of each quad. Four neighbouring lanes have the same four
+// tokens; lane c of them gets the maximum of token c.
+template <int kQuads>
+__device__ __forceinline__ float maximum_of_heads(const float (&x)[kQuads][4]) {
+  float best[4] = {x[0][0], x[0][1], x[0][2], x[0][3]};
+#pragma unroll
+  for (int h = 1; h < kQuads; ++h)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) best[i] = fmaxf(best[i], x[h][i]);
+  const bool upper = threadIdx.x & 2, odd = threadIdx.x & 1;
+  const float even_token = fmaxf(upper ? best[2] : best[0], __shfl_xor_sync(kFull, upper ? best[0] : best[2], 2));
+  const float odd_token = fmaxf(upper ? best[3] : best[1], __shfl_xor_sync(kFull, upper ? best[1] : best[3], 2));
+  return fmaxf(odd ? odd_token : even_token, __shfl_xor_sync(kFull, odd ? even_token : odd_token, 1));
+}
+
 template <int kChunks, Mode kMode, int kQuads, int kScores>
 __device__ __forceinline__ void score_set(const QueryFragments<kChunks, kMode, kQuads>& query,
                                           const Signatures<kChunks, kMode>& s, int q, float (&score)[kScores]) {
   static_assert(kScores == SetScores<kMode, kQuads>::kScores);
   if constexpr (kMode == Mode::dot_max) {
-    float best[4] = {-INFINITY, -INFINITY, -INFINITY, -INFINITY};
+    float logit[kQuads][4];
 #pragma unroll
     for (int h = 0; h < kQuads; ++h) {
-      float logit[4];
-      logit_quad(query, s, h, logit);
+      logit_quad(query, s, h, logit[h]);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) best[i] = fmaxf(best[i], __fsub_rn(logit[i], query.weight[h].log_sum));
+      for (int i = 0; i < 4; ++i) logit[h][i] = __fsub_rn(logit[h][i], query.weight[h].log_sum);
     }
-    // Four neighbouring lanes have the same tokens and different heads. Each keeps the maximum of one token.
-    const bool upper = threadIdx.x & 2, odd = threadIdx.x & 1;
-    const float even_token = fmaxf(upper ? best[2] : best[0], __shfl_xor_sync(kFull, upper ? best[0] : best[2], 2));
-    const float odd_token = fmaxf(upper ? best[3] : best[1], __shfl_xor_sync(kFull, upper ? best[1] : best[3], 2));
-    score[0] = fmaxf(odd ? odd_token : even_token, __shfl_xor_sync(kFull, odd ? even_token : odd_token, 1));
+    score[0] = maximum_of_heads(logit);
   } else {
     score_quad(query, s, q, score);
   }

@@ -59,17 +59,22 @@ def test_choice_of_the_fused_kernel_is_the_measured_one() -> None:
     for name, sets, cell, result in recorded():
         where = (name, cell["launch"], cell["rows"], cell["budget"])
         cluster = result["fused"]["cluster"]
-        fused = prefers_fused(cluster, cell["launch"], sets, cell["budget"])
+        fused = prefers_fused(cluster, cell["launch"], sets)
         assert result["runs"] == ("fused" if fused else "three"), where
         best = min(result["fused"]["us"], result["three"]["us"])
         assert result[result["runs"]]["us"] <= MISSED.get(where, 1.08) * best, where
 
 
-@pytest.mark.parametrize("budget, fused", [(256, True), (512, False), (0.01, True), (0.5, False)])
-def test_choice_follows_the_budget(budget: int | float, fused: bool) -> None:
-    """The fused kernel lists every score when there are more tokens to select than groups of them."""
-    params = dataclasses.replace(Case().params, budget=TokenBudget(budget))
-    assert prefers_fused(3, 8192, 1, params.budget.most(8192)) == fused
+def test_long_launches_leave_short_rows_to_the_fused_kernel(monkeypatch, recorder) -> None:
+    """At most as long as the blocks of a cluster may look through, but not for very short ones."""
+    clusters = {8: 3, 64: 1}
+    for rows, cluster in clusters.items():
+        found, context = policy.fused_launch(1 << 17, 1, lambda tokens, c=cluster: c)
+        assert (found > 0) == (cluster >= policy.MIN_CLUSTER), rows
+        if found:
+            assert policy.LEAST_FUSED_CONTEXT <= context <= policy.SCORES_PER_BLOCK * cluster
+            assert policy.fused_launch(context, 1, lambda tokens: 3) == (3, 0)
+    assert policy.fused_launch(1 << 17, 16, lambda tokens: 3) == (0, 0)  # too many token sets
 
 
 # plans, with a library that computes nothing
@@ -198,7 +203,7 @@ def test_a_plan_takes_the_form_that_the_policy_prefers(recorder) -> None:
     for rows, longest, cluster in ((1, 4096, 3), (10, 4096, 3), (11, 4096, 0), (1, 49152, 0)):
         assert backend.plan(layer, rows, torch.bfloat16, longest).cluster == cluster
     assert backend.plan(layer, 1, torch.bfloat16, 1 << 17).sample_bits == 11
-    plan = LaunchPlan(3, 10, 4096, 4096)
+    plan = LaunchPlan(3, 0, 10, 4096, 4096)
     assert backend.plan(layer, 1, torch.bfloat16, 4096) == plan
 
 
@@ -273,8 +278,8 @@ ARGUMENTS = {
     "decode": ("query", "output", "block_table", "seq_lens", "budgets", "stats", "work"),
     "gather": ("block_table", "seq_lens", "key", "value"),
 }
-#: Of a decode step: max_seq_len, cluster, sample_bits, capacity, overlap, stages
-LAUNCH = (200, 0, 10, 4096, False, cuda.ALL_STAGES)
+#: Of a decode step: max_seq_len, cluster, fused_context, sample_bits, capacity, overlap, stages
+LAUNCH = (200, 0, 0, 10, 4096, False, cuda.ALL_STAGES)
 
 
 def call(layer: cuda.CudaLayer, batch: Batch, operation: str, **changes) -> None:

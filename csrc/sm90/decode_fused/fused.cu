@@ -14,7 +14,8 @@ FusedShape fused_shape(const DecodeParams& p, int cluster) {
   s.stage_bytes = stage_bytes(p.page);
   const int64_t round = s.stage.tokens / kQuad * cluster;
   s.round_magic = uint32_t(((1ll << 32) + round - 1) / round);
-  const int stages = (p.max_seq_len + s.stage.tokens - 1) / s.stage.tokens;
+  const int longest = p.fused_context ? std::min(p.fused_context, p.max_seq_len) : p.max_seq_len;
+  const int stages = (longest + s.stage.tokens - 1) / s.stage.tokens;
   // The padding lets heads start in different banks.
   s.score_stride = (stages + cluster - 1) / cluster * kStageTokens + 8;
 
@@ -30,7 +31,8 @@ FusedShape fused_shape(const DecodeParams& p, int cluster) {
   s.scores = take(std::max(int64_t(sets) * s.score_stride * 4, int64_t(p.group) * chunks * 4 * 32 * 4));
   s.counts = take(sets * kEdgeWords * 4);
   s.copies = take(int64_t(cluster) * sets * kEdgeWords * 4);
-  s.samples = take(cluster * sets * sizeof(ScoreSample));
+  s.samples = take(kFusedWarps * sets * sizeof(ScoreSample));  // later the parts of ranges
+  s.ranges = take(cluster * sets * 16);
   s.members = take(sets * kMembers * 8);
   s.planes = take(p.head_quads * kMaxQueryPlanes * chunks * 32 * 4);
   s.bias = take(4 * kMaxHeadQuads * 4);

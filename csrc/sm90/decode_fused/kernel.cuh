@@ -21,14 +21,15 @@ __global__ void __launch_bounds__(kFusedThreads, 2)
   cluster_arrive();  // other blocks may write to this one only when it runs
   if (b.plan.length <= 0) {
     b.begin();
-    for (int i = threadIdx.x; b.rank == 0 && i < p.group * D; i += kFusedThreads) b.output<T>(i / D)[i % D] = T(0.0f);
+    const bool writes = b.rank == 0 && !b.plan.skipped;
+    for (int i = threadIdx.x; writes && i < p.group * D; i += kFusedThreads) b.output<T>(i / D)[i % D] = T(0.0f);
     cluster_wait();
     return;
   }
   Attention<D, T, 1, kFp8> softmax;
   if (b.plan.sparse) {
     score_own_tokens<D <= 128 ? 1 : 2, kMode, kQuads>(b);
-    find_range(b);
+    cluster_wait();  // for the arrival at the kernel's start: the other blocks run and accept stores
     if (b.plan.need > 0) {  // all blocks agree on what they need
       if (!b.m.search_failed()) find_edge(b);
       if (b.m.search_failed()) narrow_edge(p, s, fused_memory);

@@ -1,38 +1,22 @@
 // Stage 2 of the fused kernel: every block of the cluster finds the k-th best score and its token for each token set,
-// in three exchanges through distributed shared memory.
+// in two exchanges through distributed shared memory.
 //
-//   1. mean and deviation of a sample of the scores, which the bins follow from   find_range
-//   2. a histogram over the bins, and the bin of the k-th best                    find_edge
-//   3. the members of that edge bin, ranked                                       find_threshold
+//   1. a histogram of the scores, and the bin of the k-th best   find_edge
+//   2. the members of that edge bin, ranked                      find_threshold
 //
 // A block writes its part to every block, so that each of them computes the same result locally; a cluster barrier
-// ends each exchange. If the edge bin is too full for exchange 3, as with equal scores, histograms within it narrow it
+// ends each exchange. If the edge bin is too full for exchange 2, as with equal scores, histograms within it narrow it
 // down (narrow_edge). So the distribution of the scores decides only how many exchanges there are.
 #pragma once
 #include <cfloat>
 #include <climits>
 
+#include "sm90/decode_fused/bins.cuh"
 #include "sm90/decode_fused/block.cuh"
 #include "sm90/histogram.cuh"
-#include "sm90/normal.cuh"
 #include "sm90/order.cuh"
 
 namespace adamas {
-
-// -- bins --
-
-// A score's position in units of the deviation is t = (score - low) * scale, about kEdgePosition for the k-th best of
-// normally distributed scores. Bins divide every octave of t from 2^kFirstOctave on equally, so that they are fine where
-// the k-th best should be and reach far. The first bin holds all lower scores, the last one all higher ones.
-constexpr int kFirstOctave = -2, kOctaveBits = 6;
-constexpr float kEdgePosition = 1.5f;
-
-// The bin of a score; it is monotonic in the score. Each operation is rounded separately, so that the compiler cannot
-// contract them in one place and not in another.
-__device__ __forceinline__ int edge_bin(float x, float low, float scale) {
-  const int t = __float_as_int(fmaxf(__fmul_rn(__fsub_rn(x, low), scale), 0.0f));
-  return min(max((t - ((127 + kFirstOctave) << 23) >> (23 - kOctaveBits)) + 1, 0), kEdgeBins - 1);
-}
 
 // Adds one to the bin of every lane that takes part; all lanes call it. Lanes that are many, and may have the same bin
 // because neighbouring tokens score alike, are counted together.
@@ -68,12 +52,8 @@ __device__ __forceinline__ void find_bin(const FusedBlock& b, FusedHead& head) {
   const uint32_t* from = b.m.copies + b.warp * kEdgeWords;
 #pragma unroll 4
   for (int r = 0; r < b.s.cluster; ++r) {
-    const uint4 x = *reinterpret_cast<const uint4*>(from + r * words + kEdgeWords - kPerLane / 2 * (lane + 1));
-#pragma unroll
-    for (int i = 0; i < kPerLane / 2; ++i) {
-      const uint32_t word = word_at(x, kPerLane / 2 - 1 - i);
-      count[2 * i] += word >> 16, count[2 * i + 1] += word & 0xffff;
-    }
+    const uint2 x = *reinterpret_cast<const uint2*>(from + r * words + kEdgeWords - 2 * (lane + 1));
+    count[0] += x.y >> 16, count[1] += x.y & 0xffff, count[2] += x.x >> 16, count[3] += x.x & 0xffff;
   }
   const uint32_t wanted = head.wanted;
   const LaneBin own = find_lane_bin(count, wanted);
@@ -89,44 +69,9 @@ __device__ __forceinline__ void find_bin(const FusedBlock& b, FusedHead& head) {
   }
   __syncwarp();
 }
-static_assert(kEdgeBins == 256);  // a lane's bins are 16 bytes
+static_assert(kEdgeBins == 4 * 32);
 
-// -- exchange 1: the sample, and the bins --
-
-__device__ __forceinline__ void find_range(const FusedBlock& b) {
-  const FusedMemory& m = b.m;
-  const int sets = b.sets;
-  cluster_wait();  // for the arrival at the kernel's start: the other blocks run and accept stores
-  if (b.lane < sets)
-    for (int r = b.warp; r < b.s.cluster; r += kFusedWarps) {
-      const ScoreSample& own = m.heads[b.lane].sample;
-      remote_store16(remote(m.samples + b.rank * sets + b.lane, r),
-                     make_uint4(__float_as_uint(own.sum), __float_as_uint(own.squares), own.count, 0));
-    }
-  cluster_sync();
-  if (b.warp < sets) {  // one block per lane
-    ScoreSample sample{0.0f, 0.0f, 0};
-    if (b.lane < b.s.cluster) sample = m.samples[b.lane * sets + b.warp];
-    const float sum = warp_sum(sample.sum), squares = warp_sum(sample.squares);
-    const float inverse = __fdividef(1.0f, __reduce_add_sync(kFull, sample.count));
-    if (b.lane == 0) {
-      FusedHead& head = m.heads[b.warp];
-      const float mean = sum * inverse, deviation = sqrtf(fmaxf(squares * inverse - mean * mean, 0.0f));
-      const float scale = __fdividef(1.0f, deviation), share = __fdividef(b.plan.need, b.plan.middle);
-      // Scores that are equal or that hardly differ have no useful bins.
-      const bool binned = deviation > 1e-3f * fabsf(mean) && scale < 3e38f;
-      head.low = mean + deviation * ((share < 0.5f ? normal_tail(share) : 0.0f) - kEdgePosition);
-      head.scale = binned ? scale : 0.0f;
-      head.size = INT_MAX, head.wanted = b.plan.need, head.edge = 0;
-      head.exact = b.plan.need == 0;
-      head.from = head.to = ~0ull;  // no rank
-      if (binned) m.search_failed() = 0;
-    }
-  }
-  __syncthreads();
-}
-
-// -- exchange 2: the histogram --
+// -- exchange 1: the histogram --
 
 __device__ __forceinline__ void find_edge(const FusedBlock& b) {
   const FusedMemory& m = b.m;
@@ -168,89 +113,88 @@ __device__ __forceinline__ uint32_t first_key(uint32_t first, uint32_t last, int
 }
 
 // Narrows edge bins that have too many members. A bin is now a range of ranks: (score, token) as one integer
-// (rank_key). First the range shrinks to the members' own; then histograms of kEdgeBins equal parts narrow it, so that
-// equal scores are told apart by their tokens. Not inlined, because it would raise the register count of the kernel.
+// (rank_key). The range shrinks to the members' own scores, or to the best one if enough members have it. Then a
+// histogram of equal parts narrows it, by their tokens if the scores are equal. Not inlined, because it would raise the
+// register count of the kernel.
 inline __device__ __noinline__ void narrow_edge(const DecodeParams& p, const FusedShape& s, uint8_t* memory) {
   const FusedBlock b(p, s, memory);
   const FusedMemory& m = b.m;
   const int lane = b.lane, warp = b.warp, sets = b.sets;
   const int bits = token_bits(b.plan.length);
-  // Calls visit(rank, whether it is in the set's range), with all lanes converged.
-  auto each_rank = [&](auto visit) {
-    const FusedHead& head = m.heads[min(b.set, sets - 1)];
-    const uint64_t from = head.from, to = head.to;
-    const bool wide = head.size > kMembers;
-    b.each_quad([&](float(&x)[4], int index, bool) {
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const uint64_t rank = rank_key(order_key(x[j]), b.token(index + j), bits);
-        visit(rank, wide && x[j] > -INFINITY && rank >= from && rank <= to);
-      }
-    });
-  };
-  bool shrink = false;
-  for (int i = 0; i < sets; ++i) shrink |= m.heads[i].size > kMembers && !m.heads[i].exact;
-  __syncthreads();
-  if (warp < sets) {
-    FusedHead& head = m.heads[warp];
-    const bool own = head.size > kMembers && !head.exact;
-    if (own) {
-      const uint32_t bottom = order_key(-FLT_MAX), top = order_key(FLT_MAX);
-      const uint32_t first = first_key(bottom, top, head.edge, head.low, head.scale);
-      const uint32_t next =
-          head.edge < kEdgeBins - 1 ? first_key(first, top, head.edge + 1, head.low, head.scale) : top + 1;
-      __syncwarp();
-      if (lane == 0) head.from = uint64_t(first) << bits, head.to = (uint64_t(next) << bits) - 1;
-    }
+  const uint64_t last_token = (uint64_t(1) << bits) - 1;
+  FusedHead& own = m.heads[min(b.set, sets - 1)];   // the set whose scores this warp looks at
+  FusedHead& found = m.heads[min(warp, sets - 1)];  // the set that it decides on
+  const bool decides = warp < sets && found.size > kMembers;
+  if (decides && !found.exact) {
+    const uint32_t bottom = order_key(-FLT_MAX), top = order_key(FLT_MAX);
+    const uint32_t first = first_key(bottom, top, found.edge, found.low, found.scale);
+    const uint32_t next =
+        found.edge < kEdgeBins - 1 ? first_key(first, top, found.edge + 1, found.low, found.scale) : top + 1;
     __syncwarp();
     if (lane == 0) {
-      head.least = ~0ull, head.most = 0;
-      if (head.size > kMembers) {
-        head.exact = true;
-        if (b.rank == 0) count_search(p);
-      }
+      found.from = uint64_t(first) << bits, found.to = (uint64_t(next) << bits) - 1;
+      found.exact = true;
+      if (b.rank == 0) count_search(p);
     }
   }
   __syncthreads();
-  if (shrink) {  // all blocks agree
-    unsigned long long least = ~0ull, most = 0;
-    each_rank([&](unsigned long long rank, bool here) {
-      if (here) least = min(least, rank), most = max(most, rank);
-    });
-#pragma unroll
-    for (int step = 16; step; step /= 2) {
-      least = min(least, __shfl_xor_sync(kFull, least, step));
-      most = max(most, __shfl_xor_sync(kFull, most, step));
-    }
-    if (lane == 0 && b.set < sets) atomicMin(&m.heads[b.set].least, least), atomicMax(&m.heads[b.set].most, most);
-    __syncthreads();
-    if (lane < sets)
-      for (int r = warp; r < s.cluster; r += kFusedWarps) {
-        const auto& head = m.heads[lane];
-        remote_store16(remote(m.samples + b.rank * sets + lane, r),
-                       make_uint4(uint32_t(head.least), uint32_t(head.least >> 32), uint32_t(head.most),
-                                  uint32_t(head.most >> 32)));
-      }
-    cluster_sync();
-    if (warp < sets) {
-      least = ~0ull, most = 0;
-      if (lane < s.cluster) {
-        const uint4 x = *reinterpret_cast<const uint4*>(m.samples + lane * sets + warp);
-        least = (unsigned long long)x.y << 32 | x.x, most = (unsigned long long)x.w << 32 | x.z;
-      }
-#pragma unroll
-      for (int step = 16; step; step /= 2) {
-        least = min(least, __shfl_xor_sync(kFull, least, step));
-        most = max(most, __shfl_xor_sync(kFull, most, step));
-      }
-      if (lane == 0 && m.heads[warp].size > kMembers) m.heads[warp].from = least, m.heads[warp].to = most;
-    }
-  }
   for (;;) {
+    bool shrink = false;
+    for (int i = 0; i < sets; ++i)
+      shrink |= m.heads[i].size > kMembers && m.heads[i].from >> bits != m.heads[i].to >> bits;
+    const bool wide = own.size > kMembers;
+    // Calls visit(rank, whether it is in the set's range), with all lanes converged.
+    auto each_rank = [&](auto visit) {
+      const uint64_t from = own.from, to = own.to;
+      b.each_quad([&](float(&x)[4], int index, bool) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          const uint64_t rank = rank_key(order_key(x[j]), b.token(index + j), bits);
+          visit(rank, wide && x[j] > -INFINITY && rank >= from && rank <= to);
+        }
+      });
+    };
+    if (shrink) {  // all blocks agree
+      uint32_t least = kFull, most = 0, count = 0;  // order keys, and members with the largest one
+      each_rank([&](uint64_t rank, bool here) {
+        const uint32_t key = uint32_t(rank >> bits);
+        if (!here) return;
+        count = key > most ? 1 : count + (key == most);
+        least = min(least, key), most = max(most, key);
+      });
+      const uint32_t top = __reduce_max_sync(kFull, most);
+      least = __reduce_min_sync(kFull, least);
+      count = __reduce_add_sync(kFull, most == top ? count : 0);
+      if (lane == 0) m.parts[warp] = make_uint4(least, top, count, 0);
+      __syncthreads();
+      if (lane < sets) {  // a set's warps are neighbours
+        uint4 range = make_uint4(kFull, 0, 0, 0);
+        for (int w = lane * b.warps_per_set; w < (lane + 1) * b.warps_per_set; ++w) {
+          const uint4 x = m.parts[w];
+          range = make_uint4(min(range.x, x.x), max(range.y, x.y),
+                             x.y > range.y ? x.z : range.z + (x.y == range.y ? x.z : 0), 0);
+        }
+        for (int r = warp; r < s.cluster; r += kFusedWarps)
+          remote_store16(remote(m.ranges + b.rank * sets + lane, r), range);
+      }
+      cluster_sync();
+      if (decides && found.size > kMembers) {
+        uint4 range = make_uint4(kFull, 0, 0, 0);
+        if (lane < s.cluster) range = m.ranges[lane * sets + warp];
+        least = __reduce_min_sync(kFull, range.x), most = __reduce_max_sync(kFull, range.y);
+        count = __reduce_add_sync(kFull, range.y == most ? range.z : 0);
+        if (int(count) >= found.wanted) least = most;
+        __syncwarp();
+        if (lane == 0) {
+          found.from = max(found.from, uint64_t(least) << bits);
+          found.to = min(found.to, uint64_t(most) << bits | last_token);
+        }
+      }
+      __syncthreads();
+    }
     cluster_arrive();  // this block has read the previous histograms
     for (int i = threadIdx.x; i < sets * kEdgeWords; i += kFusedThreads) m.counts[i] = 0;
     __syncthreads();
-    const FusedHead& own = m.heads[min(b.set, sets - 1)];
     const uint64_t from = own.from;
     const int own_shift = range_shift(own);
     each_rank([&](uint64_t rank, bool here) {
@@ -260,18 +204,16 @@ inline __device__ __noinline__ void narrow_edge(const DecodeParams& p, const Fus
     cluster_wait();
     send_counts(b);
     cluster_sync();
-    bool wide = false;
-    if (warp < sets && m.heads[warp].size > kMembers) {
-      FusedHead& head = m.heads[warp];
-      const int shift = range_shift(head);
-      find_bin(b, head);
+    if (decides && found.size > kMembers) {
+      const int shift = range_shift(found);
+      find_bin(b, found);
       if (lane == 0) {
-        head.from += uint64_t(head.edge) << shift;
-        head.to = min(head.to, head.from + (uint64_t(1) << shift) - 1);
+        found.from += uint64_t(found.edge) << shift;
+        found.to = min(found.to, found.from + (uint64_t(1) << shift) - 1);
       }
-      wide = head.size > kMembers;
+      __syncwarp();
     }
-    if (!__syncthreads_or(wide)) break;
+    if (!__syncthreads_or(decides && found.size > kMembers)) break;
   }
 }
 
@@ -340,7 +282,7 @@ struct Candidates {
   }
 };
 
-// -- exchange 3: the members of the edge bin, and the k-th best among them --
+// -- exchange 2: the members of the edge bin, and the k-th best among them --
 
 // A token is selected if its score is above head.score, or equal to it and the token is not older than head.token.
 __device__ __forceinline__ void find_threshold(const FusedBlock& b, const Candidates& candidates) {
