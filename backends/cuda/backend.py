@@ -222,7 +222,7 @@ class CudaBackend(Backend, Inspectable):
         longest = rounded_context(max_seq_len)
         most = self._library.max_sample_bits(*_shape(params))
         capacity = policy.candidate_capacity(longest, params.budget.most(longest), most)
-        return policy.sample_bits(longest, most), capacity
+        return self._library.sample_bits(longest, most), capacity
 
 
 def _shape(params: Params) -> tuple[int | bool, ...]:

@@ -14,8 +14,6 @@ from vllm_adamas.backends.cuda.library import limits, load
 from vllm_adamas.backends.launch import LEAST_CONTEXT, rounded_context
 from vllm_adamas.errors import AdamasError
 
-#: log2 of the tokens that encode samples, by the longest context; the last entry is for all longer ones
-SAMPLE_BITS = ((1 << 16, 10), (1 << 18, 11), (None, 12))
 LEAST_CANDIDATES, MOST_CANDIDATES = 4096, 32768  #: per token set
 #: The fused kernel in a single block per (row, KV head) is slower than the three kernels.
 MIN_CLUSTER = 2
@@ -92,12 +90,6 @@ def largest_cluster(groups: int, clusters_at_once: Callable[[int], int]) -> int:
     return next((size for size in sizes if clusters_at_once(size) >= groups), 0)
 
 
-def sample_bits(max_seq_len: int, most: int) -> int:
-    """log2 of the tokens that encode samples; ``most`` is the largest that fits its shared memory."""
-    wanted = next(bits for tokens, bits in SAMPLE_BITS if tokens is None or max_seq_len <= tokens)
-    return min(wanted, most)
-
-
 def candidate_capacity(max_seq_len: int, budget: int, most_sample_bits: int) -> int:
     """Candidates that a token set may keep before its scores are computed again.
 
@@ -108,7 +100,7 @@ def candidate_capacity(max_seq_len: int, budget: int, most_sample_bits: int) -> 
     """
     wanted = LEAST_CANDIDATES
     for tokens in rounded_contexts(max_seq_len):
-        sample = 1 << sample_bits(tokens, most_sample_bits)
+        sample = 1 << load().sample_bits(tokens, most_sample_bits)
         rank = load().most_sample_rank(budget, sample, tokens)
         most = rank + rank // 2
         wanted = max(wanted, int(tokens / sample * (most + 6 * math.sqrt(1.5 * most))))

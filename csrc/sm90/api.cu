@@ -199,6 +199,8 @@ int64_t fused_clusters_op(Layer layer, bool half, int64_t max_seq_len, int64_t c
   return fused_clusters(p, int(cluster));
 }
 
+int64_t sample_bits_op(int64_t length, int64_t most) { return sample_bits(int(length), int(most)); }
+
 // The highest rank that encode aims at in its sample.
 int64_t most_sample_rank_op(int64_t need, int64_t sample, int64_t length) {
   return sample_rank(int(need), int(sample), int(length), kMostSpread);
@@ -218,6 +220,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(decode, adamas::decode_op)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(scan, adamas::scan_op)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gather, adamas::gather_op)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(workspace_bytes, adamas::workspace_bytes_op)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(sample_bits, adamas::sample_bits_op)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(max_sample_bits, adamas::max_sample_bits_op)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(fused_clusters, adamas::fused_clusters_op)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(most_sample_rank, adamas::most_sample_rank_op)

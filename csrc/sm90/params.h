@@ -104,7 +104,7 @@ struct DecodeParams {
   bool overlap;  // lengths, budgets and block table were complete before the preceding kernel started
   int capacity;  // candidates per set
   int dense_workers;
-  int sample_bits;  // log2 of the tokens of a context that encode samples
+  int sample_bits;  // log2 of the most tokens of a context that encode samples
   // [5]: sparse rows, dense rows, context and attended tokens (over query heads), then kSearchedAgain
   int64_t* stats;
   // if scan runs alone: all scores, no candidates

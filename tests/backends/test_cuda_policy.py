@@ -95,7 +95,7 @@ class Recorder:
     def __getattr__(self, name: str):
         def call(*args):
             self.calls.setdefault(name, []).append(args)
-            answers = {"max_sample_bits": 12, "most_sample_rank": 20}
+            answers = {"max_sample_bits": 12, "sample_bits": 11, "most_sample_rank": 20}
             if name == "workspace_bytes":
                 return args[-2] * args[-1]
             if name == "fused_clusters":
@@ -249,7 +249,7 @@ def test_candidates_of_longer_contexts_are_no_fewer(budget: int, most_sample_bit
 @pytest.mark.parametrize("length", [8192, 1 << 16, 1 << 18, 1 << 20])
 @pytest.mark.parametrize("budget", [64, 256, 1024])
 def test_candidates_hold_what_encode_aims_at(length: int, budget: int) -> None:
-    sample = 1 << policy.sample_bits(length, 12)
+    sample = 1 << load().sample_bits(length, 12)
     rank = load().most_sample_rank(budget, sample, length)
     most = rank + rank // 2  # the rank that find_pivot accepts
     assert (most + 5 * most**0.5) * length / sample <= candidate_capacity(length, budget, 12)

@@ -1,5 +1,6 @@
 // The shared memory of a block of the fused kernel. fused.cu computes the offsets.
 #pragma once
+#include "sm90/bins.cuh"
 #include "sm90/pipeline.cuh"
 
 namespace adamas {
@@ -7,7 +8,7 @@ namespace adamas {
 constexpr int kFusedThreads = 256, kFusedWarps = kFusedThreads / 32;
 constexpr int kFusedGroup = kFusedWarps;  // most query heads per KV head: one warp each
 constexpr int kFusedStages = 3;           // stages of a warp's ring
-constexpr int kEdgeBits = 7, kEdgeBins = 1 << kEdgeBits, kEdgeWords = kEdgeBins / 2;  // two 16-bit counts per word
+constexpr int kEdgeWords = kEdgeBins / 2;                   // two 16-bit counts per word
 constexpr int kMembers = 256;                               // most members of a token set's edge bin
 constexpr int kCandidates = 512;                            // most candidates that a warp lists
 constexpr int kTokens = 2048;                               // selected tokens at a time, over the token sets

@@ -8,10 +8,9 @@
 #include <climits>
 #include <type_traits>
 
-#include "sm90/decode_fused/bins.cuh"
+#include "sm90/bins.cuh"
 #include "sm90/decode_fused/block.cuh"
 #include "sm90/maximum.cuh"
-#include "sm90/normal.cuh"
 #include "sm90/order.cuh"
 #include "sm90/query.cuh"
 
@@ -158,19 +157,15 @@ __device__ __forceinline__ void find_bins(const FusedBlock& b) {
   ScoreSample sample{0.0f, 0.0f, 0};
   if (b.lane < kFusedWarps) sample = b.m.samples[b.lane * b.sets + b.warp];
   const float sum = warp_sum(sample.sum), squares = warp_sum(sample.squares);
-  const float inverse = __fdividef(1.0f, __reduce_add_sync(kFull, sample.count));
+  const float count = float(__reduce_add_sync(kFull, sample.count));
   if (b.lane) return;
   FusedHead& head = b.m.heads[b.warp];
-  const float mean = sum * inverse, deviation = sqrtf(fmaxf(squares * inverse - mean * mean, 0.0f));
-  const float scale = __fdividef(1.0f, deviation), share = __fdividef(b.plan.need, b.plan.middle);
-  // Scores that are equal or that hardly differ have no useful bins.
-  const bool binned = deviation > 1e-3f * fabsf(mean) && scale < 3e38f;
-  head.low = mean + deviation * ((share < 0.5f ? normal_tail(share) : 0.0f) - kEdgePosition);
-  head.scale = binned ? scale : 0.0f;
+  const ScoreBinning bins(sum, squares, count, __fdividef(b.plan.need, b.plan.middle));
+  head.low = bins.low, head.scale = bins.scale;
   head.size = INT_MAX, head.wanted = b.plan.need, head.edge = 0, head.placed = 0;
   head.exact = b.plan.need == 0;
   head.from = head.to = ~0ull;  // no rank
-  if (binned) b.m.search_failed() = 0;
+  if (bins.scale > 0) b.m.search_failed() = 0;
 }
 
 template <int kChunks, Mode kMode, int kQuads>

@@ -11,7 +11,7 @@
 #include <cfloat>
 #include <climits>
 
-#include "sm90/decode_fused/bins.cuh"
+#include "sm90/bins.cuh"
 #include "sm90/decode_fused/block.cuh"
 #include "sm90/histogram.cuh"
 #include "sm90/order.cuh"

@@ -26,7 +26,7 @@ struct CandidateList {
 
   // Candidates to fetch before their number is known: slightly more than encode aims at.
   static __device__ __forceinline__ int expected(const DecodeParams& p, const RowPlan& plan) {
-    const int bits = p.sample_bits;
+    const int bits = sample_bits(plan.length, p.sample_bits);
     const int64_t aim = int64_t(sample_rank(plan.need, 1 << bits, plan.length, kLeastSpread)) * plan.length * 5 / 4 >> bits;
     return (min(int(aim), kKept) + kThreads - 1) / kThreads * kThreads;
   }

@@ -43,13 +43,13 @@ __device__ __forceinline__ float sample_log_sum(const float* logits, int every, 
 
 template <int kChunks, Mode kMode, int kQuads>
 __global__ void __maxnreg__(most_registers(kQuads))
-    encode_kernel(const __grid_constant__ DecodeParams p, int sample_bits) {
+    encode_kernel(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(16) uint8_t memory[];
   constexpr int kPlanes = query_planes(kMode);
   const int threads = blockDim.x, warps = threads / 32;
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   const int row = blockIdx.x / p.page.num_kv_heads, kv_head = blockIdx.x % p.page.num_kv_heads;
-  const int set = blockIdx.x * p.score_heads_per_kv, sample = 1 << sample_bits;
+  const int set = blockIdx.x * p.score_heads_per_kv;
   // The preceding kernel may still run: it writes none of the step's lengths, budgets and block tables.
   const RowPlan plan(p, row);
   float x[kChunks * 4];
@@ -67,14 +67,18 @@ __global__ void __maxnreg__(most_registers(kQuads))
     }
   };
   if (!plan.sparse) return begin();
+  const int bits = sample_bits(plan.length, p.sample_bits), sample = 1 << bits;
 
   const int plane_words = p.head_quads * kPlanes * kChunks * 32;
   QueryMemory s;
   s.planes = reinterpret_cast<uint32_t*>(memory);
   s.bias = reinterpret_cast<int32_t*>(s.planes + plane_words);
   s.weights = reinterpret_cast<HeadWeight*>(s.bias + 4 * kMaxHeadQuads);
-  float* scores = s.scratch = reinterpret_cast<float*>(s.weights + 4 * kMaxHeadQuads);  // [scored head][sample]
+  auto* counts = reinterpret_cast<SampleCounts*>(s.weights + 4 * kMaxHeadQuads);          // [score head]
+  float* scores = s.scratch = reinterpret_cast<float*>(counts + p.score_heads_per_kv);  // [scored head][sample]
   clear_queries<kChunks, kMode>(p, s);
+  for (int i = threadIdx.x; i < p.score_heads_per_kv * int(sizeof(SampleCounts) / 4); i += threads)
+    reinterpret_cast<uint32_t*>(counts)[i] = 0;
   __syncthreads();
 
   // The sample consists of whole tiles, one in each of as many equal parts of the context. In every second part it is
@@ -88,7 +92,7 @@ __global__ void __maxnreg__(most_registers(kQuads))
   auto quad_at = [&](int i) {
     const int part = i / 4, inside = part % 2 ? part * 39 % 64 : 0;  // in 64ths of a part
     if (summed && !sampled) return sum_tile(part, int(tiles)) * 4 + i % 4;
-    return int(((part * 64 + inside) * tiles >> (sample_bits + 2)) * 4 + i % 4);
+    return int(((part * 64 + inside) * tiles >> (bits + 2)) * 4 + i % 4);
   };
   const int sampled_tokens = sampled ? sample : summed ? kSampleTiles * kTile : 0;
   const int steps = sampled_tokens / kQuad / 8 / warps;
@@ -148,8 +152,10 @@ __global__ void __maxnreg__(most_registers(kQuads))
     return;
   }
   __syncthreads();
+  const float share = __fdividef(float(rank), float(sample));
+  count_samples(Sample{scores, bits}, p.score_heads_per_kv, share, counts);
   for (int head = warp; head < p.score_heads_per_kv; head += warps) {
-    const Pivot pivot = find_pivot(Sample{scores + head * sample, sample_bits}, plan.need, plan.length);
+    const Pivot pivot = find_pivot(Sample{scores + head * sample, bits}, counts[head], share, plan.need, plan.length);
     if (lane == 0) {
       const bool found = pivot.score > -INFINITY;
       p.work.pivot_score[set + head] = pivot.score;
@@ -160,11 +166,12 @@ __global__ void __maxnreg__(most_registers(kQuads))
 }
 
 // Shared memory of a block in bytes.
-int encode_memory(const DecodeParams& p, int sample_bits) {
+int encode_memory(const DecodeParams& p, int bits) {
   const int chunks = p.page.words <= 4 ? 1 : 2;
-  const int kept = std::max(1 << sample_bits, p.mode == Mode::dot_max ? kSampleTiles * kTile : 0);  // per scored head
+  const int kept = std::max(1 << bits, p.mode == Mode::dot_max ? kSampleTiles * kTile : 0);  // per scored head
   const int words = p.head_quads * query_planes(p.mode) * chunks * 32 + 4 * kMaxHeadQuads +
                     4 * kMaxHeadQuads * int(sizeof(HeadWeight) / 4) +
+                    p.score_heads_per_kv * int(sizeof(SampleCounts) / 4) +
                     std::max(scored_heads(p) * kept, p.group * chunks * 4 * 32);
   return words * 4;
 }
@@ -183,7 +190,7 @@ void encode(const DecodeParams& p, void* stream) {
     const int groups = p.num_rows * p.page.num_kv_heads;
     const int threads = groups <= num_multiprocessors() || p.group > 8 ? kMostThreads : kMostThreads / 2;
     launch(encode_kernel<decltype(chunks)::value, decltype(mode)::value, decltype(quads)::value>, dim3(groups),
-           threads, encode_memory(p, p.sample_bits), stream, p.overlap, "encode", p, p.sample_bits);
+           threads, encode_memory(p, p.sample_bits), stream, p.overlap, "encode", p);
   });
 }
 

@@ -1,12 +1,13 @@
-// The pivot of a token set: a score that ranks well below the k-th best. One warp finds it in a sample of the context
-// in shared memory; there is no barrier of the block.
+// The pivot of a token set: a score that ranks well below the k-th best, found in a sample of the context in shared
+// memory.
 //
-// The pivot is found by value. A guess costs one pass over the sample, and each pass bounds the pivot by values of the
-// sample, so outliers and equal scores do not prolong the search.
+// The block counts the sample's scores in bins; one warp per set takes the bin of the wanted rank. If too many scores
+// share it, as equal ones do, that warp searches by value: each guess costs a pass over the sample and bounds the pivot
+// by scores of the sample, so that outliers and equal scores do not prolong the search.
 #pragma once
+#include "sm90/bins.cuh"
 #include "sm90/histogram.cuh"
 #include "sm90/memory.cuh"
-#include "sm90/normal.cuh"
 #include "sm90/order.cuh"
 #include "sm90/reduce.cuh"
 #include "sm90/sample.h"
@@ -153,30 +154,77 @@ struct Reaching {
 };
 static_assert(kTile == 4 * kQuad);
 
-// The pivot for the `need` best of `length` tokens. If the best scores of the sample gather in few tiles, as those of a
-// passage do, their number says less about the context, so the pivot ranks lower.
-__device__ __forceinline__ Pivot find_pivot(const Sample& sample, int need, int length) {
-  PivotSearch search(sample);
-  int rank = sample_rank(need, sample.size(), length, kLeastSpread);
-  if (search.reached < rank) return {-INFINITY, 0.0f, 0};
-  const PivotSearch all = search;
-  float score = 0;
-  float excess = 0;
-#pragma unroll 1
-  for (bool again = false;; again = true) {
-    const int slack = rank / 2;  // more candidates do no harm as long as they fit
-    score = search.find(sample, rank, slack);
-    if (search.reached > rank + slack) {  // equal scores: the most recent ones are candidates
-      const int position = find_position(sample, score, rank - search.better);
-      return {score, 0.0f, position};
-    }
-    const Reaching reaching(sample, score, search.reached);
-    excess = reaching.excess;
+// A sample's sums and its scores in bins, in shared memory.
+struct alignas(16) SampleCounts {
+  uint32_t bins[kEdgeBins];
+  float sum, squares;
+  uint32_t count;
+};
+
+// Sums up the samples of `sets` token sets, whose scores follow each other, by a block. counts: zeroed. Starts and ends
+// synchronised.
+__device__ __forceinline__ void count_samples(const Sample& sample, int sets, float share, SampleCounts* counts) {
+  const int per_set = sample.size() / kQuad, all = sets * per_set;  // a warp's quads belong to one set
+  for (int i = threadIdx.x; i < all; i += blockDim.x) {
+    const float4 x = *reinterpret_cast<const float4*>(sample.scores + i * kQuad);
+    float sum = 0, squares = 0;
+    int count = 0;
+    auto add = [&](float score) {
+      const bool here = score > -INFINITY;
+      sum += here ? score : 0.0f, squares += here ? score * score : 0.0f, count += here;
+    };
+    add(x.x), add(x.y), add(x.z), add(x.w);
+    sum = warp_sum(sum), squares = warp_sum(squares), count = __reduce_add_sync(kFull, count);
+    if (threadIdx.x % 32) continue;
+    SampleCounts& to = counts[i / per_set];
+    atomicAdd(&to.sum, sum), atomicAdd(&to.squares, squares), atomicAdd(&to.count, uint32_t(count));
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < all; i += blockDim.x) {
+    SampleCounts& to = counts[i / per_set];
+    const ScoreBinning binning(to.sum, to.squares, float(to.count), share);
+    const float4 x = *reinterpret_cast<const float4*>(sample.scores + i * kQuad);
+    auto count = [&](float score) {
+      const int bin = edge_bin(score, binning.low, binning.scale);
+      if (bin > 0 && score > -INFINITY) atomicAdd(to.bins + bin, 1u);
+    };
+    count(x.x), count(x.y), count(x.z), count(x.w);
+  }
+  __syncthreads();
+}
+
+// The pivot for the `need` best of `length` tokens, by one warp. If the best scores of the sample gather in few tiles, as
+// those of a passage do, their number says less about the context, so the pivot ranks lower.
+__device__ __forceinline__ Pivot find_pivot(const Sample& sample, const SampleCounts& counts, float share, int need,
+                                            int length) {
+  const int least = sample_rank(need, sample.size(), length, kLeastSpread);
+  if (int(counts.count) < least) return {-INFINITY, 0.0f, 0};
+  const ScoreBinning binning(counts.sum, counts.squares, float(counts.count), share);
+  const uint4 own = *reinterpret_cast<const uint4*>(counts.bins + kEdgeBins - 4 * (threadIdx.x % 32 + 1));
+  const uint32_t count[4] = {own.w, own.z, own.y, own.x};  // a lane's bins in descending order
+  // The score that a rank's bin begins with, and how many scores of the sample reach it.
+  auto bin_of = [&](int rank, int& reached) {
+    const LaneBin found = find_lane_bin(count, uint32_t(rank));
+    const int owner = __ffs(__ballot_sync(kFull, found.sum >= uint32_t(rank))) - 1;
+    reached = owner < 0 ? INT_MAX : __shfl_sync(kFull, int(found.bin.before + found.bin.size), owner);
+    return bin_floor(__shfl_sync(kFull, int(found.bin.index), max(owner, 0)), binning.low, binning.deviation);
+  };
+  int rank = least, reached;  // up to half as many again do no harm, as long as the candidates fit
+  float score = bin_of(rank, reached), excess = 0;
+  if (reached <= rank + rank / 2) {
+    const Reaching reaching(sample, score, reached);
     const int wanted =
         min(sample_rank(need, sample.size(), length, fminf(reaching.spread, kMostSpread)), sample.size() * 3 / 4);
-    if (again || search.reached >= wanted || all.reached < wanted) break;
-    rank = wanted;
-    search = all;
+    excess = reaching.excess + score;
+    if (wanted > reached && wanted <= int(counts.count)) rank = wanted, score = bin_of(rank, reached);
+    excess -= score;
+  }
+  if (reached > rank + rank / 2) {
+    PivotSearch search(sample);
+    score = search.find(sample, rank, rank / 2);
+    if (search.reached > rank + rank / 2)  // equal scores: the most recent ones are candidates
+      return {score, 0.0f, find_position(sample, score, rank - search.better)};
+    excess = Reaching(sample, score, search.reached).excess;
   }
   // The k-th best is above the pivot by a few times the mean excess; better scores share the last bin.
   return {score, excess > 0 ? __fdividef(kBins, 6.0f * excess) : 0.0f, 0};

@@ -1,0 +1,42 @@
+// Bins of scores for finding one of a given rank, whatever the distribution of the scores.
+#pragma once
+#include <cuda_runtime.h>
+
+#include "sm90/normal.cuh"
+
+namespace adamas {
+
+// A score's position in units of the deviation is t = (score - low) * scale, about kEdgePosition for the k-th best of
+// normally distributed scores. Bins divide every octave of t from 2^kFirstOctave on equally, so that they are fine where
+// the k-th best should be and reach far. The first bin holds all lower scores, the last one all higher ones.
+constexpr int kEdgeBits = 7, kEdgeBins = 1 << kEdgeBits;
+constexpr int kFirstOctave = -2, kOctaveBits = 5;
+constexpr float kEdgePosition = 1.5f;
+
+// The bin of a score; it is monotonic in the score. Each operation is rounded separately, so that the compiler cannot
+// contract them in one place and not in another.
+__device__ __forceinline__ int edge_bin(float x, float low, float scale) {
+  const int t = __float_as_int(fmaxf(__fmul_rn(__fsub_rn(x, low), scale), 0.0f));
+  return min(max((t - ((127 + kFirstOctave) << 23) >> (23 - kOctaveBits)) + 1, 0), kEdgeBins - 1);
+}
+
+// About the least score of a bin from 1 on, given the deviation, 1 / scale.
+__device__ __forceinline__ float bin_floor(int bin, float low, float deviation) {
+  return low + __int_as_float(((127 + kFirstOctave) << 23) + (bin - 1 << (23 - kOctaveBits))) * deviation;
+}
+
+// The bins for the score that a share of all scores is better than, from a sample's sums. Scores that are equal or that
+// hardly differ have no useful bins: scale 0.
+struct ScoreBinning {
+  float low, scale, deviation;
+
+  __device__ __forceinline__ ScoreBinning(float sum, float squares, float count, float share) {
+    const float inverse = __fdividef(1.0f, count), mean = sum * inverse;
+    deviation = sqrtf(fmaxf(squares * inverse - mean * mean, 0.0f));
+    low = mean + deviation * ((share < 0.5f ? normal_tail(share) : 0.0f) - kEdgePosition);
+    scale = __fdividef(1.0f, deviation);
+    if (!(deviation > 1e-3f * fabsf(mean) && scale < 3e38f)) scale = 0.0f;
+  }
+};
+
+}  // namespace adamas
