@@ -54,6 +54,9 @@ SETS = {
     "max": {"selection": "kv_head", "combine": "max"},
 }
 SELECTIONS = tuple(SETS)
+#: Forms of a decode step: the three kernels, the fused one, and the fused one for rows up to a length with
+#: the three kernels behind it for longer ones.
+FORMS = ("three", "fused", "both")
 SCORES = ("dot", "manhattan")
 LAUNCHES = ("server", "exact")
 #: ``--max-model-len`` of the servers whose graphs are launched: the first that admits the context.
@@ -283,7 +286,7 @@ def bench_read(pool: Pool) -> dict:
 def bench_adamas(
     backend, pool: Pool, queries, launch: int, score: str, selection: str, budget: int, stages: bool
 ) -> dict:
-    """Times the three kernels and the fused one; ``runs`` is the policy's choice.
+    """Times the forms of a step that can run; ``runs`` is the policy's choice.
 
     Args:
         queries: ``[rows, Hq, D]`` of each copy.
@@ -307,11 +310,14 @@ def bench_adamas(
         ]
 
     result = {"three": measured(calls(cluster=0), stats, layer.params)}
-    chosen = backend.plan(layer, rows, DTYPE, launch).cluster
+    plan = backend.plan(layer, rows, DTYPE, launch)
     cluster = backend.largest_cluster(layer, rows, DTYPE, launch)
     if cluster:
         result["fused"] = measured(calls(cluster=cluster), stats, layer.params)
         result["fused"]["cluster"] = cluster
+    if plan.fused_context:
+        form = {"cluster": plan.cluster, "fused_context": plan.fused_context}
+        result["both"] = measured(calls(**form), stats, layer.params) | form
     if stages:
         encode, encode_scan = (timed(calls(cluster=0, stages=n))["us"] for n in (1, 3))
         three = result["three"]
@@ -320,7 +326,7 @@ def bench_adamas(
     moved = pool.signature_bytes() + pool.attended_bytes(selection, budget)
     for one in result.values():
         one["GBps"] = round(moved / one["us"] / 1e3)
-    result["runs"] = "fused" if chosen else "three"
+    result["runs"] = "both" if plan.fused_context else "fused" if plan.cluster else "three"
     return result
 
 
@@ -399,7 +405,7 @@ class Bench:
             how = (launch, score, selection, budget, thorough)
             result = bench_adamas(self.backend, pool, list(query), *how)
             cell[f"{score} {selection}"] = result
-            for kernels in ("three", "fused"):
+            for kernels in FORMS:
                 if kernels in result:
                     compare(cell, result[kernels])
         print(plain(HEADERS, list(lines(cell))), end="\n\n", flush=True)
@@ -424,7 +430,7 @@ def lines(cell: dict) -> Iterator[list]:
         if key in titles:
             yield line(cell, titles[key], result)
         elif isinstance(result, dict):
-            for kernels in ("three", "fused"):
+            for kernels in FORMS:
                 if kernels in result:
                     mark = " *" if kernels == result["runs"] else ""
                     name = f"{key} {cell['budget']} {kernels}{mark}"
