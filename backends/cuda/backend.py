@@ -191,9 +191,7 @@ class CudaBackend(Backend, Inspectable):
             params = layer.params
             check_step(rows, params.num_kv_heads, max_seq_len)
             cluster, fused_context = policy.fused_launch(
-                longest,
-                params.num_score_heads // params.num_kv_heads,
-                lambda tokens: self.largest_cluster(layer, rows, dtype, tokens),
+                params, longest, lambda tokens: self.largest_cluster(layer, rows, dtype, tokens)
             )
             bits, capacity = self._sampling(params, longest)
             size = self._library.workspace_bytes(*_shape(params), rows, capacity)

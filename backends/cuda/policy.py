@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from vllm_adamas.backends.base import Params
 from vllm_adamas.backends.cuda.library import limits, load
 from vllm_adamas.backends.launch import LEAST_CONTEXT, rounded_context
 from vllm_adamas.errors import AdamasError
@@ -19,6 +20,9 @@ LEAST_CANDIDATES, MOST_CANDIDATES = 4096, 32768  #: per token set
 MIN_CLUSTER = 2
 #: Most scores of a block of the fused kernel, which passes over them several times.
 SCORES_PER_BLOCK = 12288
+#: Groups of tokens per block of the fused kernel, over the token sets of a KV head. The smallest of the
+#: groups' maxima is a lower bound of the k-th best score if there are at least k groups.
+GROUPS_PER_BLOCK = {"sum": 128, "max": 512}
 #: Where a step's longest context is too long for the fused kernel, it takes the rows up to a shorter one if
 #: that is at least so many tokens; the launches of the three kernels for the other rows cost time even if
 #: there are none.
@@ -53,28 +57,39 @@ def rounded_contexts(max_seq_len: int) -> Iterator[int]:
         tokens = rounded_context(tokens + 1)
 
 
-def prefers_fused(cluster: int, max_seq_len: int, sets: int) -> bool:
+def prefers_fused(
+    cluster: int, max_seq_len: int, sets: int, budget: int, combine: str = "sum"
+) -> bool:
     """Whether the fused kernel in ``cluster`` blocks per (row, KV head) beats the three kernels.
 
     Args:
         sets: token sets per KV head.
+        budget: tokens per set.
+        combine: as :attr:`Params.combine`.
     """
-    return cluster >= MIN_CLUSTER and max_seq_len * sets <= SCORES_PER_BLOCK * cluster
+    return (
+        cluster >= MIN_CLUSTER
+        and max_seq_len * sets <= SCORES_PER_BLOCK * cluster
+        and budget * sets <= GROUPS_PER_BLOCK[combine] * cluster
+    )
 
 
-def fused_launch(max_seq_len: int, sets: int, cluster_of: Callable[[int], int]) -> tuple[int, int]:
+def fused_launch(
+    params: Params, max_seq_len: int, cluster_of: Callable[[int], int]
+) -> tuple[int, int]:
     """``cluster`` and ``fused_context`` of a :class:`LaunchPlan`.
 
     Args:
-        sets: token sets per KV head.
         cluster_of: maps a longest context to the result of :func:`largest_cluster`.
     """
+    sets = params.num_score_heads // params.num_kv_heads
     for longest in reversed(list(rounded_contexts(max_seq_len))):
         whole = longest == rounded_context(max_seq_len)
         if not whole and longest < LEAST_FUSED_CONTEXT:
             break
         cluster = cluster_of(longest)
-        if prefers_fused(cluster, longest, sets):
+        budget = params.budget.most(longest)
+        if prefers_fused(cluster, longest, sets, budget, params.combine):
             return cluster, 0 if whole else longest
     return 0, 0
 

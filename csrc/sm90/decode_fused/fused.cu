@@ -31,8 +31,8 @@ FusedShape fused_shape(const DecodeParams& p, int cluster) {
   s.scores = take(std::max(int64_t(sets) * s.score_stride * 4, int64_t(p.group) * chunks * 4 * 32 * 4));
   s.counts = take(sets * kEdgeWords * 4);
   s.copies = take(int64_t(cluster) * sets * kEdgeWords * 4);
-  s.samples = take(kFusedWarps * sets * sizeof(ScoreSample));  // later the parts of ranges
-  s.ranges = take(cluster * sets * 16);
+  s.ranges = take(cluster * sets * sizeof(FusedRange));
+  s.parts = take(kFusedWarps * 16);
   s.members = take(sets * kMembers * 8);
   s.planes = take(p.head_quads * kMaxQueryPlanes * chunks * 32 * 4);
   s.bias = take(4 * kMaxHeadQuads * 4);

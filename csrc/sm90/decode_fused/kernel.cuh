@@ -29,12 +29,12 @@ __global__ void __launch_bounds__(kFusedThreads, 2)
   Attention<D, T, 1, kFp8> softmax;
   if (b.plan.sparse) {
     score_own_tokens<D <= 128 ? 1 : 2, kMode, kQuads>(b);
-    cluster_wait();  // for the arrival at the kernel's start: the other blocks run and accept stores
+    find_range(b);
+    const Candidates candidates(b);
     if (b.plan.need > 0) {  // all blocks agree on what they need
-      if (!b.m.search_failed()) find_edge(b);
+      if (!b.m.search_failed()) find_edge(b, candidates);
       if (b.m.search_failed()) narrow_edge(p, s, fused_memory);
     }
-    const Candidates candidates(b);
     find_threshold(b, candidates);
     attend_selected(b, candidates, softmax);
   } else {

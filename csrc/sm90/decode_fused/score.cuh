@@ -8,7 +8,6 @@
 #include <climits>
 #include <type_traits>
 
-#include "sm90/bins.cuh"
 #include "sm90/decode_fused/block.cuh"
 #include "sm90/maximum.cuh"
 #include "sm90/order.cuh"
@@ -16,69 +15,99 @@
 
 namespace adamas {
 
-// -- the sample --
+// Merges the best of the warp's scores of each head, and a floor, into the block's range.
 //
-// Every block of the cluster scores the same tiles of the context, spread over it, before its own tokens (maximum.cuh
-// says which). Their scores give the bins of exchange 1, and for dot_max each head's log-sum-exp. All blocks compute the
-// same values, so they need not exchange them.
-
-// Mean and deviation follow from these.
-struct LaneSample {
-  float sum = 0, squares = 0;
-  int count = 0;
-
-  __device__ __forceinline__ void add(float x, bool here) {
-    sum += here ? x : 0.0f;
-    squares += here ? x * x : 0.0f;
-    count += here;
-  }
-
-  // Stores the sum over the lanes that are kStride apart, for set lane % kStride of `sets`.
-  template <int kStride>
-  __device__ __forceinline__ void store(ScoreSample* to, int sets) {
+// The scores of a head are divided into groups. The floor is the smallest of the groups' maxima, so each group has at
+// least one score at or above it. If there are at least as many groups as tokens needed, no token below the floor is
+// selected. Fewer groups give a higher floor: a group is the scores of several lanes, one lane, or a part of those of a
+// lane. best: the maxima of kParts parts of a lane's scores.
+template <class Scores, int kQuads, int kParts>
+__device__ __forceinline__ void merge_range(const FusedBlock& b, float (&best)[kQuads][kParts]) {
+  constexpr int kLanes = Scores::kSetLanes, kStride = Scores::kSetStride;
+  const int lane = b.lane;
+  const int warps = min(b.s.cluster * kFusedWarps, b.plan.length / kStageTokens);
+  int per_warp = 2;  // groups of a head
+  while (per_warp < kLanes * kParts && per_warp * warps < b.plan.need) per_warp *= 2;
+#pragma unroll
+  for (int q = 0; q < kQuads; ++q) {
+    float(&part)[kParts] = best[q];
+#pragma unroll
+    for (int n = kParts / 2; n; n /= 2)  // until as many parts are left as a lane has groups
+      if (kLanes * n >= per_warp)
+#pragma unroll
+        for (int i = 0; i < n; ++i) part[i] = fmaxf(part[i], part[i + n]);
+    float top = part[0];
+    float floor = INFINITY, sum = 0;
+    int groups = 0;
+    if (per_warp <= kLanes) {
+      float x = top;
+#pragma unroll
+      for (int n = kLanes / 2, step = kStride; n >= 2; n /= 2, step *= 2)
+        if (n >= per_warp) x = fmaxf(x, __shfl_xor_sync(kFull, x, step));
+      if (x > -INFINITY) floor = x;
+      if (x > -INFINITY && (lane & (kLanes / per_warp - 1) * kStride) == 0) groups = 1, sum = x;
+    } else {
+#pragma unroll
+      for (int i = 0; i < kParts; ++i) {
+        if (kLanes * i >= per_warp) break;
+        top = fmaxf(top, part[i]);
+        if (part[i] > -INFINITY) floor = fminf(floor, part[i]), sum += part[i], ++groups;
+      }
+    }
 #pragma unroll
     for (int step = kStride; step < 32; step *= 2) {
+      groups += __shfl_xor_sync(kFull, groups, step);
       sum += __shfl_xor_sync(kFull, sum, step);
-      squares += __shfl_xor_sync(kFull, squares, step);
-      count += __shfl_xor_sync(kFull, count, step);
+      floor = fminf(floor, __shfl_xor_sync(kFull, floor, step));
+      top = fmaxf(top, __shfl_xor_sync(kFull, top, step));
     }
-    const int set = threadIdx.x % 32;
-    if (set < min(kStride, sets)) to[set] = {sum, squares, uint32_t(count)};
+    const int head = q * kStride + lane;
+    if (lane < kStride && head < b.sets && top > -INFINITY) {
+      FusedRange& to = b.m.heads[head].range;
+      atomicMin(&to.floor, order_key(floor));
+      atomicMax(&to.best, order_key(top));
+      atomicAdd(&to.groups, uint32_t(groups));
+      atomicAdd(&to.sum, sum);
+    }
   }
-};
+}
 
+// The log-sum-exp of every head's logits over the sample (maximum.cuh), which each block of the cluster computes. The
+// warp has tiles kTilesPerWarp * warp and following, if the context has so many; `data` is its stage of them.
 constexpr int kTilesPerWarp = kStageTokens / kTile;
 static_assert(kTilesPerWarp * kFusedWarps == kSampleTiles);
 
-// The warp's tiles of the sample: numbers kTilesPerWarp * warp and following, if the context has so many.
-struct SampleTiles {
-  StageShape shape;
-  int context, sampled, first;  // tiles of the context and of the sample, and the warp's first number
-
-  __device__ SampleTiles(const Page& page, int length, int warp)
-      : shape(StageShape::of_tiles(page)), context((length + kTile - 1) / kTile), sampled(min(context, kSampleTiles)),
-        first(warp * kTilesPerWarp) {}
-  __device__ __forceinline__ int parts() const { return min(max(sampled - first, 0), kTilesPerWarp); }
-  // The token at a place of the warp's stage; places past the last tile stand for its tokens.
-  __device__ __forceinline__ int token(int place) const {
-    return sum_tile(min(first + place / kTile, sampled - 1), context) * kTile + place % kTile;
-  }
-  __device__ __forceinline__ bool has(int place) const { return first + place / kTile < sampled; }
-};
-
-// Subtracts each head's log-sum-exp from the logits of the sample; the query fragments keep it.
-template <int kChunks, int kQuads, int kSteps>
-__device__ __forceinline__ void subtract_log_sums(const FusedBlock& b,
-                                                  QueryFragments<kChunks, Mode::dot_max, kQuads>& query,
-                                                  float (&logit)[kSteps][kQuads][4]) {
+template <int kChunks, int kQuads, class Fill>
+__device__ __forceinline__ void weigh_heads(const FusedBlock& b, QueryFragments<kChunks, Mode::dot_max, kQuads>& query,
+                                            const StageShape& shape, uint32_t data, int tiles, Fill next) {
+  using Reader = StageReader<kChunks, Mode::dot_max>;
+  const Reader reader(shape);
   const int lane = b.lane;
+  float logit[kQuads][Reader::kSteps][4];
+#pragma unroll
+  for (int i = 0; i < Reader::kSteps; ++i) {
+    const int number = b.warp * kTilesPerWarp + reader.token[i] / kTile;
+    const int token = sum_tile(min(number, tiles - 1), tiles) * kTile + reader.token[i] % kTile;
+    const int here = number < tiles ? b.plan.length - token : 0;
+    Signatures<kChunks, Mode::dot_max> signatures;
+    reader.load(signatures, data, i);
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q) {
+      logit_quad(query, signatures, q, logit[q][i]);
+#pragma unroll
+      for (int j = 0; j < 4; ++j)
+        if (j >= here) logit[q][i][j] = -INFINITY;
+    }
+  }
+  __syncwarp();  // every lane has read the slot
+  next();
 #pragma unroll
   for (int q = 0; q < kQuads; ++q) {
     uint32_t top = 0;
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i)
+    for (int i = 0; i < Reader::kSteps; ++i)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) top = max(top, order_key(logit[i][q][j]));
+      for (int j = 0; j < 4; ++j) top = max(top, order_key(logit[q][i][j]));
 #pragma unroll
     for (int step = 4; step < 32; step *= 2) top = max(top, __shfl_xor_sync(kFull, top, step));
     if (lane < 4) atomicMax(b.m.tops + q * 4 + lane, top);
@@ -89,9 +118,9 @@ __device__ __forceinline__ void subtract_log_sums(const FusedBlock& b,
     const float top = from_order_key(b.m.tops[q * 4 + lane % 4]);
     uint32_t sum = 0;
 #pragma unroll
-    for (int i = 0; i < kSteps; ++i)
+    for (int i = 0; i < Reader::kSteps; ++i)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) sum += logit[i][q][j] > -INFINITY ? sum_term(logit[i][q][j], top) : 0;
+      for (int j = 0; j < 4; ++j) sum += logit[q][i][j] > -INFINITY ? sum_term(logit[q][i][j], top) : 0;
 #pragma unroll
     for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(kFull, sum, step);
     if (lane < 4) atomicAdd(b.m.sums + q * 4 + lane, sum);
@@ -101,71 +130,7 @@ __device__ __forceinline__ void subtract_log_sums(const FusedBlock& b,
   for (int q = 0; q < kQuads; ++q) {
     const int head = q * 4 + lane % 4;
     if (head < b.p.group) query.weight[q].log_sum = log_sum(from_order_key(b.m.tops[head]), b.m.sums[head]);
-#pragma unroll
-    for (int i = 0; i < kSteps; ++i)
-#pragma unroll
-      for (int j = 0; j < 4; ++j) logit[i][q][j] = __fsub_rn(logit[i][q][j], query.weight[q].log_sum);
   }
-}
-
-// Scores the warp's tiles, whose stage is at `data`; calls next() when it has read them.
-template <int kChunks, Mode kMode, int kQuads, class Next>
-__device__ __forceinline__ void score_sample(const FusedBlock& b, QueryFragments<kChunks, kMode, kQuads>& query,
-                                             const SampleTiles& tiles, uint32_t data, Next next) {
-  using Reader = StageReader<kChunks, kMode>;
-  using Scores = SetScores<kMode, kQuads>;
-  const Reader reader(tiles.shape);
-  LaneSample sample[Scores::kSetQuads];
-  float logit[Reader::kSteps][kQuads][4];
-#pragma unroll
-  for (int i = 0; i < Reader::kSteps; ++i) {
-    const int here = tiles.has(reader.token[i]) ? b.plan.length - tiles.token(reader.token[i]) : 0;
-    Signatures<kChunks, kMode> signatures;
-    reader.load(signatures, data, i);
-#pragma unroll
-    for (int q = 0; q < kQuads; ++q) {
-      if constexpr (kMode == Mode::dot_max) {
-        logit_quad(query, signatures, q, logit[i][q]);
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-          if (j >= here) logit[i][q][j] = -INFINITY;
-      } else {
-        float score[4];
-        score_quad(query, signatures, q, score);
-#pragma unroll
-        for (int j = 0; j < 4; ++j) sample[q].add(score[j], j < here);
-      }
-    }
-  }
-  __syncwarp();  // every lane has read the slot
-  next();
-  if constexpr (kMode == Mode::dot_max) {
-    subtract_log_sums(b, query, logit);
-#pragma unroll
-    for (int i = 0; i < Reader::kSteps; ++i) {
-      const float score = maximum_of_heads(logit[i]);
-      sample[0].add(score, score > -INFINITY);
-    }
-  }
-#pragma unroll
-  for (int q = 0; q < Scores::kSetQuads; ++q)
-    sample[q].template store<Scores::kSetStride>(b.m.samples + b.warp * b.sets + q * 4, b.sets - q * 4);
-}
-
-// The bins of a warp's set, from the sample.
-__device__ __forceinline__ void find_bins(const FusedBlock& b) {
-  ScoreSample sample{0.0f, 0.0f, 0};
-  if (b.lane < kFusedWarps) sample = b.m.samples[b.lane * b.sets + b.warp];
-  const float sum = warp_sum(sample.sum), squares = warp_sum(sample.squares);
-  const float count = float(__reduce_add_sync(kFull, sample.count));
-  if (b.lane) return;
-  FusedHead& head = b.m.heads[b.warp];
-  const ScoreBinning bins(sum, squares, count, __fdividef(b.plan.need, b.plan.middle));
-  head.low = bins.low, head.scale = bins.scale;
-  head.size = INT_MAX, head.wanted = b.plan.need, head.edge = 0, head.placed = 0;
-  head.exact = b.plan.need == 0;
-  head.from = head.to = ~0ull;  // no rank
-  if (bins.scale > 0) b.m.search_failed() = 0;
 }
 
 template <int kChunks, Mode kMode, int kQuads>
@@ -173,6 +138,7 @@ __device__ __forceinline__ void score_own_tokens(const FusedBlock& b) {
   using Reader = StageReader<kChunks, kMode>;
   using Scores = SetScores<kMode, kQuads>;
   constexpr int kSetQuads = Scores::kSetQuads;
+  constexpr bool kSummed = kMode == Mode::dot_max;  // the first slot of the ring holds the sample first
   static_assert(Reader::kSteps == 2);
   const DecodeParams& p = b.p;
   const FusedShape& s = b.s;
@@ -190,14 +156,22 @@ __device__ __forceinline__ void score_own_tokens(const FusedBlock& b) {
 #pragma unroll
   for (int i = 0; i < kFusedStages; ++i)
     block[i] = load_stage_block(p, shape, blocks, b.first_token(warp) + i * stride, p.max_seq_len);
-  const SampleTiles tiles(p.page, plan.length, warp);
-  const int tile_token = tiles.token(lane % kTilesPerWarp * kTile);
-  const uint32_t tile_block = __ldg(blocks + block_index(p.page, tile_token / kQuad));
+  // The warp's tiles of the sample; this lane's one.
+  const StageShape tile_shape = StageShape::of_tiles(p.page);
+  const int tiles = (plan.length + kTile - 1) / kTile;
+  const int tile_token = sum_tile(min(warp * kTilesPerWarp + lane % kTilesPerWarp, tiles - 1), tiles) * kTile;
+  uint32_t tile_block = 0;
+  if (kSummed) tile_block = __ldg(blocks + block_index(p.page, tile_token / kQuad));
   QueryMemory queries{m.planes, m.bias, m.weights, m.scores};
   clear_queries<kChunks, kMode>(p, queries);
   for (int i = threadIdx.x; i < b.sets * kEdgeWords; i += kFusedThreads) m.counts[i] = 0;
-  if (kMode == Mode::dot_max && threadIdx.x < 4 * kMaxHeadQuads) m.tops[threadIdx.x] = m.sums[threadIdx.x] = 0;
-  if (threadIdx.x == 0) m.search_failed() = 1;  // until there are bins
+  if (kSummed && threadIdx.x < 4 * kMaxHeadQuads) m.tops[threadIdx.x] = m.sums[threadIdx.x] = 0;
+  if (int(threadIdx.x) < b.sets) {
+    auto& head = m.heads[threadIdx.x];
+    head.range = {kFull, 0, 0, 0.0f};
+    head.placed = 0;
+  }
+  if (threadIdx.x == 0) m.search_failed() = 1;  // unless exchange 1 finds scores that differ
   b.begin();
 
   uint16_t raw[kChunks * 4] = {};
@@ -206,9 +180,13 @@ __device__ __forceinline__ void score_own_tokens(const FusedBlock& b) {
     if (token < plan.length) ring.fill(slot, p.page, shape, pages, token, plan.length, block);
   };
   int token = b.first_token(warp);
-  ring.fill_parts(0, p.page, tiles.shape, pages, tile_token, tiles.parts(), tile_block);  // the first slot's first use
+  constexpr int kFirst = kSummed ? 1 : 0;  // slot of the first own stage
+  if (kSummed) {
+    const int parts = min(max(min(tiles, kSampleTiles) - warp * kTilesPerWarp, 0), kTilesPerWarp);
+    ring.fill_parts(0, p.page, tile_shape, pages, tile_token, parts, tile_block);
+  }
 #pragma unroll
-  for (int i = 0; i < kFusedStages - 1; ++i) fill(1 + i, token + i * stride, block[i]);
+  for (int i = 0; i < kFusedStages - kFirst; ++i) fill(kFirst + i, token + i * stride, block[i]);
   uint32_t next_block = load_stage_block(p, shape, blocks, token + kFusedStages * stride, plan.length);
   float x[kChunks * 4];
   widen(x, raw, p.query.element);
@@ -216,14 +194,22 @@ __device__ __forceinline__ void score_own_tokens(const FusedBlock& b) {
   encode_queries<kChunks, kMode>(p, x, queries);
   QueryFragments<kChunks, kMode, kQuads> query;
   query.load(m.planes, m.bias, p.head_quads);
-  if constexpr (kMode == Mode::dot_max) query.load_weights(m.weights, p.head_quads);
-  ring.wait(0, 0);
-  constexpr int kLast = kFusedStages - 1;
-  score_sample(b, query, tiles, ring.data(0), [&] { fill(0, token + kLast * stride, block[kLast]); });
-  __syncthreads();
-  if (warp < b.sets) find_bins(b);
+  if constexpr (kSummed) {
+    query.load_weights(m.weights, p.head_quads);
+    ring.wait(0, 0);
+    const int last = kFusedStages - 1;
+    weigh_heads(b, query, tile_shape, ring.data(0), min(tiles, kSampleTiles),
+                [&] { fill(0, token + last * stride, block[last]); });
+  }
 
   const Reader reader(shape);
+  constexpr int kParts = Reader::kSteps;  // parts of a lane's scores: those of a step
+  float best[kSetQuads][kParts];
+#pragma unroll
+  for (int q = 0; q < kSetQuads; ++q) {
+#pragma unroll
+    for (int i = 0; i < kParts; ++i) best[q][i] = -INFINITY;
+  }
   float* to = m.scores + warp * kStageTokens + Scores::set(0) * s.score_stride + lane / 4 * kQuad + Scores::first();
   // Summed distances have the longest code of a step: both steps' signatures at once would spill registers.
   constexpr bool kOneStep = kMode == Mode::manhattan_sum;
@@ -240,6 +226,7 @@ __device__ __forceinline__ void score_own_tokens(const FusedBlock& b) {
           const bool here =
               decltype(whole)::value || in_middle(p, plan, token + reader.token[i] + Scores::first() + j);
           score[j] = here ? score[j] : -INFINITY;
+          best[q][i] = fmaxf(best[q][i], score[j]);
         }
         float* at = to + q * 4 * s.score_stride + i * Reader::kStep;
         if constexpr (Scores::kOne) *at = score[0];
@@ -252,7 +239,7 @@ __device__ __forceinline__ void score_own_tokens(const FusedBlock& b) {
   // because two would not fit the instruction cache.
   constexpr bool kTwoForms = kMode != Mode::manhattan_sum;
   const int last_whole = shape.tokens == kStageTokens ? p.num_sink_tokens + plan.middle - kStageTokens : INT_MIN;
-  int slot = 1;
+  int slot = kFirst;
   uint32_t phase = 0;
   for (; token < plan.length; token += stride, to += kFusedWarps * kStageTokens) {
     ring.wait(slot, phase);
@@ -268,6 +255,7 @@ __device__ __forceinline__ void score_own_tokens(const FusedBlock& b) {
     next_block = load_stage_block(p, shape, blocks, token + (kFusedStages + 1) * stride, plan.length);
     if (++slot == kFusedStages) slot = 0, phase ^= 1;
   }
+  merge_range<Scores>(b, best);
   __syncthreads();
 }
 

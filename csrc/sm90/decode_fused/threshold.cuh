@@ -1,22 +1,127 @@
 // Stage 2 of the fused kernel: every block of the cluster finds the k-th best score and its token for each token set,
-// in two exchanges through distributed shared memory.
+// in three exchanges through distributed shared memory.
 //
-//   1. a histogram of the scores, and the bin of the k-th best   find_edge
-//   2. the members of that edge bin, ranked                      find_threshold
+//   1. the range of the scores                         find_range
+//   2. a histogram over it, the bin of the k-th best   find_edge
+//   3. the members of that edge bin, ranked            find_threshold
 //
 // A block writes its part to every block, so that each of them computes the same result locally; a cluster barrier
-// ends each exchange. If the edge bin is too full for exchange 2, as with equal scores, histograms within it narrow it
-// down (narrow_edge). So the distribution of the scores decides only how many exchanges there are.
+// ends each exchange. Tokens below the floor of the range cannot be selected, so warps list the others once
+// (Candidates) and process nothing else. If the edge bin is too full for exchange 3, as with equal scores, further
+// histograms within it narrow it down (narrow_edge).
 #pragma once
 #include <cfloat>
 #include <climits>
 
-#include "sm90/bins.cuh"
 #include "sm90/decode_fused/block.cuh"
 #include "sm90/histogram.cuh"
 #include "sm90/order.cuh"
 
 namespace adamas {
+
+// -- exchange 1: the range --
+
+// The bins span the floor to the best score, or to a few times the distance of the floor from the mean of the groups'
+// maxima, so that outliers do not stretch them; better scores share the last bin. If there are too few groups for a floor,
+// or if all scores that may be selected are equal, there are no bins.
+__device__ __forceinline__ void find_range(const FusedBlock& b) {
+  constexpr float kReach = 6.0f;
+  const FusedMemory& m = b.m;
+  const int sets = b.sets;
+  cluster_wait();  // for the arrival at the kernel's start: the other blocks run and accept stores
+  if (b.lane < sets)
+    for (int r = b.warp; r < b.s.cluster; r += kFusedWarps) {
+      const FusedRange& own = m.heads[b.lane].range;
+      remote_store16(remote(m.ranges + b.rank * sets + b.lane, r),
+                     make_uint4(own.floor, own.best, own.groups, __float_as_uint(own.sum)));
+    }
+  cluster_sync();
+  if (b.warp < sets) {  // one block per lane
+    FusedRange range{kFull, 0, 0, 0.0f};
+    if (b.lane < b.s.cluster) range = m.ranges[b.lane * sets + b.warp];
+    const uint32_t floor = __reduce_min_sync(kFull, range.floor), top = __reduce_max_sync(kFull, range.best);
+    const uint32_t groups = __reduce_add_sync(kFull, range.groups);
+    const float sum = warp_sum(range.sum);
+    if (b.lane == 0) {
+      auto& head = m.heads[b.warp];
+      const bool bounded = groups >= uint32_t(b.plan.need);
+      const float low = bounded && groups ? from_order_key(floor) : -FLT_MAX, best = from_order_key(top);
+      const float scale = __fdividef(kEdgeBins - 1, fminf(best, low + kReach * (__fdividef(sum, groups) - low)) - low);
+      head.low = low;
+      head.exact = !(bounded && floor < top && scale > 0.0f && scale < 3e38f);
+      head.scale = head.exact ? 0.0f : scale;
+      head.size = INT_MAX, head.wanted = b.plan.need;
+      const int bits = token_bits(b.plan.length);
+      head.from = uint64_t(order_key(low)) << bits;
+      head.to = (uint64_t(top + 1) << bits) - 1;
+      if (!head.exact) m.search_failed() = 0;
+    }
+  }
+  __syncthreads();
+}
+
+// A score's bin; it is monotonic in the score. Each operation is rounded separately, so that the compiler cannot
+// contract them in one place and not in another.
+__device__ __forceinline__ int edge_bin(float x, float low, float scale) {
+  return min(int(__fmul_rn(__fsub_rn(x, low), scale)), kEdgeBins - 1);
+}
+
+// Tokens that a warp may have to select: those at or above the floor, and those that are always kept, with score inf.
+// The order of the list depends on the scores alone. If the list cannot hold them all, each() passes over all scores
+// again.
+struct Candidates {
+  const FusedBlock& b;
+  int count;
+
+  __device__ __forceinline__ explicit Candidates(const FusedBlock& b) : b(b) {
+    const float low = b.set < b.sets ? b.m.heads[b.set].low : 0;
+    const bool any_kept = b.p.num_sink_tokens + b.p.recent_window > 0;
+    uint2* list = b.m.candidates + b.warp * kCandidates;
+    int listed = 0;
+    b.each_quad([&](float(&x)[4], int index, bool here) {
+      const int first = any_kept ? b.token(index) : 0;
+#pragma unroll
+      for (int j = 0; j < 4; ++j) {
+        if (any_kept && here && x[j] == -INFINITY && b.always_kept(first + j)) x[j] = INFINITY;
+        const bool take = here && x[j] >= low && x[j] > -INFINITY;
+        const uint32_t takers = __ballot_sync(kFull, take);
+        const int at = listed + __popc(takers & ((1u << b.lane) - 1));
+        if (take && at < kCandidates) list[at] = make_uint2(__float_as_uint(x[j]), uint32_t(index + j));
+        listed += __popc(takers);
+      }
+    });
+    count = listed;
+    __syncwarp();
+  }
+
+  // Calls visit(score, index, whether it is a candidate) in order, with all lanes converged.
+  template <class Visit>
+  __device__ __forceinline__ void each(Visit visit) const {
+    if (count <= kCandidates) {
+      const uint2* list = b.m.candidates + b.warp * kCandidates;
+      for (int i = 0; i < count; i += 32) {
+        const bool here = i + b.lane < count;
+        const uint2 entry = list[here ? i + b.lane : 0];
+        visit(__uint_as_float(entry.x), int(entry.y), here);
+      }
+    } else {
+      const float low = b.m.heads[b.set].low;
+      b.each_quad([&](float(&x)[4], int index, bool here) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+          if (here && x[j] == -INFINITY && b.always_kept(b.token(index) + j)) x[j] = INFINITY;
+          visit(x[j], index + j, here && x[j] >= low && x[j] > -INFINITY);
+        }
+      });
+    }
+  }
+};
+
+// -- exchange 2: the histogram, and the bin of each token set's k-th best --
+
+__device__ __forceinline__ void count_bin(uint32_t* counts, int bin, uint32_t number = 1) {
+  atomicAdd(counts + bin / 2, number << 16 * (bin % 2));
+}
 
 // Adds one to the bin of every lane that takes part; all lanes call it. Lanes that are many, and may have the same bin
 // because neighbouring tokens score alike, are counted together.
@@ -29,7 +134,7 @@ __device__ __forceinline__ void count_bins(uint32_t* counts, bool takes, int bin
     same = __match_any_sync(takers, bin);
     if (int(threadIdx.x % 32) != __ffs(same) - 1) return;
   }
-  atomicAdd(counts + bin / 2, uint32_t(__popc(same)) << 16 * (bin % 2));
+  count_bin(counts, bin, __popc(same));
 }
 
 // Sends the block's histograms to all blocks. The caller waits until they have arrived.
@@ -43,54 +148,42 @@ __device__ __forceinline__ void send_counts(const FusedBlock& b) {
 }
 
 // The edge bin of the warp's set, from the histograms of all blocks: its index, members, members to select, and the
-// place of the block's own members after those of the blocks with lower rank. One lane writes them. If the counted bins
-// do not reach the k-th best, it is among the scores that were not counted, in bin 0.
+// place of the block's own members after those of the blocks with lower rank. One lane writes them.
 __device__ __forceinline__ void find_bin(const FusedBlock& b, FusedHead& head) {
-  constexpr int kPerLane = kEdgeBins / 32;
   const int lane = b.lane, words = b.sets * kEdgeWords;
-  uint32_t count[kPerLane] = {};  // a lane's bins in descending order, summed over the blocks
+  uint32_t count[4] = {0, 0, 0, 0};  // a lane has four bins, summed over the blocks
   const uint32_t* from = b.m.copies + b.warp * kEdgeWords;
 #pragma unroll 4
   for (int r = 0; r < b.s.cluster; ++r) {
-    const uint2 x = *reinterpret_cast<const uint2*>(from + r * words + kEdgeWords - 2 * (lane + 1));
+    const uint2 x = *reinterpret_cast<const uint2*>(from + r * words + kEdgeWords - 2 - 2 * lane);
     count[0] += x.y >> 16, count[1] += x.y & 0xffff, count[2] += x.x >> 16, count[3] += x.x & 0xffff;
   }
   const uint32_t wanted = head.wanted;
   const LaneBin own = find_lane_bin(count, wanted);
   const int owner = __ffs(__ballot_sync(kFull, own.sum >= wanted)) - 1;
-  const int edge = __shfl_sync(kFull, int(own.bin.index), max(owner, 0));
+  const int edge = __shfl_sync(kFull, int(own.bin.index), owner);
   const uint32_t theirs = lane < b.rank ? from[lane * words + edge / 2] >> 16 * (edge % 2) & 0xffff : 0;
   const uint32_t base = __reduce_add_sync(kFull, theirs);
   __syncwarp();  // every lane has read `wanted`
-  if (lane == owner) {
-    head.edge = edge, head.size = own.bin.size, head.wanted = wanted - own.bin.before, head.base = base;
-  } else if (owner < 0 && lane == 31) {
-    head.edge = 0, head.size = INT_MAX, head.wanted = wanted - own.sum;
-  }
+  if (lane == owner) head.edge = edge, head.size = own.bin.size, head.wanted = wanted - own.bin.before, head.base = base;
   __syncwarp();
 }
-static_assert(kEdgeBins == 4 * 32);
 
-// -- exchange 1: the histogram --
-
-__device__ __forceinline__ void find_edge(const FusedBlock& b) {
+__device__ __forceinline__ void find_edge(const FusedBlock& b, const Candidates& candidates) {
   const FusedMemory& m = b.m;
-  const FusedHead& own = m.heads[min(b.set, b.sets - 1)];
-  const float low = own.low, scale = own.scale;
-  uint32_t* counts = m.counts + b.set * kEdgeWords;
-  b.each_quad([&](float(&x)[4], int, bool) {
-#pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int bin = edge_bin(x[j], low, scale);
-      count_bins(counts, bin > 0 && x[j] > -INFINITY, bin);
-    }
-  });
+  if (b.set < b.sets && !m.heads[b.set].exact) {
+    const float low = m.heads[b.set].low, scale = m.heads[b.set].scale;
+    uint32_t* counts = m.counts + b.set * kEdgeWords;
+    candidates.each([&](float x, int, bool here) {
+      if (here && x != INFINITY) count_bin(counts, edge_bin(x, low, scale));
+    });
+  }
   __syncthreads();
   send_counts(b);
   cluster_sync();
   if (b.warp < b.sets) {
     FusedHead& head = m.heads[b.warp];
-    find_bin(b, head);
+    if (!head.exact) find_bin(b, head);
     if (b.lane == 0 && head.size > kMembers) m.search_failed() = 1;
   }
   __syncthreads();
@@ -126,16 +219,16 @@ inline __device__ __noinline__ void narrow_edge(const DecodeParams& p, const Fus
   FusedHead& found = m.heads[min(warp, sets - 1)];  // the set that it decides on
   const bool decides = warp < sets && found.size > kMembers;
   if (decides && !found.exact) {
-    const uint32_t bottom = order_key(-FLT_MAX), top = order_key(FLT_MAX);
+    const uint32_t bottom = uint32_t(found.from >> bits), top = uint32_t(found.to >> bits);
     const uint32_t first = first_key(bottom, top, found.edge, found.low, found.scale);
     const uint32_t next =
         found.edge < kEdgeBins - 1 ? first_key(first, top, found.edge + 1, found.low, found.scale) : top + 1;
     __syncwarp();
-    if (lane == 0) {
-      found.from = uint64_t(first) << bits, found.to = (uint64_t(next) << bits) - 1;
-      found.exact = true;
-      if (b.rank == 0) count_search(p);
-    }
+    if (lane == 0) found.from = uint64_t(first) << bits, found.to = (uint64_t(next) << bits) - 1;
+  }
+  if (decides && lane == 0) {
+    found.exact = true;
+    if (b.rank == 0) count_search(p);
   }
   __syncthreads();
   for (;;) {
@@ -166,7 +259,7 @@ inline __device__ __noinline__ void narrow_edge(const DecodeParams& p, const Fus
       least = __reduce_min_sync(kFull, least);
       count = __reduce_add_sync(kFull, most == top ? count : 0);
       if (lane == 0) m.parts[warp] = make_uint4(least, top, count, 0);
-      __syncthreads();
+      cluster_sync();  // every block has read the previous ranges
       if (lane < sets) {  // a set's warps are neighbours
         uint4 range = make_uint4(kFull, 0, 0, 0);
         for (int w = lane * b.warps_per_set; w < (lane + 1) * b.warps_per_set; ++w) {
@@ -180,7 +273,7 @@ inline __device__ __noinline__ void narrow_edge(const DecodeParams& p, const Fus
       cluster_sync();
       if (decides && found.size > kMembers) {
         uint4 range = make_uint4(kFull, 0, 0, 0);
-        if (lane < s.cluster) range = m.ranges[lane * sets + warp];
+        if (lane < s.cluster) range = reinterpret_cast<const uint4*>(m.ranges)[lane * sets + warp];
         least = __reduce_min_sync(kFull, range.x), most = __reduce_max_sync(kFull, range.y);
         count = __reduce_add_sync(kFull, range.y == most ? range.z : 0);
         if (int(count) >= found.wanted) least = most;
@@ -217,72 +310,7 @@ inline __device__ __noinline__ void narrow_edge(const DecodeParams& p, const Fus
   }
 }
 
-// Tokens that a warp may have to select: those in the edge bin or above it, and those that are always kept, with score
-// inf. The order of the list depends on the scores alone. If the list cannot hold them all, each() passes over all scores
-// again.
-struct Candidates {
-  const FusedBlock& b;
-  const int bits;
-  float low, scale;
-  int edge;
-  bool exact;
-  uint64_t from, to;
-  int count;
-
-  __device__ __forceinline__ explicit Candidates(const FusedBlock& b) : b(b), bits(token_bits(b.plan.length)) {
-    const FusedHead& head = b.m.heads[min(b.set, b.sets - 1)];
-    low = head.low, scale = head.scale, edge = head.edge, exact = head.exact, from = head.from, to = head.to;
-    uint2* list = b.m.candidates + b.warp * kCandidates;
-    int listed = 0;
-    each_score([&](float x, int index, bool here) {
-      const uint32_t takers = __ballot_sync(kFull, here);
-      const int at = listed + __popc(takers & ((1u << b.lane) - 1));
-      if (here && at < kCandidates) list[at] = make_uint2(__float_as_uint(x), uint32_t(index));
-      listed += __popc(takers);
-    });
-    count = listed;
-    __syncwarp();
-  }
-
-  // Whether a candidate that is not always kept is a member of the edge bin.
-  __device__ __forceinline__ bool at_edge(float x, int token) const {
-    return exact ? rank_key(order_key(x), token, bits) <= to : edge_bin(x, low, scale) == edge;
-  }
-
-  // Calls visit(score, index, whether it is a candidate) in order, with all lanes converged.
-  template <class Visit>
-  __device__ __forceinline__ void each(Visit visit) const {
-    if (count <= kCandidates) {
-      const uint2* list = b.m.candidates + b.warp * kCandidates;
-      for (int i = 0; i < count; i += 32) {
-        const bool here = i + b.lane < count;
-        const uint2 entry = list[here ? i + b.lane : 0];
-        visit(__uint_as_float(entry.x), int(entry.y), here);
-      }
-    } else {
-      each_score(visit);
-    }
-  }
-
- private:
-  template <class Visit>
-  __device__ __forceinline__ void each_score(Visit visit) const {
-    const bool any_kept = b.p.num_sink_tokens + b.p.recent_window > 0;
-    b.each_quad([&](float(&x)[4], int index, bool here) {
-      const int first = any_kept || exact ? b.token(index) : 0;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        const bool reaches =
-            exact ? rank_key(order_key(x[j]), first + j, bits) >= from : edge_bin(x[j], low, scale) >= edge;
-        bool take = here && x[j] > -INFINITY && reaches;
-        if (any_kept && here && x[j] == -INFINITY && b.always_kept(first + j)) x[j] = INFINITY, take = true;
-        visit(x[j], index + j, take);
-      }
-    });
-  }
-};
-
-// -- exchange 2: the members of the edge bin, and the k-th best among them --
+// -- exchange 3: the members of the edge bin, and the k-th best among them --
 
 // A token is selected if its score is above head.score, or equal to it and the token is not older than head.token.
 __device__ __forceinline__ void find_threshold(const FusedBlock& b, const Candidates& candidates) {
@@ -294,8 +322,18 @@ __device__ __forceinline__ void find_threshold(const FusedBlock& b, const Candid
   }
   if (b.set < b.sets) {
     auto& head = m.heads[b.set];
+    const float low = head.low, scale = head.scale;
+    const int edge = head.edge, bits = token_bits(b.plan.length);
+    const bool exact = head.exact;
+    const uint64_t from = head.from, to = head.to;
     candidates.each([&](float x, int index, bool here) {
-      if (!here || x == INFINITY || !candidates.at_edge(x, b.token(index))) return;
+      if (!here || x == INFINITY) return;
+      if (exact) {
+        const uint64_t rank = rank_key(order_key(x), b.token(index), bits);
+        if (rank < from || rank > to) return;
+      } else if (edge_bin(x, low, scale) != edge) {
+        return;
+      }
       const uint32_t at = head.base + atomicAdd(&head.placed, 1u);
       for (int r = 0; r < b.s.cluster; ++r)
         remote_store8(remote(m.members + b.set * kMembers + at, r), make_uint2(__float_as_uint(x), b.token(index)));

@@ -5,7 +5,7 @@
 // share it, as equal ones do, that warp searches by value: each guess costs a pass over the sample and bounds the pivot
 // by scores of the sample, so that outliers and equal scores do not prolong the search.
 #pragma once
-#include "sm90/bins.cuh"
+#include "sm90/decode_split/bins.cuh"
 #include "sm90/histogram.cuh"
 #include "sm90/memory.cuh"
 #include "sm90/order.cuh"
@@ -156,7 +156,7 @@ static_assert(kTile == 4 * kQuad);
 
 // A sample's sums and its scores in bins, in shared memory.
 struct alignas(16) SampleCounts {
-  uint32_t bins[kEdgeBins];
+  uint32_t bins[kSampleBins];
   float sum, squares;
   uint32_t count;
 };
@@ -185,7 +185,7 @@ __device__ __forceinline__ void count_samples(const Sample& sample, int sets, fl
     const ScoreBinning binning(to.sum, to.squares, float(to.count), share);
     const float4 x = *reinterpret_cast<const float4*>(sample.scores + i * kQuad);
     auto count = [&](float score) {
-      const int bin = edge_bin(score, binning.low, binning.scale);
+      const int bin = sample_bin(score, binning.low, binning.scale);
       if (bin > 0 && score > -INFINITY) atomicAdd(to.bins + bin, 1u);
     };
     count(x.x), count(x.y), count(x.z), count(x.w);
@@ -200,7 +200,7 @@ __device__ __forceinline__ Pivot find_pivot(const Sample& sample, const SampleCo
   const int least = sample_rank(need, sample.size(), length, kLeastSpread);
   if (int(counts.count) < least) return {-INFINITY, 0.0f, 0};
   const ScoreBinning binning(counts.sum, counts.squares, float(counts.count), share);
-  const uint4 own = *reinterpret_cast<const uint4*>(counts.bins + kEdgeBins - 4 * (threadIdx.x % 32 + 1));
+  const uint4 own = *reinterpret_cast<const uint4*>(counts.bins + kSampleBins - 4 * (threadIdx.x % 32 + 1));
   const uint32_t count[4] = {own.w, own.z, own.y, own.x};  // a lane's bins in descending order
   // The score that a rank's bin begins with, and how many scores of the sample reach it.
   auto bin_of = [&](int rank, int& reached) {

@@ -6,18 +6,18 @@
 
 namespace adamas {
 
-// A score's position in units of the deviation is t = (score - low) * scale, about kEdgePosition for the k-th best of
-// normally distributed scores. Bins divide every octave of t from 2^kFirstOctave on equally, so that they are fine where
+// A score's position in units of the deviation is t = (score - low) * scale, about kRankPosition for the wanted
+// score of normally distributed scores. Bins divide every octave of t from 2^kFirstOctave on equally, so that they are fine where
 // the k-th best should be and reach far. The first bin holds all lower scores, the last one all higher ones.
-constexpr int kEdgeBits = 7, kEdgeBins = 1 << kEdgeBits;
+constexpr int kSampleBinBits = 7, kSampleBins = 1 << kSampleBinBits;
 constexpr int kFirstOctave = -2, kOctaveBits = 5;
-constexpr float kEdgePosition = 1.5f;
+constexpr float kRankPosition = 1.5f;
 
 // The bin of a score; it is monotonic in the score. Each operation is rounded separately, so that the compiler cannot
 // contract them in one place and not in another.
-__device__ __forceinline__ int edge_bin(float x, float low, float scale) {
+__device__ __forceinline__ int sample_bin(float x, float low, float scale) {
   const int t = __float_as_int(fmaxf(__fmul_rn(__fsub_rn(x, low), scale), 0.0f));
-  return min(max((t - ((127 + kFirstOctave) << 23) >> (23 - kOctaveBits)) + 1, 0), kEdgeBins - 1);
+  return min(max((t - ((127 + kFirstOctave) << 23) >> (23 - kOctaveBits)) + 1, 0), kSampleBins - 1);
 }
 
 // About the least score of a bin from 1 on, given the deviation, 1 / scale.
@@ -33,7 +33,7 @@ struct ScoreBinning {
   __device__ __forceinline__ ScoreBinning(float sum, float squares, float count, float share) {
     const float inverse = __fdividef(1.0f, count), mean = sum * inverse;
     deviation = sqrtf(fmaxf(squares * inverse - mean * mean, 0.0f));
-    low = mean + deviation * ((share < 0.5f ? normal_tail(share) : 0.0f) - kEdgePosition);
+    low = mean + deviation * ((share < 0.5f ? normal_tail(share) : 0.0f) - kRankPosition);
     scale = __fdividef(1.0f, deviation);
     if (!(deviation > 1e-3f * fabsf(mean) && scale < 3e38f)) scale = 0.0f;
   }
