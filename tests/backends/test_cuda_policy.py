@@ -215,7 +215,7 @@ def test_a_plan_takes_the_form_that_the_policy_prefers(recorder) -> None:
         plan = backend.plan(layer, rows, torch.bfloat16, longest)
         assert (plan.cluster, plan.fused_context) == form
     assert backend.plan(layer, 1, torch.bfloat16, 1 << 17).sample_bits == 11
-    plan = LaunchPlan(3, 0, 10, 4096, 4096)
+    plan = LaunchPlan(3, 0, 11, 4096, 4096)
     assert backend.plan(layer, 1, torch.bfloat16, 4096) == plan
 
 
