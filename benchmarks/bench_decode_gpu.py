@@ -54,9 +54,7 @@ SETS = {
     "max": {"selection": "kv_head", "combine": "max"},
 }
 SELECTIONS = tuple(SETS)
-#: Forms of a decode step: the three kernels, the fused one, and the fused one for rows up to a length with
-#: the three kernels behind it for longer ones.
-FORMS = ("three", "fused", "both")
+FORMS = ("three", "fused")  #: of a decode step: three kernels, or one
 SCORES = ("dot", "manhattan")
 LAUNCHES = ("server", "exact")
 #: ``--max-model-len`` of the servers whose graphs are launched: the first that admits the context.
@@ -310,14 +308,11 @@ def bench_adamas(
         ]
 
     result = {"three": measured(calls(cluster=0), stats, layer.params)}
-    plan = backend.plan(layer, rows, DTYPE, launch)
+    chosen = backend.plan(layer, rows, DTYPE, launch).cluster
     cluster = backend.largest_cluster(layer, rows, DTYPE, launch)
     if cluster:
         result["fused"] = measured(calls(cluster=cluster), stats, layer.params)
         result["fused"]["cluster"] = cluster
-    if plan.fused_context:
-        form = {"cluster": plan.cluster, "fused_context": plan.fused_context}
-        result["both"] = measured(calls(**form), stats, layer.params) | form
     if stages:
         encode, encode_scan = (timed(calls(cluster=0, stages=n))["us"] for n in (1, 3))
         three = result["three"]
@@ -326,7 +321,7 @@ def bench_adamas(
     moved = pool.signature_bytes() + pool.attended_bytes(selection, budget)
     for one in result.values():
         one["GBps"] = round(moved / one["us"] / 1e3)
-    result["runs"] = "both" if plan.fused_context else "fused" if plan.cluster else "three"
+    result["runs"] = "fused" if chosen else "three"
     return result
 
 

@@ -148,7 +148,7 @@ def both_kernels(result: dict) -> list[str]:
             one = cell[f"dot {selection}"]
             if "fused" in one:
                 fused, three = one["fused"], one["three"]
-                taken = {"three": "three", "fused": "one", "both": "by length"}[one["runs"]]
+                taken = "one" if one["runs"] == "fused" else "three"
                 rows.append(
                     [place(cell), selection, fused["cluster"], fused["us"], three["us"], taken]
                 )

@@ -124,7 +124,6 @@ class CudaBackend(Backend, Inspectable):
         *,
         stages: int = ALL_STAGES,
         cluster: int | None = None,
-        fused_context: int = 0,
     ) -> None:
         """As :meth:`Backend.decode`; budgets far above the configured one cost a second pass over the
         signatures.
@@ -133,8 +132,6 @@ class CudaBackend(Backend, Inspectable):
             stages: which of the three kernels run (bits: encode, scan, attend), for measurements.
             cluster: blocks per (row, KV head) of the fused kernel, 0 for the three kernels; default:
                 the choice of :meth:`plan`.
-            fused_context: with a cluster, most tokens of the rows that the fused kernel takes; 0 if it
-                takes all.
 
         Raises:
             AdamasError: the step exceeds the limits of the kernels.
@@ -156,7 +153,6 @@ class CudaBackend(Backend, Inspectable):
             self._workspace.at_least(query.device, plan.workspace_bytes),
             longest,
             plan.cluster if cluster is None else cluster,
-            plan.fused_context if cluster is None else fused_context,
             plan.sample_bits,
             plan.capacity,
             batch.overlap,
@@ -190,12 +186,14 @@ class CudaBackend(Backend, Inspectable):
         if found is None:
             params = layer.params
             check_step(rows, params.num_kv_heads, max_seq_len)
-            cluster, fused_context = policy.fused_launch(
-                params, longest, lambda tokens: self.largest_cluster(layer, rows, dtype, tokens)
-            )
+            cluster = self.largest_cluster(layer, rows, dtype, longest)
+            sets = params.num_score_heads // params.num_kv_heads
+            budget = params.budget.most(longest)
+            if not policy.prefers_fused(cluster, longest, sets, budget, params.combine):
+                cluster = 0
             bits, capacity = self._sampling(params, longest)
             size = self._library.workspace_bytes(*_shape(params), rows, capacity)
-            found = layer.plans[key] = LaunchPlan(cluster, fused_context, bits, capacity, size)
+            found = layer.plans[key] = LaunchPlan(cluster, bits, capacity, size)
         return found
 
     def largest_cluster(

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from vllm_adamas.backends.base import Params
 from vllm_adamas.backends.cuda.library import limits, load
 from vllm_adamas.backends.launch import LEAST_CONTEXT, rounded_context
 from vllm_adamas.errors import AdamasError
@@ -23,10 +22,6 @@ SCORES_PER_BLOCK = 12288
 #: Groups of tokens per block of the fused kernel, over the token sets of a KV head. The smallest of the
 #: groups' maxima is a lower bound of the k-th best score if there are at least k groups.
 GROUPS_PER_BLOCK = {"sum": 128, "max": 512}
-#: Where a step's longest context is too long for the fused kernel, it takes the rows up to a shorter one if
-#: that is at least so many tokens; the launches of the three kernels for the other rows cost time even if
-#: there are none.
-LEAST_FUSED_CONTEXT = 8192
 
 
 @dataclass(frozen=True)
@@ -34,16 +29,13 @@ class LaunchPlan:
     """The launch of a decode step.
 
     Args:
-        cluster: blocks per (row, KV head) of the fused kernel, 0 for the three kernels alone.
-        fused_context: most tokens of the rows that the fused kernel takes, while the three kernels take the
-            others; 0 if it takes all rows.
+        cluster: blocks per (row, KV head) of the fused kernel, 0 for the three kernels.
         sample_bits: log2 of the tokens of a context that encode samples.
         capacity: candidates per token set.
         workspace_bytes: size of the workspace.
     """
 
     cluster: int
-    fused_context: int
     sample_bits: int
     capacity: int
     workspace_bytes: int
@@ -72,26 +64,6 @@ def prefers_fused(
         and max_seq_len * sets <= SCORES_PER_BLOCK * cluster
         and budget * sets <= GROUPS_PER_BLOCK[combine] * cluster
     )
-
-
-def fused_launch(
-    params: Params, max_seq_len: int, cluster_of: Callable[[int], int]
-) -> tuple[int, int]:
-    """``cluster`` and ``fused_context`` of a :class:`LaunchPlan`.
-
-    Args:
-        cluster_of: maps a longest context to the result of :func:`largest_cluster`.
-    """
-    sets = params.num_score_heads // params.num_kv_heads
-    for longest in reversed(list(rounded_contexts(max_seq_len))):
-        whole = longest == rounded_context(max_seq_len)
-        if not whole and longest < LEAST_FUSED_CONTEXT:
-            break
-        cluster = cluster_of(longest)
-        budget = params.budget.most(longest)
-        if prefers_fused(cluster, longest, sets, budget, params.combine):
-            return cluster, 0 if whole else longest
-    return 0, 0
 
 
 def largest_cluster(groups: int, clusters_at_once: Callable[[int], int]) -> int:

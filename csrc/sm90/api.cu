@@ -123,12 +123,11 @@ void use_workspace(DecodeParams& p, const TensorView& work, DLDevice device) {
   argument.expect(workspace(p, data<uint8_t>(work)) <= work.size(0));
 }
 
-// cluster: blocks per (row, KV head) of the fused kernel, 0 for the three kernels alone. fused_context: most tokens of
-// the rows that the fused kernel takes, while the three kernels take the others; 0: it takes all rows. stages: which of
-// the three run, bit 0 encode, bit 1 scan, bit 2 attend; the benchmark times them one by one.
+// cluster: blocks per (row, KV head) of the fused kernel, 0 for the three kernels. stages: which of the three run,
+// bit 0 encode, bit 1 scan, bit 2 attend; the benchmark times them one by one.
 void decode_op(Layer layer, TensorView query, TensorView output, TensorView block_table, TensorView seq_lens,
                TensorView budgets, TensorView stats, TensorView work, int64_t max_seq_len, int64_t cluster,
-               int64_t fused_context, int64_t sample_bits, int64_t capacity, bool overlap, int64_t stages) {
+               int64_t sample_bits, int64_t capacity, bool overlap, int64_t stages) {
   const DLDevice device = layer->device;
   DecodeParams p = make_step(layer, query, block_table, seq_lens, max_seq_len, sample_bits, capacity);
   p.output = as_rows(output, "output", "[R, Hq, D] of the dtype of query, D contiguous", layer, p.num_rows,
@@ -138,21 +137,12 @@ void decode_op(Layer layer, TensorView query, TensorView output, TensorView bloc
   p.budgets = as_vector<const int32_t>(budgets, "budgets", "contiguous int32 [R]", device, p.num_rows);
   p.stats = as_vector<int64_t>(stats, "stats", "contiguous int64 [5]", device, 5);
   p.overlap = overlap;
-  expect(fused_context >= 0 && fused_context <= kMaxContext && (cluster || !fused_context),
-         "fused_context: expected a length that the kernels hold, and a cluster");
-  p.fused_context = int(fused_context);
   void* stream = current_stream(layer);
   use_workspace(p, work, device);
   expect(cluster == 0 || fused_fits(p, int(cluster)),
          "cluster: the fused kernel does not take this step in so many blocks");
   if (p.num_rows == 0) return;
-  if (cluster) {
-    p.fused = true;
-    fused(p, int(cluster), stream);
-    if (!fused_context) return;
-    p.fused = false;
-    p.overlap = true;  // the fused kernel writes none of what encode reads early
-  }
+  if (cluster) return fused(p, int(cluster), stream);
   if (stages & 1) encode(p, stream);
   if (stages & 2) scan(p, stream);
   if (stages & 4) attend(p, stream);

@@ -93,8 +93,6 @@ struct DecodeParams {
   const int32_t* budgets;       // [rows]
   int num_rows, num_query_heads, group, score_heads_per_kv, head_quads;
   int max_seq_len;  // upper bound of all rows, which workspaces and the block table hold
-  int fused_context;  // if not 0, rows up to so many tokens are the fused kernel's, and the others the three kernels'
-  bool fused;         // this is the fused kernel
   float softmax_scale, norm;
   float logit_scale;  // softmax scale in base 2 of values that are not fp8
   Mode mode;

@@ -19,14 +19,11 @@ __device__ __forceinline__ int context_length(const Params& p, int row) {
 // tokens in between (the middle). Every thread computes it, at the cost of loading the length and the budget.
 struct RowPlan {
   int length, first;  // tokens [first, length) are visible
-  bool skipped;       // another kernel's row; its length is 0 here
   bool sparse;
   int budget, middle, need;
 
   __device__ RowPlan(const DecodeParams& p, int row) {
     length = context_length(p, row);
-    skipped = p.fused_context > 0 && (length <= p.fused_context) != p.fused;
-    if (skipped) length = 0;
     budget = max(p.budgets ? p.budgets[row] : 0, p.least_budget);
     sparse = p.scores || (budget < length && p.sliding_window == 0);
     if (length <= 0) sparse = false;

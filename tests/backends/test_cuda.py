@@ -212,30 +212,25 @@ def test_nan_stays_where_it_is(backend, cluster: int) -> None:
 # graphs and arguments
 
 
-@pytest.mark.parametrize(
-    "cluster, fused_context", [*((cluster, 0) for cluster in CLUSTERS), (3, 2048)]
-)
+@over_clusters
 @over_scores
-def test_graph_replay_with_other_rows(
-    backend, cluster: int, fused_context: int, selection: str, score: str
-) -> None:
+def test_graph_replay_with_other_rows(backend, cluster: int, selection: str, score: str) -> None:
     """A captured step serves every batch of its size: tables, lengths and budgets are read on the device."""
     longest = 65536  # of the rows to come
     case = Case((9000, 2300, 40), (256, 128, 64), padding=0, **SETS[selection], score=score)
     batch = case.build(backend, "cuda")
     unused = batch.block_table[:, -1:].expand(-1, longest // 64 - batch.block_table.shape[1])
     batch.block_table = torch.cat((batch.block_table, unused), 1)
-    skip_unless_fits(backend, batch, cluster, fused_context or longest)
-    form = {"cluster": cluster, "fused_context": fused_context}
+    skip_unless_fits(backend, batch, cluster, longest)
     output = torch.zeros_like(batch.query)
     stats = torch.zeros(COUNTERS, dtype=torch.int64, device="cuda")
     step = batch.step(max_seq_len=longest, overlap=True)
     args = (batch.bound(backend), batch.query, step, output, stats)
     backend.reserve(batch.params, 3, longest)
-    backend.decode(*args, **form)
+    backend.decode(*args, cluster=cluster)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        backend.decode(*args, **form)
+        backend.decode(*args, cluster=cluster)
     for lengths, budgets, order in [
         ((8000, 2000, 0), (64, 3000, 8), (0, 1, 2)),
         ((1, 2300, 33), (4, 100, 32), (0, 1, 2)),
@@ -247,7 +242,7 @@ def test_graph_replay_with_other_rows(
         output.fill_(float("nan"))
         stats.zero_()
         graph.replay()
-        again, counted = batch.decode(backend, max_seq_len=longest, overlap=True, **form)
+        again, counted = batch.decode(backend, max_seq_len=longest, overlap=True, cluster=cluster)
         assert torch.equal(output, again)
         assert stats.tolist() == counted
         expected, _ = attend_selected(backend, batch)
@@ -256,14 +251,14 @@ def test_graph_replay_with_other_rows(
 
 @SELECTIONS
 def test_plans_follow_the_longest_context(backend, selection: str) -> None:
-    """One kernel for short contexts of few rows, and three beside it for long ones; one reservation serves them all."""
+    """One kernel for short contexts of few rows, three for long ones; one reservation serves them all."""
     params = Case(**SETS[selection], heads=(8, 2)).params
     layout = params.layout
     pages = torch.zeros(1, 2, layout.block_size, layout.token_bytes // 2, dtype=layout.dtype)
     layer = backend.bind(params, pages.cuda())
     dtype, longest = torch.bfloat16, limits().max_context
     assert backend.plan(layer, 1, dtype, 4096).cluster > 0
-    assert backend.plan(layer, 1, dtype, longest).fused_context > 0
+    assert backend.plan(layer, 1, dtype, longest).cluster == 0
     reserved = backend.workspace_bytes(params, 8, longest)
     for rows in (1, 8):
         for tokens in (1, 1000, 5000, 65536, 65537, 300_000, longest):

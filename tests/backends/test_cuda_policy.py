@@ -63,7 +63,7 @@ def test_choice_of_the_fused_kernel_is_the_measured_one() -> None:
             cluster, cell["launch"], sets, cell["budget"], "max" if name.endswith("max") else "sum"
         )
         assert (result["runs"] == "fused") == fused, where
-        best = min(result[form]["us"] for form in ("three", "fused", "both") if form in result)
+        best = min(result[form]["us"] for form in ("three", "fused"))
         assert result[result["runs"]]["us"] <= MISSED.get(where, 1.08) * best, where
 
 
@@ -73,18 +73,6 @@ def test_choice_follows_the_budget(budget: int | float, fused: bool) -> None:
     budget = TokenBudget(budget).most(8192)
     assert prefers_fused(3, 8192, 1, budget) == fused
     assert prefers_fused(3, 8192, 1, budget, "max") == (budget <= 1536)
-
-
-def test_long_launches_leave_short_rows_to_the_fused_kernel() -> None:
-    """At most as long as the blocks of a cluster may look through, but not for very short ones."""
-    params = Case(selection="kv_head").params
-    cluster, context = policy.fused_launch(params, 1 << 17, lambda tokens: 3)
-    assert cluster == 3
-    assert policy.LEAST_FUSED_CONTEXT <= context <= 3 * policy.SCORES_PER_BLOCK
-    assert policy.fused_launch(params, context, lambda tokens: 3) == (3, 0)
-    assert policy.fused_launch(params, 1 << 17, lambda tokens: 1) == (0, 0)
-    many = Case(heads=(16, 1)).params
-    assert policy.fused_launch(many, 1 << 17, lambda tokens: 3) == (0, 0)  # token sets
 
 
 # plans, with a library that computes nothing
@@ -210,12 +198,10 @@ def test_a_plan_takes_the_form_that_the_policy_prefers(recorder) -> None:
     """The stand-in runs 20 clusters of up to 3 blocks at once."""
     backend = cuda.CudaBackend()
     layer = bound(backend, Case(heads=(2, 2), selection="kv_head"))
-    forms = {(1, 4096): (3, 0), (10, 4096): (3, 0), (11, 4096): (0, 0), (1, 49152): (3, 32768)}
-    for (rows, longest), form in forms.items():
-        plan = backend.plan(layer, rows, torch.bfloat16, longest)
-        assert (plan.cluster, plan.fused_context) == form
+    for rows, longest, cluster in ((1, 4096, 3), (10, 4096, 3), (11, 4096, 0), (1, 49152, 0)):
+        assert backend.plan(layer, rows, torch.bfloat16, longest).cluster == cluster
     assert backend.plan(layer, 1, torch.bfloat16, 1 << 17).sample_bits == 11
-    plan = LaunchPlan(3, 0, 11, 4096, 4096)
+    plan = LaunchPlan(3, 11, 4096, 4096)
     assert backend.plan(layer, 1, torch.bfloat16, 4096) == plan
 
 
@@ -290,8 +276,8 @@ ARGUMENTS = {
     "decode": ("query", "output", "block_table", "seq_lens", "budgets", "stats", "work"),
     "gather": ("block_table", "seq_lens", "key", "value"),
 }
-#: Of a decode step: max_seq_len, cluster, fused_context, sample_bits, capacity, overlap, stages
-LAUNCH = (200, 0, 0, 10, 4096, False, cuda.ALL_STAGES)
+#: Of a decode step: max_seq_len, cluster, sample_bits, capacity, overlap, stages
+LAUNCH = (200, 0, 10, 4096, False, cuda.ALL_STAGES)
 
 
 def call(layer: cuda.CudaLayer, batch: Batch, operation: str, **changes) -> None:

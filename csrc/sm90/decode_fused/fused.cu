@@ -14,8 +14,7 @@ FusedShape fused_shape(const DecodeParams& p, int cluster) {
   s.stage_bytes = stage_bytes(p.page);
   const int64_t round = s.stage.tokens / kQuad * cluster;
   s.round_magic = uint32_t(((1ll << 32) + round - 1) / round);
-  const int longest = p.fused_context ? std::min(p.fused_context, p.max_seq_len) : p.max_seq_len;
-  const int stages = (longest + s.stage.tokens - 1) / s.stage.tokens;
+  const int stages = (p.max_seq_len + s.stage.tokens - 1) / s.stage.tokens;
   // The padding lets heads start in different banks.
   s.score_stride = (stages + cluster - 1) / cluster * kStageTokens + 8;
 

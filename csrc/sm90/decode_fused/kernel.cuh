@@ -21,8 +21,7 @@ __global__ void __launch_bounds__(kFusedThreads, 2)
   cluster_arrive();  // other blocks may write to this one only when it runs
   if (b.plan.length <= 0) {
     b.begin();
-    const bool writes = b.rank == 0 && !b.plan.skipped;
-    for (int i = threadIdx.x; writes && i < p.group * D; i += kFusedThreads) b.output<T>(i / D)[i % D] = T(0.0f);
+    for (int i = threadIdx.x; b.rank == 0 && i < p.group * D; i += kFusedThreads) b.output<T>(i / D)[i % D] = T(0.0f);
     cluster_wait();
     return;
   }

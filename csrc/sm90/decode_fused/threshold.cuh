@@ -53,7 +53,7 @@ __device__ __forceinline__ void find_range(const FusedBlock& b) {
       head.size = INT_MAX, head.wanted = b.plan.need;
       const int bits = token_bits(b.plan.length);
       head.from = uint64_t(order_key(low)) << bits;
-      head.to = (uint64_t(top + 1) << bits) - 1;
+      head.to = uint64_t(top) << bits | (b.plan.length - 1);
       if (!head.exact) m.search_failed() = 0;
     }
   }
@@ -214,7 +214,7 @@ inline __device__ __noinline__ void narrow_edge(const DecodeParams& p, const Fus
   const FusedMemory& m = b.m;
   const int lane = b.lane, warp = b.warp, sets = b.sets;
   const int bits = token_bits(b.plan.length);
-  const uint64_t last_token = (uint64_t(1) << bits) - 1;
+  const uint64_t last_token = b.plan.length - 1;
   FusedHead& own = m.heads[min(b.set, sets - 1)];   // the set whose scores this warp looks at
   FusedHead& found = m.heads[min(warp, sets - 1)];  // the set that it decides on
   const bool decides = warp < sets && found.size > kMembers;
