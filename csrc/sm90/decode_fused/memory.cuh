@@ -15,7 +15,7 @@ constexpr int kTokens = 2048;                               // selected tokens a
 // The range of a block's own scores of one token set, as order keys, and the groups that its floor is taken from.
 struct alignas(16) FusedRange {
   uint32_t floor, best, groups;
-  float sum;  // of the groups' best scores
+  uint32_t high_floor;  // the largest of the warps' floors
 };
 
 // The search for one token set's k-th best score.

@@ -37,7 +37,7 @@ __device__ __forceinline__ void merge_range(const FusedBlock& b, float (&best)[k
 #pragma unroll
         for (int i = 0; i < n; ++i) part[i] = fmaxf(part[i], part[i + n]);
     float top = part[0];
-    float floor = INFINITY, sum = 0;
+    float floor = INFINITY;
     int groups = 0;
     if (per_warp <= kLanes) {
       float x = top;
@@ -45,19 +45,18 @@ __device__ __forceinline__ void merge_range(const FusedBlock& b, float (&best)[k
       for (int n = kLanes / 2, step = kStride; n >= 2; n /= 2, step *= 2)
         if (n >= per_warp) x = fmaxf(x, __shfl_xor_sync(kFull, x, step));
       if (x > -INFINITY) floor = x;
-      if (x > -INFINITY && (lane & (kLanes / per_warp - 1) * kStride) == 0) groups = 1, sum = x;
+      if (x > -INFINITY && (lane & (kLanes / per_warp - 1) * kStride) == 0) groups = 1;
     } else {
 #pragma unroll
       for (int i = 0; i < kParts; ++i) {
         if (kLanes * i >= per_warp) break;
         top = fmaxf(top, part[i]);
-        if (part[i] > -INFINITY) floor = fminf(floor, part[i]), sum += part[i], ++groups;
+        if (part[i] > -INFINITY) floor = fminf(floor, part[i]), ++groups;
       }
     }
 #pragma unroll
     for (int step = kStride; step < 32; step *= 2) {
       groups += __shfl_xor_sync(kFull, groups, step);
-      sum += __shfl_xor_sync(kFull, sum, step);
       floor = fminf(floor, __shfl_xor_sync(kFull, floor, step));
       top = fmaxf(top, __shfl_xor_sync(kFull, top, step));
     }
@@ -67,7 +66,7 @@ __device__ __forceinline__ void merge_range(const FusedBlock& b, float (&best)[k
       atomicMin(&to.floor, order_key(floor));
       atomicMax(&to.best, order_key(top));
       atomicAdd(&to.groups, uint32_t(groups));
-      atomicAdd(&to.sum, sum);
+      atomicMax(&to.high_floor, order_key(floor));
     }
   }
 }
@@ -168,7 +167,7 @@ __device__ __forceinline__ void score_own_tokens(const FusedBlock& b) {
   if (kSummed && threadIdx.x < 4 * kMaxHeadQuads) m.tops[threadIdx.x] = m.sums[threadIdx.x] = 0;
   if (int(threadIdx.x) < b.sets) {
     auto& head = m.heads[threadIdx.x];
-    head.range = {kFull, 0, 0, 0.0f};
+    head.range = {kFull, 0, 0, 0};
     head.placed = 0;
   }
   if (threadIdx.x == 0) m.search_failed() = 1;  // unless exchange 1 finds scores that differ

@@ -21,11 +21,11 @@ namespace adamas {
 
 // -- exchange 1: the range --
 
-// The bins span the floor to the best score, or to a few times the distance of the floor from the mean of the groups'
-// maxima, so that outliers do not stretch them; better scores share the last bin. If there are too few groups for a floor,
+// The bins span the floor to the best score, or to a few times the distance from the floor to the largest floor of a warp,
+// so that outliers do not stretch them; better scores share the last bin. If there are too few groups for a floor,
 // or if all scores that may be selected are equal, there are no bins.
 __device__ __forceinline__ void find_range(const FusedBlock& b) {
-  constexpr float kReach = 6.0f;
+  constexpr float kReach = 4.0f;
   const FusedMemory& m = b.m;
   const int sets = b.sets;
   cluster_wait();  // for the arrival at the kernel's start: the other blocks run and accept stores
@@ -33,20 +33,20 @@ __device__ __forceinline__ void find_range(const FusedBlock& b) {
     for (int r = b.warp; r < b.s.cluster; r += kFusedWarps) {
       const FusedRange& own = m.heads[b.lane].range;
       remote_store16(remote(m.ranges + b.rank * sets + b.lane, r),
-                     make_uint4(own.floor, own.best, own.groups, __float_as_uint(own.sum)));
+                     make_uint4(own.floor, own.best, own.groups, own.high_floor));
     }
   cluster_sync();
   if (b.warp < sets) {  // one block per lane
-    FusedRange range{kFull, 0, 0, 0.0f};
+    FusedRange range{kFull, 0, 0, 0};
     if (b.lane < b.s.cluster) range = m.ranges[b.lane * sets + b.warp];
     const uint32_t floor = __reduce_min_sync(kFull, range.floor), top = __reduce_max_sync(kFull, range.best);
-    const uint32_t groups = __reduce_add_sync(kFull, range.groups);
-    const float sum = warp_sum(range.sum);
+    const uint32_t groups = __reduce_add_sync(kFull, range.groups), high = __reduce_max_sync(kFull, range.high_floor);
     if (b.lane == 0) {
       auto& head = m.heads[b.warp];
       const bool bounded = groups >= uint32_t(b.plan.need);
       const float low = bounded && groups ? from_order_key(floor) : -FLT_MAX, best = from_order_key(top);
-      const float scale = __fdividef(kEdgeBins - 1, fminf(best, low + kReach * (__fdividef(sum, groups) - low)) - low);
+      const float reach = high > floor ? fminf(best - low, kReach * (from_order_key(high) - low)) : best - low;
+      const float scale = __fdividef(kEdgeBins - 1, reach);
       head.low = low;
       head.exact = !(bounded && floor < top && scale > 0.0f && scale < 3e38f);
       head.scale = head.exact ? 0.0f : scale;
