@@ -90,7 +90,7 @@ class Params:
             coding=config.coding(layout.head_size),
             score=config.score,
             selection=config.selection,
-            combine=config.combine,
+            combine=config.resolved().combine,
             num_sink_tokens=config.num_sink_tokens,
             recent_window=config.recent_window,
             budget=budget or config.budget,

@@ -40,7 +40,7 @@ def parse_args():
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--scores", nargs="+", default=["dot", "manhattan"])
     parser.add_argument("--selections", nargs="+", default=["query_head", "kv_head"])
-    parser.add_argument("--combine", default="sum", help="sum, or max (of dot, for kv_head)")
+    parser.add_argument("--combine", help="sum or max, of dot for kv_head; default: as in a server")
     parser.add_argument("--isa", default="auto", help="auto, avx512, avx2 or portable")
     parser.add_argument("--name", default="decode_cpu", help="result file; empty writes none")
     return parser.parse_args()
@@ -120,7 +120,7 @@ class Dense:
 
 
 class Sparse:
-    """The adamas kernels over pages; the first layers are dense, as in the default configuration."""
+    """The adamas kernels over pages; the first layers are dense, and the others have one budget."""
 
     def __init__(self, batch: Batch):
         self.batch, self.backend = batch, CpuBackend(args.isa)
@@ -140,7 +140,7 @@ class Sparse:
         config = AdamasConfig(
             score=score,
             selection=selection,
-            combine=args.combine if shared else "sum",
+            combine=args.combine if shared else None,
             token_budget=budget,
             thresholds="rms",
         )
@@ -229,7 +229,7 @@ def main():
         peers = {
             "dense": f"CPU_ATTN ({dense.isa})",
             "sparse": sparse.backend.description,
-            "combine": args.combine,
+            "combine": args.combine or AdamasConfig().resolved().combine,
             "threads": args.threads,
         }
         print(

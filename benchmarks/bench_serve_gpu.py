@@ -191,7 +191,7 @@ def floors(context: int, rows: int, config: dict, read_rate: float) -> tuple[flo
     layer += 3 * m["hidden_size"] * m["intermediate_size"]
     layers = m["num_hidden_layers"]
     weights = 2 * (layers * layer + m["vocab_size"] * m["hidden_size"])
-    options = AdamasConfig.parse(config)
+    options = AdamasConfig.parse(config).resolved()
     sets = 4 if options.selection == "query_head" else 1
     token = KV_BYTES // layers
     signature = m["num_key_value_heads"] * (m["head_dim"] // 4 + 2)

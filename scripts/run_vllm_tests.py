@@ -28,7 +28,6 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 import pytest
 from packaging.version import Version
 
-from vllm_adamas.config import AdamasConfig
 from vllm_adamas.serving import checks, compat, plugin
 
 MODULE = "tests/v1/attention/test_attention_backends.py"
@@ -180,7 +179,7 @@ def adapt(module) -> None:
             query = query.to(current_platform.fp8_dtype()).to(query.dtype)
         spec = AdamasBackend.customize_spec(kv_cache_spec)
         # The tests build the layer after the metadata, but an engine builds it before.
-        shared = Shared(AdamasConfig.parse(checks.adamas_options(config)), device.type)
+        shared = Shared(checks.read_config(config), device.type)
         layer = SimpleNamespace(impl=SimpleNamespace(shared=shared))
         compat.layers_of(config).update(dict.fromkeys(names, layer))
         with set_default_torch_dtype(query.dtype):  # as while a model is built

@@ -22,7 +22,8 @@ OTHER_BACKEND = "serve this model with another --attention-backend"
 def check_config(vllm_config) -> AdamasConfig:
     """Checks a complete VllmConfig that selects the adamas backend.
 
-    The hash of a profile is written into the configuration, so that every process uses the same one.
+    Defaults that depend on the model and the hash of a profile are written into the configuration, so that
+    every process uses the same ones.
 
     Raises:
         AdamasError: the first constraint that is not met.
@@ -31,22 +32,47 @@ def check_config(vllm_config) -> AdamasConfig:
     config = AdamasConfig.parse(adamas_options(vllm_config))
     for check in (_check_device, _check_parallel, _check_features, _check_model, _check_cache):
         check(vllm_config)
-    if vllm_config.model_config is not None:
-        check_layers(vllm_config.model_config, config)
+    model = vllm_config.model_config
+    if model is not None:
+        check_layers(model, config)
     _check_kernels(vllm_config, config)
-    return _pin_profile(vllm_config, config)
+    if model is None:
+        return config
+    return _pin(vllm_config, _with_pinned_profile(model, resolve(model, config)))
 
 
-def _pin_profile(vllm_config, config: AdamasConfig) -> AdamasConfig:
-    if config.profile is None or vllm_config.model_config is None:
+def resolve(model, config: AdamasConfig) -> AdamasConfig:
+    """The configuration with its defaults for a model, a ModelConfig of vLLM."""
+    undecided = config.combine is None and config.profile is None
+    return config.resolved(
+        qk_norm=undecided and identity.has_qk_norm(model),
+        budgeted=_kinds_of_layers(model).get(0) not in WITHOUT_BUDGET,
+    )
+
+
+def read_config(vllm_config) -> AdamasConfig:
+    """The configuration that :func:`check_config` has written down, in any process of a server."""
+    return AdamasConfig.parse(adamas_options(vllm_config)).resolved()
+
+
+def _with_pinned_profile(model, config: AdamasConfig) -> AdamasConfig:
+    if config.profile is None:
         return config
     profile = profiles.load(config.profile)
-    model = identity.identify(vllm_config.model_config)
-    profiles.check_fits(profile, config.profile.partition("#")[0], model)
-    pinned = profiles.pin(config.profile)
-    options = {**adamas_options(vllm_config), "profile": pinned}
-    vllm_config.additional_config = {**vllm_config.additional_config, "adamas": options}
-    return AdamasConfig.parse(options)
+    profiles.check_fits(profile, config.profile.partition("#")[0], identity.identify(model))
+    return config.model_copy(update={"profile": profiles.pin(config.profile)})
+
+
+def _pin(vllm_config, config: AdamasConfig) -> AdamasConfig:
+    """Writes the options that depend on the model or on a file into ``additional_config``."""
+    pinned = config.model_dump(
+        mode="json", include={"combine", "num_dense_layers", "layer_budgets", "profile"}
+    )
+    additional = vllm_config.additional_config
+    if isinstance(additional, dict | None):  # else it is an object of another plugin
+        options = {**(adamas_options(vllm_config) or {}), **pinned}
+        vllm_config.additional_config = {**(additional or {}), "adamas": options}
+    return config
 
 
 def warnings(vllm_config, config: AdamasConfig) -> list[str]:
@@ -222,8 +248,7 @@ def check_layers(model, config: AdamasConfig) -> None:
     Raises:
         AdamasError: the model has no such layer, or the layer has no budget.
     """
-    layers = model.get_total_num_hidden_layers()
-    kinds = dict(enumerate(getattr(model.hf_text_config, "layer_types", None) or ()))
+    layers, kinds = model.get_total_num_hidden_layers(), _kinds_of_layers(model)
     for number in config.layer_budgets:
         if number >= layers:
             raise AdamasError(
@@ -235,6 +260,11 @@ def check_layers(model, config: AdamasConfig) -> None:
                 f"adamas.layer_budgets names layer {number}, which has no token budget in this model "
                 f"({kinds[number]}): leave it out."
             )
+
+
+def _kinds_of_layers(model) -> dict[int, str]:
+    """The kinds of a model's layers by number, as far as its configuration tells them."""
+    return dict(enumerate(getattr(model.hf_text_config, "layer_types", None) or ()))
 
 
 #: Fields of a model's configuration that declare learned sinks in some layers.

@@ -26,7 +26,7 @@ from vllm_adamas.dtypes import fp8_element, page_dtype
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.layout import TILE, PageLayout, overhead
 from vllm_adamas.serving import compat
-from vllm_adamas.serving.checks import adamas_options
+from vllm_adamas.serving.checks import read_config
 from vllm_adamas.serving.metadata import AdamasMetadata
 from vllm_adamas.serving.shared import Shared
 
@@ -81,7 +81,7 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         vllm_config = get_current_vllm_config()
-        self.config = AdamasConfig.parse(adamas_options(vllm_config))
+        self.config = read_config(vllm_config)
         layers, device = compat.layers_of(vllm_config), current_platform.device_type
         self.shared = Shared.among(layers.values(), self.config, device)
         self.backend = self.shared.backend(self.config.kernels)

@@ -19,7 +19,7 @@ from vllm_adamas.budget import TokenBudget
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.serving import compat
-from vllm_adamas.serving.checks import OTHER_BACKEND, adamas_options, warnings
+from vllm_adamas.serving.checks import OTHER_BACKEND, read_config, warnings
 from vllm_adamas.serving.dense.base import PrefillPlan
 
 logger = init_logger("vllm.adamas")
@@ -88,7 +88,7 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1)
-        config = AdamasConfig.parse(adamas_options(vllm_config))
+        config = read_config(vllm_config)
         self.stats = compat.layers_of(vllm_config)[layer_names[0]].impl.shared.stats
         # Once per builder and not per layer, because it reads the model's files.
         for warning in warnings(vllm_config, config):

@@ -7,6 +7,7 @@ import json
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 from vllm_adamas import __version__, tables
 from vllm_adamas.config import AdamasConfig
@@ -71,14 +72,14 @@ def _info(args) -> int:
     config = AdamasConfig.parse(_options(args.config))
     if config.profile is not None:
         profile.load(config.profile)
-    shape = _model_shape(args)
+    model = _model(args)
+    shape, config = _model_shape(args, model), _resolved(args, model, config)
     report = {
         "versions": _versions(),
         "kernels": _kernels(config),
         "configuration": {
             **config.model_dump(mode="json"),
             "thresholds": str(config.coding(shape["head_size"])),
-            "num_dense_layers": config.dense_layers,
         },
         "page": _page(shape),
     }
@@ -224,7 +225,30 @@ def _kernels(config: AdamasConfig) -> dict[str, str]:
     return found | {"used here": describe(config.kernels)}
 
 
-def _model_shape(args) -> dict:
+def _model(args) -> dict:
+    """The config.json of the model, that of its text part above all; empty without ``--model``."""
+    if args.model is None:
+        return {}
+    path = Path(args.model) / "config.json"
+    if not path.is_file():
+        raise AdamasError(
+            f"{path} does not exist: give --model the folder of a Hugging Face model."
+        )
+    model = json.loads(path.read_text())
+    return {**model, **model.get("text_config", {})}
+
+
+def _resolved(args, model: dict, config: AdamasConfig) -> AdamasConfig:
+    """The configuration with the defaults that a server of the model would take."""
+    from vllm_adamas.serving.checks import resolve
+
+    if not model:
+        return config.resolved()
+    text = SimpleNamespace(**{"model_type": "", **model})
+    return resolve(SimpleNamespace(model=args.model, revision=None, hf_text_config=text), config)
+
+
+def _model_shape(args, model: dict) -> dict:
     from vllm_adamas.dtypes import ELEMENTS
 
     shape = {
@@ -233,15 +257,8 @@ def _model_shape(args) -> dict:
         "num_layers": args.num_layers,
         "dtype": args.kv_cache_dtype or "bfloat16",
     }
-    if args.model is None:
+    if not model:
         return shape
-    path = Path(args.model) / "config.json"
-    if not path.is_file():
-        raise AdamasError(
-            f"{path} does not exist: give --model the folder of a Hugging Face model."
-        )
-    model = json.loads(path.read_text())
-    model = {**model, **model.get("text_config", {})}
     dtype = model.get("dtype") or model.get("torch_dtype")
     if args.kv_cache_dtype is None and dtype in ELEMENTS:
         shape["dtype"] = dtype
@@ -252,7 +269,7 @@ def _model_shape(args) -> dict:
         shape["num_layers"] = model["num_hidden_layers"]
     except KeyError as missing:
         raise AdamasError(
-            f"{path} has no {missing}: give --head-size, --num-kv-heads and --num-layers instead of --model."
+            f"{args.model}/config.json has no {missing}: give --head-size, --num-kv-heads and --num-layers instead of --model."
         ) from None
     return shape
 

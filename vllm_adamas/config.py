@@ -42,6 +42,10 @@ BUDGET_WAY_OUT = (
 )
 
 Tokens = Annotated[int, Field(le=MAX_TOKENS)]
+#: Default budget of layer 0 in multiples of ``token_budget``, for dot with one set per KV head. The layer
+#: attends broadly: with 2048 tokens it errs as other layers do with 512 (docs/quality.md).
+FIRST_LAYER_FACTOR = 8
+
 LAYER_NUMBER = re.compile("0|[1-9][0-9]{0,4}")
 
 
@@ -83,15 +87,17 @@ class AdamasConfig(BaseModel):
     selection: Literal["query_head", "kv_head"] = Field(
         "kv_head", description="One set of tokens per KV head, or one per query head (the paper)."
     )
-    combine: Literal["sum", "max"] = Field(
-        "sum",
-        description="How the scores of a KV head's query heads become one, with selection='kv_head'.",
+    combine: Literal["sum", "max"] | None = Field(
+        None,
+        description="How the scores of a KV head's query heads become one, with selection='kv_head': "
+        "'sum' or 'max' (default by model).",
     )
     num_dense_layers: int | None = Field(
         None,
         ge=0,
         le=MAX_LAYERS,
-        description="First layers that attend to every token (default 1 for dot, 2 for manhattan).",
+        description="First layers that attend to every token; named in layer_budgets they do not "
+        "(default 1 for dot, 2 for manhattan).",
     )
     layer_budgets: dict[int, int | float] = Field(
         {},
@@ -210,6 +216,32 @@ class AdamasConfig(BaseModel):
             return cls.model_validate(options)
         except ValidationError as err:
             raise AdamasError(_sentence(err)) from None
+
+    def resolved(self, *, qk_norm: bool = False, budgeted: bool = True) -> AdamasConfig:
+        """The configuration with its defaults that depend on other options or on the model.
+
+        Resolving it again changes nothing.
+
+        Args:
+            qk_norm: whether the model normalises its keys. Without a profile their codes are mostly noise,
+                which a sum averages and a maximum selects.
+            budgeted: whether layer 0 of the model can have a budget; a sliding-window layer cannot.
+        """
+        shared_dot = (self.score, self.selection) == ("dot", "kv_head")
+        noisy = qk_norm and self.profile is None
+        combine, budgets = self.combine, self.layer_budgets
+        if combine is None:
+            combine = "max" if shared_dot and not noisy else "sum"
+        if shared_dot and budgeted and self.num_dense_layers is None:
+            most = 1.0 if isinstance(self.token_budget, float) else MAX_TOKENS
+            budgets = {0: min(FIRST_LAYER_FACTOR * self.token_budget, most), **budgets}
+        return self.model_copy(
+            update={
+                "combine": combine,
+                "num_dense_layers": self.dense_layers,
+                "layer_budgets": budgets,
+            }
+        )
 
     @property
     def dense_layers(self) -> int:

@@ -26,7 +26,7 @@ BACKENDS = {"cpu": CpuBackend, "reference": ReferenceBackend}
 if ops.INTERPRETED:  # else the kernels are of the GPU, and so are their pages
     BACKENDS["triton"] = TritonBackend
 over_backends = pytest.mark.parametrize("kernels", BACKENDS)
-CASE = Case((70, 20), 8, (4, 2), 64, selection="kv_head", padding=0)
+CASE = Case((70, 20), 8, (4, 2), 64, selection="kv_head", combine="max", padding=0)
 CPU = torch.device("cpu")
 
 

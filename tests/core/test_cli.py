@@ -38,6 +38,21 @@ def test_info_reads_a_models_shape(capsys) -> None:
     assert page["per token, all layers"] == f"{274 * 3 * 30 / 1024:.1f} KiB"
 
 
+def test_info_resolves_the_defaults_for_a_model(capsys, tmp_path) -> None:
+    """As a server would: Gemma 3 normalises its keys, and its first layer has a sliding window."""
+    gemma = {"model_type": "gemma3_text", "layer_types": ["sliding_attention", "full_attention"]}
+    gemma |= {"num_attention_heads": 4, "head_dim": 256, "num_hidden_layers": 2}
+    (tmp_path / "config.json").write_text(json.dumps(gemma))
+    for args, expected in (
+        ((), ("max", 1, {"0": 2048})),
+        (("--model", str(MODEL)), ("max", 1, {"0": 2048})),
+        (("--model", str(tmp_path)), ("sum", 1, {})),
+        (("--config", '{"score": "manhattan"}'), ("sum", 2, {})),
+    ):
+        found = info(capsys, *args)["configuration"]
+        assert (found["combine"], found["num_dense_layers"], found["layer_budgets"]) == expected
+
+
 def test_info_takes_the_models_dtype(capsys, tmp_path) -> None:
     model = json.loads((MODEL / "config.json").read_text())
     for dtype, total in (("float32", "532 bytes"), ("float16", "274 bytes"), ("int4", "274 bytes")):

@@ -26,7 +26,7 @@ DEFAULTS = {
     "token_budget": 256,
     "min_token_budget": 64,
     "selection": "kv_head",
-    "combine": "sum",
+    "combine": None,
     "num_dense_layers": None,
     "layer_budgets": {},
     "num_sink_tokens": 0,
@@ -47,6 +47,7 @@ VALID = [
     ("min_token_budget", 1),
     ("selection", "query_head"),
     ("combine", "max"),
+    ("combine", "sum"),
     ("num_dense_layers", 0),
     ("num_dense_layers", MAX_LAYERS),
     ("layer_budgets", {}),
@@ -296,3 +297,69 @@ def test_dense_layers_follow_the_score() -> None:
     assert AdamasConfig().dense_layers == 1
     assert AdamasConfig(score="manhattan").dense_layers == 2
     assert AdamasConfig(num_dense_layers=0).dense_layers == 0
+
+
+def test_a_resolved_configuration_names_its_defaults() -> None:
+    found = AdamasConfig().resolved()
+    assert (found.combine, found.num_dense_layers, found.layer_budgets) == ("max", 1, {0: 2048})
+    assert not found.is_dense(0)
+    assert [found.budget_of(n).of(8192) for n in (0, 1)] == [2048, 256]
+    assert found.budgets == [found.budget_of(1), found.budget_of(0)]
+
+
+@pytest.mark.parametrize(
+    ("options", "model", "combine"),
+    [
+        ({}, {}, "max"),
+        ({}, {"qk_norm": True}, "sum"),
+        ({"profile": "a.json"}, {"qk_norm": True}, "max"),
+        ({"combine": "max"}, {"qk_norm": True}, "max"),
+        ({"combine": "sum"}, {}, "sum"),
+        ({"selection": "query_head"}, {}, "sum"),
+        ({"score": "manhattan"}, {}, "sum"),
+    ],
+    ids=str,
+)
+def test_scores_are_combined_by_the_maximum_unless_codes_are_noise(
+    options: dict, model: dict, combine: str
+) -> None:
+    assert AdamasConfig.parse(options).resolved(**model).combine == combine
+
+
+@pytest.mark.parametrize(
+    ("options", "model", "first"),
+    [
+        ({"token_budget": 100}, {}, 800),
+        ({"token_budget": MAX_TOKENS}, {}, MAX_TOKENS),
+        ({"token_budget": 0.1}, {}, 0.8),
+        ({"token_budget": 0.2}, {}, 1.0),
+        ({"layer_budgets": {"0": 64, "3": 512}}, {}, 64),
+        ({"layer_budgets": {"3": 512}}, {}, 2048),
+        ({"combine": "sum"}, {"qk_norm": True}, 2048),
+        ({}, {"budgeted": False}, None),
+        ({"num_dense_layers": 1}, {}, None),
+        ({"num_dense_layers": 0}, {}, None),
+        ({"selection": "query_head"}, {}, None),
+        ({"score": "manhattan"}, {}, None),
+        ({"score": "manhattan", "selection": "query_head"}, {}, None),
+    ],
+    ids=str,
+)
+def test_layer_0_has_eight_times_the_budget_where_it_was_dense(
+    options: dict, model: dict, first: int | float | None
+) -> None:
+    config = AdamasConfig.parse(options)
+    found = config.resolved(**model)
+    assert found.layer_budgets == {**({} if first is None else {0: first}), **config.layer_budgets}
+    assert type(found.layer_budgets.get(0)) is type(first)
+    assert found.num_dense_layers == config.dense_layers
+    assert found.is_dense(0) == (first is None and config.num_dense_layers != 0)
+
+
+@pytest.mark.parametrize("model", [{}, {"qk_norm": True}, {"budgeted": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"score": "manhattan"}, {"token_budget": 0.1}], ids=str)
+def test_what_is_resolved_stays_so(options: dict, model: dict) -> None:
+    """Workers read what was resolved before the server started, and know no more of the model."""
+    found = AdamasConfig.parse(options).resolved(**model)
+    assert found.resolved() == found
+    assert AdamasConfig.parse(found.model_dump(mode="json")) == found

@@ -16,7 +16,17 @@ from hypothesis import strategies as st
 from vllm_adamas.cli import main
 from vllm_adamas.config import Coding
 from vllm_adamas.evaluate import report, tasks, texts
-from vllm_adamas.evaluate.study import DENSE, FAMILIES, TASKS, Arm, Settings, Study, load, merge
+from vllm_adamas.evaluate.study import (
+    DEFAULT,
+    DENSE,
+    FAMILIES,
+    TASKS,
+    Arm,
+    Settings,
+    Study,
+    load,
+    merge,
+)
 
 
 @pytest.fixture(scope="module")
@@ -252,6 +262,7 @@ def test_every_family_is_a_valid_configuration(family: str) -> None:
     for budget in (32, 64, 1024):
         arm = Arm.of(family, budget)
         assert arm.fits() == (family != "manhattan-window" or budget > 36)
+        assert arm.batched == (family != DEFAULT)
         if arm.fits():
             assert AdamasConfig.parse(arm.options).budget.of(10_000) == budget
 
@@ -308,13 +319,19 @@ def test_pages_whose_keys_are_unknown_are_forgotten(tensors: int, kind: str, for
 def test_options_that_do_not_fit_the_model_are_refused() -> None:
     from vllm_adamas.evaluate.engine import Engine
 
-    model = SimpleNamespace(get_total_num_hidden_layers=lambda: 4, hf_text_config=None)
+    model = SimpleNamespace(
+        get_total_num_hidden_layers=lambda: 4,
+        model="",
+        revision=None,
+        hf_text_config=SimpleNamespace(model_type="qwen3"),
+    )
     engine = object.__new__(Engine)
     engine.options = {"token_budget": 99}
     engine.llm = SimpleNamespace(
         llm_engine=SimpleNamespace(vllm_config=SimpleNamespace(model_config=model))
     )
-    assert engine.check({"layer_budgets": {"3": 64}}).budgets[0].tokens == 99
+    found = engine.check({"layer_budgets": {"3": 64}})
+    assert (found.token_budget, found.layer_budgets, found.combine) == (99, {0: 792, 3: 64}, "sum")
     refused(lambda: engine.check({"layer_budgets": {"4": 64}}), "layer 4", "0 to 3")
 
 

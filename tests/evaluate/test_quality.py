@@ -49,7 +49,7 @@ def profile(tmp_path_factory) -> Path:
 def cells(tmp_path_factory) -> dict:
     folder = tmp_path_factory.mktemp("eval")
     slice_ = ["--context", "1024", "--windows", "4", "--steps", "24", "--tasks", "perplexity"]
-    arms = ["--arms", "dot,dot-max,manhattan,oracle", "--budgets", "64,128"]
+    arms = ["--arms", "default,dot,dot-max,manhattan,oracle", "--budgets", "64,128"]
     config = ["--config", json.dumps({"token_budget": 64, "layer_budgets": {"0": 256, "9": 128}})]
     run("eval", str(MODEL), "--output", str(folder), *slice_, *arms, *config, *SMALL)
     assert (folder / "report.md").read_text().count("| dot-64 ") == 1
@@ -105,12 +105,23 @@ def test_scores_and_budgets_are_ordered(cells: dict) -> None:
 
 def test_a_layer_keeps_what_its_budget_does(cells: dict) -> None:
     """Layer 9 what it keeps with 128 tokens, the others with 64; layer 0 is sparse, as it is named."""
-    names = ("config-1", "dot-64", "dot-128")
+    names = ("config-1", "dot-max-64", "dot-max-128")
     ours, few, many = ([statistics.fmean(heads) for heads in cells[name]["mass"]] for name in names)
     assert cells["config-1"]["layers"] == list(range(30))
     for layer in range(1, 30):
         own, other = (many, few) if layer == 9 else (few, many)
         assert abs(ours[layer] - own[layer - 1]) < abs(ours[layer] - other[layer - 1]), layer
+
+
+def test_the_default_is_the_maximum_with_more_tokens_in_layer_0(cells: dict) -> None:
+    """With 64 tokens layer 0 has 512; with 128 it has the whole context, and no sparse row."""
+    for budget, layers in ((64, range(30)), (128, range(1, 30))):
+        ours, others = cells[f"default-{budget}"], cells[f"dot-max-{budget}"]
+        assert ours["layers"] == list(layers)
+        kept = [statistics.fmean(heads) for heads in ours["mass"]][-29:]
+        assert abs(statistics.fmean(kept) - mass(others)) < SPREAD
+    first, oracle = (statistics.fmean(cells["default-64"][what][0]) for what in ("mass", "oracle"))
+    assert 0.9 < first / oracle < 1
 
 
 def test_the_maximum_errs_less_than_the_sum(cells: dict) -> None:

@@ -1,5 +1,6 @@
 """What the backend refuses before a server starts, on a real VllmConfig with one thing changed."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -37,7 +38,7 @@ def vllm_config():
 
 
 def test_a_common_model_passes(vllm_config) -> None:
-    assert checks.check_config(vllm_config) == AdamasConfig(token_budget=99)
+    assert checks.check_config(vllm_config) == AdamasConfig(token_budget=99).resolved()
 
 
 def test_options_are_checked(vllm_config) -> None:
@@ -48,7 +49,42 @@ def test_options_are_checked(vllm_config) -> None:
 
 @pytest.mark.parametrize("additional", [None, {}, {"other": 1}])
 def test_no_options_are_the_defaults(vllm_config, additional) -> None:
-    assert checks.check_config(Changed(vllm_config, additional_config=additional)) == AdamasConfig()
+    changed = Changed(vllm_config, additional_config=additional)
+    assert checks.check_config(changed) == AdamasConfig().resolved()
+    assert checks.read_config(changed) == AdamasConfig().resolved()
+    assert {**changed.additional_config, "adamas": None} == {**(additional or {}), "adamas": None}
+
+
+def test_an_object_of_another_plugin_stays_as_it_is(vllm_config) -> None:
+    changed = Changed(vllm_config, additional_config=SimpleNamespace(compute_hash=lambda: "1"))
+    before = changed.additional_config
+    assert checks.check_config(changed) == checks.read_config(changed) == AdamasConfig().resolved()
+    assert changed.additional_config is before
+
+
+@pytest.mark.parametrize(
+    ("options", "normed", "first", "combine", "budgets"),
+    [
+        ({}, False, "full_attention", "max", {0: 2048}),
+        ({}, True, "full_attention", "sum", {0: 2048}),
+        ({"combine": "max"}, True, "full_attention", "max", {0: 2048}),
+        ({"layer_budgets": {"1": 64}}, False, "sliding_attention", "max", {1: 64}),
+    ],
+    ids=["common", "QK-norm", "QK-norm, maximum named", "layer 0 slides"],
+)
+def test_every_process_reads_the_defaults_of_the_model(
+    vllm_config, monkeypatch, options: dict, normed: bool, first: str, combine: str, budgets: dict
+) -> None:
+    monkeypatch.setattr(checks.identity, "has_qk_norm", lambda model: normed)
+    model = vllm_config.model_config
+    kinds = [first] + ["full_attention"] * 29
+    model = Changed(model, hf_text_config=Changed(model.hf_text_config, layer_types=kinds))
+    changed = Changed(vllm_config, model_config=model, additional_config={"adamas": options})
+    found = checks.check_config(changed)
+    assert (found.combine, found.layer_budgets) == (combine, budgets)
+    monkeypatch.undo()  # a worker knows the options alone
+    assert checks.read_config(changed) == checks.check_config(changed) == found
+    assert json.loads(json.dumps(changed.additional_config, sort_keys=True))
 
 
 @pytest.mark.parametrize(

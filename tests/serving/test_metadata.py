@@ -199,15 +199,14 @@ def build(runner: str, options: dict, requests: list[Request], rows: int = 0) ->
     return make(group_of(options), requests, rows or len(requests))
 
 
-def only(metadata: AdamasMetadata) -> DecodeBatch:
-    """The decode rows of layers that have one budget."""
-    (batch,) = metadata.decode.values()
-    return batch
+def usual(metadata: AdamasMetadata) -> DecodeBatch:
+    """The decode rows of layers without a budget of their own."""
+    return next(iter(metadata.decode.values()))
 
 
 def check(metadata: AdamasMetadata, options: dict, requests: list[Request], rows: int = 0) -> None:
     """Every live row has its own length, budget and blocks, and padding has none."""
-    rows, config = rows or len(requests), AdamasConfig.parse(options)
+    rows, config = rows or len(requests), AdamasConfig.parse(options).resolved()
     single = [request for request in requests if request.new == 1]
     decodes = rows if len(single) == len(requests) else len(single)
     padding = [0] * (decodes - len(single))
@@ -239,7 +238,7 @@ def test_a_warm_prompt_with_one_token_left_beside_decodes_in_a_padded_graph(runn
     """641 tokens of which 640 are cached, beside two decodes, in a graph of four rows."""
     requests = in_order([decoding(300), decoding(50), remainder(641)])
     metadata = build(runner, {"token_budget": BUDGET}, requests, rows=4)
-    assert only(metadata).budgets.tolist() == [BUDGET, 50, 641, 0]
+    assert usual(metadata).budgets.tolist() == [BUDGET, 50, 641, 0]
     check(metadata, {"token_budget": BUDGET}, requests, rows=4)
 
 
@@ -267,6 +266,7 @@ def test_graphs_of_every_size(runner: str) -> None:
 
 OPTIONS = [
     {"token_budget": BUDGET},
+    {"token_budget": BUDGET, "selection": "query_head"},
     {"token_budget": 0.25, "min_token_budget": 40},
     {"token_budget": BUDGET, "min_context": 500},
     {"token_budget": BUDGET, "layer_budgets": {"0": 700, "2": 0.5, "5": BUDGET}},
@@ -300,9 +300,9 @@ def test_micro_batches_have_their_own_rows() -> None:
     requests = in_order([decoding(300), remainder(641), decoding(90), chunk(100, 30)])
     slices = [UBatchSlice(slice(0, 2), slice(0, 2)), UBatchSlice(slice(2, 4), slice(2, 33))]
     first, second = build_v1(group_of(options, 2), requests, len(requests), ubatches=slices)
-    assert only(first).budgets.tolist() == [BUDGET, BUDGET]
+    assert usual(first).budgets.tolist() == [BUDGET, BUDGET]
     assert (first.prefill, second.num_decodes) == (None, 1)
-    assert only(second).seq_lens.tolist() == [requests[2].context]
+    assert usual(second).seq_lens.tolist() == [requests[2].context]
     assert second.prefill.num_tokens == 30
     assert torch.equal(second.prefill.block_table, block_tables(4)[3:])
 
@@ -361,7 +361,7 @@ def test_masks_that_are_missing_or_of_another_length(mask, budgets: list[int]) -
     mask = None if mask is None else torch.tensor(mask, dtype=torch.bool)
     builder = group_of({"token_budget": BUDGET}).get_metadata_builder()
     metadata = builder.build(0, common(is_prefilling=mask))
-    assert only(metadata).budgets.tolist() == budgets
+    assert usual(metadata).budgets.tolist() == budgets
 
 
 def test_a_step_without_requests() -> None:
@@ -384,7 +384,7 @@ def test_a_step_without_requests() -> None:
         ),
     )
     assert (metadata.num_decodes, metadata.prefill) == (0, None)
-    batch = only(metadata)
+    batch = usual(metadata)
     assert len(batch.seq_lens) == len(batch.budgets) == len(batch.block_table) == 0
 
 

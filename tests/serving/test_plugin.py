@@ -105,8 +105,17 @@ def test_the_cpu_platform_honours_the_choice(platform) -> None:
 
 
 def test_options_are_part_of_the_key_of_compiled_models(platform) -> None:
-    options = ({}, {"token_budget": 99}, {"layer_budgets": {"0": 99}}, {"layer_budgets": {"0": 98}})
-    assert len({engine_config("ADAMAS", each).compute_hash() for each in options}) == len(options)
+    options = (
+        {},
+        {"token_budget": 99},
+        {"layer_budgets": {"0": 99}},
+        {"layer_budgets": {"0": 98}},
+        {"combine": "sum"},
+    )
+    hashes = {engine_config("ADAMAS", each).compute_hash() for each in options}
+    assert len(hashes) == len(options)
+    # Defaults are part of it as what they come to.
+    assert engine_config("ADAMAS", {"combine": "max"}).compute_hash() in hashes
 
 
 def test_only_the_adamas_backend_is_checked(platform) -> None:

@@ -27,9 +27,9 @@ from vllm_adamas.serving.launch import Server
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(1200)]
 
-LAYERS, DENSE_LAYERS, QUERY_HEADS = 30, 1, 9  # of the model; of the default options; of the model
-SPARSE_LAYERS = LAYERS - DENSE_LAYERS
-BUDGET = 128
+LAYERS, QUERY_HEADS = 30, 9
+BUDGET, FIRST_BUDGET = 128, 1024  # of all layers but layer 0; of layer 0, by default
+ATTENDED = (LAYERS - 1) * BUDGET + FIRST_BUDGET  # tokens of all layers, beyond these contexts
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,9 @@ CHUNKED = Spec(
 )
 COMPILED = Spec("adamas", SPARSE, "--dtype float32 --block-size 64 --max-num-seqs 4")
 MANHATTAN = Spec("adamas", f'{{"token_budget": {BUDGET}, "score": "manhattan"}}', EAGER)
-MAXIMUM = Spec("adamas", f'{{"token_budget": {BUDGET}, "combine": "max"}}', EAGER)
+SUM = Spec(
+    "adamas", f'{{"token_budget": {BUDGET}, "combine": "sum", "num_dense_layers": 1}}', EAGER
+)
 PROFILE = Spec(
     "adamas",
     json.dumps({"token_budget": BUDGET, "profile": MODEL.name}),
@@ -143,6 +145,17 @@ class Moved:
     def ours(self) -> tuple[int, ...]:
         names = ("sparse_rows", "dense_rows", "decode_context_tokens", "decode_attended_tokens")
         return tuple(self.by[f"vllm_adamas_{name}_total"] for name in names)
+
+
+def counted(contexts: range) -> tuple[int, ...]:
+    """What decode steps of contexts beyond the budgets of all layers move the counters by."""
+    steps = len(contexts)
+    return (
+        LAYERS * steps,
+        0,
+        LAYERS * QUERY_HEADS * sum(contexts),
+        ATTENDED * QUERY_HEADS * steps,
+    )
 
 
 def chat(server: Server, question: str, tokens: int = 40) -> str:
@@ -293,15 +306,11 @@ def test_the_counters_say_that_decode_was_sparse(serve) -> None:
     """If sparse decode silently did not run, or attended to more or less than the budget."""
     server, tokens = serve(BASE), 20
     assert "Using ADAMAS" in server.log()
-    prompt = token_ids(server, harbour_log(60, seed=5), 1000)
+    prompt = token_ids(server, harbour_log(60, seed=5), 1200)
     with Moved(server) as moved:
         complete(server, prompt, tokens)
-    steps = range(
-        len(prompt) + 1, len(prompt) + tokens
-    )  # contexts; the prompt gave the first token
-    heads = SPARSE_LAYERS * QUERY_HEADS
-    expected = (SPARSE_LAYERS * len(steps), 0, heads * sum(steps), heads * BUDGET * len(steps))
-    assert moved.ours() == expected
+    # Contexts; the prompt gave the first token.
+    assert moved.ours() == counted(range(len(prompt) + 1, len(prompt) + tokens))
 
 
 def test_decode_turns_sparse_at_the_budget(serve) -> None:
@@ -309,8 +318,8 @@ def test_decode_turns_sparse_at_the_budget(serve) -> None:
     prompt = token_ids(server, harbour_log(20, seed=6), BUDGET - 5)
     with Moved(server) as moved:
         complete(server, prompt, 11)
-    # Contexts of 124 to 133 tokens: up to 128 every token is attended.
-    assert moved.ours()[:2] == (5 * SPARSE_LAYERS, 5 * SPARSE_LAYERS)
+    # Contexts of 124 to 133 tokens: up to 128 every token is attended, and in layer 0 up to 1024.
+    assert moved.ours()[:2] == (5 * (LAYERS - 1), 5 * (LAYERS - 1) + 10)
 
 
 def test_selection_is_logged(serve) -> None:
@@ -334,7 +343,7 @@ def test_one_token_behind_a_prefix_hit_is_still_prompt(serve) -> None:
     with Moved(server) as moved:
         warm = complete(server, prompt, 1)["logprobs"]
     assert moved.by["vllm:prefix_cache_hits_total"] == 5 * 128
-    assert moved.ours()[:2] == (0, SPARSE_LAYERS)
+    assert moved.ours()[:2] == (0, LAYERS)
     assert warm["tokens"] == cold["tokens"]
     assert warm["token_logprobs"] == pytest.approx(cold["token_logprobs"], abs=1e-4)
 
@@ -397,17 +406,31 @@ def test_a_compiled_server_gives_the_same_answers(serve, base) -> None:
     server = serve(COMPILED)
     with Moved(server) as moved:
         assert answers(server, LONG_PROMPTS) == base
-    assert moved.ours()[0] == len(LONG_PROMPTS) * 23 * SPARSE_LAYERS
+    sparse_rows, dense_rows = moved.ours()[:2]
+    assert sparse_rows + dense_rows == len(LONG_PROMPTS) * 23 * LAYERS
+    assert 23 <= dense_rows <= 46  # of layer 0, after the prompts of 400 and 1,100 tokens
 
 
 # A server as people start it: bf16
 
 
-def test_the_maximum_is_logged(serve) -> None:
-    assert f"token budget {BUDGET} tokens per kv head (maximum)," in serve(MAXIMUM).log()
+@pytest.mark.parametrize(
+    ("spec", "logged"),
+    [
+        (
+            BASE,
+            f"per kv head (maximum), {FIRST_BUDGET} tokens in layer 0, 0 dense layers, profile none,",
+        ),
+        (SUM, "per kv head, 1 dense layers, profile none,"),
+        (MANHATTAN, "per kv head, 2 dense layers, profile none,"),
+    ],
+    ids=["default", "sum", "manhattan"],
+)
+def test_what_is_configured_is_logged(serve, spec: Spec, logged: str) -> None:
+    assert f"token budget {BUDGET} tokens {logged}" in serve(spec).log()
 
 
-@pytest.mark.parametrize("spec", [MAXIMUM, MANHATTAN], ids=["maximum", "manhattan"])
+@pytest.mark.parametrize("spec", [SUM, MANHATTAN], ids=["sum", "manhattan"])
 def test_the_pass_key_is_found_in_bf16(serve, spec: Spec) -> None:
     server = serve(spec)
     with Moved(server) as moved:
@@ -495,17 +518,15 @@ def test_a_profile_is_served(serve) -> None:
     server, tokens = serve(PROFILE), 20
     line = next(x for x in server.log().splitlines() if "Using ADAMAS" in x)
     assert f"profile {profiles.pin(MODEL.name)}," in line
-    prompt = token_ids(server, harbour_log(60, seed=5), 1000)
+    prompt = token_ids(server, harbour_log(60, seed=5), 1200)
     with Moved(server) as moved:
         complete(server, prompt, tokens)
-    steps, heads = range(1001, 1000 + tokens), SPARSE_LAYERS * QUERY_HEADS
-    expected = (SPARSE_LAYERS * len(steps), 0, heads * sum(steps), heads * BUDGET * len(steps))
-    assert moved.ours() == expected
+    assert moved.ours() == counted(range(1201, 1200 + tokens))
     assert "Paris" in complete(server, "The capital of France is", 8)["text"]
 
 
 def test_layers_have_budgets_of_their_own(serve) -> None:
-    """Layer 0, which is dense unless it is named, has 512 tokens, and layer 7 a quarter of the context."""
+    """Layer 0 has 512 tokens in place of its default, and layer 7 a quarter of the context."""
     server, tokens = serve(BY_LAYER), 20
     line = next(x for x in server.log().splitlines() if "Using ADAMAS" in x)
     assert "512 tokens in layer 0" in line and "0 dense layers" in line

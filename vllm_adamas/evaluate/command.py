@@ -13,11 +13,11 @@ from vllm_adamas.errors import AdamasError
 from vllm_adamas.evaluate import report, texts
 from vllm_adamas.evaluate.calibrate import calibrate as make_profile
 from vllm_adamas.evaluate.engine import local_model
-from vllm_adamas.evaluate.study import FAMILIES, TASKS, Arm, Settings, Study
+from vllm_adamas.evaluate.study import DEFAULT, FAMILIES, TASKS, Arm, Settings, Study
 from vllm_adamas.evaluate.tasks import check_names
 
 BUDGETS = (32, 64, 128, 256, 512, 1024)
-QUICK_ARMS, QUICK_BUDGETS = ("dot", "manhattan"), (64, 256)
+QUICK_ARMS, QUICK_BUDGETS = (DEFAULT, "manhattan"), (64, 256)
 QUICK_TASKS = ("perplexity", "agreement", "passkey", "single", "multikey")
 QUICK = {"context": 2048, "windows": 8, "steps": 48, "prompts": 6, "stride": 8, "answer_tokens": 32}
 #: KV cache bytes for --quick unless the user gives --kv-cache-gib: enough for its prompts.

@@ -21,7 +21,7 @@ from vllm_adamas.backends.base import Backend
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.serving import compat
-from vllm_adamas.serving.checks import check_layers
+from vllm_adamas.serving.checks import check_layers, resolve
 
 #: The engine runs in the process that evaluates it.
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
@@ -131,14 +131,14 @@ class Engine:
         return self.llm.llm_engine.vllm_config.model_config
 
     def check(self, options: dict) -> AdamasConfig:
-        """The configuration with these options.
+        """The configuration with these options, and with its defaults for the model.
 
         Raises:
             AdamasError: an option is not valid, or does not fit the model.
         """
         config = AdamasConfig.parse({**SILENT, **self.options, **options})
         check_layers(self.model_config, config)
-        return config
+        return resolve(self.model_config, config)
 
     def use(
         self, options: dict, wrap: Callable[[Backend, int], Backend] | None = None

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from vllm_adamas.config import AdamasConfig
 from vllm_adamas.environment import Environment
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.evaluate import tasks, texts
@@ -25,10 +26,13 @@ DENSE = "dense"
 PERPLEXITY, AGREEMENT = "perplexity", "agreement"
 TASKS = (PERPLEXITY, AGREEMENT, *tasks.TASKS)
 
-#: Families of configurations; a family with a budget is a configuration.
+#: Families of configurations; a family with a budget is a configuration. ``default`` is what a server runs
+#: without other options; ``dot`` and ``dot-max`` differ from it in what they name.
+DEFAULT = "default"
 FAMILIES: dict[str, dict] = {
-    "dot": {"score": "dot", "selection": "kv_head"},
-    "dot-max": {"score": "dot", "selection": "kv_head", "combine": "max"},
+    DEFAULT: {"score": "dot", "selection": "kv_head"},
+    "dot": {"score": "dot", "selection": "kv_head", "combine": "sum", "num_dense_layers": 1},
+    "dot-max": {"score": "dot", "selection": "kv_head", "combine": "max", "num_dense_layers": 1},
     "dot-query-head": {"score": "dot", "selection": "query_head"},
     "manhattan": {"score": "manhattan", "selection": "query_head"},
     "manhattan-window": {
@@ -38,9 +42,9 @@ FAMILIES: dict[str, dict] = {
         "recent_window": 32,
     },
     "manhattan-kv-head": {"score": "manhattan", "selection": "kv_head"},
-    "oracle": {"selector": "oracle"},
-    "quest": {"selector": "quest"},
-    "streaming-llm": {"selector": "streaming_llm"},
+    "oracle": {"selector": "oracle", "num_dense_layers": 1},
+    "quest": {"selector": "quest", "num_dense_layers": 1},
+    "streaming-llm": {"selector": "streaming_llm", "num_dense_layers": 1},
 }
 
 
@@ -83,9 +87,10 @@ class Arm:
         selector = options.pop("selector", None)
         if profile:
             options["profile"], family = profile, f"{family}+profile"
-        return cls(
-            f"{family}-{budget}", family, budget, {**options, "token_budget": budget}, selector
-        )
+        # A request carries one budget, for all layers.
+        batched = not AdamasConfig.parse(options).resolved().layer_budgets
+        options["token_budget"] = budget
+        return cls(f"{family}-{budget}", family, budget, options, selector, batched)
 
     def group(self) -> tuple:
         """Key of arms that differ in their budgets alone; they run in one batch."""
