@@ -98,7 +98,11 @@ BOTH = ("gaussian", "real")
 SHAPES = ("24x8x128", "28x4x128", "64x8x128", "9x3x64", "4x1x256")
 PARTS = {
     "cells": Part(CELLS, launches=LAUNCHES, scores=SCORES, thorough=True),
-    "keys": Part(CELLS, keys=tuple(name for name in DISTRIBUTIONS if name != "gaussian")),
+    "keys": Part(
+        CELLS,
+        keys=tuple(name for name in DISTRIBUTIONS if name != "gaussian"),
+        selections=("kv_head", "max"),
+    ),
     "budgets": Part(FEW, keys=BOTH, budgets=(64, 128, 512, 1024)),
     "contexts": Part(tuple((n * K, 1) for n in (4, 16, 64, 256, 512, 1024))),
     "heads": Part(FEW, heads=tuple(map(Heads.parse, SHAPES)), keys=BOTH),

@@ -17,7 +17,17 @@ from vllm_adamas.tables import markdown
 
 DOCUMENT = RESULTS.parent.parent / "docs" / "kernels.md"
 PLOT = RESULTS / "decode_gpu.png"
-SCORES, SELECTIONS = ("dot", "manhattan"), ("query_head", "kv_head")
+#: How a token set is chosen, as the tables name it.
+WAYS = {
+    "query_head": "per query head",
+    "kv_head": "per KV head, sum",
+    "max": "per KV head, maximum",
+}
+NAMES = {
+    f"{score} {way}": f"{score}, {name}"
+    for score in ("dot", "manhattan")
+    for way, name in WAYS.items()
+}
 BASELINE, *OTHERS = PEERS.values()
 DENSE_US = f"{BASELINE.heading} µs"
 #: What cells have in common whose times are compared over keys.
@@ -27,6 +37,16 @@ HEADLINE_KEYS = ("gaussian", "real")  #: the worse of these is shown
 
 def tokens(n: int) -> str:
     return f"{n // 1024}K" if n < 1 << 20 else f"{n >> 20}M"
+
+
+def names(cells: list[dict], score: str = "") -> list[str]:
+    """The keys of ``NAMES`` that all of the cells have."""
+    return [name for name in NAMES if name.startswith(score) and all(name in c for c in cells)]
+
+
+def headline(result: dict) -> str:
+    """The way of choosing that is the default, or the nearest one that the record has."""
+    return names(result["cells"], "dot")[-1]
 
 
 def used(cell: dict, name: str) -> dict:
@@ -79,15 +99,14 @@ def table(headers: list[str], rows: list[list]) -> list[str]:
 
 
 def cells(result: dict) -> list[str]:
-    rows = []
+    rows, measured = [], names(result["cells"])
     for cell in served(result["cells"]):
         three = cell["dot query_head"]["three"]
-        names = (f"{score} {selection}" for score in SCORES for selection in SELECTIONS)
         rows.append(
             [
                 place(cell),
                 cell[BASELINE.name]["us"],
-                *(timing(worse(result, "cells", cell, name), name) for name in names),
+                *(timing(worse(result, "cells", cell, name), name) for name in measured),
                 f"{cell['read']['us']:.1f} ({cell['read']['GBps']})",
                 f"{three['encode_us']} / {three['scan_us']} ({cell['read']['us'] / three['scan_us']:.0%}) / "
                 f"{three['attend_us']}",
@@ -96,10 +115,7 @@ def cells(result: dict) -> list[str]:
     headers = [
         "context x rows",
         DENSE_US,
-        "dot, set per query head",
-        "dot, per KV head",
-        "manhattan, per query head",
-        "manhattan, per KV head",
+        *map(NAMES.get, measured),
         "reading signatures µs (GB/s)",
         "encode / scan (reading / scan) / attend µs, dot per query head",
     ]
@@ -144,30 +160,29 @@ def is_exact(one: dict, cell: dict) -> bool:
 def both_kernels(result: dict) -> list[str]:
     rows = []
     for cell in served(result["cells"]):
-        for selection in SELECTIONS:
-            one = cell[f"dot {selection}"]
+        for name in names(result["cells"], "dot"):
+            one = cell[name]
             if "fused" in one:
                 fused, three = one["fused"], one["three"]
                 taken = "one" if one["runs"] == "fused" else "three"
                 rows.append(
-                    [place(cell), selection, fused["cluster"], fused["us"], three["us"], taken]
+                    [place(cell), NAMES[name], fused["cluster"], fused["us"], three["us"], taken]
                 )
-    headers = ["context x rows", "set per", "cluster", "one kernel µs", "three kernels µs", "taken"]
+    headers = ["context x rows", "set", "cluster", "one kernel µs", "three kernels µs", "taken"]
     return table(headers, rows)
 
 
 def part(result: dict, name: str) -> list[str]:
     """A part's cells, with the column that tells them apart besides the context and the rows."""
     column = {"budgets": "budget", "heads": "heads"}.get(name)
-    rows = []
+    rows, measured = [], names(result[name], "dot")
     for cell in served(result[name]):
         start = [place(cell), cell[column]] if column else [place(cell)]
         dense = cell.get(BASELINE.name, {}).get("us", "-")
-        names = [f"dot {selection}" for selection in SELECTIONS]
-        times = [timing(worse(result, name, cell, one), one) for one in names]
+        times = [timing(worse(result, name, cell, one), one) for one in measured]
         rows.append([*start, dense, *times])
     headers = ["context x rows", *([column] if column else [])]
-    return table([*headers, DENSE_US, "set per query head", "set per KV head"], rows)
+    return table([*headers, DENSE_US, *map(NAMES.get, measured)], rows)
 
 
 def conditions(result: dict) -> list[str]:
@@ -189,10 +204,12 @@ def over_all_keys(result: dict) -> list[str]:
     if "keys" not in result:
         return []
     lines = []
-    for selection in reversed(SELECTIONS):
-        title = f"Over all keys, dot, one set per {selection.replace('_', ' ')}"
-        lines += [f"{title} (share of token sets that were selected again):", ""]
-        lines += distributions(result, f"dot {selection}")
+    for name in reversed(names(result["keys"], "dot")):
+        lines += [
+            f"Over all keys, {NAMES[name]} (share of token sets that were selected again):",
+            "",
+        ]
+        lines += distributions(result, name)
     return lines
 
 
@@ -243,18 +260,18 @@ def plot(result: dict) -> None:
     lengths = [cell["context"] for _, cell in one]
     dense = [cell[BASELINE.name]["us"] for _, cell in one]
     left.loglog(lengths, dense, "k.-", label=BASELINE.title)
-    for selection in SELECTIONS:
-        name = f"dot {selection}"
+    default = headline(result)
+    for name in names([cell for _, cell in measured], "dot"):
         times = [used(worse(result, *where, name), name)["us"] for where in one]
-        left.loglog(lengths, times, ".-", label=f"one set per {selection}")
+        left.loglog(lengths, times, ".-", label=NAMES[name])
     left.set(title="one row", ylabel="µs of a decode step of one layer")
     left.legend()
     for rows in sorted({cell["rows"] for _, cell in measured}):
         these = [where for where in measured if where[1]["rows"] == rows]
-        shown = [worse(result, *where, "dot kv_head") for where in these]
-        ratios = [used(cell, "dot kv_head")["speedup"] for cell in shown]
+        shown = [worse(result, *where, default) for where in these]
+        ratios = [used(cell, default)["speedup"] for cell in shown]
         right.semilogx([cell["context"] for cell in shown], ratios, ".-", label=f"{rows} rows")
-    right.set(title="speed-up, one set per kv_head", ylim=(0, None))
+    right.set(title=f"speed-up, {NAMES[default]}", ylim=(0, None))
     right.legend()
     ticks = [1 << n for n in range(12, 21, 2)]
     for axes in (left, right):

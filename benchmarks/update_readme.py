@@ -14,7 +14,7 @@ import bench_serve
 import bench_serve_gpu
 from common import RESULTS, load, update_document
 from peers import PEERS
-from update_kernels import served, used, worse
+from update_kernels import headline, served, used, worse
 
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.environment import Environment
@@ -85,7 +85,8 @@ def readme() -> list[str]:
             ]
         )
     context, count = CELL
-    record, name = load("decode_gpu")[0], "dot kv_head"
+    record = load("decode_gpu")[0]
+    name = headline(record)
     cell = find(served(record["cells"]), context=context, rows=count)
     dense, one = cell[BASELINE.name]["us"], used(worse(record, "cells", cell, name), name)
     exactly = ", exactly the context" if cell["launch"] == context else ""
