@@ -49,8 +49,9 @@ def recorded() -> list[tuple[str, int, dict, dict]]:
     return found
 
 
-#: The cell that the policy is known to miss, and by how much: (part and result, launch, rows, budget)
-MISSED = {("budgets, dot query_head", 32768, 1, 1024): 1.09}
+#: Cells that the policy is known to miss, and by how much: (part and result, launch, rows, budget). Here a
+#: single block per KV head is faster, which it is not with sums.
+MISSED = {("cells, dot max", 8192, 32, 256): 1.10}
 
 
 def test_choice_of_the_fused_kernel_is_the_measured_one() -> None:
