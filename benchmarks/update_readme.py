@@ -248,7 +248,7 @@ def plot() -> None:
     left.legend()
     result = json.loads((RESULTS / f"{QUALITY}.json").read_text())
     for family, label in (
-        ("dot", "one set per KV head (default)"),
+        ("dot", "one set per KV head, sum"),
         ("dot-query-head", "one set per query head"),
     ):
         rows = [row for row in summary(result) if row["family"] == family and row["budget"] >= 64]
