@@ -247,20 +247,25 @@ def plot() -> None:
         ylabel="median TPOT (ms)",
     )
     left.legend()
-    result = json.loads((RESULTS / f"{QUALITY}.json").read_text())
-    for family, label in (
-        ("dot", "one set per KV head (default)"),
-        ("dot-query-head", "one set per query head"),
+    budgets: set[int] = set()
+    for study, family, label in (
+        ("-default", "default", "default"),
+        ("", "dot", "one set per KV head, sum"),
+        ("", "dot-query-head", "one set per query head"),
     ):
+        result = json.loads((RESULTS / f"{QUALITY}{study}.json").read_text())
         rows = [row for row in summary(result) if row["family"] == family and row["budget"] >= 64]
-        budgets = [row["budget"] for row in rows]
+        rows.sort(key=lambda row: row["budget"])
+        at = [row["budget"] for row in rows]
+        budgets.update(at)
         mean, low, high = zip(*(row["dnll"] for row in rows), strict=True)
-        (line,) = right.plot(budgets, mean, ".-", label=label)
-        right.fill_between(budgets, low, high, color=line.get_color(), alpha=0.2)
+        windows = len(result["cells"][rows[0]["name"]]["tasks"]["perplexity"]["nll"])
+        (line,) = right.plot(at, mean, ".-", label=f"{label}, {windows} windows")
+        right.fill_between(at, low, high, color=line.get_color(), alpha=0.2)
     default = AdamasConfig().token_budget
     right.axvline(default, color="gray", linestyle=":", label=f"default, {default} tokens")
     right.set_xscale("log", base=2)
-    right.set_xticks(budgets, list(map(str, budgets)))
+    right.set_xticks(sorted(budgets), list(map(str, sorted(budgets))))
     right.set(
         title=f"loss, {result['model']['name']}, {result['settings']['context']:,} tokens",
         xlabel="token budget",

@@ -75,13 +75,22 @@ def test_ratios_in_the_readme_are_measured():
 def test_the_loss_in_the_readme_is_measured():
     from vllm_adamas.evaluate.report import summary
 
-    study = ROOT / "benchmarks" / "results" / "quality_SmolLM2-135M-Instruct.json"
-    rows = {row["name"]: row for row in summary(json.loads(study.read_text()))}
-    mean, low, high = rows["dot-256"]["dnll"]
+    results = ROOT / "benchmarks" / "results"
+    served, summed = (
+        json.loads((results / f"quality_SmolLM2-135M-Instruct{study}.json").read_text())
+        for study in ("-default", "")
+    )
     text = " ".join(README.read_text().split())
+    mean, low, high = next(x for x in summary(served) if x["name"] == "default-256")["dnll"]
+    cell = served["cells"]["default-256"]["tasks"]["perplexity"]
+    scored = len(cell["nll"]) * cell["steps"]
     assert f"it adds {mean:.3f} nats per token" in text
-    assert f"95 % interval {low:.3f} to {high:.3f} nats" in text
-    assert f"512 tokens add {rows['dot-512']['dnll'][0]:.3f}." in text
+    assert f"95 % interval {low:.3f} to {high:.3f} nats, of {scored:,} scored tokens" in text
+    few, many = (
+        next(x for x in summary(summed) if x["name"] == name)["dnll"][0]
+        for name in ("dot-256", "dot-512")
+    )
+    assert f"512 tokens add {many:.3f}, where 256 add {few:.3f}." in text
 
 
 def test_kernel_sources_that_are_named_exist():

@@ -132,7 +132,8 @@ def _measure(
 ) -> MassRecord:
     record = MassRecord(budgets)
     engine.use(
-        {"token_budget": 1.0, **options},  # dense, so that all settings see the same queries
+        # Dense rows, so that all settings see the same queries, in layers that are recorded everywhere.
+        {"token_budget": 1.0, "num_dense_layers": 0, **options},
         partial(Shadow, record=record, stride=4),
     )
     engine.run(windows, progress=name)

@@ -60,7 +60,7 @@ struct FusedMemory {
   FusedRange* ranges;  // [block][set]; later the least and largest score of an edge bin as order keys, and the number
                        // of members with the largest one
   uint4* parts;        // [warp] likewise
-  uint2* members;     // [set][kMembers] score, token
+  uint64_t* members;  // [set][kMembers] ranks (score, token) of the edge bin
   uint32_t* planes;   // encoded queries
   int32_t* bias;      // [kMaxHeadQuads][4]
   HeadWeight* weights;     // [kMaxHeadQuads][4], for dot_max, as are tops and sums
@@ -77,7 +77,7 @@ struct FusedMemory {
         scores(reinterpret_cast<float*>(m + s.scores)),
         counts(reinterpret_cast<uint32_t*>(m + s.counts)), copies(reinterpret_cast<uint32_t*>(m + s.copies)),
         ranges(reinterpret_cast<FusedRange*>(m + s.ranges)),
-        parts(reinterpret_cast<uint4*>(m + s.parts)), members(reinterpret_cast<uint2*>(m + s.members)),
+        parts(reinterpret_cast<uint4*>(m + s.parts)), members(reinterpret_cast<uint64_t*>(m + s.members)),
         planes(reinterpret_cast<uint32_t*>(m + s.planes)), bias(reinterpret_cast<int32_t*>(m + s.bias)),
         weights(reinterpret_cast<HeadWeight*>(m + s.weights)), tops(reinterpret_cast<uint32_t*>(m + s.tops)),
         sums(tops + 4 * kMaxHeadQuads),

@@ -320,39 +320,35 @@ __device__ __forceinline__ void find_threshold(const FusedBlock& b, const Candid
     __syncthreads();
     return;
   }
+  const int bits = token_bits(b.plan.length);
   if (b.set < b.sets) {
     auto& head = m.heads[b.set];
     const float low = head.low, scale = head.scale;
-    const int edge = head.edge, bits = token_bits(b.plan.length);
+    const int edge = head.edge;
     const bool exact = head.exact;
     const uint64_t from = head.from, to = head.to;
     candidates.each([&](float x, int index, bool here) {
       if (!here || x == INFINITY) return;
-      if (exact) {
-        const uint64_t rank = rank_key(order_key(x), b.token(index), bits);
-        if (rank < from || rank > to) return;
-      } else if (edge_bin(x, low, scale) != edge) {
-        return;
-      }
+      const uint64_t rank = rank_key(order_key(x), b.token(index), bits);
+      if (exact ? rank < from || rank > to : edge_bin(x, low, scale) != edge) return;
       const uint32_t at = head.base + atomicAdd(&head.placed, 1u);
       for (int r = 0; r < b.s.cluster; ++r)
-        remote_store8(remote(m.members + b.set * kMembers + at, r), make_uint2(__float_as_uint(x), b.token(index)));
+        remote_store8(remote(m.members + b.set * kMembers + at, r), make_uint2(uint32_t(rank), uint32_t(rank >> 32)));
     });
   }
   cluster_sync();
   if (b.set < b.sets) {
     auto& head = m.heads[b.set];
-    const uint2* members = m.members + b.set * kMembers;
-    for (int i = b.sub * 32 + b.lane; i < head.size; i += b.warps_per_set * 32) {
-      const float score = __uint_as_float(members[i].x);
-      const int token = members[i].y;
+    const uint64_t* members = m.members + b.set * kMembers;
+    const int size = head.size, last = head.wanted - 1;
+    for (int i = b.sub * 32 + b.lane; i < size; i += b.warps_per_set * 32) {
+      const uint64_t rank = members[i];
       int better = 0;
 #pragma unroll 4
-      for (int j = 0; j < head.size; ++j) {
-        const uint2 other = members[j];
-        better += __uint_as_float(other.x) > score || (__uint_as_float(other.x) == score && int(other.y) > token);
-      }
-      if (better == head.wanted - 1) head.score = score, head.token = token;
+      for (int j = 0; j < size; ++j) better += members[j] > rank;
+      if (better != last) continue;
+      head.score = from_order_key(uint32_t(rank >> bits));
+      head.token = int(rank & ((1ull << bits) - 1));
     }
   }
   __syncthreads();
