@@ -266,7 +266,7 @@ def columns(lines: list[str], title: str) -> list[list[str]]:
 def test_the_table_shows_the_worse_of_gaussian_and_real_keys(update_kernels, record) -> None:
     lines = update_kernels.conditions(record) + update_kernels.cells(record)
     assert lines[0] == (
-        "Steps were launched for 131,072 tokens. Times are the slower ones of Gaussian and real keys, "
+        "Steps were launched for 131,072 or 1,048,576 tokens. Times are the slower ones of Gaussian and real keys, "
         "where both were measured."
     )
     _, *rows = columns(lines, "Steps")
