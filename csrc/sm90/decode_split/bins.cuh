@@ -2,19 +2,23 @@
 #pragma once
 #include <cuda_runtime.h>
 
-#include "sm90/normal.cuh"
-
 namespace adamas {
 
-// A score's position in units of the deviation is t = (score - low) * scale, about kRankPosition for the wanted
-// score of normally distributed scores. Bins divide every octave of t from 2^kFirstOctave on equally, so that they are fine where
-// the k-th best should be and reach far. The first bin holds all lower scores, the last one all higher ones.
-constexpr int kSampleBinBits = 7, kSampleBins = 1 << kSampleBinBits;
+// The number of standard deviations above the mean that a share `p` < 0.5 of a normal distribution exceeds, with an
+// error below 0.005 (Abramowitz and Stegun, 26.2.22).
+__device__ __forceinline__ float normal_tail(float p) {
+  const float t = sqrtf(-2.0f * __logf(p));
+  return t - __fdividef(2.30753f + 0.27061f * t, 1.0f + 0.99229f * t + 0.04481f * t * t);
+}
+
+// A score's position in units of the deviation is t = (score - low) * scale, about kRankPosition for the wanted score if
+// scores are normally distributed. Bins divide every octave of t from 2^kFirstOctave on equally, so that they are fine
+// where the wanted score should be and reach far. The first bin holds all lower scores, the last one all higher ones.
+constexpr int kSampleBins = 128;
 constexpr int kFirstOctave = -2, kOctaveBits = 5;
 constexpr float kRankPosition = 1.5f;
 
-// The bin of a score; it is monotonic in the score. Each operation is rounded separately, so that the compiler cannot
-// contract them in one place and not in another.
+// The bin of a score; it is monotonic in the score.
 __device__ __forceinline__ int sample_bin(float x, float low, float scale) {
   const int t = __float_as_int(fmaxf(__fmul_rn(__fsub_rn(x, low), scale), 0.0f));
   return min(max((t - ((127 + kFirstOctave) << 23) >> (23 - kOctaveBits)) + 1, 0), kSampleBins - 1);
