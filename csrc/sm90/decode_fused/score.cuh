@@ -72,7 +72,8 @@ __device__ __forceinline__ void merge_range(const FusedBlock& b, float (&best)[k
 }
 
 // The log-sum-exp of every head's logits over the sample (maximum.cuh), which each block of the cluster computes. The
-// warp has tiles kTilesPerWarp * warp and following, if the context has so many; `data` is its stage of them.
+// warp has tiles kTilesPerWarp * warp and following of the `tiles` of the sample; `data` is its stage of them. Places past
+// the context occur only in a sample of all tiles, which then follow each other.
 constexpr int kTilesPerWarp = kStageTokens / kTile;
 static_assert(kTilesPerWarp * kFusedWarps == kSampleTiles);
 
