@@ -53,9 +53,9 @@ def neighbours_block() -> None:
 
     def spoil(metadata):
         if metadata.num_decodes > 1:
-            (batch,) = metadata.decode.values()
-            table = batch.block_table = batch.block_table.clone()
-            table[0, 0] = table[1, 0]
+            for batch in metadata.decode.values():
+                table = batch.block_table = batch.block_table.clone()
+                table[0, 0] = table[1, 0]
 
     _spoil_some_steps(spoil)
 

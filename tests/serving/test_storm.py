@@ -549,7 +549,7 @@ def test_a_storm_finds_a_fault(serve, llama, tmp_path, fault: str) -> None:
     server = serve(Spec(llama, fault))
     args = [*STORM.split(), "--requests", "120", "--check", "40"]
     status, record = storm(tmp_path, server.url, *args, "--kinds", "edge,steady,fork,burst")
-    assert status == 1
+    assert status == 1, server.log_tail()
     assert [problem.partition(" ")[2] for problem in record["problems"]] == [
         "wrong tokens, replayed"
-    ], record["problems"]
+    ], (record["problems"], server.log_tail())
