@@ -46,7 +46,7 @@ class Result:
     metrics: dict[str, float]
 
     def count(self, name: str) -> int:
-        return int(self.metrics.get(f"vllm_adamas_{name}_total", 0))
+        return int(self.metrics.get(f"vllm:adamas_{name}_total", 0))
 
 
 def ask(model: str, backend: str, config: dict | None) -> Result:

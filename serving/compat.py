@@ -238,6 +238,11 @@ def layers_of(vllm_config) -> dict:
     return vllm_config.compilation_config.static_forward_context
 
 
+def engine_index(vllm_config) -> int:
+    """Index of an engine among those of a data-parallel server, the label ``engine`` of its metrics."""
+    return vllm_config.parallel_config.data_parallel_index
+
+
 def adamas_parts(worker) -> tuple[dict, list, Callable[[int], list]]:
     """The parts of an in-process worker that an evaluation modifies.
 

@@ -83,7 +83,8 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         vllm_config = get_current_vllm_config()
         self.config = read_config(vllm_config)
         layers, device = compat.layers_of(vllm_config), current_platform.device_type
-        self.shared = Shared.among(layers.values(), self.config, device)
+        engine = compat.engine_index(vllm_config)
+        self.shared = Shared.among(layers.values(), self.config, device, engine)
         self.backend = self.shared.backend(self.config.kernels)
         self.dense = self.shared.dense
         self.max_model_len = vllm_config.model_config.max_model_len

@@ -1,17 +1,15 @@
-"""Selection counters: kernels in the workers add to them, and the API server exports them on /metrics.
+"""Selection counters of the workers: kernels add to them, and the server exports them (``export.py``).
 
-Each worker maps a file of int64 counters, which the API server reads. The API server names the folder of
-these files in the environment before it starts the engine.
+Each worker maps a file of int64 counters, in a folder that the server names in the environment before it
+starts the engine.
 """
 
 from __future__ import annotations
 
-import atexit
-import multiprocessing
 import os
-import shutil
 import tempfile
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +18,7 @@ import torch
 from vllm_adamas.config import AdamasConfig
 
 FOLDER = "VLLM_ADAMAS_METRICS_DIR"
-_exported = False  # whether this process exports the counters
+FILES = "engine-*.i64"  #: engine-{index of the engine}-{tensor parallel rank}-{process}-{random}
 NAMES = (
     ("sparse_rows", "Decode rows (query tokens times layers) that attended to selected tokens."),
     ("dense_rows", "Decode rows of sparse layers that attended to their whole context."),
@@ -30,52 +28,20 @@ NAMES = (
 )
 
 
-def export() -> None:
-    """In the process that serves HTTP, names the folder and exports the workers' counters.
-
-    Spawned engine and worker processes keep the folder that they inherit. A process started as a command
-    creates its own, even if its environment names one.
-    """
-    global _exported
-    if _exported or multiprocessing.parent_process() is not None:
-        return
-    _exported = True
-    folder = tempfile.mkdtemp(prefix="vllm-adamas-")
-    os.environ[FOLDER] = folder
-    owner = os.getpid()
-    atexit.register(lambda: os.getpid() == owner and shutil.rmtree(folder, ignore_errors=True))
-    _export(Path(folder))
-
-
-def _export(folder: Path) -> None:
-    from prometheus_client import REGISTRY
-    from prometheus_client.core import CounterMetricFamily
-
-    class Collector:
-        def collect(self):
-            totals = read_counters(folder)
-            for (name, text), total in zip(NAMES, totals, strict=True):
-                yield CounterMetricFamily(f"vllm_adamas_{name}", text, value=int(total))
-
-        def describe(self):
-            return []
-
-    REGISTRY.register(Collector())
-
-
-def read_counters(folder: Path) -> np.ndarray:
-    """The counters summed over the workers of one server.
+def read_counters(folder: Path) -> dict[int, np.ndarray]:
+    """The counters of each engine, by its index, summed over its workers.
 
     Workers of a tensor parallel group have the same rows but different heads, so only rank 0 counts rows.
     """
-    total = np.zeros(len(NAMES), dtype=np.int64)
-    for file in sorted(folder.glob("worker-*.i64")):
+    totals: dict[int, np.ndarray] = defaultdict(lambda: np.zeros(len(NAMES), dtype=np.int64))
+    for file in sorted(folder.glob(FILES)):
         data = np.fromfile(file, dtype=np.int64)
         if data.size == len(NAMES):
-            if not file.name.startswith("worker-0-"):
+            _, engine, rank, _ = file.name.split("-", 3)
+            if rank != "0":
                 data[:2] = 0
-            total += data
-    return total
+            totals[int(engine)] += data
+    return dict(totals)
 
 
 class SelectionStats:
@@ -86,13 +52,14 @@ class SelectionStats:
     Args:
         device_type: device of the kernels. On a CPU they add to the mapped file itself. Counters of
             another device are copied into it, without a sync, at most once a second.
+        engine: index of the engine among those of a data-parallel server.
         rank: tensor parallel rank of the worker.
     """
 
     COPY_INTERVAL = 1.0
 
-    def __init__(self, config: AdamasConfig, device_type: str, rank: int = 0):
-        self._exported = self._open(config, rank)
+    def __init__(self, config: AdamasConfig, device_type: str, engine: int = 0, rank: int = 0):
+        self._exported = self._open(config, f"engine-{engine}-{rank}-{os.getpid()}-")
         on_host = device_type == "cpu"
         self._sparse = (
             self._exported if on_host else torch.zeros_like(self._exported, device=device_type)
@@ -106,12 +73,12 @@ class SelectionStats:
         self.warming_up = False
 
     @staticmethod
-    def _open(config: AdamasConfig, rank: int) -> torch.Tensor:
+    def _open(config: AdamasConfig, prefix: str) -> torch.Tensor:
         folder = os.environ.get(FOLDER)
         if not (config.metrics and folder and os.path.isdir(folder)):
             return torch.zeros(len(NAMES), dtype=torch.int64, device="cpu")  # vLLM sets a default
         # Unique even for several engines in one process.
-        handle, file = tempfile.mkstemp(".i64", f"worker-{rank}-{os.getpid()}-", folder)
+        handle, file = tempfile.mkstemp(".i64", prefix, folder)
         os.close(handle)
         return torch.from_numpy(np.memmap(file, dtype=np.int64, mode="w+", shape=(len(NAMES),)))
 

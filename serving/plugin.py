@@ -31,11 +31,12 @@ def _check(vllm_config) -> None:
     from vllm_adamas.serving import compat
 
     compat.require_supported_vllm()
-    from vllm_adamas.serving import metrics
+    from vllm_adamas.serving import export
     from vllm_adamas.serving.checks import check_config
 
-    if check_config(vllm_config).metrics:
-        metrics.export()
+    config, model = check_config(vllm_config), vllm_config.model_config
+    if config.metrics and model is not None:
+        export.export(model.served_model_name, export.options(config))
 
 
 def _problems(**layer) -> list[str]:

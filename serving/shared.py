@@ -22,19 +22,24 @@ class Shared:
     Only the engine's layers and metadata builders refer to it, so it is freed with them.
     """
 
-    def __init__(self, config: AdamasConfig, device_type: str):
+    def __init__(self, config: AdamasConfig, device_type: str, engine: int):
         self._config = config
+        self._engine = engine
         self._device_type = device_type
         self._backends: dict[str, Backend] = {}
         self._prepared = False
         self.dense: DenseAttention = get_dense_attention(device_type)
 
     @classmethod
-    def among(cls, layers: Iterable, config: AdamasConfig, device_type: str) -> Shared:
-        """The object of the layers built so far, or a new one for the first layer."""
+    def among(cls, layers: Iterable, config: AdamasConfig, device_type: str, engine: int) -> Shared:
+        """The object of the layers built so far, or a new one for the first layer.
+
+        Args:
+            engine: index of the engine in a data-parallel server.
+        """
         impls = (getattr(layer, "impl", None) for layer in layers)
         found = (impl.shared for impl in impls if isinstance(getattr(impl, "shared", None), cls))
-        return next(found, None) or cls(config, device_type)
+        return next(found, None) or cls(config, device_type, engine)
 
     def backend(self, kernels: str) -> Backend:
         """The engine's instance of the backend for a value of the option ``kernels``."""
@@ -48,7 +53,8 @@ class Shared:
 
         Layers must not create them: vLLM's sleep mode discards memory allocated while layers are built.
         """
-        return SelectionStats(self._config, self._device_type, get_tensor_model_parallel_rank())
+        rank = get_tensor_model_parallel_rank()
+        return SelectionStats(self._config, self._device_type, self._engine, rank)
 
     def prepare(self, backend: Backend, cache: torch.Tensor) -> None:
         """Prepares the KV cache allocation, which all layers share, once."""

@@ -81,7 +81,7 @@ class Report:
                 found.append(
                     f"only {verdict.compared} of {verdict.tokens} tokens were compared ({name})"
                 )
-        if "scored" in self.checks and self.moved.get("vllm_adamas_sparse_rows_total"):
+        if "scored" in self.checks and self.moved.get("vllm:adamas_sparse_rows_total"):
             found.append(
                 "sparse rows were scored by a server that attends to everything: serve with a "
                 "token_budget above the contexts, or leave out --oracle"

@@ -15,11 +15,11 @@ COUNTERS = (
     "vllm:prefix_cache_queries_total",
     "vllm:prompt_tokens_total",
     "vllm:generation_tokens_total",
-    "vllm_adamas_sparse_rows_total",
-    "vllm_adamas_dense_rows_total",
-    "vllm_adamas_decode_context_tokens_total",
-    "vllm_adamas_decode_attended_tokens_total",
-    "vllm_adamas_reselected_token_sets_total",
+    "vllm:adamas_sparse_rows_total",
+    "vllm:adamas_dense_rows_total",
+    "vllm:adamas_decode_context_tokens_total",
+    "vllm:adamas_decode_attended_tokens_total",
+    "vllm:adamas_reselected_token_sets_total",
 )
 MIB = 2**20
 

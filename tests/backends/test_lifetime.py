@@ -191,6 +191,7 @@ class Engine:
             ),
             scheduler_config=SimpleNamespace(max_num_seqs=2, max_num_batched_tokens=64),
             model_config=SimpleNamespace(max_model_len=256, dtype=CASE.dtype),
+            parallel_config=SimpleNamespace(data_parallel_index=0),
         )
         with monkeypatch.context() as patch:
             patch.setattr(impl_module, "get_current_vllm_config", lambda: self.config)
@@ -281,12 +282,12 @@ def test_engines_share_nothing(monkeypatch, tmp_path, kernels: str) -> None:
         [x.impls[0].backend, x.impls[0].dense, x.impls[0].shared.stats] for x in (first, second)
     ]
     assert all(one is not two for one, two in zip(*parts, strict=True))
-    assert read_counters(tmp_path)[0] == 2 * len(batch.lengths)
+    assert read_counters(tmp_path)[0][0] == 2 * len(batch.lengths)
     gone = [weakref.ref(part) for part in parts[0]]
     del first, engine, parts
     assert [part() for part in gone] == [None] * len(gone)
     second.step(batch)
-    assert read_counters(tmp_path)[0] == 3 * len(batch.lengths)
+    assert read_counters(tmp_path)[0][0] == 3 * len(batch.lengths)
 
 
 @over_backends

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from common import ROOT, random_gemma, random_llama
 from test_checks import ARGUMENTS, ENVIRONMENT, PARTS
 
 from vllm_adamas.serving.launch import Server
+from vllm_adamas.serving.metrics import NAMES
 from vllm_adamas.serving.plugin import register
 
 TESTS = ROOT / "tests"
@@ -197,6 +199,32 @@ def test_pages_of_two_sizes_share_a_pool(tokens) -> None:
     assert small != tokens["llama", "plain"]
 
 
+def expected_counters(model: Path) -> list[int]:
+    """What decoding :func:`engines.prompts`, one after another, adds to the counters of metrics.NAMES.
+
+    The first of each answer's tokens is prefill's, and layer 0 is dense.
+    """
+    config = json.loads((model / "config.json").read_text())
+    layers, heads = config["num_hidden_layers"] - 1, config["num_attention_heads"]
+    budget = engines.COMMON["additional_config"]["adamas"]["token_budget"]
+    contexts = [len(ids) + n for ids in engines.prompts() for n in range(1, engines.TOKENS)]
+    sparse = sum(context > budget for context in contexts)
+    attended = sum(min(context, budget) for context in contexts)
+    rows = [sparse, len(contexts) - sparse]
+    return [layers * n for n in (*rows, heads * sum(contexts), heads * attended, 0)]
+
+
+def counters(server: Server, until: list[int]) -> list[int]:
+    """The exported counters, once they are as expected or have had time enough."""
+    deadline = time.monotonic() + 60
+    while True:
+        now = server.metrics()
+        found = [int(now.get(f"vllm:adamas_{name}_total", 0)) for name, _ in NAMES]
+        if found == until or time.monotonic() > deadline:
+            return found
+        time.sleep(0.2)
+
+
 @pytest.mark.serve
 @pytest.mark.slow
 @pytest.mark.parametrize("args", ["--api-server-count 2", "-dp 2"])
@@ -218,5 +246,7 @@ def test_more_processes_change_no_answer(models, tokens, args: str) -> None:
             ]
             for ids in engines.prompts()
         ]
+        counted = counters(server, until=expected_counters(models["llama"]))
     found = [[int(token.removeprefix("token_id:")) for token in reply] for reply in replies]
     assert found == tokens["llama", "plain"][: len(found)]
+    assert counted == expected_counters(models["llama"])

@@ -143,7 +143,7 @@ def counters(server: Server) -> tuple[int, ...]:
         time.sleep(1.1 * SelectionStats.COPY_INTERVAL)
         complete(server, "Good evening to all of you", 1)
     now = server.metrics()
-    return tuple(int(now[f"vllm_adamas_{name}_total"]) for name, _ in NAMES)
+    return tuple(int(now[f"vllm:adamas_{name}_total"]) for name, _ in NAMES)
 
 
 def moved(server: Server, call) -> tuple[int, ...]:

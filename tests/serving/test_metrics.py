@@ -1,8 +1,7 @@
-"""The counters' way from a worker's kernels to /metrics."""
+"""The counters' way from a worker's kernels to a file of its own."""
 
 import os
-import subprocess
-import sys
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,20 +11,8 @@ from vllm_adamas.config import AdamasConfig
 from vllm_adamas.serving import metrics
 
 
-def test_a_command_names_a_folder_of_its_own_and_removes_it(tmp_path) -> None:
-    script = (
-        "import os; from vllm_adamas.serving import metrics; metrics.export(); "
-        "folder = os.environ[metrics.FOLDER]; metrics.export(); "
-        "assert os.environ[metrics.FOLDER] == folder; assert os.path.isdir(folder); print(folder)"
-    )
-    inherited = {**os.environ, metrics.FOLDER: str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, "-c", script], env=inherited, capture_output=True, text=True, check=True
-    )
-    folder = done.stdout.strip()
-    assert folder != str(tmp_path)
-    assert not os.path.exists(folder)
-    assert tmp_path.is_dir()
+def read(folder: Path) -> dict[int, list[int]]:
+    return {engine: counters.tolist() for engine, counters in metrics.read_counters(folder).items()}
 
 
 def test_every_counter_has_a_name() -> None:
@@ -33,10 +20,11 @@ def test_every_counter_has_a_name() -> None:
 
 
 def test_counters_are_summed_over_workers(tmp_path) -> None:
-    np.array([1, 2, 3, 4, 5]).tofile(tmp_path / "worker-0-11.i64")
-    np.array([10, 20, 30, 40, 50]).tofile(tmp_path / "worker-0-12.i64")
-    (tmp_path / "worker-0-13.i64").write_bytes(b"torn")  # just being made
-    assert metrics.read_counters(tmp_path).tolist() == [11, 22, 33, 44, 55]
+    np.array([1, 2, 3, 4, 5]).tofile(tmp_path / "engine-0-0-11-a.i64")
+    np.array([10, 20, 30, 40, 50]).tofile(tmp_path / "engine-0-0-12-b.i64")
+    np.array([6, 7, 8, 9, 0]).tofile(tmp_path / "engine-1-0-13-c.i64")
+    (tmp_path / "engine-0-0-14-d.i64").write_bytes(b"torn")  # just being made
+    assert read(tmp_path) == {0: [11, 22, 33, 44, 55], 1: [6, 7, 8, 9, 0]}
 
 
 def test_rows_whose_heads_are_shared_count_once(tmp_path, monkeypatch) -> None:
@@ -44,9 +32,9 @@ def test_rows_whose_heads_are_shared_count_once(tmp_path, monkeypatch) -> None:
     pid = os.getpid()
     for rank in range(2):
         monkeypatch.setattr(os, "getpid", lambda rank=rank: pid + rank)
-        stats = metrics.SelectionStats(AdamasConfig(), "cpu", rank)
+        stats = metrics.SelectionStats(AdamasConfig(), "cpu", rank=rank)
         stats.counters(dense_layer=False).add_(torch.tensor([3, 2, 80, 8, 1]))
-    assert metrics.read_counters(tmp_path).tolist() == [3, 2, 160, 16, 2]
+    assert read(tmp_path) == {0: [3, 2, 160, 16, 2]}
 
 
 def test_what_kernels_add_is_in_the_file(tmp_path, monkeypatch) -> None:
@@ -54,7 +42,7 @@ def test_what_kernels_add_is_in_the_file(tmp_path, monkeypatch) -> None:
     stats = metrics.SelectionStats(AdamasConfig(), "cpu")
     stats.counters(dense_layer=False).add_(torch.tensor([1, 0, 80, 8, 1]))
     stats.counters(dense_layer=True).add_(torch.tensor([0, 1, 80, 80, 0]))
-    assert metrics.read_counters(tmp_path).tolist() == [1, 0, 80, 8, 1]
+    assert read(tmp_path) == {0: [1, 0, 80, 8, 1]}
 
 
 def test_steps_that_warm_up_are_not_counted(tmp_path, monkeypatch) -> None:
@@ -65,7 +53,7 @@ def test_steps_that_warm_up_are_not_counted(tmp_path, monkeypatch) -> None:
     stats.tick()
     stats.counters(dense_layer=False).add_(1)
     stats.tick()
-    assert metrics.read_counters(tmp_path).tolist() == [1] * COUNTERS
+    assert read(tmp_path) == {0: [1] * COUNTERS}
 
 
 def test_nothing_is_written_when_turned_off(tmp_path, monkeypatch) -> None:

@@ -129,9 +129,12 @@ def test_only_the_adamas_backend_is_checked(platform) -> None:
 @pytest.mark.parametrize("wanted", [True, False])
 def test_counters_are_exported_if_wanted(platform, monkeypatch, wanted: bool) -> None:
     exported = []
-    monkeypatch.setattr("vllm_adamas.serving.metrics.export", lambda: exported.append(1))
-    engine_config("ADAMAS", {"metrics": wanted})
-    assert bool(exported) == wanted
+    monkeypatch.setattr("vllm_adamas.serving.export.export", lambda *args: exported.append(args))
+    model = engine_config("ADAMAS", {"metrics": wanted, "token_budget": 99}).model_config
+    assert len(exported) == wanted
+    for name, options in exported:
+        assert name == model.served_model_name
+        assert (options["token_budget"], options["layer_budgets"]) == ("99", '{"0": 792}')
 
 
 @pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0.0", "0.8.5+cpu"])

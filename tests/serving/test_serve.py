@@ -144,7 +144,7 @@ class Moved:
 
     def ours(self) -> tuple[int, ...]:
         names = ("sparse_rows", "dense_rows", "decode_context_tokens", "decode_attended_tokens")
-        return tuple(self.by[f"vllm_adamas_{name}_total"] for name in names)
+        return tuple(self.by[f"vllm:adamas_{name}_total"] for name in names)
 
 
 def counted(contexts: range) -> tuple[int, ...]:
@@ -244,7 +244,7 @@ class Observed:
         with Moved(server) as crowd:
             crowded = together([lambda c=c: tokens_of(server, c, 60) for c in conversations])
         names = ("vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total")
-        ours = "vllm_adamas_sparse_rows_total" in crowd.by
+        ours = "vllm:adamas_sparse_rows_total" in crowd.by
         return cls(
             cached=tuple(prefix.by[name] for name in names),
             answers=replies,

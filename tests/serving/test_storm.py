@@ -206,7 +206,7 @@ def report(**found) -> Report:
         (
             {
                 "checks": {"scored": Verdict(tokens=1, compared=1)},
-                "moved": {"vllm_adamas_sparse_rows_total": 5.0},
+                "moved": {"vllm:adamas_sparse_rows_total": 5.0},
             },
             "token_budget",
         ),
@@ -223,7 +223,7 @@ def test_nothing_is_a_problem_without_cause() -> None:
     fine = report(
         checks={"replayed": Verdict(tokens=10, compared=7, distances=[0.1])},
         memory={"warm": {"rss": 500.0}, "end": {"rss": 599.0}},
-        moved={"vllm_adamas_sparse_rows_total": 5.0},
+        moved={"vllm:adamas_sparse_rows_total": 5.0},
     )
     assert fine.problems() == []
     assert json.loads(json.dumps(fine.record(), allow_nan=False))["ok"] is True
@@ -535,7 +535,7 @@ def test_a_storm_over_sparse_decode_finds_nothing(serve, llama, tmp_path) -> Non
     assert set(record["requests"]) == set(WEIGHTS)
     checked, counters = record["checks"]["replayed"], record["counters"]
     assert checked["compared"] == checked["tokens"] > 200
-    assert counters["vllm_adamas_sparse_rows_total"] > 0
+    assert counters["vllm:adamas_sparse_rows_total"] > 0
     assert counters["vllm:num_preemptions_total"] > 0
     assert counters["vllm:prefix_cache_hits_total"] > 0
     assert all(record["memory_mib"][when]["rss"] > 0 for when in ("warm", "end"))

@@ -1,0 +1,199 @@
+"""Exports the workers' counters at ``/metrics``, beside vLLM's own and with the same labels.
+
+One process reads the workers' files: the one that the command started. Its collector reads them at each
+scrape. With several API servers, ``/metrics`` is the sum of the files that prometheus_client's processes
+write, and a collector would vanish; the process then copies the counters into such a file once a second.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import fcntl
+import json
+import multiprocessing
+import os
+import tempfile
+import threading
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from vllm_adamas.config import AdamasConfig
+from vllm_adamas.serving.metrics import FILES, FOLDER, NAMES, read_counters
+
+PREFIX = "vllm-adamas-counters-"  #: of the folders with the workers' files
+COPY_INTERVAL = 1.0  #: seconds between two copies for several API servers
+SHARED_FOLDER = (
+    "PROMETHEUS_MULTIPROC_DIR"  #: prometheus_client's variable, set with several API servers
+)
+LABELS = ("model_name", "engine")  #: as vLLM's own metrics have them
+INFO = ("config_info", "The options that are in force, as labels.")
+_exported = False  # whether this process exports the counters
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One family of samples: ``kind`` is ``counter`` or ``gauge``, without ``_total`` in the name."""
+
+    kind: str
+    name: str
+    text: str
+    labels: tuple[str, ...]
+    samples: tuple[tuple[tuple[str, ...], float], ...]
+
+
+class Source:
+    """What is exported: the counters of a folder, labelled, and the options of the server."""
+
+    def __init__(self, folder: Path, model_name: str, options: dict[str, str]):
+        self._folder = folder
+        self._model_name = model_name
+        self._options = options
+
+    def metrics(self) -> Iterator[Metric]:
+        totals = read_counters(self._folder)
+        for at, (name, text) in enumerate(NAMES):
+            samples = tuple(
+                ((self._model_name, str(engine)), int(counters[at]))
+                for engine, counters in sorted(totals.items())
+            )
+            yield Metric("counter", f"vllm:adamas_{name}", text, LABELS, samples)
+        name, text = INFO
+        labels = ("model_name", *self._options)
+        values = (self._model_name, *self._options.values())
+        yield Metric("gauge", f"vllm:adamas_{name}", text, labels, ((values, 1),))
+
+    def old_metrics(self) -> Iterator[Metric]:
+        """The counters as 0.1 called them, without labels; the next release drops them."""
+        totals = read_counters(self._folder).values()
+        for at, (name, text) in enumerate(NAMES):
+            total = sum(int(counters[at]) for counters in totals)
+            yield Metric("counter", f"vllm_adamas_{name}", text, (), (((), total),))
+
+
+def export(model_name: str, options: dict[str, str]) -> None:
+    """In the process that the command started, names the folder and exports what is written there.
+
+    Spawned engine and worker processes keep the folder that they inherit. A process started as a command
+    creates its own, even if its environment names one.
+
+    Args:
+        model_name: the label of all metrics.
+        options: labels of the metric that shows the configuration.
+    """
+    global _exported
+    if _exported or multiprocessing.parent_process() is not None:
+        return
+    _exported = True
+    folder = _make_folder(Path(tempfile.gettempdir()))
+    os.environ[FOLDER] = str(folder)
+    source = Source(folder, model_name, options)
+    if SHARED_FOLDER in os.environ:
+        threading.Thread(target=_copy_forever, args=(source,), daemon=True).start()
+    else:
+        from prometheus_client import REGISTRY
+
+        REGISTRY.register(Collector(source))
+
+
+def options(config: AdamasConfig) -> dict[str, str]:
+    """The options that decide what is attended to, as labels."""
+    values = config.model_dump(mode="json", exclude={"log_interval", "metrics"})
+    return {
+        name: value if isinstance(value, str) else json.dumps(value)
+        for name, value in values.items()
+    }
+
+
+class Collector:
+    """Reads the counters whenever the registry is scraped."""
+
+    def __init__(self, source: Source):
+        self._source = source
+
+    def describe(self) -> list:
+        return []  # so that registering does not read anything yet
+
+    def collect(self) -> Iterable:
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        families = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily}
+        for metric in (*self._source.metrics(), *self._source.old_metrics()):
+            family = families[metric.kind](metric.name, metric.text, labels=metric.labels)
+            for values, value in metric.samples:
+                family.add_metric(values, value)
+            yield family
+
+
+class SharedFile:
+    """A file of this process in the folder that the API servers' ``/metrics`` sums up."""
+
+    def __init__(self) -> None:
+        from prometheus_client.values import MultiProcessValue
+
+        # Unlike those of prometheus_client itself in this process.
+        self._make = MultiProcessValue(lambda: f"adamas-{os.getpid()}")
+        self._values: dict = {}
+
+    def write(self, metrics: Iterable[Metric]) -> None:
+        for metric in metrics:
+            sample = metric.name + ("_total" if metric.kind == "counter" else "")
+            for values, value in metric.samples:
+                key = sample, values
+                if key not in self._values:
+                    mode = "max" if metric.kind == "gauge" else ""
+                    self._values[key] = self._make(
+                        metric.kind, metric.name, sample, metric.labels, values, metric.text, mode
+                    )
+                self._values[key].set(value)
+
+
+def _copy_forever(source: Source) -> None:
+    file, pause = SharedFile(), threading.Event()
+    while True:
+        file.write(source.metrics())
+        pause.wait(COPY_INTERVAL)
+
+
+def _make_folder(parent: Path) -> Path:
+    """A new folder for the workers' files, removed when this process exits.
+
+    Its owner locks it for as long as it lives, so folders that killed processes left behind are known by
+    their free lock, and are removed here.
+    """
+    for left in parent.glob(f"{PREFIX}*"):
+        if (lock := _lock(left)) is not None:
+            _remove(left)
+            os.close(lock)
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+    while _lock(folder) is None:  # another process found it before it was locked, and removes it
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+    owner = os.getpid()
+    atexit.register(lambda: os.getpid() == owner and _remove(folder))
+    return folder
+
+
+def _remove(folder: Path) -> None:
+    """Removes the workers' files, and the folder if it holds nothing else."""
+    with contextlib.suppress(OSError):
+        for file in folder.glob(FILES):
+            file.unlink(missing_ok=True)
+        folder.rmdir()
+
+
+def _lock(folder: Path) -> int | None:
+    """Locks a folder of this user without waiting.
+
+    Returns:
+        a descriptor that holds the lock until it is closed; None if another process has the lock.
+    """
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:  # another user's, or gone
+        return None
+    with contextlib.suppress(OSError):
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return descriptor
+    os.close(descriptor)
+    return None
