@@ -6,13 +6,13 @@ import argparse
 import json
 import sys
 import textwrap
-from pathlib import Path
 from types import SimpleNamespace
 
 from vllm_adamas import __version__, tables
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.environment import package_versions
 from vllm_adamas.errors import AdamasError
+from vllm_adamas.identity import Heads, text_config
 from vllm_adamas.serving import compat
 
 #: Distributions whose versions ``info`` prints.
@@ -72,7 +72,7 @@ def _info(args) -> int:
     config = AdamasConfig.parse(_options(args.config))
     if config.profile is not None:
         profile.load(config.profile)
-    model = _model(args)
+    model = {} if args.model is None else text_config(args.model)
     shape, config = _model_shape(args, model), _resolved(args, model, config)
     report = {
         "versions": _versions(),
@@ -225,19 +225,6 @@ def _kernels(config: AdamasConfig) -> dict[str, str]:
     return found | {"used here": describe(config.kernels)}
 
 
-def _model(args) -> dict:
-    """The config.json of the model, that of its text part above all; empty without ``--model``."""
-    if args.model is None:
-        return {}
-    path = Path(args.model) / "config.json"
-    if not path.is_file():
-        raise AdamasError(
-            f"{path} does not exist: give --model the folder of a Hugging Face model."
-        )
-    model = json.loads(path.read_text())
-    return {**model, **model.get("text_config", {})}
-
-
 def _resolved(args, model: dict, config: AdamasConfig) -> AdamasConfig:
     """The configuration with the defaults that a server of the model would take."""
     from vllm_adamas.serving.checks import resolve
@@ -263,9 +250,8 @@ def _model_shape(args, model: dict) -> dict:
     if args.kv_cache_dtype is None and dtype in ELEMENTS:
         shape["dtype"] = dtype
     try:
-        heads = model["num_attention_heads"]
-        shape["head_size"] = model.get("head_dim") or model["hidden_size"] // heads
-        shape["num_kv_heads"] = model.get("num_key_value_heads") or heads
+        heads = Heads.of(model)
+        shape["head_size"], shape["num_kv_heads"] = heads.size, heads.kv
         shape["num_layers"] = model["num_hidden_layers"]
     except KeyError as missing:
         raise AdamasError(
