@@ -176,7 +176,7 @@ def _timing(part: dict[str, Any]) -> str:
     if "left out" in part:
         return f"left out: {part['left out']}"
     heads, stock, start = Heads(**part["heads"]), part["stock"], part["gains from"]
-    threads = f", {part['threads']} threads" if part["threads"] else ""
+    threads = {None: "", 1: ", 1 thread"}.get(part["threads"], f", {part['threads']} threads")
     headers = ["context", f"{stock} ms", "dense rows ms", "sparse ms", "gain", "q1", "q3"]
     rows = [
         [
