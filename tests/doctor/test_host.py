@@ -140,6 +140,10 @@ def test_memory_of_a_cpu_server(nodes: Path, tmp_path: Path) -> None:
     assert "18.4 GiB, and 15.0 are available" in problems()[0]
     (tmp_path / "memory.max").write_text("max\n")
     assert "60.0 are available" in problems()[0]
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "memory.limit_in_bytes").write_text(f"{10 << 30}\n")
+    (tmp_path / "memory" / "memory.usage_in_bytes").write_text(f"{3 << 30}\n")
+    assert "9.2 GiB, and 7.0 are available" in problems()[0]
 
 
 def test_the_default_share_is_that_of_vllm() -> None:

@@ -19,7 +19,7 @@ from vllm_adamas.config import AdamasConfig
 from vllm_adamas.doctor import crossover, host, selftest
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.identity import Heads, text_config
-from vllm_adamas.layout import PageLayout
+from vllm_adamas.layout import TILE, PageLayout
 from vllm_adamas.serving import compat
 from vllm_adamas.serving.dense.stock import STOCK
 
@@ -71,9 +71,7 @@ def model_heads(folder: str) -> Heads:
         raise AdamasError(
             f"{folder}/config.json has no {missing}: leave --model out to time a layer of Llama-3.1-8B."
         ) from None
-    PageLayout(
-        heads.size, crossover.BLOCK_SIZE[host.device()], crossover.DTYPE
-    )  # refuses a head size
+    PageLayout(heads.size, TILE, crossover.DTYPE)  # refuses a head size
     if heads.query % heads.kv:
         raise AdamasError(
             f"{folder}/config.json has {heads.query} query heads for {heads.kv} KV heads: serve this model with "

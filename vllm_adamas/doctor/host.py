@@ -21,6 +21,11 @@ HUGE_PAGES = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 NODES = Path("/sys/devices/system/node")
 DRIVER = Path("/proc/driver/nvidia/version")
 CGROUP = Path("/sys/fs/cgroup")
+#: Limit and usage of a container's memory in bytes, in versions 2 and 1 of control groups.
+CGROUP_FILES = (
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
 #: Share of a NUMA node's memory that a CPU server of vLLM asks for unless told otherwise
 #: (the default of ``--gpu-memory-utilization``).
 DEFAULT_SHARE = 0.92
@@ -176,9 +181,9 @@ def _memory(node: Path, cgroup: Path) -> tuple[int, int]:
         kib[name.rstrip(":")] = int(value)
     free = sum(kib[name] for name in ("MemFree", "Active(file)", "Inactive(file)", "SReclaimable"))
     total, free = kib["MemTotal"] << 10, free << 10
-    limit = cgroup / "memory.max"
-    text = limit.read_text().strip() if limit.exists() else "max"
-    if text != "max" and int(text) < total:
-        total = int(text)
-        free = max(0, min(free, total - int((cgroup / "memory.current").read_text())))
+    for limit, usage in CGROUP_FILES:
+        text = (cgroup / limit).read_text().strip() if (cgroup / limit).exists() else "max"
+        if text != "max" and int(text) < total:
+            total = int(text)
+            free = max(0, min(free, total - int((cgroup / usage).read_text())))
     return total, free
