@@ -5,11 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from common import is_one_sentence
 
 from vllm_adamas.backends import registry
 from vllm_adamas.backends.reference import ReferenceBackend
 from vllm_adamas.doctor import host
+from vllm_adamas.environment import Environment
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.serving import compat
 
@@ -50,6 +52,7 @@ def raises(error: Exception):
             "vLLM serves on NVIDIA GPUs here, and PyTorch computes on CPUs",
         ),
         ({"device": raises(ImportError("libcudart.so"))}, "ImportError: libcudart.so"),
+        ({"vllm_version": raises(OSError("libtorch.so"))}, "OSError: libtorch.so"),
     ],
 )
 def test_problems_of_vllm(sound, monkeypatch, change: dict, found: str) -> None:
@@ -86,6 +89,21 @@ def test_versions_without_vllm(monkeypatch) -> None:
     monkeypatch.setattr(compat, "vllm_version", raises(AdamasError("vLLM is not installed.")))
     assert host.versions()["vllm"] == "not installed"
     assert host.versions()["torch"] != "not installed"
+    monkeypatch.setattr(compat, "vllm_version", raises(OSError("libtorch.so")))
+    assert host.versions()["vllm"] != "not installed"
+
+
+def test_a_gpu_is_told_with_its_capability_and_driver(monkeypatch) -> None:
+    seen = Environment(cpu="Some CPU", cores=4, memory_gib=8.0, gpu="Some GPU", num_gpus=2)
+    monkeypatch.setattr(
+        host.Environment, "capture", lambda: seen.model_copy(update={"driver": "580.1"})
+    )
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    told = host.hardware()
+    assert told["GPU"] == "2 x Some GPU, compute capability 9.0, driver 580.1"
+    assert told["processor"] == "Some CPU, 4 cores, 8.0 GiB"
+    monkeypatch.setattr(host.Environment, "capture", lambda: seen.model_copy(update={"gpu": None}))
+    assert "GPU" not in host.hardware()
 
 
 @pytest.mark.parametrize(

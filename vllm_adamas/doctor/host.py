@@ -33,12 +33,14 @@ GIB = 2**30
 
 
 def versions() -> dict[str, str]:
-    """Versions of ``PACKAGES``; vLLM's as it names itself."""
+    """Versions of ``PACKAGES``; vLLM's as it names itself, if it can be imported."""
     found = package_versions(PACKAGES)
     try:
         found["vllm"] = compat.vllm_version()
     except AdamasError:
         found.pop("vllm", None)
+    except Exception:  # whatever a broken installation raises; vllm_problems tells it
+        found.setdefault("vllm", "broken")
     return {name: found.get(name, "not installed") for name in PACKAGES}
 
 
@@ -69,9 +71,13 @@ def vllm_problems(device: str) -> list[str]:
         device: type of the device that PyTorch sees.
     """
     try:
-        problem = compat.unsupported_vllm()
+        problem, served = compat.unsupported_vllm(), compat.device()
     except AdamasError as error:
         return [str(error)]
+    except Exception as error:  # whatever a broken installation raises
+        return [
+            f"vLLM does not start ({type(error).__name__}: {error}): install vLLM {compat.SUPPORTED} again."
+        ]
     found = [problem] if problem else []
     plugins = os.environ.get("VLLM_PLUGINS")
     if "adamas" not in entry_points(group="vllm.general_plugins").names:
@@ -82,10 +88,6 @@ def vllm_problems(device: str) -> list[str]:
         found.append(
             f"VLLM_PLUGINS={plugins} leaves adamas out, so vLLM does not know the backend: add adamas to it."
         )
-    try:
-        served = compat.device()
-    except Exception as error:  # whatever a broken installation raises
-        return [*found, f"vLLM does not start ({type(error).__name__}: {error}): install it again."]
     if not served:
         found.append(
             "vLLM finds no device that it was built for: install 'vllm-adamas[cuda]' on a host with an NVIDIA "
