@@ -95,3 +95,21 @@ def get_backend(name: str, device_type: str = "cpu") -> Backend:
         AdamasError: no such backend exists for the device, or its library is not built.
     """
     return find_kernels(name, device_type).backend_class()()
+
+
+def available(device_type: str) -> dict[str, Backend | AdamasError]:
+    """Every set of kernels of a device by name: its backend, or why there is none."""
+    found: dict[str, Backend | AdamasError] = {}
+    for name in kernel_names(device_type):
+        if name == "auto":
+            continue
+        try:
+            found[name] = get_backend(name, device_type)
+        except AdamasError as error:
+            found[name] = error
+        except Exception as error:  # a library or a dependency that does not load
+            found[name] = AdamasError(
+                f"kernels={name!r} do not load ({type(error).__name__}: {error}): install vllm-adamas and "
+                "its dependencies again."
+            )
+    return found

@@ -15,12 +15,12 @@ import math
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from vllm_adamas.errors import AdamasError
+from vllm_adamas.identity import Heads
 
 CHUNK = 1 << 14  #: positions made at a time
 CORRELATION = 2000  #: positions after which the correlation of ``drift`` has fallen to 1/e
@@ -37,37 +37,6 @@ MODELS = {
     128: ("SmolLM2-135M-Instruct", True),
     256: ("gemma-3-270m", False),
 }
-
-
-class Heads(NamedTuple):
-    """Query heads Hq, KV heads Hkv and head size D of a layer."""
-
-    query: int
-    kv: int
-    size: int
-
-    @classmethod
-    def parse(cls, text: str) -> Heads:
-        """Heads from a text such as ``32x8x128``.
-
-        Raises:
-            ValueError: the text is not three positive numbers, or Hkv does not divide Hq.
-        """
-        parts = [int(part) if part.isdecimal() else 0 for part in text.split("x")]
-        if len(parts) != 3 or 0 in parts or parts[0] % parts[1]:
-            raise ValueError(
-                f"{text!r} is not a layer's shape: give query heads x KV heads x head size, as in 32x8x128, with "
-                "a whole number of query heads per KV head."
-            )
-        return cls(*parts)
-
-    @property
-    def group(self) -> int:
-        """Query heads per KV head."""
-        return self.query // self.kv
-
-    def __str__(self) -> str:
-        return "x".join(map(str, self))
 
 
 class Contexts:

@@ -26,6 +26,7 @@ BACKEND_PATH = "vllm_adamas.serving.backend.AdamasBackend"
 #: layout and ``customize_spec`` with ``state_content_bytes``, which pages with signatures need.
 VLLM_MIN = (0, 32)
 VLLM_MAX = (0, 34)
+SUPPORTED = ">= {}.{}, < {}.{}".format(*VLLM_MIN, *VLLM_MAX)
 
 
 def vllm_version() -> str:
@@ -56,8 +57,9 @@ def unsupported_vllm() -> str | None:
     except InvalidVersion:  # vLLM calls a build without a version "dev"
         return None
     if not VLLM_MIN <= release < VLLM_MAX:
-        low, high = (".".join(map(str, v)) for v in (VLLM_MIN, VLLM_MAX))
-        return f"vLLM {version} is not supported: this release of vllm-adamas needs vLLM >= {low}, < {high}."
+        return (
+            f"vLLM {version} is not supported: this release of vllm-adamas needs vLLM {SUPPORTED}."
+        )
     return None
 
 
@@ -202,6 +204,15 @@ def on_cpu() -> bool:
     return current_platform.is_cpu()
 
 
+def device() -> str:
+    """What vLLM serves on: ``cpu``, ``cuda`` for an NVIDIA GPU, empty for another device or none."""
+    from vllm.platforms import current_platform
+
+    if on_cpu():
+        return "cpu"
+    return "cuda" if current_platform.is_cuda() else ""
+
+
 def cpu_attention() -> tuple:
     """vLLM's CPU attention operations, and the function that returns the kernel's name for a dtype, a
     block size, a head size and a KV cache dtype."""
@@ -209,6 +220,11 @@ def cpu_attention() -> tuple:
     from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
 
     return _custom_ops, _get_attn_isa
+
+
+def allow_amx() -> None:
+    """Asks Linux for permission to use the processor's AMX tiles, if it has any."""
+    torch.cpu._init_amx()
 
 
 def cpu_prefills_fp8() -> bool:

@@ -6,17 +6,13 @@ import argparse
 import json
 import sys
 import textwrap
-from pathlib import Path
 from types import SimpleNamespace
 
 from vllm_adamas import __version__, tables
 from vllm_adamas.config import AdamasConfig
-from vllm_adamas.environment import package_versions
+from vllm_adamas.doctor import host
 from vllm_adamas.errors import AdamasError
-from vllm_adamas.serving import compat
-
-#: Distributions whose versions ``info`` prints.
-PACKAGES = ("vllm-adamas", "vllm", "torch", "triton", "apache-tvm-ffi")
+from vllm_adamas.identity import Heads, text_config
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,6 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     _add_eval(commands)
     _add_calibrate(commands)
     _add_storm(commands)
+    _add_doctor(commands)
     args = parser.parse_args(argv)
     try:
         return args.run(args)
@@ -72,10 +69,10 @@ def _info(args) -> int:
     config = AdamasConfig.parse(_options(args.config))
     if config.profile is not None:
         profile.load(config.profile)
-    model = _model(args)
+    model = {} if args.model is None else text_config(args.model)
     shape, config = _model_shape(args, model), _resolved(args, model, config)
     report = {
-        "versions": _versions(),
+        "versions": host.versions(),
         "kernels": _kernels(config),
         "configuration": {
             **config.model_dump(mode="json"),
@@ -174,6 +171,19 @@ def _add_storm(commands) -> None:
     command.set_defaults(run=storm.storm)
 
 
+def _add_doctor(commands) -> None:
+    from vllm_adamas.doctor import command as doctor
+
+    command = commands.add_parser(
+        "doctor",
+        help="check this host before traffic: installation, kernels, from where on sparse decode gains",
+        description="Prints what runs here, tests the kernels against the reference and times one layer's decode "
+        "attention, in less than a minute. Exit status 0 if all is well, 1 with problems.",
+    )
+    doctor.add_arguments(command)
+    command.set_defaults(run=lambda args: doctor.doctor(args, _options(args.config)))
+
+
 def _add_engine(command) -> None:
     command.add_argument("--dtype", default="auto", help="as vLLM's --dtype")
     command.add_argument("--max-num-seqs", type=int, default=16, help="requests in one step")
@@ -201,41 +211,18 @@ def _calibrate(args) -> int:
     return command.calibrate(args, _engine_options(args))
 
 
-def _versions() -> dict[str, str]:
-    installed = package_versions(PACKAGES) | {"vllm": compat.vllm_version()}
-    return {name: installed.get(name, "not installed") for name in PACKAGES}
-
-
 def _kernels(config: AdamasConfig) -> dict[str, str]:
-    import torch
+    from vllm_adamas.backends.registry import available
 
-    from vllm_adamas.backends.registry import get_backend, kernel_names
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-
-    def describe(name: str) -> str:
-        try:
-            return get_backend(name, device).description
-        except AdamasError as error:
-            if name == config.kernels != "auto":
-                raise
-            return f"not available: {error}"
-
-    found = {name: describe(name) for name in kernel_names(device) if name != "auto"}
-    return found | {"used here": describe(config.kernels)}
-
-
-def _model(args) -> dict:
-    """The config.json of the model, that of its text part above all; empty without ``--model``."""
-    if args.model is None:
-        return {}
-    path = Path(args.model) / "config.json"
-    if not path.is_file():
-        raise AdamasError(
-            f"{path} does not exist: give --model the folder of a Hugging Face model."
-        )
-    model = json.loads(path.read_text())
-    return {**model, **model.get("text_config", {})}
+    found = available(host.device())
+    told = host.described(found)
+    try:
+        told["used here"] = host.chosen(found, config.kernels, host.device()).description
+    except AdamasError as error:
+        if config.kernels != "auto":
+            raise
+        told["used here"] = f"not available: {error}"
+    return told
 
 
 def _resolved(args, model: dict, config: AdamasConfig) -> AdamasConfig:
@@ -263,9 +250,8 @@ def _model_shape(args, model: dict) -> dict:
     if args.kv_cache_dtype is None and dtype in ELEMENTS:
         shape["dtype"] = dtype
     try:
-        heads = model["num_attention_heads"]
-        shape["head_size"] = model.get("head_dim") or model["hidden_size"] // heads
-        shape["num_kv_heads"] = model.get("num_key_value_heads") or heads
+        heads = Heads.of(model)
+        shape["head_size"], shape["num_kv_heads"] = heads.size, heads.kv
         shape["num_layers"] = model["num_hidden_layers"]
     except KeyError as missing:
         raise AdamasError(

@@ -1,4 +1,4 @@
-"""The identity of a model: its shape, position encoding, fingerprint of the weights, and QK-norm."""
+"""The identity of a model: its heads, position encoding, fingerprint of the weights, and QK-norm."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import logging
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from vllm_adamas.errors import AdamasError
 
 logger = logging.getLogger("vllm.adamas")
 
@@ -33,6 +36,63 @@ class ModelIdentity(BaseModel):
     num_kv_heads: int = Field(ge=1)
     head_size: int = Field(ge=1)
     rope: str = Field(description="Parameters of the position encoding, as JSON.")
+
+
+class Heads(NamedTuple):
+    """Query heads Hq, KV heads Hkv and head size D of a layer."""
+
+    query: int
+    kv: int
+    size: int
+
+    @classmethod
+    def parse(cls, text: str) -> Heads:
+        """Heads from a text such as ``32x8x128``.
+
+        Raises:
+            ValueError: the text is not three positive numbers, or Hkv does not divide Hq.
+        """
+        parts = [int(part) if part.isdecimal() else 0 for part in text.split("x")]
+        if len(parts) != 3 or 0 in parts or parts[0] % parts[1]:
+            raise ValueError(
+                f"{text!r} is not a layer's shape: give query heads x KV heads x head size, as in 32x8x128, with "
+                "a whole number of query heads per KV head."
+            )
+        return cls(*parts)
+
+    @classmethod
+    def of(cls, text: dict[str, Any]) -> Heads:
+        """The heads of a model's layers, from :func:`text_config`.
+
+        Raises:
+            KeyError: the configuration does not tell them.
+        """
+        query = text["num_attention_heads"]
+        size = text.get("head_dim") or text["hidden_size"] // query
+        return cls(query, text.get("num_key_value_heads") or query, size)
+
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.query // self.kv
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self))
+
+
+def text_config(folder: str) -> dict[str, Any]:
+    """The config.json in a model's folder, that of its text part above all.
+
+    Raises:
+        AdamasError: the folder has none.
+    """
+    path = Path(folder) / "config.json"
+    if not path.is_file():
+        raise AdamasError(
+            f"{path} does not exist: give --model the folder of a Hugging Face model."
+        )
+    model = json.loads(path.read_text())
+    return {**model, **model.get("text_config", {})}
 
 
 def identify(model_config) -> ModelIdentity:

@@ -17,7 +17,7 @@ FLOORS = (
     r"vllm_adamas(\.(config|layout|errors|dtypes|budget|profile|identity|environment|tables))?",
     r"vllm_adamas\.backends\b.*",
     r"vllm_adamas\.serving\b.*",
-    r"vllm_adamas\.(evaluate\b.*|cli)",
+    r"vllm_adamas\.(evaluate\b.*|doctor\b.*|cli)",
 )
 MEETS_VLLM = r"vllm_adamas\.(serving\b.*|evaluate\.(engine|forcing))"
 

@@ -1,0 +1,174 @@
+"""The files of serving/deploy: what they name exists, and vLLM takes what they say."""
+
+from __future__ import annotations
+
+import ast
+import configparser
+import json
+import re
+import shlex
+import shutil
+import subprocess
+from importlib.util import find_spec
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import yaml
+from common import MODEL, ROOT
+
+from vllm_adamas.config import AdamasConfig
+from vllm_adamas.serving import plugin
+from vllm_adamas.serving.metrics import NAMES
+
+FOLDER = ROOT / "serving" / "deploy"
+RULES = FOLDER / "alerts.yaml"
+DASHBOARD = json.loads((FOLDER / "dashboard.json").read_text())
+UNIT = FOLDER / "vllm-adamas.service"
+CONFIGURATIONS = ("latency", "throughput", "128k")
+DURATION = re.compile(r"[1-9]\d*[smhd]")
+
+
+def exported() -> set[str]:
+    """Names of series at /metrics: the plugin's counters, and vLLM's metrics as its logger declares them."""
+    found = {f"vllm:adamas_{name}_total" for name, _ in NAMES}
+    (folder,) = find_spec("vllm").submodule_search_locations
+    tree = ast.parse((Path(folder) / "v1" / "metrics" / "loggers.py").read_text())
+    suffixes = {"_counter_cls": "_total", "_histogram_cls": "_bucket", "_gauge_cls": ""}
+    for call in ast.walk(tree):
+        if isinstance(call, ast.Call) and isinstance(call.func, ast.Attribute):
+            for keyword in call.keywords:
+                constant = keyword.arg == "name" and isinstance(keyword.value, ast.Constant)
+                if constant and call.func.attr in suffixes:
+                    found.add(f"{keyword.value.value}{suffixes[call.func.attr]}")
+    return found
+
+
+def rules() -> list[dict]:
+    return [
+        rule for group in yaml.safe_load(RULES.read_text())["groups"] for rule in group["rules"]
+    ]
+
+
+def expressions() -> list[str]:
+    shown = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
+    queries = [variable["query"] for variable in DASHBOARD["templating"]["list"]]
+    return [*(rule["expr"] for rule in rules()), *shown, *queries]
+
+
+def test_metrics_that_are_named_are_exported() -> None:
+    named = {name for text in expressions() for name in re.findall(r"\bvllm[_:][\w:]+", text)}
+    assert {f"vllm:adamas_{name}_total" for name, _ in NAMES} <= named
+    assert named - exported() == set()
+
+
+def test_expressions_are_balanced() -> None:
+    pairs = {")": "(", "]": "[", "}": "{"}
+    for text in expressions():
+        opened: list[str] = []
+        for sign in re.sub(r'"[^"]*"', "", text):
+            if sign in pairs.values():
+                opened.append(sign)
+            elif sign in pairs:
+                assert opened and opened.pop() == pairs[sign], text
+        assert not opened, text
+
+
+def test_rules_are_complete() -> None:
+    names = [rule["alert"] for rule in rules()]
+    assert len(names) == len(set(names)) > 0
+    for rule in rules():
+        assert rule.keys() == {"alert", "expr", "for", "labels", "annotations"}
+        assert DURATION.fullmatch(rule["for"])
+        ranges = re.findall(r"\[(.*?)\]", rule["expr"])
+        assert ranges
+        assert all(map(DURATION.fullmatch, ranges))
+        assert rule["labels"]["severity"] in ("info", "warning", "critical")
+        assert rule["annotations"].keys() == {"summary", "description"}
+
+
+@pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
+def test_prometheus_takes_the_rules() -> None:
+    assert subprocess.run(["promtool", "check", "rules", RULES]).returncode == 0
+
+
+def test_panels_stand_beside_each_other() -> None:
+    panels = DASHBOARD["panels"]
+    assert len({panel["id"] for panel in panels}) == len(panels)
+    places = [panel["gridPos"] for panel in panels]
+    assert all(place["x"] + place["w"] <= 24 for place in places)
+    for a, b in combinations(places, 2):
+        apart_x = a["x"] + a["w"] <= b["x"] or b["x"] + b["w"] <= a["x"]
+        assert apart_x or a["y"] + a["h"] <= b["y"] or b["y"] + b["h"] <= a["y"]
+
+
+def test_variables_that_panels_use_are_defined() -> None:
+    defined = {variable["name"] for variable in DASHBOARD["templating"]["list"]}
+    used = set(re.findall(r"\$\{?(\w+)", json.dumps(DASHBOARD["panels"]))) - {"__rate_interval"}
+    assert used == defined
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_vllm_takes_the_configuration(name: str, monkeypatch) -> None:
+    """Its own parser, then its own checks and those of the backend, as `vllm serve` goes through them."""
+    from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    plugin.register()
+    # The model of the tests has shorter contexts.
+    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    file = FOLDER / f"{name}.yaml"
+    parser = make_arg_parser(FlexibleArgumentParser())
+    args = parser.parse_args(["--model", str(MODEL), "--config", str(file), "--enforce-eager"])
+    given = yaml.safe_load(file.read_text())
+    config = AsyncEngineArgs.from_cli_args(args).create_engine_config()
+    assert config.model_config.max_model_len == given["max-model-len"]
+    assert config.scheduler_config.max_num_seqs == given["max-num-seqs"]
+    assert config.scheduler_config.max_num_batched_tokens == given["max-num-batched-tokens"]
+    options = config.additional_config["adamas"]
+    assert options.items() >= given["additional-config"]["adamas"].items()
+    assert "combine" in options, "the backend has not checked the configuration"
+    AdamasConfig.parse(options)
+
+
+def unit() -> configparser.ConfigParser:
+    parser = configparser.ConfigParser(interpolation=None, strict=True)
+    parser.optionxform = str
+    parser.read_string(UNIT.read_text())
+    return parser
+
+
+def test_the_unit_starts_what_exists(monkeypatch) -> None:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    from vllm_adamas import cli
+    from vllm_adamas.doctor import command
+
+    service = unit()["Service"]
+    program, *before = shlex.split(service["ExecStartPre"])
+    assert Path(program).name == "vllm-adamas"
+    checked = []
+    monkeypatch.setattr(command, "doctor", lambda args, options: checked.append(args) or 0)
+    assert cli.main(before) == 0
+    assert checked[0].no_timing
+
+    program, verb, model, *arguments = shlex.split(service["ExecStart"])
+    assert (Path(program).name, verb, model) == ("vllm", "serve", "${MODEL}")
+    name = Path(arguments[arguments.index("--config") + 1]).name
+    assert name.removesuffix(".yaml") in CONFIGURATIONS
+    here = [str(FOLDER / name) if argument.endswith(name) else argument for argument in arguments]
+    plugin.register()
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", "some", *here])
+    assert args.port == 8000
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+def test_systemd_takes_the_unit(tmp_path: Path) -> None:
+    """Every line of it; the programs are replaced, since they are not in the place that the unit expects."""
+    file = tmp_path / UNIT.name
+    file.write_text(re.sub(r"/opt/vllm-adamas/bin/[\w-]+", "/bin/true", UNIT.read_text()))
+    command = ["systemd-analyze", "verify", "--man=no", file]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert [line for line in done.stderr.splitlines() if UNIT.name in line] == []
