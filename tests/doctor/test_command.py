@@ -122,10 +122,12 @@ def test_the_text_says_what_is_timed_and_what_to_paste(sound, timed, capsys) -> 
 @on_cpu
 def test_a_machine_without_gain_is_told_so(sound, timed, monkeypatch, capsys) -> None:
     monkeypatch.setattr(crossover, "Stopwatch", lambda device: lambda call: 1.0)
+    told = "gains over CPU_ATTN at no context that was timed: {}."
     assert main(["doctor"]) == 0
-    assert (
-        "gains over CPU_ATTN at no context here: serve without adamas." in capsys.readouterr().out
-    )
+    assert told.format("serve without adamas") in capsys.readouterr().out
+    monkeypatch.setattr(crossover, "is_noisy", lambda timings: True)
+    assert main(["doctor"]) == 0
+    assert told.format("repeat it when the machine is quiet") in capsys.readouterr().out
 
 
 def test_what_cannot_be_timed_is_a_problem(sound, monkeypatch, capsys) -> None:

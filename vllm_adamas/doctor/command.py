@@ -198,7 +198,9 @@ def _timing(part: dict[str, Any]) -> str:
             "The gains spread widely (q1 to q3): this machine is busy, so repeat it when it is quiet."
         )
     if start is None:
-        lines.append(f"Sparse decode gains over {stock} at no context here: serve without adamas.")
+        known = not (part["noisy"] or part["not timed"])
+        advice = "serve without adamas" if known else "repeat it when the machine is quiet"
+        lines.append(f"Sparse decode gains over {stock} at no context that was timed: {advice}.")
     else:
         options = json.dumps({"adamas": part["options"]})
         lines.append(f"Sparse decode gains over {stock} from {start:,} tokens on.")
