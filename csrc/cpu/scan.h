@@ -8,6 +8,118 @@
 // The maximum over a KV head's query heads compares logits less their log-sum-exp, which a sample of the tiles
 // estimates first. Every backend gets the same bits: each operation is rounded on its own.
 
+// The signatures of kLanes tokens in registers, to be scored with any number of query codes.
+template <int D, bool kDot>
+struct Signatures;
+
+template <int D>
+struct Signatures<D, false> {
+  static constexpr int W = D / kWord;
+  vu any[W], hi[W], both[W];
+
+  inline Signatures(const uint8_t* hi_plane, const uint8_t* lo_plane) {
+#pragma GCC unroll 8
+    for (int w = 0; w < W; ++w) {
+      const vu lo = load<vu>(lo_plane + 4 * kTile * w);
+      hi[w] = load<vu>(hi_plane + 4 * kTile * w);
+      any[w] = hi[w] | lo;
+      both[w] = hi[w] & lo;
+    }
+  }
+
+  inline vi score(const QueryCode& q) const {
+    vu distance = {};
+#pragma GCC unroll 8
+    for (int w = 0; w < W; ++w) {
+      distance += popcount(any[w] ^ splat_word(q.planes[0][w]));
+      distance += popcount(hi[w] ^ splat_word(q.planes[1][w]));
+      distance += popcount(both[w] ^ splat_word(q.planes[2][w]));
+    }
+    return -(vi)distance;
+  }
+};
+
+#ifdef __AVX512F__
+// The four bits of a nibble choose among four values of the query, and QueryCode::sums has the sum of every choice.
+// One instruction looks up the nibbles of four dimensions in each byte of 16 tokens: entry 16 * i + nibble for byte
+// i of a word. Another one adds the four sums of a token, times the plane's weight.
+template <int D>
+static inline void store_query(const int32_t* q, QueryCode* code) {
+  vu bits = {};  // word i has the bits of the number i in its bytes
+  for (int i = 0; i < kLanes; ++i) bits[i] = (i & 1) | (i & 2) << 7 | (i & 4) << 14 | (i & 8) << 21;
+  for (int i = 0; i < D; i += 4) {
+    const uint32_t four = (q[i] & 0xff) | (q[i + 1] & 0xff) << 8 | (q[i + 2] & 0xff) << 16 | uint32_t(q[i + 3]) << 24;
+    const __m512i sums = _mm512_dpbusd_epi32(__m512i(), (__m512i)bits, (__m512i)splat_word(four));
+    const int nibble = i / 4;
+    int8_t* to = code->sums[nibble / 8 * 2 + nibble % 2] + nibble % 8 / 2 * 16;
+    _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8(sums));
+  }
+}
+
+template <int D>
+struct Signatures<D, true> {
+  static constexpr int N = D / kWord * 2;
+  vu hi[N], lo[N];
+
+  inline Signatures(const uint8_t* hi_plane, const uint8_t* lo_plane) {
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) {
+      const int at = 4 * kTile * (n / 2), shift = 4 * (n % 2);
+      hi[n] = (load<vu>(hi_plane + at) >> shift & 0x0f0f0f0fu) | 0x30201000u;
+      lo[n] = (load<vu>(lo_plane + at) >> shift & 0x0f0f0f0fu) | 0x30201000u;
+    }
+  }
+
+  inline vi score(const QueryCode& q) const {
+    __m512i total = (__m512i)splat_int(q.offset);
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) {
+      const __m512i sums = _mm512_loadu_si512(q.sums[n]);
+      total = _mm512_dpbusd_epi32(total, _mm512_set1_epi8(4), _mm512_permutexvar_epi8((__m512i)hi[n], sums));
+      total = _mm512_dpbusd_epi32(total, _mm512_set1_epi8(2), _mm512_permutexvar_epi8((__m512i)lo[n], sums));
+    }
+    return (vi)total;
+  }
+};
+#else
+template <int D>
+static inline void store_query(const int32_t* q, QueryCode* code) {
+  for (int b = 0; b < kQueryBits; ++b)
+    for (int w = 0; w < D / kWord; ++w) code->planes[b][w] = pack_bits(q + w * kWord, 1 << b);
+}
+
+template <int D>
+struct Signatures<D, true> {
+  static constexpr int W = D / kWord;
+  vu hi[W], lo[W];
+
+  inline Signatures(const uint8_t* hi_plane, const uint8_t* lo_plane) {
+#pragma GCC unroll 8
+    for (int w = 0; w < W; ++w) {
+      hi[w] = load<vu>(hi_plane + 4 * kTile * w);
+      lo[w] = load<vu>(lo_plane + 4 * kTile * w);
+    }
+  }
+
+  inline vi score(const QueryCode& q) const {
+    vu total = {};
+#pragma GCC unroll 4
+    for (int b = kQueryBits - 1; b >= 0; --b) {
+      vu h = {}, l = {};
+#pragma GCC unroll 8
+      for (int w = 0; w < W; ++w) {
+        const vu plane = splat_word(q.planes[b][w]);
+        h += popcount(hi[w] & plane);
+        l += popcount(lo[w] & plane);
+      }
+      const vu weighted = h + h + l;
+      total = b == kQueryBits - 1 ? -weighted : total + total + weighted;
+    }
+    return (vi)(total + total) + splat_int(q.offset);
+  }
+};
+#endif
+
 template <int D>
 static void encode_query(const float* x, const DecodeParams& p, QueryCode* code) {
   if (p.dot) {
@@ -23,7 +135,7 @@ static void encode_query(const float* x, const DecodeParams& p, QueryCode* code)
     float inverse = step > 0 ? 1.0f / step : 0.0f;
     if (!(inverse - inverse == 0)) inverse = 0.0f;  // a step too small to invert
     alignas(64) int32_t q[D];
-    vi sums = {};
+    vi totals = {};
     for (int i = 0; i < D; i += kLanes) {
       vf scaled = load<vf>(x + i) * inverse;
       scaled = scaled == scaled ? scaled : vf{};
@@ -32,14 +144,13 @@ static void encode_query(const float* x, const DecodeParams& p, QueryCode* code)
       const vf magic = splat(12582912.0f);  // 1.5 * 2^23 rounds to the nearest even integer
       const vi rounded = (vi)(scaled + magic) - (vi)magic;
       store(q + i, rounded);
-      sums += rounded;
+      totals += rounded;
     }
     const float factor = step * p.logit_scale;
     code->factor = factor < kLargestFactor ? factor : kLargestFactor;
-    code->sum = 0;
-    for (int lane = 0; lane < kLanes; ++lane) code->sum += sums[lane];
-    for (int b = 0; b < kQueryBits; ++b)
-      for (int w = 0; w < D / kWord; ++w) code->planes[b][w] = pack_bits(q + w * kWord, 1 << b);
+    code->offset = 0;
+    for (int lane = 0; lane < kLanes; ++lane) code->offset -= 3 * totals[lane];
+    store_query<D>(q, code);
   } else {
     alignas(64) int32_t codes[D];
     encode<D>(x, outer_threshold<D>(x, p.coding), codes);
@@ -67,35 +178,6 @@ static void encode_queries(const DecodeParams& p, int row, QueryCode* codes) {
     for (int i = 0; i < D; ++i) total[i] = member ? total[i] + x[i] : x[i];
     if (member == p.group() - 1) encode_query<D>(total, p, codes + head / p.group());
   }
-}
-
-template <int D, bool kDot>
-static inline vf score_tile(const vu* hi, const vu* lo, const QueryCode& q) {
-  constexpr int W = D / kWord;
-  if (kDot) {
-    vu total = {};
-#pragma GCC unroll 4
-    for (int b = kQueryBits - 1; b >= 0; --b) {
-      vu h = {}, l = {};
-#pragma GCC unroll 8
-      for (int w = 0; w < W; ++w) {
-        const vu plane = splat_word(q.planes[b][w]);
-        h += popcount(hi[w] & plane);
-        l += popcount(lo[w] & plane);
-      }
-      const vu weighted = h + h + l;
-      total = b == kQueryBits - 1 ? -weighted : total + total + weighted;
-    }
-    return __builtin_convertvector((vi)(total + total) - splat_int(3 * q.sum), vf);
-  }
-  vu distance = {};
-#pragma GCC unroll 8
-  for (int w = 0; w < W; ++w) {
-    distance += popcount((hi[w] | lo[w]) ^ splat_word(q.planes[0][w]));
-    distance += popcount(hi[w] ^ splat_word(q.planes[1][w]));
-    distance += popcount((hi[w] & lo[w]) ^ splat_word(q.planes[2][w]));
-  }
-  return -__builtin_convertvector((vi)distance, vf);
 }
 
 // Prefetches the signatures of a few KV heads, kAhead tokens or one block before the scan reaches them.
@@ -140,19 +222,13 @@ class Prefetcher {
 template <int D, bool kDot>
 static inline void scan_tile(const uint8_t* hi_plane, const uint8_t* lo_plane, const uint8_t* scale_plane,
                              const QueryCode* codes, int count, Combine combine, float* scores, int64_t stride) {
-  constexpr int W = D / kWord;
   for (int lane = 0; lane < kTile; lane += kLanes) {
-    vu hi[W], lo[W];
-#pragma GCC unroll 8
-    for (int w = 0; w < W; ++w) {
-      hi[w] = load<vu>(hi_plane + 4 * (w * kTile + lane));
-      lo[w] = load<vu>(lo_plane + 4 * (w * kTile + lane));
-    }
+    const Signatures<D, kDot> signatures(hi_plane + 4 * lane, lo_plane + 4 * lane);
     vf scale = {};
     if (kDot) scale = Convert<Element::f16>::one(scale_plane + 2 * lane);
     vf total = {};
     for (int i = 0; i < count; ++i) {
-      vf score = score_tile<D, kDot>(hi, lo, codes[i]);
+      vf score = __builtin_convertvector(signatures.score(codes[i]), vf);
       if (kDot) score = score * scale + 0.0f;  // + 0 turns -0 into 0, which is equal
       if (combine == Combine::maximum) {
         score = rounded(score * codes[i].factor) - codes[i].log_sum;
