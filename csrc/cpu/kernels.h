@@ -41,8 +41,8 @@ struct Kernels {
   // Codes of the score queries of one row: Hkv of them if queries are summed, otherwise Hq.
   void (*encode_queries)(const DecodeParams&, int row, QueryCode* codes);
 
-  // The log_sum of one query code of a KV head, over the sampled tokens of a row.
-  void (*sample)(const DecodeParams&, int row, int kv_head, QueryCode* code);
+  // The log_sum of each query code of a KV head, over the sampled tokens of a row.
+  void (*sample)(const DecodeParams&, int row, int kv_head, QueryCode* codes);
 
   // Scores of tokens [first, last) of one row, for `heads` KV heads from first_head on with `count` query
   // codes each: codes[h * count + i] -> scores[(h * count + i) * stride + token], or combined in

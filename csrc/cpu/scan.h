@@ -72,11 +72,16 @@ struct Signatures<D, true> {
 
   inline vi score(const QueryCode& q) const {
     __m512i total = (__m512i)splat_int(q.offset);
+    __m512i h = {}, l = {};
 #pragma GCC unroll 16
     for (int n = 0; n < N; ++n) {
-      const __m512i sums = _mm512_loadu_si512(q.sums[n]);
-      total = _mm512_dpbusd_epi32(total, _mm512_set1_epi8(4), _mm512_permutexvar_epi8((__m512i)hi[n], sums));
-      total = _mm512_dpbusd_epi32(total, _mm512_set1_epi8(2), _mm512_permutexvar_epi8((__m512i)lo[n], sums));
+      const __m512i sums = _mm512_load_si512(q.sums[n]);
+      h = _mm512_add_epi8(h, _mm512_permutexvar_epi8((__m512i)hi[n], sums));
+      l = _mm512_add_epi8(l, _mm512_permutexvar_epi8((__m512i)lo[n], sums));
+      if (n % 4 < 3 && n < N - 1) continue;  // four sums of four values fit a byte
+      total = _mm512_dpbusd_epi32(total, _mm512_set1_epi8(4), h);
+      total = _mm512_dpbusd_epi32(total, _mm512_set1_epi8(2), l);
+      h = l = __m512i();
     }
     return (vi)total;
   }
@@ -123,13 +128,12 @@ struct Signatures<D, true> {
 template <int D>
 static void encode_query(const float* x, const DecodeParams& p, QueryCode* code) {
   if (p.dot) {
-    vf tops = {};
+    vi tops = {};  // magnitudes have the order of their bits, and NaN is above infinity
     for (int i = 0; i < D; i += kLanes) {
-      const vf v = load<vf>(x + i), a = v < 0.0f ? -v : v;
-      tops = (a <= tops) | (tops != tops) ? tops : a;  // NaN propagates
+      const vi magnitude = load<vi>(x + i) & 0x7fffffff;
+      tops = magnitude > tops ? magnitude : tops;
     }
-    float top = 0;
-    for (int lane = 0; lane < kLanes; ++lane) top = tops[lane] <= top || top != top ? top : tops[lane];
+    const float top = bits_to_float(hmax(tops));
     float step = top / kQueryMax;
     if (!(step - step == 0)) step = 0.0f;  // NaN or infinite
     float inverse = step > 0 ? 1.0f / step : 0.0f;
@@ -148,8 +152,7 @@ static void encode_query(const float* x, const DecodeParams& p, QueryCode* code)
     }
     const float factor = step * p.logit_scale;
     code->factor = factor < kLargestFactor ? factor : kLargestFactor;
-    code->offset = 0;
-    for (int lane = 0; lane < kLanes; ++lane) code->offset -= 3 * totals[lane];
+    code->offset = -3 * hsum(totals);
     store_query<D>(q, code);
   } else {
     alignas(64) int32_t codes[D];
@@ -218,21 +221,43 @@ class Prefetcher {
   const uint8_t* at_[kSideBySide];
 };
 
-// Scores of one tile of one KV head with its query codes.
+// The planes of one tile of one KV head.
+struct Tile {
+  const uint8_t *hi, *lo, *scale;
+};
+
+// The tile of a run that starts at a token of the block.
+template <int D>
+static inline Tile tile_at(const Page& page, const uint8_t* run, int token) {
+  constexpr int kPlane = D / 8;  // bytes per token and bit plane
+  return {run + page.hi_offset + token * kPlane, run + page.lo_offset + token * kPlane,
+          run + page.scale_offset + token * 2};
+}
+
+template <int D>
+static inline void prefetch_tile(const Tile& tile) {
+  for (int i = 0; i < kTile * D / 8; i += kLine) {
+    __builtin_prefetch(tile.hi + i);
+    __builtin_prefetch(tile.lo + i);
+  }
+  __builtin_prefetch(tile.scale);
+}
+
+// Scores of one tile with the query codes of its KV head.
 template <int D, bool kDot>
-static inline void scan_tile(const uint8_t* hi_plane, const uint8_t* lo_plane, const uint8_t* scale_plane,
-                             const QueryCode* codes, int count, Combine combine, float* scores, int64_t stride) {
+static inline void scan_tile(const Tile& tile, const QueryCode* codes, int count, Combine combine, float* scores,
+                             int64_t stride) {
   for (int lane = 0; lane < kTile; lane += kLanes) {
-    const Signatures<D, kDot> signatures(hi_plane + 4 * lane, lo_plane + 4 * lane);
+    const Signatures<D, kDot> signatures(tile.hi + 4 * lane, tile.lo + 4 * lane);
     vf scale = {};
-    if (kDot) scale = Convert<Element::f16>::one(scale_plane + 2 * lane);
-    vf total = {};
+    if (kDot) scale = Convert<Element::f16>::one(tile.scale + 2 * lane);
+    vf total = splat(combine == Combine::maximum ? -__builtin_inff() : 0.0f);
     for (int i = 0; i < count; ++i) {
       vf score = __builtin_convertvector(signatures.score(codes[i]), vf);
       if (kDot) score = score * scale + 0.0f;  // + 0 turns -0 into 0, which is equal
       if (combine == Combine::maximum) {
         score = rounded(score * codes[i].factor) - codes[i].log_sum;
-        total = i ? max(total, score) : score;
+        total = max(total, score);
       } else if (combine == Combine::sum) {
         total += score;
       } else {
@@ -259,35 +284,43 @@ static inline float log_sum(float* x, int count, int n) {
     const vf mantissa = 1.0f + (d - __builtin_convertvector(floor, vf));
     sums += __builtin_convertvector(mantissa * float(1 << kFractionBits), vi) >> -floor;
   }
-  int total = 0;
-  for (int lane = 0; lane < kLanes; ++lane) total += sums[lane];
-  const uint32_t bits = float_to_bits(float(total));
+  const uint32_t bits = float_to_bits(float(hsum(sums)));
   const float mantissa = bits_to_float((bits & 0x7fffffu) | 0x3f800000u);
   return top + (float(int(bits >> 23) - 127 - kFractionBits) + (mantissa - 1.0f));
 }
 
 template <int D>
-static void sample_tokens(const DecodeParams& p, int row, int kv_head, QueryCode* code) {
-  constexpr int kPlane = D / 8;  // bytes per token and bit plane
+static void sample_tokens(const DecodeParams& p, int row, int kv_head, QueryCode* codes) {
+  constexpr int kCodes = 4;  // scored at a time
+  constexpr int kAhead = 4;  // tiles
+  constexpr int kRoom = kSampleTiles * kTile;
   const Page& page = p.page;
   const int length = p.seq_lens[row], tiles = (length + kTile - 1) / kTile;
-  const int sampled = tiles < kSampleTiles ? tiles : kSampleTiles;
-  alignas(64) float logits[kSampleTiles * kTile];
+  const int sampled = tiles < kSampleTiles ? tiles : kSampleTiles, n = sampled * kTile;
+  Tile sample[kSampleTiles];
   for (int i = 0; i < sampled; ++i) {
-    const int token = int(int64_t(i) * tiles / sampled) * kTile, at = token % page.block_size;
-    const uint8_t* planes = page.run(p.blocks(row)[token / page.block_size], kv_head);
-    scan_tile<D, true>(planes + page.hi_offset + at * kPlane, planes + page.lo_offset + at * kPlane,
-                       planes + page.scale_offset + 2 * at, code, 1, Combine::none, logits + i * kTile, 0);
+    const int token = int(int64_t(i) * tiles / sampled) * kTile;
+    sample[i] = tile_at<D>(page, page.run(p.blocks(row)[token / page.block_size], kv_head), token % page.block_size);
   }
-  const int n = sampled * kTile;
-  for (int i = 0; i < n; ++i) logits[i] *= code->factor;
-  code->log_sum = log_sum(logits, length < n ? length : n, n);
+  alignas(64) float logits[kCodes * kRoom];
+  for (int first = 0; first < p.group(); first += kCodes) {
+    const int count = p.group() - first < kCodes ? p.group() - first : kCodes;
+    for (int i = 0; i < sampled; ++i) {
+      if (i + kAhead < sampled) prefetch_tile<D>(sample[i + kAhead]);
+      scan_tile<D, true>(sample[i], codes + first, count, Combine::none, logits + i * kTile, kRoom);
+    }
+    for (int c = 0; c < count; ++c) {
+      QueryCode& code = codes[first + c];
+      float* x = logits + c * kRoom;
+      for (int i = 0; i < n; i += kLanes) store(x + i, load<vf>(x + i) * code.factor);
+      code.log_sum = log_sum(x, length < n ? length : n, n);
+    }
+  }
 }
 
 template <int D, bool kDot>
 static void scan_as(const DecodeParams& p, int row, int first_head, int heads, const QueryCode* codes,
                     int count, Combine combine, int first, int last, float* scores, int64_t stride) {
-  constexpr int kPlane = D / 8;  // bytes per token and bit plane
   const Page& page = p.page;
   const int32_t* blocks = p.blocks(row);
   const int sets = combine == Combine::none ? count : 1;
@@ -301,9 +334,7 @@ static void scan_as(const DecodeParams& p, int row, int first_head, int heads, c
     for (int token = start, at = offset; token < end; token += kTile, at += kTile) {
       ahead.next();
       for (int h = 0; h < heads; ++h) {
-        const uint8_t* planes = run + h * page.head_stride;
-        scan_tile<D, kDot>(planes + page.hi_offset + at * kPlane, planes + page.lo_offset + at * kPlane,
-                           planes + page.scale_offset + 2 * at, codes + h * count, count, combine,
+        scan_tile<D, kDot>(tile_at<D>(page, run + h * page.head_stride, at), codes + h * count, count, combine,
                            scores + h * sets * stride + token, stride);
       }
     }

@@ -49,11 +49,30 @@ static inline float hmax(vf v) {
   return m;
 #endif
 }
+static inline int32_t hmax(vi v) {
+#ifdef __AVX512F__
+  return _mm512_reduce_max_epi32((__m512i)v);
+#else
+  int32_t m = v[0];
+  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+#endif
+}
 static inline float hsum(vf v) {
 #ifdef __AVX512F__
   return _mm512_reduce_add_ps((__m512)v);
 #else
   float s = 0;
+  for (int i = 0; i < kLanes; ++i) s += v[i];
+  return s;
+#endif
+}
+
+static inline int32_t hsum(vi v) {
+#ifdef __AVX512F__
+  return _mm512_reduce_add_epi32((__m512i)v);
+#else
+  int32_t s = 0;
   for (int i = 0; i < kLanes; ++i) s += v[i];
   return s;
 #endif
