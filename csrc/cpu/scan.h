@@ -31,11 +31,11 @@ struct Signatures<D, false> {
     vu distance = {};
 #pragma GCC unroll 8
     for (int w = 0; w < W; ++w) {
-      distance += popcount(any[w] ^ splat_word(q.planes[0][w]));
-      distance += popcount(hi[w] ^ splat_word(q.planes[1][w]));
-      distance += popcount(both[w] ^ splat_word(q.planes[2][w]));
+      distance += count_bits(any[w] ^ splat_word(q.planes[0][w]));
+      distance += count_bits(hi[w] ^ splat_word(q.planes[1][w]));
+      distance += count_bits(both[w] ^ splat_word(q.planes[2][w]));
     }
-    return -(vi)distance;
+    return -(vi)sum_counts(distance);
   }
 };
 
@@ -114,10 +114,10 @@ struct Signatures<D, true> {
 #pragma GCC unroll 8
       for (int w = 0; w < W; ++w) {
         const vu plane = splat_word(q.planes[b][w]);
-        h += popcount(hi[w] & plane);
-        l += popcount(lo[w] & plane);
+        h += count_bits(hi[w] & plane);
+        l += count_bits(lo[w] & plane);
       }
-      const vu weighted = h + h + l;
+      const vu weighted = sum_counts(h + h + l);  // a byte is at most 24 * W
       total = b == kQueryBits - 1 ? -weighted : total + total + weighted;
     }
     return (vi)(total + total) + splat_int(q.offset);
