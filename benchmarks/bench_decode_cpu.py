@@ -1,10 +1,13 @@
 """Decode attention of every layer of a model on a CPU: sparse kernels against vLLM's dense kernel.
 
-One process, one thread by default. Each layer has its own pages. The two alternate: one step brings the
-CPU caches into the state that decoding leaves them in, then STEPS steps are timed. Times are per decode
-step over all layers; ratios are of adjacent turns.
+One process, one thread by default. Each layer has its own pages, keys and queries, by the name of their
+distribution in ``keys.py``. All configurations take turns, each after dense attention: one step brings the
+CPU caches into the state that decoding leaves them in, then STEPS steps are timed. Times are per decode step
+over all layers; ratios are of adjacent turns, and that of the least times is given beside their median: other
+load on the machine affects it least. One token set per KV head by `dot` is measured over all keys, the other
+configurations over the first of them.
 
-    python benchmarks/bench_decode_cpu.py --contexts 4096 8192
+    python benchmarks/bench_decode_cpu.py --contexts 4096 8192 --keys gaussian real
 """
 
 from __future__ import annotations
@@ -20,39 +23,49 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 BLOCK_SIZE = 128
 STEPS = 3
+KEYS = ("gaussian", "real", "repeat1", "sinks", "drift")  #: distributions of the record
+#: How token sets are chosen: one per KV head by the maximum or the sum over its heads, or one per query head.
+SETS = {
+    "max": {"selection": "kv_head", "combine": "max"},
+    "sum": {"selection": "kv_head", "combine": "sum"},
+    "query_head": {"selection": "query_head", "combine": "sum"},
+}
 
 
 def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 2048, 4096, 8192])
+    parser.add_argument("--contexts", type=int, nargs="+", default=[4096, 8192, 32768])
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--budgets", type=int, nargs="+", default=[256])
     shape = parser.add_argument_group("the model's shape", "default: SmolLM2-135M")
     for name, value in (
         ("layers", 30),
-        ("dense-layers", 1),
         ("query-heads", 9),
         ("kv-heads", 3),
         ("head-size", 64),
     ):
         shape.add_argument(f"--{name}", type=int, default=value)
+    parser.add_argument("--dense-layers", type=int, help="first layers; default: as in a server")
+    parser.add_argument("--keys", nargs="+", default=KEYS, help="distributions of keys.py")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--repeats", type=int, default=25)
     parser.add_argument("--scores", nargs="+", default=["dot", "manhattan"])
-    parser.add_argument("--selections", nargs="+", default=["query_head", "kv_head"])
-    parser.add_argument("--combine", help="sum or max, of dot for kv_head; default: as in a server")
+    parser.add_argument(
+        "--sets", nargs="+", choices=SETS, default=list(SETS), help="max is of dot alone"
+    )
     parser.add_argument("--isa", default="auto", help="auto, avx512, avx2 or portable")
     parser.add_argument("--name", default="decode_cpu", help="result file; empty writes none")
     return parser.parse_args()
 
 
 args = parse_args()
-LAYERS, DENSE_LAYERS, HEAD_SIZE = args.layers, args.dense_layers, args.head_size
+LAYERS, HEAD_SIZE = args.layers, args.head_size
 QUERY_HEADS, KV_HEADS = args.query_heads, args.kv_heads
 os.environ["OMP_NUM_THREADS"] = str(args.threads)
 
 import torch  # noqa: E402
 from common import environment, save, spread  # noqa: E402
+from keys import Contexts, Heads  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 
 from vllm_adamas.backends.base import COUNTERS, DecodeBatch, Params  # noqa: E402
@@ -71,23 +84,33 @@ DTYPE = torch.bfloat16
 
 
 class Batch:
-    """Queries, contexts and a shuffled block table for one context length."""
+    """The contexts and queries of every layer, and a shuffled block table, for one context length."""
 
-    def __init__(self, context: int):
+    def __init__(self, context: int, keys: str):
+        generator = torch.Generator().manual_seed(0)
         blocks = -(-context // BLOCK_SIZE)
         self.context, self.num_blocks = context, blocks * args.batch
-        self.table = torch.randperm(self.num_blocks).to(torch.int32).view(args.batch, blocks)
+        self.table = torch.randperm(self.num_blocks, generator=generator).to(torch.int32)
+        self.table = self.table.view(args.batch, blocks)
         self.lens = torch.full((args.batch,), context, dtype=torch.int32)
-        self.query = list(torch.randn(LAYERS, args.batch, QUERY_HEADS, HEAD_SIZE).to(DTYPE))
+        heads = Heads(QUERY_HEADS, KV_HEADS, HEAD_SIZE)
+        self.contexts = Contexts(keys, heads, context, LAYERS * args.batch, generator)
+        self.query = list(self.contexts.query.to(DTYPE).unflatten(0, (LAYERS, args.batch)))
         self.output = torch.empty(args.batch, QUERY_HEADS, HEAD_SIZE, dtype=DTYPE)
-        positions = torch.arange(context)
-        self.slots = (
-            self.table.long()[:, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
-        ).flatten()
 
-    def key_value(self):
-        shape = (args.batch * self.context, KV_HEADS, HEAD_SIZE)
-        return torch.randn(shape).to(DTYPE), torch.randn(shape).to(DTYPE)
+    def fill(self, *backends: Dense | Sparse) -> None:
+        """Writes the keys of every context in the order of positions, with Gaussian values."""
+        positions = torch.arange(self.context)
+        slots = self.table.long()[:, positions // BLOCK_SIZE] * BLOCK_SIZE + positions % BLOCK_SIZE
+        for layer in range(LAYERS):
+            for row in range(args.batch):
+                start = 0
+                for chunk in self.contexts.keys(layer * args.batch + row):
+                    key, value = chunk.to(DTYPE), self.contexts.normal(*chunk.shape).to(DTYPE)
+                    here = slots[row, start : start + len(key)]
+                    for backend in backends:
+                        backend.append(layer, key, value, here)
+                    start += len(key)
 
 
 class Dense:
@@ -99,11 +122,10 @@ class Dense:
         # One allocation for all layers, as in vLLM's LBHNC layout.
         shape = (LAYERS, batch.num_blocks, KV_HEADS, 2 * BLOCK_SIZE, HEAD_SIZE)
         self.caches = [cache.chunk(2, dim=2) for cache in torch.zeros(shape, dtype=DTYPE)]
-        for k_cache, v_cache in self.caches:
-            ops.cpu_attn_reshape_and_cache(
-                *batch.key_value(), k_cache, v_cache, batch.slots, self.isa
-            )
         self.starts = torch.arange(args.batch + 1, dtype=torch.int32)
+
+    def append(self, layer: int, key, value, slots):
+        ops.cpu_attn_reshape_and_cache(key, value, *self.caches[layer], slots, self.isa)
 
     def step(self):
         b = self.batch
@@ -120,7 +142,7 @@ class Dense:
 
 
 class Sparse:
-    """The adamas kernels over pages; the first layers are dense, and the others have one budget."""
+    """The adamas kernels over pages, which all configurations share."""
 
     def __init__(self, batch: Batch):
         self.batch, self.backend = batch, CpuBackend(args.isa)
@@ -129,49 +151,61 @@ class Sparse:
         cache = torch.zeros(LAYERS, batch.num_blocks, KV_HEADS, BLOCK_SIZE, content, dtype=DTYPE)
         self.backend.prepare(cache)
         self.caches = list(cache)
-        self.configure("dot", "query_head", args.budgets[0])
-        for layer in self.layers:
-            self.backend.append(layer, *batch.key_value(), batch.slots)
-        self.stats = torch.zeros(COUNTERS, dtype=torch.int64)
+        self.writer = Decoder(self, "dot", "query_head", 1)
 
-    def configure(self, score: str, selection: str, budget: int):
+    def append(self, layer: int, key, value, slots):
+        self.backend.append(self.writer.layers[layer], key, value, slots)
+
+
+class Decoder:
+    """One configuration over the pages, with the budgets of layers that a server would give it."""
+
+    def __init__(self, sparse: Sparse, score: str, sets: str, budget: int):
+        self.batch, self.backend = sparse.batch, sparse.backend
         # One coding for both scores, so that pages need not be rewritten.
-        shared = selection == "kv_head" and score == "dot"
         config = AdamasConfig(
             score=score,
-            selection=selection,
-            combine=args.combine if shared else None,
+            **SETS[sets],
             token_budget=budget,
+            num_dense_layers=args.dense_layers,
             thresholds="rms",
-        )
+        ).resolved()
         self.params = Params.of(
             config,
-            self.layout,
+            sparse.layout,
             num_query_heads=QUERY_HEADS,
             num_kv_heads=KV_HEADS,
             softmax_scale=HEAD_SIZE**-0.5,
         )
-        self.layers = [self.backend.bind(self.params, cache) for cache in self.caches]
+        self.layers = [self.backend.bind(self.params, cache) for cache in sparse.caches]
+        self.stats = torch.zeros(COUNTERS, dtype=torch.int64)
         b = self.batch
-        self.budgets = torch.full_like(b.lens, config.budget.of(b.context))
-        self.rows = DecodeBatch(b.table, b.lens, self.budgets)
+        self.budgets = [
+            b.context if config.is_dense(layer) else config.budget_of(layer).of(b.context)
+            for layer in range(LAYERS)
+        ]
+        rows = {
+            n: DecodeBatch(b.table, b.lens, torch.full_like(b.lens, n)) for n in set(self.budgets)
+        }
+        self.rows = [rows[n] for n in self.budgets]
 
     def step(self):
         b = self.batch
-        for i, (query, layer) in enumerate(zip(b.query, self.layers, strict=True)):
-            rows = self.rows.dense if i < DENSE_LAYERS else self.rows
+        for query, layer, rows in zip(b.query, self.layers, self.rows, strict=True):
             self.backend.decode(layer, query, rows, b.output, self.stats)
 
     def bytes_per_step(self) -> int:
         """Bytes that a step must at least read: K and V of dense layers, signatures, selected K and V."""
-        element, sets = DTYPE.itemsize, self.params.num_score_heads
-        context, budget = self.batch.context, int(self.budgets[0])
-        dense = context * KV_HEADS * 2 * HEAD_SIZE * element
+        context = self.batch.context
         scale = 2 if self.params.score == "dot" else 0
-        sparse = (
-            context * KV_HEADS * (HEAD_SIZE // 4 + scale) + budget * sets * 2 * HEAD_SIZE * element
+        signatures = context * KV_HEADS * (HEAD_SIZE // 4 + scale)
+        pair = 2 * HEAD_SIZE * DTYPE.itemsize
+        return args.batch * sum(
+            context * KV_HEADS * pair
+            if n == context
+            else signatures + n * self.params.num_score_heads * pair
+            for n in self.budgets
         )
-        return args.batch * (DENSE_LAYERS * dense + (LAYERS - DENSE_LAYERS) * sparse)
 
 
 def timed(step) -> float:
@@ -183,15 +217,16 @@ def timed(step) -> float:
 
 
 def table(rows: list[dict]) -> str:
-    """The cells of one context as a table."""
-    headers = ["context", "budget", "score", "selection", "dense ms", "sparse ms", "speed-up"]
+    """The cells of one context and distribution as a table."""
+    headers = ["context", "keys", "budget", "score", "selection", "combine"]
     return plain(
-        [*headers, "q1", "q3", "GB/s"],
+        [*headers, "dense ms", "sparse ms", "speed-up", "q1", "q3", "of least", "GB/s"],
         [
             [
-                *(row[key] for key in headers[:4]),
+                *(row[key] for key in headers),
                 *(f"{row[key]['median']:.2f}" for key in ("dense_ms", "sparse_ms")),
                 *(f"{row['speedup'][key]:.2f}" for key in ("median", "q1", "q3")),
+                f"{row['least_speedup']:.2f}",
                 f"{row['sparse_gb_per_s']:.1f}",
             ]
             for row in rows
@@ -199,37 +234,52 @@ def table(rows: list[dict]) -> str:
     )
 
 
+def measure(batch: Batch, dense: Dense, sparse: Sparse) -> list[dict]:
+    """The cells of one context and distribution, which take turns with dense attention."""
+    cells = [
+        (budget, score, sets, Decoder(sparse, score, sets, budget))
+        for budget, score, sets in product(args.budgets, args.scores, args.sets)
+        if (score == "dot" or sets != "max")
+        and (batch.contexts.name == args.keys[0] or (score == "dot" and sets != "query_head"))
+    ]
+    for *_, decoder in cells:
+        decoder.step()
+    turns = [
+        [(timed(dense.step), timed(decoder.step)) for *_, decoder in cells]
+        for _ in range(args.repeats)
+    ]
+    dense_bytes = args.batch * LAYERS * batch.context * KV_HEADS * 2 * HEAD_SIZE * DTYPE.itemsize
+    rows = []
+    for (budget, score, sets, decoder), pairs in zip(cells, zip(*turns, strict=True), strict=True):
+        dense_ms, sparse_ms = zip(*pairs, strict=True)
+        row = {
+            "context": batch.context, "keys": batch.contexts.name, "batch": args.batch, "budget": budget,
+            "score": score, **SETS[sets], "dense_layers": decoder.budgets.count(batch.context),
+            "budget_of_layer_0": decoder.budgets[0], "dense_ms": spread(dense_ms), "sparse_ms": spread(sparse_ms),
+            "speedup": spread([d / s for d, s in pairs]), "least_dense_ms": min(dense_ms),
+            "least_sparse_ms": min(sparse_ms), "least_speedup": min(dense_ms) / min(sparse_ms),
+            "dense_bytes": dense_bytes, "sparse_bytes": decoder.bytes_per_step(),
+        }  # fmt: skip
+        row["sparse_gb_per_s"] = row["sparse_bytes"] / row["sparse_ms"]["median"] / 1e6
+        row["dense_gb_per_s"] = dense_bytes / row["dense_ms"]["median"] / 1e6
+        rows.append(row)
+    return rows
+
+
 def main():
     rows = []
-    for context in args.contexts:
-        torch.manual_seed(0)
-        batch = Batch(context)
+    for context, keys in product(args.contexts, args.keys):
+        batch = Batch(context, keys)
         dense, sparse = Dense(batch), Sparse(batch)
-        dense_bytes = args.batch * LAYERS * context * KV_HEADS * 2 * HEAD_SIZE * DTYPE.itemsize
-        cells = product(args.budgets, args.scores, args.selections)
-        for budget, score, selection in cells:
-            sparse.configure(score, selection, budget)
-            for _ in range(2):
-                dense.step(), sparse.step()
-            pairs = [(timed(dense.step), timed(sparse.step)) for _ in range(args.repeats)]
-            ratio = spread([d / s for d, s in pairs])
-            row = {
-                "context": context, "batch": args.batch, "budget": budget, "score": score,
-                "selection": selection, "dense_ms": spread([d for d, _ in pairs]),
-                "sparse_ms": spread([s for _, s in pairs]), "speedup": ratio,
-                "dense_bytes": dense_bytes, "sparse_bytes": sparse.bytes_per_step(),
-            }  # fmt: skip
-            row["sparse_gb_per_s"] = row["sparse_bytes"] / row["sparse_ms"]["median"] / 1e6
-            row["dense_gb_per_s"] = dense_bytes / row["dense_ms"]["median"] / 1e6
-            rows.append(row)
-        print(table([row for row in rows if row["context"] == context]), end="\n\n", flush=True)
+        batch.fill(dense, sparse)
+        rows += (here := measure(batch, dense, sparse))
+        print(table(here), end="\n\n", flush=True)
     if args.name:
-        model = {"layers": LAYERS, "dense_layers": DENSE_LAYERS, "query_heads": QUERY_HEADS, "kv_heads": KV_HEADS,
-                 "head_size": HEAD_SIZE, "dtype": "bfloat16", "block_size": BLOCK_SIZE}  # fmt: skip
+        model = {"layers": LAYERS, "query_heads": QUERY_HEADS, "kv_heads": KV_HEADS, "head_size": HEAD_SIZE,
+                 "dtype": "bfloat16", "block_size": BLOCK_SIZE}  # fmt: skip
         peers = {
             "dense": f"CPU_ATTN ({dense.isa})",
             "sparse": sparse.backend.description,
-            "combine": args.combine or AdamasConfig().resolved().combine,
             "threads": args.threads,
         }
         print(

@@ -135,9 +135,9 @@ class Group {
       if (p_.maximum) {
 #pragma omp for collapse(2) schedule(dynamic)
         for (int r = 0; r < int(rows_.size()); ++r)
-          for (int head = 0; head < p_.num_query_heads; ++head)
+          for (int head = 0; head < p_.page.num_kv_heads; ++head)
             if (rows_[r].sparse)
-              kernels_.sample(p_, first_row + r, head / p_.group(), codes + int64_t(r) * p_.num_query_heads + head);
+              kernels_.sample(p_, first_row + r, head, codes + int64_t(r) * p_.num_query_heads + head * p_.group());
       }
 #pragma omp for schedule(dynamic)
       for (int64_t item = 0; item < items1_; ++item) {
@@ -288,8 +288,8 @@ void scan(const Kernels& kernels, const DecodeParams& p, float* scores, int64_t 
     const int64_t stride = padded(length);
     row_scores.resize(stride * p.score_heads() + 1);
     kernels.encode_queries(p, row, codes.data());
-    for (int head = 0; p.maximum && length && head < p.num_query_heads; ++head)
-      kernels.sample(p, row, head / p.group(), &codes[head]);
+    for (int head = 0; p.maximum && length && head < p.page.num_kv_heads; ++head)
+      kernels.sample(p, row, head, &codes[head * p.group()]);
     scan_heads(kernels, p, row, 0, p.page.num_kv_heads, codes.data(), 0, length, row_scores.data(), stride);
     for (int head = 0; head < p.score_heads(); ++head)
       std::copy_n(row_scores.data() + head * stride, length, scores + row * row_stride + head * head_stride);

@@ -44,8 +44,8 @@ void append_any(const AppendParams& p, int64_t token) {
 void encode_any(const DecodeParams& p, int row, QueryCode* codes) {
   ADAMAS_FOR_HEAD_SIZE(p.page.head_size, encode_queries<D>(p, row, codes))
 }
-void sample_any(const DecodeParams& p, int row, int kv_head, QueryCode* code) {
-  ADAMAS_FOR_HEAD_SIZE(p.page.head_size, sample_tokens<D>(p, row, kv_head, code))
+void sample_any(const DecodeParams& p, int row, int kv_head, QueryCode* codes) {
+  ADAMAS_FOR_HEAD_SIZE(p.page.head_size, sample_tokens<D>(p, row, kv_head, codes))
 }
 void scan_any(const DecodeParams& p, int row, int first_head, int heads, const QueryCode* codes, int count,
               Combine combine, int first, int last, float* scores, int64_t stride) {

@@ -5,11 +5,14 @@
 
 namespace adamas {
 
-// The code of one transformed query. dot: bit planes of the 4-bit query, and the sum of its values.
-// manhattan: thermometer planes [c>=1], [c>=2], [c>=3].
+// The code of one transformed query.
 struct QueryCode {
+  // dot: bit planes of the 4-bit query. manhattan: thermometer planes [c>=1], [c>=2], [c>=3].
   uint32_t planes[kQueryBits][kMaxWords];
-  int32_t sum;
+  // dot with AVX-512, in place of the planes: the sums over every subset of four consecutive values. Dimensions
+  // 32 w + 8 i + 4 h + (0..3) have their 16 sums at [2 w + h][16 i].
+  alignas(64) int8_t sums[2 * kMaxWords][4 * 16];
+  int32_t offset;  // dot: -3 times the sum of the query's values
   float factor;   // from dot scores to logits in base 2
   float log_sum;  // of the powers of two of a sample of logits; set by Kernels::sample
 };
@@ -38,8 +41,8 @@ struct Kernels {
   // Codes of the score queries of one row: Hkv of them if queries are summed, otherwise Hq.
   void (*encode_queries)(const DecodeParams&, int row, QueryCode* codes);
 
-  // The log_sum of one query code of a KV head, over the sampled tokens of a row.
-  void (*sample)(const DecodeParams&, int row, int kv_head, QueryCode* code);
+  // The log_sum of each query code of a KV head, over the sampled tokens of a row.
+  void (*sample)(const DecodeParams&, int row, int kv_head, QueryCode* codes);
 
   // Scores of tokens [first, last) of one row, for `heads` KV heads from first_head on with `count` query
   // codes each: codes[h * count + i] -> scores[(h * count + i) * stride + token], or combined in

@@ -8,22 +8,138 @@
 // The maximum over a KV head's query heads compares logits less their log-sum-exp, which a sample of the tiles
 // estimates first. Every backend gets the same bits: each operation is rounded on its own.
 
+// The signatures of kLanes tokens in registers, to be scored with any number of query codes.
+template <int D, bool kDot>
+struct Signatures;
+
+template <int D>
+struct Signatures<D, false> {
+  static constexpr int W = D / kWord;
+  vu any[W], hi[W], both[W];
+
+  inline Signatures(const uint8_t* hi_plane, const uint8_t* lo_plane) {
+#pragma GCC unroll 8
+    for (int w = 0; w < W; ++w) {
+      const vu lo = load<vu>(lo_plane + 4 * kTile * w);
+      hi[w] = load<vu>(hi_plane + 4 * kTile * w);
+      any[w] = hi[w] | lo;
+      both[w] = hi[w] & lo;
+    }
+  }
+
+  inline vi score(const QueryCode& q) const {
+    vu distance = {};
+#pragma GCC unroll 8
+    for (int w = 0; w < W; ++w) {
+      distance += count_bits(any[w] ^ splat_word(q.planes[0][w]));
+      distance += count_bits(hi[w] ^ splat_word(q.planes[1][w]));
+      distance += count_bits(both[w] ^ splat_word(q.planes[2][w]));
+    }
+    return -(vi)sum_counts(distance);
+  }
+};
+
+#ifdef __AVX512F__
+// The four bits of a nibble choose among four values of the query, and QueryCode::sums has the sum of every choice.
+// One instruction looks up the nibbles of four dimensions in each byte of 16 tokens: entry 16 * i + nibble for byte
+// i of a word. Another one adds the four sums of a token, times the plane's weight.
+template <int D>
+static inline void store_query(const int32_t* q, QueryCode* code) {
+  vu bits = {};  // word i has the bits of the number i in its bytes
+  for (int i = 0; i < kLanes; ++i) bits[i] = (i & 1) | (i & 2) << 7 | (i & 4) << 14 | (i & 8) << 21;
+  for (int i = 0; i < D; i += 4) {
+    const uint32_t four = (q[i] & 0xff) | (q[i + 1] & 0xff) << 8 | (q[i + 2] & 0xff) << 16 | uint32_t(q[i + 3]) << 24;
+    const __m512i sums = _mm512_dpbusd_epi32(__m512i(), (__m512i)bits, (__m512i)splat_word(four));
+    const int nibble = i / 4;
+    int8_t* to = code->sums[nibble / 8 * 2 + nibble % 2] + nibble % 8 / 2 * 16;
+    _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8(sums));
+  }
+}
+
+template <int D>
+struct Signatures<D, true> {
+  static constexpr int N = D / kWord * 2;
+  vu hi[N], lo[N];
+
+  inline Signatures(const uint8_t* hi_plane, const uint8_t* lo_plane) {
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) {
+      const int at = 4 * kTile * (n / 2), shift = 4 * (n % 2);
+      hi[n] = (load<vu>(hi_plane + at) >> shift & 0x0f0f0f0fu) | 0x30201000u;
+      lo[n] = (load<vu>(lo_plane + at) >> shift & 0x0f0f0f0fu) | 0x30201000u;
+    }
+  }
+
+  inline vi score(const QueryCode& q) const {
+    __m512i total = (__m512i)splat_int(q.offset);
+    __m512i h = {}, l = {};
+#pragma GCC unroll 16
+    for (int n = 0; n < N; ++n) {
+      const __m512i sums = _mm512_load_si512(q.sums[n]);
+      h = _mm512_add_epi8(h, _mm512_permutexvar_epi8((__m512i)hi[n], sums));
+      l = _mm512_add_epi8(l, _mm512_permutexvar_epi8((__m512i)lo[n], sums));
+      if (n % 4 < 3 && n < N - 1) continue;  // four sums of four values fit a byte
+      total = _mm512_dpbusd_epi32(total, _mm512_set1_epi8(4), h);
+      total = _mm512_dpbusd_epi32(total, _mm512_set1_epi8(2), l);
+      h = l = __m512i();
+    }
+    return (vi)total;
+  }
+};
+#else
+template <int D>
+static inline void store_query(const int32_t* q, QueryCode* code) {
+  for (int b = 0; b < kQueryBits; ++b)
+    for (int w = 0; w < D / kWord; ++w) code->planes[b][w] = pack_bits(q + w * kWord, 1 << b);
+}
+
+template <int D>
+struct Signatures<D, true> {
+  static constexpr int W = D / kWord;
+  vu hi[W], lo[W];
+
+  inline Signatures(const uint8_t* hi_plane, const uint8_t* lo_plane) {
+#pragma GCC unroll 8
+    for (int w = 0; w < W; ++w) {
+      hi[w] = load<vu>(hi_plane + 4 * kTile * w);
+      lo[w] = load<vu>(lo_plane + 4 * kTile * w);
+    }
+  }
+
+  inline vi score(const QueryCode& q) const {
+    vu total = {};
+#pragma GCC unroll 4
+    for (int b = kQueryBits - 1; b >= 0; --b) {
+      vu h = {}, l = {};
+#pragma GCC unroll 8
+      for (int w = 0; w < W; ++w) {
+        const vu plane = splat_word(q.planes[b][w]);
+        h += count_bits(hi[w] & plane);
+        l += count_bits(lo[w] & plane);
+      }
+      const vu weighted = sum_counts(h + h + l);  // a byte is at most 24 * W
+      total = b == kQueryBits - 1 ? -weighted : total + total + weighted;
+    }
+    return (vi)(total + total) + splat_int(q.offset);
+  }
+};
+#endif
+
 template <int D>
 static void encode_query(const float* x, const DecodeParams& p, QueryCode* code) {
   if (p.dot) {
-    vf tops = {};
+    vi tops = {};  // magnitudes have the order of their bits, and NaN is above infinity
     for (int i = 0; i < D; i += kLanes) {
-      const vf v = load<vf>(x + i), a = v < 0.0f ? -v : v;
-      tops = (a <= tops) | (tops != tops) ? tops : a;  // NaN propagates
+      const vi magnitude = load<vi>(x + i) & 0x7fffffff;
+      tops = magnitude > tops ? magnitude : tops;
     }
-    float top = 0;
-    for (int lane = 0; lane < kLanes; ++lane) top = tops[lane] <= top || top != top ? top : tops[lane];
+    const float top = bits_to_float(hmax(tops));
     float step = top / kQueryMax;
     if (!(step - step == 0)) step = 0.0f;  // NaN or infinite
     float inverse = step > 0 ? 1.0f / step : 0.0f;
     if (!(inverse - inverse == 0)) inverse = 0.0f;  // a step too small to invert
     alignas(64) int32_t q[D];
-    vi sums = {};
+    vi totals = {};
     for (int i = 0; i < D; i += kLanes) {
       vf scaled = load<vf>(x + i) * inverse;
       scaled = scaled == scaled ? scaled : vf{};
@@ -32,14 +148,12 @@ static void encode_query(const float* x, const DecodeParams& p, QueryCode* code)
       const vf magic = splat(12582912.0f);  // 1.5 * 2^23 rounds to the nearest even integer
       const vi rounded = (vi)(scaled + magic) - (vi)magic;
       store(q + i, rounded);
-      sums += rounded;
+      totals += rounded;
     }
     const float factor = step * p.logit_scale;
     code->factor = factor < kLargestFactor ? factor : kLargestFactor;
-    code->sum = 0;
-    for (int lane = 0; lane < kLanes; ++lane) code->sum += sums[lane];
-    for (int b = 0; b < kQueryBits; ++b)
-      for (int w = 0; w < D / kWord; ++w) code->planes[b][w] = pack_bits(q + w * kWord, 1 << b);
+    code->offset = -3 * hsum(totals);
+    store_query<D>(q, code);
   } else {
     alignas(64) int32_t codes[D];
     encode<D>(x, outer_threshold<D>(x, p.coding), codes);
@@ -67,35 +181,6 @@ static void encode_queries(const DecodeParams& p, int row, QueryCode* codes) {
     for (int i = 0; i < D; ++i) total[i] = member ? total[i] + x[i] : x[i];
     if (member == p.group() - 1) encode_query<D>(total, p, codes + head / p.group());
   }
-}
-
-template <int D, bool kDot>
-static inline vf score_tile(const vu* hi, const vu* lo, const QueryCode& q) {
-  constexpr int W = D / kWord;
-  if (kDot) {
-    vu total = {};
-#pragma GCC unroll 4
-    for (int b = kQueryBits - 1; b >= 0; --b) {
-      vu h = {}, l = {};
-#pragma GCC unroll 8
-      for (int w = 0; w < W; ++w) {
-        const vu plane = splat_word(q.planes[b][w]);
-        h += popcount(hi[w] & plane);
-        l += popcount(lo[w] & plane);
-      }
-      const vu weighted = h + h + l;
-      total = b == kQueryBits - 1 ? -weighted : total + total + weighted;
-    }
-    return __builtin_convertvector((vi)(total + total) - splat_int(3 * q.sum), vf);
-  }
-  vu distance = {};
-#pragma GCC unroll 8
-  for (int w = 0; w < W; ++w) {
-    distance += popcount((hi[w] | lo[w]) ^ splat_word(q.planes[0][w]));
-    distance += popcount(hi[w] ^ splat_word(q.planes[1][w]));
-    distance += popcount((hi[w] & lo[w]) ^ splat_word(q.planes[2][w]));
-  }
-  return -__builtin_convertvector((vi)distance, vf);
 }
 
 // Prefetches the signatures of a few KV heads, kAhead tokens or one block before the scan reaches them.
@@ -136,27 +221,43 @@ class Prefetcher {
   const uint8_t* at_[kSideBySide];
 };
 
-// Scores of one tile of one KV head with its query codes.
+// The planes of one tile of one KV head.
+struct Tile {
+  const uint8_t *hi, *lo, *scale;
+};
+
+// The tile of a run that starts at a token of the block.
+template <int D>
+static inline Tile tile_at(const Page& page, const uint8_t* run, int token) {
+  constexpr int kPlane = D / 8;  // bytes per token and bit plane
+  return {run + page.hi_offset + token * kPlane, run + page.lo_offset + token * kPlane,
+          run + page.scale_offset + token * 2};
+}
+
+template <int D>
+static inline void prefetch_tile(const Tile& tile) {
+  for (int i = 0; i < kTile * D / 8; i += kLine) {
+    __builtin_prefetch(tile.hi + i);
+    __builtin_prefetch(tile.lo + i);
+  }
+  __builtin_prefetch(tile.scale);
+}
+
+// Scores of one tile with the query codes of its KV head.
 template <int D, bool kDot>
-static inline void scan_tile(const uint8_t* hi_plane, const uint8_t* lo_plane, const uint8_t* scale_plane,
-                             const QueryCode* codes, int count, Combine combine, float* scores, int64_t stride) {
-  constexpr int W = D / kWord;
+static inline void scan_tile(const Tile& tile, const QueryCode* codes, int count, Combine combine, float* scores,
+                             int64_t stride) {
   for (int lane = 0; lane < kTile; lane += kLanes) {
-    vu hi[W], lo[W];
-#pragma GCC unroll 8
-    for (int w = 0; w < W; ++w) {
-      hi[w] = load<vu>(hi_plane + 4 * (w * kTile + lane));
-      lo[w] = load<vu>(lo_plane + 4 * (w * kTile + lane));
-    }
+    const Signatures<D, kDot> signatures(tile.hi + 4 * lane, tile.lo + 4 * lane);
     vf scale = {};
-    if (kDot) scale = Convert<Element::f16>::one(scale_plane + 2 * lane);
-    vf total = {};
+    if (kDot) scale = Convert<Element::f16>::one(tile.scale + 2 * lane);
+    vf total = splat(combine == Combine::maximum ? -__builtin_inff() : 0.0f);
     for (int i = 0; i < count; ++i) {
-      vf score = score_tile<D, kDot>(hi, lo, codes[i]);
+      vf score = __builtin_convertvector(signatures.score(codes[i]), vf);
       if (kDot) score = score * scale + 0.0f;  // + 0 turns -0 into 0, which is equal
       if (combine == Combine::maximum) {
         score = rounded(score * codes[i].factor) - codes[i].log_sum;
-        total = i ? max(total, score) : score;
+        total = max(total, score);
       } else if (combine == Combine::sum) {
         total += score;
       } else {
@@ -183,35 +284,43 @@ static inline float log_sum(float* x, int count, int n) {
     const vf mantissa = 1.0f + (d - __builtin_convertvector(floor, vf));
     sums += __builtin_convertvector(mantissa * float(1 << kFractionBits), vi) >> -floor;
   }
-  int total = 0;
-  for (int lane = 0; lane < kLanes; ++lane) total += sums[lane];
-  const uint32_t bits = float_to_bits(float(total));
+  const uint32_t bits = float_to_bits(float(hsum(sums)));
   const float mantissa = bits_to_float((bits & 0x7fffffu) | 0x3f800000u);
   return top + (float(int(bits >> 23) - 127 - kFractionBits) + (mantissa - 1.0f));
 }
 
 template <int D>
-static void sample_tokens(const DecodeParams& p, int row, int kv_head, QueryCode* code) {
-  constexpr int kPlane = D / 8;  // bytes per token and bit plane
+static void sample_tokens(const DecodeParams& p, int row, int kv_head, QueryCode* codes) {
+  constexpr int kCodes = 4;  // scored at a time
+  constexpr int kAhead = 4;  // tiles
+  constexpr int kRoom = kSampleTiles * kTile;
   const Page& page = p.page;
   const int length = p.seq_lens[row], tiles = (length + kTile - 1) / kTile;
-  const int sampled = tiles < kSampleTiles ? tiles : kSampleTiles;
-  alignas(64) float logits[kSampleTiles * kTile];
+  const int sampled = tiles < kSampleTiles ? tiles : kSampleTiles, n = sampled * kTile;
+  Tile sample[kSampleTiles];
   for (int i = 0; i < sampled; ++i) {
-    const int token = int(int64_t(i) * tiles / sampled) * kTile, at = token % page.block_size;
-    const uint8_t* planes = page.run(p.blocks(row)[token / page.block_size], kv_head);
-    scan_tile<D, true>(planes + page.hi_offset + at * kPlane, planes + page.lo_offset + at * kPlane,
-                       planes + page.scale_offset + 2 * at, code, 1, Combine::none, logits + i * kTile, 0);
+    const int token = int(int64_t(i) * tiles / sampled) * kTile;
+    sample[i] = tile_at<D>(page, page.run(p.blocks(row)[token / page.block_size], kv_head), token % page.block_size);
   }
-  const int n = sampled * kTile;
-  for (int i = 0; i < n; ++i) logits[i] *= code->factor;
-  code->log_sum = log_sum(logits, length < n ? length : n, n);
+  alignas(64) float logits[kCodes * kRoom];
+  for (int first = 0; first < p.group(); first += kCodes) {
+    const int count = p.group() - first < kCodes ? p.group() - first : kCodes;
+    for (int i = 0; i < sampled; ++i) {
+      if (i + kAhead < sampled) prefetch_tile<D>(sample[i + kAhead]);
+      scan_tile<D, true>(sample[i], codes + first, count, Combine::none, logits + i * kTile, kRoom);
+    }
+    for (int c = 0; c < count; ++c) {
+      QueryCode& code = codes[first + c];
+      float* x = logits + c * kRoom;
+      for (int i = 0; i < n; i += kLanes) store(x + i, load<vf>(x + i) * code.factor);
+      code.log_sum = log_sum(x, length < n ? length : n, n);
+    }
+  }
 }
 
 template <int D, bool kDot>
 static void scan_as(const DecodeParams& p, int row, int first_head, int heads, const QueryCode* codes,
                     int count, Combine combine, int first, int last, float* scores, int64_t stride) {
-  constexpr int kPlane = D / 8;  // bytes per token and bit plane
   const Page& page = p.page;
   const int32_t* blocks = p.blocks(row);
   const int sets = combine == Combine::none ? count : 1;
@@ -225,9 +334,7 @@ static void scan_as(const DecodeParams& p, int row, int first_head, int heads, c
     for (int token = start, at = offset; token < end; token += kTile, at += kTile) {
       ahead.next();
       for (int h = 0; h < heads; ++h) {
-        const uint8_t* planes = run + h * page.head_stride;
-        scan_tile<D, kDot>(planes + page.hi_offset + at * kPlane, planes + page.lo_offset + at * kPlane,
-                           planes + page.scale_offset + 2 * at, codes + h * count, count, combine,
+        scan_tile<D, kDot>(tile_at<D>(page, run + h * page.head_stride, at), codes + h * count, count, combine,
                            scores + h * sets * stride + token, stride);
       }
     }

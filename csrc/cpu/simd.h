@@ -49,11 +49,30 @@ static inline float hmax(vf v) {
   return m;
 #endif
 }
+static inline int32_t hmax(vi v) {
+#ifdef __AVX512F__
+  return _mm512_reduce_max_epi32((__m512i)v);
+#else
+  int32_t m = v[0];
+  for (int i = 1; i < kLanes; ++i) m = v[i] > m ? v[i] : m;
+  return m;
+#endif
+}
 static inline float hsum(vf v) {
 #ifdef __AVX512F__
   return _mm512_reduce_add_ps((__m512)v);
 #else
   float s = 0;
+  for (int i = 0; i < kLanes; ++i) s += v[i];
+  return s;
+#endif
+}
+
+static inline int32_t hsum(vi v) {
+#ifdef __AVX512F__
+  return _mm512_reduce_add_epi32((__m512i)v);
+#else
+  int32_t s = 0;
   for (int i = 0; i < kLanes; ++i) s += v[i];
   return s;
 #endif
@@ -98,15 +117,27 @@ static inline vf exp_negative(vf x) {
   return x < -87.0f ? vf{} : y;
 }
 
-static inline vu popcount(vu x) {
-#ifdef __AVX512VPOPCNTDQ__
+// sum_counts(count_bits(x)) is the number of bits set in each word. Without an instruction for it count_bits counts those
+// of each byte, so results of count_bits may be added first as long as a byte holds their sum.
+static inline vu count_bits(vu x) {
+#if defined(__AVX512VPOPCNTDQ__)
   return (vu)_mm512_popcnt_epi32((__m512i)x);
+#elif defined(__AVX2__)
+  const __m256i counts = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 1, 2, 1, 2, 2, 3, 1, 2, 2, 3, 2, 3, 3, 4));
+  return (vu)_mm256_shuffle_epi8(counts, (__m256i)(x & 0x0f0f0f0fu)) +
+         (vu)_mm256_shuffle_epi8(counts, (__m256i)(x >> 4 & 0x0f0f0f0fu));
 #else
   x = x - ((x >> 1) & 0x55555555u);
   x = (x & 0x33333333u) + ((x >> 2) & 0x33333333u);
-  x = (x + (x >> 4)) & 0x0f0f0f0fu;
-  x = x + (x >> 8);
-  return (x + (x >> 16)) & 0x3fu;
+  return (x + (x >> 4)) & 0x0f0f0f0fu;
+#endif
+}
+static inline vu sum_counts(vu x) {
+#ifdef __AVX512VPOPCNTDQ__
+  return x;
+#else
+  x = (x & 0x00ff00ffu) + ((x >> 8) & 0x00ff00ffu);
+  return (x + (x >> 16)) & 0xffffu;
 #endif
 }
 
