@@ -98,6 +98,13 @@ static inline vf exp_negative(vf x) {
   return x < -87.0f ? vf{} : y;
 }
 
+// cap * tanh(x / cap), with an absolute error below cap * 4e-7.
+static inline vf soft_cap(vf x, float cap) {
+  const vf e = exp_negative((x < 0.0f ? x : -x) * (2.0f / cap));
+  const vf y = cap * (1.0f - e) / (1.0f + e);
+  return x < 0.0f ? -y : y;
+}
+
 static inline vu popcount(vu x) {
 #ifdef __AVX512VPOPCNTDQ__
   return (vu)_mm512_popcnt_epi32((__m512i)x);
