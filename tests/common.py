@@ -58,13 +58,13 @@ def random_gemma(folder: Path) -> Path:
 
 
 def random_gemma2(folder: Path) -> Path:
-    """The same as a Gemma 2, whose logits are capped at a value that most of the large ones exceed."""
+    """The same as a Gemma 2, whose logits are capped near their standard deviation."""
     kinds = ["sliding_attention", "full_attention"] * 2
 
     def change(model) -> None:  # embeddings that do not outweigh what attention adds
         model.model.embed_tokens.weight.data *= 0.1
 
-    caps = {"attn_logit_softcapping": 5.0, "query_pre_attn_scalar": 64}
+    caps = {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 64}
     return _random(
         folder, "Gemma2", change, sliding_window=256, layer_types=kinds, pad_token_id=0, **caps
     )
