@@ -41,6 +41,8 @@ class Params:
         selection: one token set per ``query_head`` or per ``kv_head``.
         combine: how the scores of a KV head's query heads become one, with one set per ``kv_head``:
             their ``sum``, or (with ``dot``) the ``max`` of the logits less each head's log-sum-exp.
+            Scores know neither ``logits_soft_cap`` nor ``sinks``: neither changes the order of one head's
+            tokens, and the maximum compares the heads by their uncapped logits.
         num_sink_tokens, recent_window: tokens always selected, inside the budget.
         sliding_window: tokens visible to a query (its own included), 0 = all. With a window every row
             is dense.
@@ -50,6 +52,11 @@ class Params:
         key_mean: float32 ``[Hkv, D]`` on the device of the pages, the layer's mean key after the
             Hadamard transform, subtracted from keys before coding. It shifts all scores of a query
             equally, so the exact ranking does not change. None means zero.
+        logits_soft_cap: cap of the scaled logits: x becomes cap * tanh(x / cap) before the softmax (Gemma 2).
+            0 caps nothing.
+        sinks: float32 ``[Hq]`` on the device of the pages, a learned logit of each query head that adds
+            exp(sink) to the denominator of its softmax and has no value (gpt-oss). None means none. They
+            are not among the ``num_sink_tokens``, which are tokens of the context.
     """
 
     layout: PageLayout
@@ -68,6 +75,8 @@ class Params:
     v_scale: float = 1.0
     budget: TokenBudget = AdamasConfig().budget
     key_mean: torch.Tensor | None = field(default=None, compare=False)
+    logits_soft_cap: float = 0.0
+    sinks: torch.Tensor | None = field(default=None, compare=False)
 
     def __post_init__(self):
         for name in ("num_sink_tokens", "recent_window", "sliding_window"):
@@ -109,7 +118,7 @@ class Params:
 
     @cached_property
     def native(self) -> dict[str, int | float | bool]:
-        """The layer's parameters for native code, apart from the KV cache and the mean key."""
+        """The layer's parameters for native code, apart from the tensors."""
         layout = self.layout
         return {
             "block_size": layout.block_size,
@@ -125,6 +134,7 @@ class Params:
             "num_kv_heads": self.num_kv_heads,
             "softmax_scale": self.softmax_scale,
             "logit_scale": self.logit_scale,
+            "logits_soft_cap": float(self.logits_soft_cap),
             "dot": self.score == "dot",
             "per_query_head": self.selection == "query_head",
             "maximum": self.combine == "max",
@@ -250,6 +260,18 @@ class Backend(ABC):
             AdamasError: the kernels are not built, or the step exceeds their limits.
         """
 
+    @classmethod  # noqa: B027 (most backends have no limits)
+    def check_softmax(cls, sinks: bool, soft_cap: bool) -> None:
+        """Checks, without touching a device, that the kernels compute a layer's softmax.
+
+        Args:
+            sinks: whether it has :attr:`Params.sinks`.
+            soft_cap: whether it has a :attr:`Params.logits_soft_cap`.
+
+        Raises:
+            AdamasError: they do not.
+        """
+
     def prepare(self, kv_cache: torch.Tensor) -> None:  # noqa: B027 (an optional step)
         """Prepares the whole allocation that a KV cache is part of, before it is used.
 
@@ -272,7 +294,7 @@ class Backend(ABC):
             kv_cache: ``[num_blocks, Hkv, N, C]``; the caller keeps it alive while it uses the layer.
 
         Raises:
-            AdamasError: the kernels do not support the pages or the heads.
+            AdamasError: the kernels do not support the pages, the heads or the softmax.
         """
         return Layer(params, kv_cache)
 
@@ -303,7 +325,8 @@ class Backend(ABC):
     ) -> None:
         """Attention of R query tokens over their selected tokens: scan, select, exact softmax.
 
-        Rows whose budget reaches the context attend to every token. Rows with context 0 output 0.
+        Rows whose budget reaches the context attend to every token. Rows with context 0 output 0. A sink
+        enters the softmax of every row once.
 
         Args:
             query, output: ``[R, Hq, D]``; rows beyond those of the batch are ignored.

@@ -84,5 +84,9 @@ class AdamasBackend(AttentionBackend):
         return True
 
     @classmethod
+    def supports_sink(cls) -> bool:
+        return True  # where kernels do not, checks.check_softmax names the way out
+
+    @classmethod
     def supports_kv_connector(cls) -> bool:
         return False

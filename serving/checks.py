@@ -8,7 +8,7 @@ import torch
 
 from vllm_adamas import identity
 from vllm_adamas import profile as profiles
-from vllm_adamas.backends.base import MAX_GROUP, MIN_CAPABILITY
+from vllm_adamas.backends.base import MAX_GROUP, MIN_CAPABILITY, Backend
 from vllm_adamas.backends.registry import find_kernels, kernel_names
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.dtypes import KV_CACHE_DTYPES, MODEL_DTYPES, fp8_element
@@ -17,6 +17,7 @@ from vllm_adamas.layout import HEAD_SIZES, TILE
 from vllm_adamas.serving import compat
 
 OTHER_BACKEND = "serve this model with another --attention-backend"
+FA3_SINK_HEADS = 64  #: most query heads whose sinks FlashAttention 3 takes
 
 
 def check_config(vllm_config) -> AdamasConfig:
@@ -127,12 +128,64 @@ def _check_kernels(vllm_config, config: AdamasConfig) -> None:
     group = model.get_num_attention_heads(parallel) // kv_heads
     if device == "cuda" and group > MAX_GROUP:
         _refuse(f"{group} query heads per KV head on GPUs (at most {MAX_GROUP})", OTHER_BACKEND)
-    kernels.backend_class().check_server(
+    backend, text = kernels.backend_class(), model.hf_text_config
+    check_softmax(
+        backend,
+        model.dtype,
+        model.get_head_size(),
+        model.get_num_attention_heads(parallel),
+        sinks=_uses_sinks(text),
+        soft_cap=bool(getattr(text, "attn_logit_softcapping", None)),
+    )
+    backend.check_server(
         vllm_config.cache_config.block_size,
         kv_heads,
         compat.max_decode_rows(vllm_config),
         model.max_model_len,
     )
+
+
+def check_softmax(
+    backend: type[Backend],
+    dtype: torch.dtype,
+    head_size: int,
+    num_heads: int,
+    sinks: bool,
+    soft_cap: bool,
+) -> None:
+    """Checks that the kernels of decode and vLLM's of prefill compute the softmax of a model or a layer.
+
+    Args:
+        backend: that of decode.
+        num_heads: query heads on a rank.
+        sinks: whether heads have learned sinks.
+        soft_cap: whether logits are soft-capped.
+
+    Raises:
+        AdamasError: one of them does not.
+    """
+    backend.check_softmax(sinks, soft_cap)
+    if not sinks or compat.on_cpu():
+        return
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+    version = get_flash_attn_version(head_size=head_size)
+    if version not in (3, 4):
+        _refuse(
+            "learned attention sinks on this GPU (vLLM's prefill kernel, FlashAttention 2, has none)",
+            OTHER_BACKEND,
+        )
+    if dtype != torch.bfloat16:
+        _refuse(
+            f"learned attention sinks with dtype {dtype} on GPUs (FlashAttention reads them in bfloat16)",
+            "pass --dtype bfloat16",
+        )
+    if version == 3 and num_heads > FA3_SINK_HEADS:
+        _refuse(
+            f"learned attention sinks of {num_heads} query heads on a GPU (FlashAttention 3 takes "
+            f"{FA3_SINK_HEADS})",
+            "raise --tensor-parallel-size",
+        )
 
 
 def _capability() -> tuple[int, int]:
@@ -217,10 +270,8 @@ def _check_model(vllm_config) -> None:
         _refuse("dual chunk attention", OTHER_BACKEND)
     if _uses_alibi(text):
         _refuse("ALiBi position biases", OTHER_BACKEND)
-    if getattr(text, "attn_logit_softcapping", None):
-        _refuse("soft-capped attention logits", OTHER_BACKEND)
-    if _uses_sinks(text):
-        _refuse("learned attention sinks", OTHER_BACKEND)
+    if getattr(text, "param_sink_number", 0):
+        _refuse("learned sink tokens with keys of their own", OTHER_BACKEND)
     dtypes = MODEL_DTYPES["cpu" if compat.on_cpu() else "cuda"]
     if model.dtype not in dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
@@ -273,13 +324,15 @@ SINK_FLAGS = (
     "swa_attention_sink_enabled",
     "add_swa_attention_sink_bias",
     "add_full_attention_sink_bias",
-    "param_sink_number",
 )
+GRANITE = ("granite", "granitemoe")
 
 
 def _uses_sinks(text) -> bool:
-    flags = (getattr(text, flag, False) for flag in SINK_FLAGS)
-    return getattr(text, "model_type", "") == "gpt_oss" or any(flags)
+    kind = getattr(text, "model_type", "")
+    if kind in GRANITE:  # sinks unless the flag says otherwise, if its layers are of several kinds
+        return getattr(text, "attention_sinks", getattr(text, "layer_types", None) is not None)
+    return kind == "gpt_oss" or any(getattr(text, flag, False) for flag in SINK_FLAGS)
 
 
 def _is_non_causal(model) -> bool:

@@ -26,7 +26,7 @@ from vllm_adamas.dtypes import fp8_element, page_dtype
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.layout import TILE, PageLayout, overhead
 from vllm_adamas.serving import compat
-from vllm_adamas.serving.checks import read_config
+from vllm_adamas.serving.checks import check_softmax, read_config
 from vllm_adamas.serving.metadata import AdamasMetadata
 from vllm_adamas.serving.shared import Shared
 
@@ -63,8 +63,6 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
     ) -> None:
         for unsupported, what in (
             (alibi_slopes is not None, "ALiBi position biases"),
-            (bool(logits_soft_cap), "soft-capped attention logits"),
-            (sinks is not None, "learned attention sinks"),
             (attn_type != AttentionType.DECODER, f"{attn_type} attention"),
             (bool(others), f"attention with {', '.join(others)}"),
         ):
@@ -78,6 +76,8 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.sliding_window = sliding_window
+        self.logits_soft_cap = logits_soft_cap or 0.0
+        self.sinks = sinks
         self.kv_cache_dtype = kv_cache_dtype
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         vllm_config = get_current_vllm_config()
@@ -89,6 +89,14 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         self.dense = self.shared.dense
         self.max_model_len = vllm_config.model_config.max_model_len
         self.dtype = vllm_config.model_config.dtype
+        check_softmax(  # again, since not every model's configuration tells
+            type(self.backend),
+            self.dtype,
+            head_size,
+            num_heads,
+            sinks=sinks is not None,
+            soft_cap=self.logits_soft_cap > 0,
+        )
         self._appends = compat.on_cpu() and not kv_sharing_target_layer_name
         self._params: Params | None = None
         self._bound: Layer | None = None
@@ -207,7 +215,7 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         return self._bound
 
     def _load_params(self, layer: Attention, kv_cache: torch.Tensor) -> Params:
-        """Builds the parameters at the first step with a KV cache, when vLLM has loaded its scales."""
+        """Builds the parameters at the first step with a KV cache, when vLLM has loaded its weights."""
         self._reserve()
         index = extract_layer_index(layer.layer_name)
         self._dense = self.config.is_dense(index) or self.sliding_window is not None
@@ -218,6 +226,7 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
             k_scale=k_scale,
             v_scale=v_scale,
             key_mean=self._load_profile(layer, kv_cache.device),
+            sinks=self._load_sinks(layer, kv_cache.device),
         )
 
     @property
@@ -240,16 +249,19 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         if workspace:
             logger.info_once("The ADAMAS workspace takes %.0f MiB.", workspace / 2**20)
 
+    def _load_sinks(self, layer: Attention, device: torch.device) -> torch.Tensor | None:
+        """The learned sinks of this rank's query heads, which vLLM loads after it has built the layer."""
+        if self.sinks is None:
+            return None
+        _refuse_capture(layer, device)
+        return self.sinks.detach().float().contiguous()
+
     def _load_profile(self, layer: Attention, device: torch.device) -> torch.Tensor | None:
         """Sets the balance and returns the mean of the balanced, transformed keys."""
         self._balance = None
         if self.config.profile is None or self.sliding_window is not None:
             return None
-        if capturing(device):
-            # Captured now, these tensors would be computed only when the graph is replayed.
-            raise RuntimeError(
-                f"{layer.layer_name} has to run once before a CUDA graph is captured"
-            )
+        _refuse_capture(layer, device)
         profile = profiles.load(self.config.profile)
         owner = self.kv_sharing_target_layer_name or layer.layer_name  # owner of the pages
         index = extract_layer_index(owner)
@@ -265,7 +277,7 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
             )
         return hadamard(profile.key_mean(index, heads).to(device) * factor).contiguous()
 
-    def _make_params(self, layout: PageLayout, budget: TokenBudget, **scales) -> Params:
+    def _make_params(self, layout: PageLayout, budget: TokenBudget, **loaded) -> Params:
         return Params.of(
             self.config,
             layout,
@@ -275,5 +287,15 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
             softmax_scale=self.scale,
             sliding_window=self.sliding_window or 0,
             fp8=fp8_element(self.kv_cache_dtype),
-            **scales,
+            logits_soft_cap=self.logits_soft_cap,
+            **loaded,
         )
+
+
+def _refuse_capture(layer: Attention, device: torch.device) -> None:
+    """
+    Raises:
+        RuntimeError: a graph is being captured, and new tensors would be computed only when it is replayed.
+    """
+    if capturing(device):
+        raise RuntimeError(f"{layer.layer_name} has to run once before a CUDA graph is captured")

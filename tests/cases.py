@@ -41,6 +41,9 @@ class Case:
             ``zero`` make massive ties; ``huge`` (1e4) and ``tiny`` (1e-6) scale keys and values.
         padding: trailing query rows and tokens (slot -1) that belong to no request.
         centred: keys have a large mean, which is subtracted before they are coded.
+        soft_cap: of the logits, 0 for none.
+        learned_sinks: those of the first and the last query head; the others lie between. All are
+            bfloat16 values.
     """
 
     lengths: tuple[int, ...] = (1, 63, 64, 65, 0, 200)
@@ -59,6 +62,8 @@ class Case:
     data: str = "normal"
     padding: int = 2
     centred: bool = False
+    soft_cap: float = 0.0
+    learned_sinks: tuple[float, float] | None = None
     seed: int = 0
 
     @property
@@ -77,6 +82,7 @@ class Case:
             softmax_scale=self.head_size**-0.5,
             sliding_window=self.window,
             fp8=self.fp8,
+            logits_soft_cap=self.soft_cap,
             **scales,
         )
 
@@ -88,6 +94,9 @@ class Case:
         if self.centred:
             mean = 4 * torch.randn(mean.shape, generator=g)
             params = dataclasses.replace(params, key_mean=sig.hadamard(mean).to(device))
+        if self.learned_sinks:
+            sinks = torch.linspace(*self.learned_sinks, self.heads[0]).bfloat16()
+            params = dataclasses.replace(params, sinks=sinks.float().to(device))
         used = [-(-n // self.block_size) for n in self.lengths]
         order = torch.randperm(sum(used) + SPARE_BLOCKS, generator=g).to(torch.int32)
         block_table = order[-1].repeat(rows, max(used) + 1)  # [R, blocks]
@@ -272,6 +281,31 @@ def near_threshold(x: torch.Tensor, params: Params) -> torch.Tensor:
     return torch.minimum(x.abs(), (x.abs() - t).abs()) < NEAR * rms
 
 
+def exact_weights(
+    logits: torch.Tensor,
+    soft_cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+    hidden: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Weights of attention by their definition: float64 ``[Hq, ..., L]``.
+
+    Args:
+        logits: scaled q.k, ``[Hq, ..., L]``.
+        hidden: bool ``[..., L]``, tokens that are not seen.
+    """
+    x = logits.double()
+    if soft_cap:
+        x = soft_cap * (x / soft_cap).tanh()
+    if hidden is not None:
+        x = x.masked_fill(hidden, -torch.inf)
+    top = x.amax(-1, keepdim=True)
+    powers = (x - top).exp()
+    total = powers.sum(-1, keepdim=True)
+    if sinks is not None:
+        total = total + (sinks.double().view(-1, *[1] * (x.dim() - 1)) - top).exp()
+    return powers / total
+
+
 def relative_error(output: torch.Tensor, exact: torch.Tensor) -> torch.Tensor:
     """||output - exact|| / ||exact|| of each vector, less what subnormal outputs must lose."""
     kind, size = torch.finfo(output.dtype), output.shape[-1]
@@ -285,6 +319,8 @@ def _boundaries(block: int) -> tuple[int, ...]:
 
 MIXED = (200, 1, 65, 0, 300, 129)  #: contexts of the mixed cases
 MIXED_BUDGETS = (1, 1, 64, 5, 299, 1000)  #: 1, context - 1, at and beyond the context
+
+SINKS = (-3.0, 8.0)  #: learned sinks from next to none of the weight to most of it
 
 #: How token sets are chosen: options of a case.
 SETS = {
@@ -359,6 +395,35 @@ CASES = {
         head_size=256, heads=(4, 1), centred=True, selection="kv_head", combine="max"
     ),
     "centred-d96-manhattan": Case(head_size=96, score="manhattan", centred=True),
+    "learned-sinks": Case(MIXED, MIXED_BUDGETS, (9, 3), 64, learned_sinks=SINKS),
+    "learned-sinks-group8-d256": Case(
+        MIXED,
+        MIXED_BUDGETS,
+        (8, 1),
+        256,
+        dtype=torch.float16,
+        selection="kv_head",
+        learned_sinks=SINKS,
+    ),
+    "learned-sinks-sliding": Case((300, 1, 99, 101, 0), window=100, learned_sinks=SINKS),
+    "learned-sinks-extreme": Case(MIXED, 40, learned_sinks=(-1e4, 1e4)),  # all and nothing
+    "soft-cap": Case(MIXED, MIXED_BUDGETS, (9, 3), 64, dtype=torch.float32, soft_cap=1.5),
+    "soft-cap-group8-d256": Case(
+        MIXED, MIXED_BUDGETS, (8, 1), 256, selection="kv_head", combine="max", soft_cap=1.5
+    ),
+    "soft-cap-huge": Case(MIXED, 40, data="huge", soft_cap=50.0),  # all logits are at the cap
+    "soft-cap-sinks": Case(
+        MIXED, MIXED_BUDGETS, (8, 1), 64, selection="kv_head", soft_cap=1.5, learned_sinks=SINKS
+    ),
+    "soft-cap-sinks-e4m3": Case(
+        MIXED, MIXED_BUDGETS, (9, 3), 256, fp8="e4m3", soft_cap=1.5, learned_sinks=SINKS
+    ),
+    "soft-cap-sinks-sliding": Case(
+        (300, 1, 99, 101, 0), heads=(8, 1), window=100, soft_cap=1.5, learned_sinks=SINKS
+    ),
+    "soft-cap-sinks-long": Case(
+        (5000, 2049, 2048, 700), (128, 2048, 64, 1), (4, 1), 64, soft_cap=1.5, learned_sinks=SINKS
+    ),
     "long": Case((5000, 2049, 2048, 700), (128, 2048, 64, 1), heads=(4, 1), head_size=64),
     "long-max": Case(
         (5000, 1025, 1024, 1023), (128, 30, 64, 1), (4, 1), 64, selection="kv_head", combine="max"

@@ -26,7 +26,7 @@ def refused(call, *named: str) -> None:
     assert all(part in message for part in named), message
 
 
-def _random(folder: Path, family: str, **config) -> Path:
+def _random(folder: Path, family: str, change=lambda model: None, **config) -> Path:
     import transformers
 
     names = {"vocab_size": 49152, "bos_token_id": 1, "eos_token_id": 2}
@@ -37,7 +37,9 @@ def _random(folder: Path, family: str, **config) -> Path:
     model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model(config).half().save_pretrained(folder)
+        made = model(config)
+        change(made)
+        made.half().save_pretrained(folder)
     for file in MODEL.glob("tokenizer*"):
         shutil.copy(file, folder)
     return folder
@@ -53,3 +55,31 @@ def random_gemma(folder: Path) -> Path:
     """The same as a Gemma 3: every other layer has a sliding window of 256 tokens."""
     kinds = ["sliding_attention", "full_attention"] * 2
     return _random(folder, "Gemma3Text", sliding_window=256, layer_types=kinds, pad_token_id=0)
+
+
+def random_gemma2(folder: Path) -> Path:
+    """The same as a Gemma 2, whose logits are capped near their standard deviation."""
+    kinds = ["sliding_attention", "full_attention"] * 2
+
+    def change(model) -> None:  # embeddings that do not outweigh what attention adds
+        model.model.embed_tokens.weight.data *= 0.1
+
+    caps = {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 64}
+    return _random(
+        folder, "Gemma2", change, sliding_window=256, layer_types=kinds, pad_token_id=0, **caps
+    )
+
+
+def random_gpt_oss(folder: Path) -> Path:
+    """The same as a gpt-oss, whose heads have sinks from next to none of the weight to most of it."""
+    kinds = ["sliding_attention", "full_attention"] * 2
+
+    def change(model) -> None:
+        for number, layer in enumerate(model.model.layers):
+            sinks = layer.self_attn.sinks.data
+            sinks.copy_(torch.linspace(-2, 8, len(sinks)).roll(number))
+
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    return _random(
+        folder, "GptOss", change, sliding_window=256, layer_types=kinds, pad_token_id=0, **experts
+    )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, TOLERANCE, Batch, Case, relative_error
+from cases import CASES, SINKS, TOLERANCE, Batch, Case, relative_error
 
 from vllm_adamas.backends.base import Backend
 from vllm_adamas.backends.cuda.backend import CudaBackend
@@ -64,15 +64,34 @@ SMALL_CASES = {
     "long-max": Case((1100, 1024), 300, (2, 1), 64, selection="kv_head", combine="max"),
     "long": Case((2500,), (300,), (2, 1), 64, selection="kv_head"),
     "empty": Case((0, 0), 4, (2, 1), 64),
+    "learned-sinks": Case(SMALL, SMALL_BUDGETS, (6, 2), 64, learned_sinks=SINKS),
+    "learned-sinks-group8-d256": Case(
+        SMALL, SMALL_BUDGETS, (8, 1), 256, selection="kv_head", learned_sinks=SINKS
+    ),
+    "learned-sinks-extreme": Case(SMALL, 8, (4, 2), 64, learned_sinks=(-1e4, 1e4)),
+    "soft-cap": Case(SMALL, SMALL_BUDGETS, (6, 2), 64, dtype=torch.float32, soft_cap=1.5),
+    "soft-cap-group8-d256": Case(
+        SMALL, 8, (8, 1), 256, selection="kv_head", combine="max", soft_cap=1.5
+    ),
+    "soft-cap-huge": Case(SMALL, 8, (2, 1), 64, data="huge", soft_cap=50.0),
+    "soft-cap-sinks": Case(
+        SMALL, SMALL_BUDGETS, (8, 1), 64, selection="kv_head", soft_cap=1.5, learned_sinks=SINKS
+    ),
+    "soft-cap-sinks-e4m3": Case(
+        SMALL, SMALL_BUDGETS, (3, 1), 256, fp8="e4m3", soft_cap=1.5, learned_sinks=SINKS
+    ),
+    "soft-cap-sinks-sliding": Case(
+        (90, 1, 39, 41, 0), 16, (4, 2), 64, window=40, soft_cap=1.5, learned_sinks=SINKS
+    ),
 }
 #: Names that stand in both lists mean the small case.
 TRITON_CASES = {**(CASES if COMPILED else {}), **SMALL_CASES}
 
-#: Queries in fp8 pages' cases are bf16 or fp16, and the kernels have no float32.
+#: Queries in fp8 pages' cases are bf16 or fp16, and the kernels have no float32. Their softmax is plain.
 CUDA_CASES = {
     name: case if case.dtype != torch.float32 else dataclasses.replace(case, dtype=torch.bfloat16)
     for name, case in CASES.items()
-    if (case.dtype != torch.float32 or case.fp8)
+    if (case.dtype != torch.float32 or case.fp8) and not (case.soft_cap or case.learned_sinks)
 } | {
     "block16": Case((1, 15, 16, 17, 700, 0), 30, heads=(6, 1), block_size=16),
     "block144": Case((1, 143, 145, 700), 30, block_size=144),
@@ -121,9 +140,9 @@ def cpu_flags() -> set[str]:
 
 def on_cpu(batch: Batch) -> Batch:
     """The same pages and rows, for the reference."""
-    params = batch.params
-    if params.key_mean is not None:
-        params = dataclasses.replace(params, key_mean=params.key_mean.cpu())
+    tensors = {name: getattr(batch.params, name) for name in ("key_mean", "sinks")}
+    tensors = {name: x.cpu() for name, x in tensors.items() if x is not None}
+    params = dataclasses.replace(batch.params, **tensors)
     moved = {
         field.name: getattr(batch, field.name).cpu()
         for field in dataclasses.fields(batch)

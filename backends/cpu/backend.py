@@ -33,7 +33,7 @@ class CpuLayer(Layer):
 
     def __init__(self, params: Params, kv_cache: torch.Tensor, library):
         super().__init__(params, kv_cache)
-        self.native = library.bind(kv_cache, params.native, params.key_mean)
+        self.native = library.bind(kv_cache, params.native, params.key_mean, params.sinks)
 
 
 class CpuBackend(Backend, Inspectable):

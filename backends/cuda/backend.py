@@ -62,6 +62,14 @@ class CudaBackend(Backend, Inspectable):
             check_block(block_size)
         check_step(max_rows, num_kv_heads, max_seq_len)
 
+    @classmethod
+    def check_softmax(cls, sinks, soft_cap):
+        for needed, what in ((sinks, "learned attention sinks"), (soft_cap, "soft-capped logits")):
+            if needed:
+                raise AdamasError(
+                    f'the CUDA kernels do not support {what} yet: pass "kernels": "triton".'
+                )
+
     @property
     def description(self) -> str:
         return f"cuda (sm_90a, {torch.cuda.get_device_name()})"
@@ -90,10 +98,11 @@ class CudaBackend(Backend, Inspectable):
         """As :meth:`Backend.bind`.
 
         Raises:
-            AdamasError: the kernels do not support the pages or the heads.
+            AdamasError: the kernels do not support the pages, the heads or the softmax.
             ValueError: the KV cache is not aligned, or ``key_mean`` does not fit.
         """
         layout = params.layout
+        self.check_softmax(params.sinks is not None, params.logits_soft_cap > 0)
         check_block(layout.block_size)
         if not params.fp8 and layout.dtype not in MODEL_DTYPES["cuda"]:
             raise AdamasError(

@@ -7,6 +7,7 @@ import torch
 from vllm_adamas.backends.base import Backend
 from vllm_adamas.backends.inspect import Inspectable
 from vllm_adamas.backends.reference import signature as sig
+from vllm_adamas.backends.reference.softmax import soft_cap, softmax
 from vllm_adamas.dtypes import ELEMENTS
 from vllm_adamas.layout import TILE
 
@@ -128,7 +129,9 @@ class ReferenceBackend(Backend, Inspectable):
                 else:
                     tokens = torch.arange(length - visible, length)
                 k, v = self._tokens(params, kv_cache, block_table[row], kv_head, tokens)  # [K, D]
-                p = (k @ query[row, head].float() * params.softmax_scale).softmax(0)  # [K]
+                logits = k @ query[row, head].float() * params.softmax_scale  # [K]
+                sink = None if params.sinks is None else params.sinks[head]
+                p = softmax(soft_cap(logits, params.logits_soft_cap), sink)  # [K]
                 output[row, head] = (p @ v).to(output.dtype)
             seen, heads = budget if sparse else visible, params.num_query_heads
             stats += torch.tensor([sparse, not sparse, length * heads, seen * heads, 0])

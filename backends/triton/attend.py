@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
@@ -9,6 +11,7 @@ from vllm_adamas.backends.base import MAX_GROUP
 from vllm_adamas.backends.triton.rows import budget_of, length_of
 
 ROWS = tl.constexpr(MAX_GROUP)  #: query heads of a program, padded to a tensor core tile
+LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 @triton.jit
@@ -28,6 +31,14 @@ def dequantize(x, MANTISSA: tl.constexpr):
             scale = float(1 << (16 - (1 << (6 - MANTISSA))))
             x = tl.where((bits & 0x7F) == 0x7F, float("nan"), x.to(tl.float32) * scale)
     return x
+
+
+@triton.jit
+def soft_cap(logit, CAP: tl.constexpr):
+    """CAP * tanh(logit / CAP), with an absolute error below CAP * 4e-7."""
+    small = tl.exp2(tl.abs(logit) * (-2 * LOG2_E / CAP))
+    capped = CAP * (1 - small) / (1 + small)
+    return tl.where(logit < 0, -capped, capped)
 
 
 @triton.jit
@@ -52,6 +63,7 @@ def attend_kernel(
     factor,
     longest,
     least,
+    CAP: tl.constexpr,  # of the logits, in units of ln 2; 0: none
     WINDOW: tl.constexpr,  # tokens visible to a query, 0: all
     SPARSE: tl.constexpr,  # whether to attend the sparse rows or the dense ones
     HEADS: tl.constexpr,
@@ -102,6 +114,8 @@ def attend_kernel(
         key = dequantize(tl.load(k + at, mask=whole, other=0), MANTISSA).to(DTYPE)
         value = dequantize(tl.load(v + at, mask=whole, other=0), MANTISSA).to(DTYPE)
         logit = tl.dot(q, tl.trans(key), input_precision="ieee") * factor
+        if CAP > 0:
+            logit = soft_cap(logit, CAP)
         logit = tl.where(inside[None, :], logit, float("-inf"))
         higher = tl.maximum(top, tl.max(logit, 1))
         p = tl.exp2(logit - higher[:, None])
@@ -128,6 +142,7 @@ def merge_kernel(
     output_head,
     seq_lens,
     budgets,
+    sinks,  # float32 [Hq]: logits that only add to the denominator; None: none
     stats,  # int64: sparse rows, dense rows, context tokens, attended tokens
     factor,
     longest,
@@ -144,8 +159,13 @@ def merge_kernel(
     unit = (row * heads + head) * PARTS + part
     top = tl.load(maximum + unit, mask=part < tl.where(length > 0, PARTS, 0), other=float("-inf"))
     used = top > float("-inf")
-    share = tl.exp2(top - tl.where(length > 0, tl.max(top, 0), 0.0))
+    best = tl.where(length > 0, tl.max(top, 0), 0.0)
+    share = tl.exp2(top - best)
     weight = tl.sum(share * tl.load(total + unit, mask=used, other=0))
+    if sinks is not None:
+        weight += tl.exp2(
+            tl.load(sinks + head) * LOG2_E - best
+        )  # at most infinite, and the output 0
     at = partial + unit[:, None] * PADDED + dim[None, :]
     out = tl.sum(share[:, None] * tl.load(at, mask=used[:, None], other=0), 0)
     out *= factor / tl.where(length > 0, weight, 1.0)

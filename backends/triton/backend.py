@@ -51,6 +51,8 @@ class TritonLayer(Layer):
 
     def __init__(self, params: Params, kv_cache: torch.Tensor):
         super().__init__(params, kv_cache)
+        if params.sinks is not None:
+            check_tensor("sinks", params.sinks, torch.float32, params.num_query_heads)
         found = [Planes.of(params, kv_cache)]
         self._found, self._gone = found, weakref.ref(kv_cache, lambda _: found.clear())
 
@@ -187,8 +189,8 @@ class TritonBackend(Backend, Inspectable):
                 self._attend(plan, layer, query[some], *rows_of_pass, longest, tokens)
             self._attend(plan, layer, query[some], *rows_of_pass, longest, None)
             merge_kernel[len(out), params.num_query_heads](
-                plan.partial, plan.maximum, plan.total, out, *out.stride()[:2], *rows_of_pass[1:], stats,
-                params.v_scale, longest, params.least_budget, WINDOW=params.sliding_window,
+                plan.partial, plan.maximum, plan.total, out, *out.stride()[:2], *rows_of_pass[1:],
+                params.sinks, stats, params.v_scale, longest, params.least_budget, WINDOW=params.sliding_window,
                 PARTS=plan.parts, **_sizes(params.layout.head_size),
             )  # fmt: skip
 
@@ -261,7 +263,7 @@ class TritonBackend(Backend, Inspectable):
             tokens, *(tokens.stride()[:2] if sparse else (0, 0)),
             plan.partial, plan.maximum, plan.total,
             params.softmax_scale * params.k_scale / math.log(2), longest,
-            params.least_budget, WINDOW=params.sliding_window,
+            params.least_budget, CAP=params.logits_soft_cap / math.log(2), WINDOW=params.sliding_window,
             SPARSE=sparse, HEADS=1 if alone else params.group, GROUP=params.group,
             N=layout.block_size, **_sizes(layout.head_size), MANTISSA=_mantissa(params), DTYPE=DTYPES[dtype],
             TOKENS=max(16, min(64, 16384 // row_bytes)),

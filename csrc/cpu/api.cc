@@ -97,9 +97,9 @@ struct LayerObj : public Object {
   int64_t num_blocks;
   Coding coding;
   int num_query_heads, num_sink_tokens, recent_window, sliding_window;
-  float softmax_scale, logit_scale;
+  float softmax_scale, logit_scale, soft_cap;
   bool dot, per_query_head, maximum;
-  Optional<Tensor> key_mean;
+  Optional<Tensor> key_mean, sinks;
 
   TVM_FFI_DECLARE_OBJECT_INFO_FINAL("vllm_adamas.cpu.Layer", LayerObj, Object);
 };
@@ -109,7 +109,17 @@ struct Layer : public ObjectRef {
   explicit Layer(ObjectPtr<LayerObj> layer) : ObjectRef(std::move(layer)) {}
 };
 
-Layer bind(TensorView kv_cache, Map<String, Any> description, Optional<Tensor> key_mean) {
+// An optional tensor of the layer in contiguous float32.
+const float* floats(const Optional<Tensor>& t) {
+  return t.has_value() ? static_cast<const float*>(t.value().data_ptr()) : nullptr;
+}
+
+bool is_floats(const Tensor& t, std::initializer_list<int64_t> shape) {
+  return t.dtype().code == kDLFloat && t.dtype().bits == 32 && t.IsContiguous() &&
+         std::ranges::equal(t.shape(), shape);
+}
+
+Layer bind(TensorView kv_cache, Map<String, Any> description, Optional<Tensor> key_mean, Optional<Tensor> sinks) {
   auto layer = tvm::ffi::make_object<LayerObj>();
   auto integer = [&](const char* name) { return int(number_of<int64_t>(description, name)); };
   auto flag = [&](const char* name) { return number_of<bool>(description, name); };
@@ -122,16 +132,17 @@ Layer bind(TensorView kv_cache, Map<String, Any> description, Optional<Tensor> k
   layer->sliding_window = integer("sliding_window");
   layer->softmax_scale = float(number_of<double>(description, "softmax_scale"));
   layer->logit_scale = float(number_of<double>(description, "logit_scale"));
+  layer->soft_cap = float(number_of<double>(description, "logits_soft_cap"));
   layer->dot = flag("dot");
   layer->per_query_head = flag("per_query_head");
   layer->maximum = flag("maximum");
-  if (key_mean.has_value()) {
-    const Tensor mean = key_mean.value();
-    expect(mean.ndim() == 2 && mean.dtype().code == kDLFloat && mean.dtype().bits == 32 &&
-               mean.size(0) == layer->page.num_kv_heads && mean.size(1) == layer->page.head_size && mean.IsContiguous(),
-           "key_mean: expected contiguous float32 [Hkv, D]");
-    layer->key_mean = mean;
-  }
+  const Page& page = layer->page;
+  expect(!key_mean.has_value() || is_floats(key_mean.value(), {page.num_kv_heads, page.head_size}),
+         "key_mean: expected contiguous float32 [Hkv, D]");
+  expect(!sinks.has_value() || is_floats(sinks.value(), {layer->num_query_heads}),
+         "sinks: expected contiguous float32 [Hq]");
+  layer->key_mean = key_mean;
+  layer->sinks = sinks;
   return Layer(std::move(layer));
 }
 
@@ -147,7 +158,7 @@ void append_op(Layer layer, TensorView key, TensorView value, TensorView slots) 
   const int heads = p.page.num_kv_heads, head_size = p.page.head_size;
   p.key = rows_of(key, p.num_tokens, heads, head_size, "key: expected float32, float16 or bfloat16 [T, Hkv, D] with a contiguous D");
   p.value = rows_of(value, p.num_tokens, heads, head_size, "value: expected float32, float16 or bfloat16 [T, Hkv, D] with a contiguous D");
-  if (layer->key_mean.has_value()) p.key_mean = static_cast<const float*>(layer->key_mean.value().data_ptr());
+  p.key_mean = floats(layer->key_mean);
   append(*active, p);
 }
 
@@ -160,6 +171,8 @@ struct DecodeArgs {
     p.num_query_heads = layer->num_query_heads;
     p.softmax_scale = layer->softmax_scale;
     p.logit_scale = layer->logit_scale;
+    p.soft_cap = layer->soft_cap;
+    p.sinks = floats(layer->sinks);
     p.dot = layer->dot;
     p.per_query_head = layer->per_query_head;
     p.maximum = layer->maximum;

@@ -22,8 +22,9 @@ static void load_query(const DecodeParams& p, int row, int head, float* query) {
 template <Element E, int D>
 static void store_output(const DecodeParams& p, int row, int head, const Partial& partial) {
   const int64_t at = row * p.output.token_stride + head * p.output.head_stride;
-  const float norm =
-      partial.sum > 0 ? (Convert<E>::bytes == 1 ? p.page.v_scale : 1.0f) / partial.sum : 0.0f;
+  float sum = partial.sum;
+  if (p.sinks && sum > 0) sum += __builtin_expf(p.sinks[head] - partial.max);  // at most infinite, and the output 0
+  const float norm = sum > 0 ? (Convert<E>::bytes == 1 ? p.page.v_scale : 1.0f) / sum : 0.0f;
   if (E == Element::bf16 && p.output.element == Element::bf16) {  // the usual case, vectorised
     uint16_t* to = (uint16_t*)p.output.data + at;
     for (int c = 0; c < D; c += 2 * kLanes) {
@@ -57,7 +58,7 @@ static inline void prefetch_row(const uint8_t* row) {
 // One step for H heads at once, so that each K and V element is converted once. Prefetches the rows `next`.
 template <Element E, int D, int H>
 static inline void attend_step(const uint8_t* const* rows, int n, const uint8_t* const* next,
-                               int64_t v_offset, const float* queries, Partial* partials) {
+                               int64_t v_offset, const float* queries, float cap, Partial* partials) {
   constexpr int kBytes = Convert<E>::bytes;
   alignas(64) float weight[H][kStep];
   for (int group = 0; group < kStep; group += kLanes) {
@@ -80,7 +81,10 @@ static inline void attend_step(const uint8_t* const* rows, int n, const uint8_t*
 #pragma GCC unroll 4
       for (int h = 0; h < H; ++h) sums[h][i] = s[h];
     }
-    for (int h = 0; h < H; ++h) store(weight[h] + group, transpose_sum(sums[h]));
+    for (int h = 0; h < H; ++h) {
+      const vf logits = transpose_sum(sums[h]);
+      store(weight[h] + group, cap > 0 ? soft_cap(logits, cap) : logits);
+    }
   }
 
   float decay[H];
@@ -167,12 +171,12 @@ static void attend_tokens(const DecodeParams& p, int row, int kv_head, const flo
     const int n = count - start < kStep ? count - start : kStep;
     int h = 0;
     for (; h + 4 <= heads; h += 4)
-      attend_step<E, D, 4>(now, n, next, page.v_offset, queries + h * D, partials + h);
+      attend_step<E, D, 4>(now, n, next, page.v_offset, queries + h * D, p.soft_cap, partials + h);
     if (h + 3 == heads) {
-      attend_step<E, D, 3>(now, n, next, page.v_offset, queries + h * D, partials + h);
+      attend_step<E, D, 3>(now, n, next, page.v_offset, queries + h * D, p.soft_cap, partials + h);
     } else {
       for (; h < heads; ++h)
-        attend_step<E, D, 1>(now, n, next, page.v_offset, queries + h * D, partials + h);
+        attend_step<E, D, 1>(now, n, next, page.v_offset, queries + h * D, p.soft_cap, partials + h);
     }
   }
 }

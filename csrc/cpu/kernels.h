@@ -62,7 +62,7 @@ struct Kernels {
   void (*attend)(const DecodeParams&, int row, int kv_head, const float* queries, int heads,
                  const int32_t* tokens, int first, int count, Partial* partials);
 
-  // Writes acc / sum to the output, in dimension order.
+  // Writes acc / (sum + the head's sink) to the output, in dimension order.
   void (*store_output)(const DecodeParams&, int row, int head, const Partial&);
 
   // Copies K and V of `count` tokens of one block as real values, converted to the element of the rows.

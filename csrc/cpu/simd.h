@@ -117,6 +117,13 @@ static inline vf exp_negative(vf x) {
   return x < -87.0f ? vf{} : y;
 }
 
+// cap * tanh(x / cap), with an absolute error below cap * 4e-7.
+static inline vf soft_cap(vf x, float cap) {
+  const vf e = exp_negative((x < 0.0f ? x : -x) * (2.0f / cap));
+  const vf y = cap * (1.0f - e) / (1.0f + e);
+  return x < 0.0f ? -y : y;
+}
+
 // sum_counts(count_bits(x)) is the number of bits set in each word. Without an instruction for it count_bits counts those
 // of each byte, so results of count_bits may be added first as long as a byte holds their sum.
 static inline vu count_bits(vu x) {

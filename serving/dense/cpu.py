@@ -200,9 +200,9 @@ class CpuAttention(DenseAttention):
             alibi_slopes=None,
             sliding_window=window,
             block_table=scratch.table,
-            softcap=0,
+            softcap=params.logits_soft_cap,
             scheduler_metadata=schedule,
-            s_aux=None,
+            s_aux=params.sinks,
             **scales,
         )
 

@@ -136,12 +136,15 @@ def _views(layer) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _attend(params, k, v, **batch) -> None:
+    sinks = params.sinks
     flash_attn_varlen_func(
         k=k,
         v=v,
         softmax_scale=params.softmax_scale,
         causal=True,
         window_size=[params.sliding_window - 1, 0] if params.sliding_window else [-1, -1],
+        softcap=params.logits_soft_cap,
+        s_aux=None if sinks is None else sinks.bfloat16(),  # the only type that it takes
         fa_version=get_flash_attn_version(head_size=params.layout.head_size),
         **batch,
     )

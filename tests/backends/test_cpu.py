@@ -165,3 +165,13 @@ def test_a_wrong_key_mean_is_named(mean: torch.Tensor) -> None:
     params = dataclasses.replace(batch.params, key_mean=mean)
     with pytest.raises(ValueError, match=r"^key_mean: "):
         CpuBackend().bind(params, batch.kv_cache)
+
+
+@pytest.mark.parametrize(
+    "sinks", [torch.zeros(2), torch.zeros(8).double(), torch.zeros(8, 1), torch.zeros(16)[::2]]
+)
+def test_wrong_sinks_are_named(sinks: torch.Tensor) -> None:
+    batch = Case().build(REFERENCE)
+    params = dataclasses.replace(batch.params, sinks=sinks)
+    with pytest.raises(ValueError, match=r"^sinks: "):
+        CpuBackend().bind(params, batch.kv_cache)

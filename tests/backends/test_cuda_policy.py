@@ -12,6 +12,7 @@ import pytest
 import torch
 from cases import Batch, Case
 from common import ROOT, refused
+from targets import REFERENCE
 
 from vllm_adamas.backends.base import COUNTERS, MAX_GROUP
 from vllm_adamas.backends.cuda import backend as cuda
@@ -207,6 +208,16 @@ def test_a_plan_takes_the_form_that_the_policy_prefers(recorder) -> None:
     assert backend.plan(layer, 1, torch.bfloat16, 1 << 17).sample_bits == 11
     plan = LaunchPlan(3, 11, 4096, 4096)
     assert backend.plan(layer, 1, torch.bfloat16, 4096) == plan
+
+
+@pytest.mark.parametrize(
+    ("case", "what"),
+    [(Case(learned_sinks=(0, 1)), "learned attention sinks"), (Case(soft_cap=50.0), "soft-capped")],
+)
+def test_a_softmax_that_the_kernels_do_not_compute(recorder, case: Case, what: str) -> None:
+    batch = case.build(REFERENCE)
+    refused(lambda: batch.bound(cuda.CudaBackend()), what, '"kernels": "triton"')
+    assert "bind" not in recorder.calls
 
 
 def test_what_the_kernels_do_not_hold(recorder) -> None:

@@ -4,11 +4,13 @@ import math
 
 import pytest
 import torch
+from cases import exact_weights
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from vllm_adamas.backends.reference import signature as sig
 from vllm_adamas.backends.reference.backend import select_tokens
+from vllm_adamas.backends.reference.softmax import soft_cap, softmax
 from vllm_adamas.config import PAPER_THRESHOLD, AdamasConfig, Coding
 from vllm_adamas.layout import HEAD_SIZES, TILE, WORD
 
@@ -31,6 +33,25 @@ def random_codes(*shape: int, seed: int = 0) -> torch.Tensor:
 def matrix(size: int) -> torch.Tensor:
     """The transform as a matrix, one basis vector at a time."""
     return sig.hadamard(torch.eye(size))
+
+
+@pytest.mark.parametrize("cap", [0.0, 1.5])
+@pytest.mark.parametrize("sinks", [None, torch.tensor([-torch.inf, -2.0, 3.0, 90.0])])
+def test_softmax_is_what_its_definition_says(cap: float, sinks: torch.Tensor | None) -> None:
+    logits = 5 * randn(4, 3, 50)
+    shares = None if sinks is None else sinks[:, None]
+    weights = softmax(soft_cap(logits, cap), shares)
+    expected = exact_weights(logits, cap, sinks).float()
+    torch.testing.assert_close(weights, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_a_soft_cap_keeps_the_order_and_small_logits() -> None:
+    logits = torch.linspace(-300, 300, 1001)
+    capped = soft_cap(logits, 50.0)
+    assert (capped.diff() >= 0).all()
+    assert capped.abs().max() <= 50
+    torch.testing.assert_close(capped[500], logits[500])
+    torch.testing.assert_close(soft_cap(logits / 1e4, 50.0), logits / 1e4)
 
 
 @every_head_size

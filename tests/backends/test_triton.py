@@ -187,6 +187,14 @@ def test_wrong_arguments_are_named(backend, name: str, call) -> None:
         call(backend, built("group1")[1])
 
 
+@pytest.mark.parametrize("sinks", [torch.zeros(2), torch.zeros(4).double()])
+def test_wrong_sinks_are_named(backend, sinks: torch.Tensor) -> None:
+    _, batch = built("group2-shared")
+    params = dataclasses.replace(batch.params, sinks=sinks.to(DEVICE))
+    with pytest.raises(ValueError, match=r"^sinks: "):
+        backend.bind(params, batch.kv_cache)
+
+
 def test_large_groups_are_refused(backend) -> None:
     with pytest.raises(AdamasError, match="17 query heads per KV head") as error:
         Case((5,), 2, (17, 1), 64).build(backend, DEVICE)
@@ -240,10 +248,11 @@ ops.TritonBackend.__init__ = lambda self: vars(self).update(
     _workspace=ops.Workspace(), _plans={}
 )
 backend = ops.TritonBackend()
+softmax = {"soft_cap": 50.0, "learned_sinks": (0.0, 1.0)}
 for case, capabilities in (
     (Case((9, 0), 4, (8, 2), 128, selection="kv_head", combine="max"), (80, 90, 100, 120)),
-    (Case((9, 0), 4, (8, 2), 128, selection="kv_head"), (80,)),
-    (Case((9, 0), 4, (16, 1), 256, score="manhattan", fp8="e4m3", centred=True), (120,)),
+    (Case((9, 0), 4, (8, 2), 128, selection="kv_head", **softmax), (80,)),
+    (Case((9, 0), 4, (16, 1), 256, score="manhattan", fp8="e4m3", centred=True, **softmax), (120,)),
 ):
     batch = case.build(backend)
     batch.decode(backend)

@@ -4,13 +4,15 @@ import dataclasses
 
 import pytest
 import torch
-from cases import CASES, Case, relative_error
+from cases import CASES, Case, exact_weights, relative_error
 
 from vllm_adamas.backends.reference import ReferenceBackend
 from vllm_adamas.evaluate.selectors import QUEST_PAGE, STREAMING_SINKS, SelectorBackend
 
 REFERENCE = ReferenceBackend()
 SOME = ["plain", "mixed", "group3", "d96", "e4m3", "sliding", "empty", "single-tokens"]
+SOME += ["soft-cap-sinks"]
+SOFTMAX = {"plain": {}, "soft cap and sinks": {"soft_cap": 1.5, "learned_sinks": (0.0, 6.0)}}
 SELECTORS = ("oracle", "quest", "streaming_llm")
 
 
@@ -37,6 +39,19 @@ def exact_scores(selector: str, query: torch.Tensor, key: torch.Tensor) -> torch
                 value = torch.inf if token < STREAMING_SINKS else token
             scores[head, token] = value
     return scores
+
+
+def attention(params, query, key, value, first: int = 0) -> torch.Tensor:
+    """Exact, float32 ``[Hq, D]``.
+
+    Args:
+        query: ``[Hq, D]``, of the heads from ``first`` on.
+        key, value: ``[Hq, L, D]``.
+    """
+    logits = (key.double() @ query.double().unsqueeze(-1)).squeeze(-1) * params.softmax_scale
+    sinks = None if params.sinks is None else params.sinks[first : first + len(query)]
+    weights = exact_weights(logits, params.logits_soft_cap, sinks)  # [Hq, L]
+    return (weights.unsqueeze(1) @ value.double()).squeeze(1).float()
 
 
 @pytest.mark.parametrize("selector", SELECTORS)
@@ -68,11 +83,14 @@ def test_decode_attends_to_what_it_selects(selector: str, name: str) -> None:
         for head in range(len(key)):
             best = scores[head].flip(0).sort(descending=True, stable=True).indices[:budget]
             tokens = length - 1 - best
-            weights = (
-                key[head, tokens] @ batch.query[row, head].float() * batch.params.softmax_scale
+            exact = attention(
+                batch.params,
+                batch.query[row, head : head + 1],
+                key[head : head + 1, tokens],
+                value[row][None, tokens, head // batch.params.group],
+                first=head,
             )
-            exact = weights.softmax(0) @ value[row][tokens, head // batch.params.group]
-            assert relative_error(output[row, head], exact) < 8e-3
+            assert relative_error(output[row, head], exact[0]) < 8e-3
 
 
 def test_the_oracle_keeps_the_most_attention() -> None:
@@ -93,21 +111,20 @@ def test_the_oracle_keeps_the_most_attention() -> None:
     assert kept["oracle"].mean() > kept["dot"].mean() > kept["streaming_llm"].mean()
 
 
+@pytest.mark.parametrize("softmax", SOFTMAX.values(), ids=SOFTMAX)
 @pytest.mark.parametrize("selection", ["query_head", "kv_head"])
-def test_shadow_sees_the_error_of_the_output(selection: str) -> None:
+def test_shadow_sees_the_error_of_the_output(selection: str, softmax: dict) -> None:
     """Against attention over the appended keys and values; of dense rows, that of other budgets."""
     from vllm_adamas.evaluate.recorders import MassRecord, Shadow
 
-    case = Case((400,), 30, (2, 1), dtype=torch.float32, selection=selection, padding=0)
+    case = Case((400,), 30, (2, 1), dtype=torch.float32, selection=selection, padding=0, **softmax)
     batch, record, others = case.build(REFERENCE), MassRecord(), MassRecord((8, 30, 300))
     output, _ = batch.decode(Shadow(REFERENCE, 0, record, stride=1))
     dataclasses.replace(batch, budgets=batch.seq_lens).decode(
         Shadow(REFERENCE, 0, others, stride=1)
     )
     key, value = (x.transpose(0, 1).expand(2, -1, -1) for x in batch.stored())
-    dense = torch.nn.functional.scaled_dot_product_attention(batch.query[0, :, None], key, value)[
-        :, 0
-    ]
+    dense = attention(batch.params, batch.query[0], key, value)
     expected = (output[0] - dense).norm(dim=-1) / dense.norm(dim=-1)
     for found in (record, others):
         error = found.mean("error", 30)[0].float()

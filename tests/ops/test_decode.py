@@ -11,6 +11,7 @@ from cases import (
     Case,
     check_lengths_are_cut,
     check_surroundings,
+    exact_weights,
     many,
     relative_error,
 )
@@ -33,8 +34,13 @@ def test_decode(target: Target, case: Case) -> None:
     check_decode(target, batch)
 
 
+OTHER_SOFTMAX = ("learned-sinks", "learned-sinks-extreme", "soft-cap", "soft-cap-huge")
+OTHER_SOFTMAX += ("soft-cap-sinks-e4m3",)
+
+
 @pytest.mark.parametrize(
-    "name", ["plain", "block32", "group3", "d192", "fp16", "fp32", "e4m3", "e5m2", "long"]
+    "name",
+    ["plain", "block32", "group3", "d192", "fp16", "fp32", "e4m3", "e5m2", "long", *OTHER_SOFTMAX],
 )
 @pytest.mark.parametrize("over", [0, 1, 1 << 30])
 @over_targets("cpu")
@@ -43,16 +49,17 @@ def test_decode_with_every_token_is_plain_attention(target: Target, name: str, o
     case = dataclasses.replace(CASES[name], budgets=tuple(n + over for n in CASES[name].lengths))
     batch = target.build(case)
     ours, counted = target.decode(batch)
-    q_heads, group = case.heads[0], batch.params.group
+    params, (q_heads, _) = batch.params, case.heads
     key, value = (x.split(case.lengths) for x in batch.stored())  # R x [L, Hkv, D]
     for row, length in enumerate(case.lengths):
         if not length:
             continue
-        exact = torch.nn.functional.scaled_dot_product_attention(
-            batch.query[row].float().unsqueeze(1),  # [Hq, 1, D]
-            key[row].transpose(0, 1).repeat_interleave(group, 0),  # [Hq, L, D]
-            value[row].transpose(0, 1).repeat_interleave(group, 0),
-        ).squeeze(1)
+        k, v = (
+            x[row].double().repeat_interleave(params.group, 1) for x in (key, value)
+        )  # [L, Hq, D]
+        logits = torch.einsum("hd,lhd->hl", batch.query[row].double(), k) * params.softmax_scale
+        weights = exact_weights(logits, params.logits_soft_cap, params.sinks)
+        exact = torch.einsum("hl,lhd->hd", weights, v)
         assert relative_error(ours[row], exact).max() <= TOLERANCE[case.dtype]
     tokens = sum(case.lengths) * q_heads
     assert counted == [0, sum(n > 0 for n in case.lengths), tokens, tokens, 0]

@@ -153,15 +153,19 @@ TEXTS = {  # change of the model's own config.json
     "alibi in an object": ({"attn_config": SimpleNamespace(alibi=True)}, ("ALiBi", OTHER)),
     "alibi by position type": ({"position_embedding_type": "alibi"}, ("ALiBi", OTHER)),
     "bloom": ({"model_type": "bloom"}, ("ALiBi", OTHER)),
-    "soft cap": ({"attn_logit_softcapping": 50.0}, ("soft-capped", OTHER)),
-    "gpt-oss": ({"model_type": "gpt_oss"}, ("sinks", OTHER)),
-    "sinks": ({"attention_sinks": True}, ("sinks", OTHER)),
-    "sinks of sliding windows": ({"add_swa_attention_sink_bias": True}, ("sinks", OTHER)),
+    "sink tokens": ({"param_sink_number": 128}, ("learned sink tokens", OTHER)),
     "bidirectional": ({"is_causal": False}, ("later tokens", "non-causal", OTHER)),
     "prompts attended in both directions": ({"model_type": "hrm_text"}, ("non-causal", OTHER)),
     "chunks": ({"attention_chunk_size": 8192}, ("chunked local attention", OTHER)),
     "dual chunks": ({"dual_chunk_attention_config": {"chunk_size": 8}}, ("dual chunk", OTHER)),
     "value heads": ({"v_head_dim": 128}, ("value heads", "128 and 64", OTHER)),
+}
+SOFTMAX = {  # the same, which decides over kernels -> what the CUDA kernels lack
+    "soft cap": ({"attn_logit_softcapping": 50.0}, "soft-capped logits"),
+    "gpt-oss": ({"model_type": "gpt_oss"}, "learned attention sinks"),
+    "granite": ({"model_type": "granite", "layer_types": ["full_attention"] * 30}, "sinks"),
+    "sinks": ({"attention_sinks": True}, "sinks"),
+    "sinks of sliding windows": ({"add_swa_attention_sink_bias": True}, "sinks"),
 }
 SPECULATION = ("speculative decoding yet", "--speculative-config", "--spec-method")
 MICRO_BATCHES = ("--enable-dbo", "--ubatch-size")
@@ -277,7 +281,6 @@ def test_layers_that_rewrite_metadata_are_refused() -> None:
     [
         ({"chunk_lookback": 1}, "chunk_lookback"),
         ({"attn_type": "encoder_only"}, "encoder_only attention"),
-        ({"logits_soft_cap": 50.0}, "soft-capped"),
     ],
 )
 def test_layers_of_other_kinds_are_refused(options: dict, named: str) -> None:
@@ -312,6 +315,78 @@ def test_a_hopper_gpu_passes(vllm_config, monkeypatch) -> None:
     for size in (16, 48, 64):  # no kernel there needs 32
         cache = Changed(vllm_config.cache_config, block_size=size, user_specified_block_size=True)
         checks.check_config(Changed(vllm_config, cache_config=cache))
+
+
+def with_text(vllm_config, changes: dict, kernels: str = "auto", **model) -> Changed:
+    text = Changed(vllm_config.model_config.hf_text_config, **changes)
+    model = Changed(vllm_config.model_config, hf_text_config=text, **model)
+    options = {"adamas": {"kernels": kernels}}
+    return Changed(vllm_config, model_config=model, additional_config=options)
+
+
+def with_flash_attention(monkeypatch, version: int) -> None:
+    name = "vllm.v1.attention.backends.fa_utils.get_flash_attn_version"
+    monkeypatch.setattr(name, lambda **about: version)
+
+
+@pytest.mark.parametrize(("changes", "what"), SOFTMAX.values(), ids=SOFTMAX)
+def test_kernels_that_compute_every_softmax(vllm_config, monkeypatch, changes, what: str) -> None:
+    for kernels in ("auto", "cpu", "reference"):
+        checks.check_config(with_text(vllm_config, changes, kernels))
+    on_gpu(monkeypatch)
+    with_flash_attention(monkeypatch, 3)
+    for kernels in ("auto", "cuda"):
+        check_refusal(
+            with_text(vllm_config, changes, kernels), (what, "CUDA", '"kernels": "triton"')
+        )
+    checks.check_config(with_text(vllm_config, changes, "triton"))
+
+
+def test_a_granite_without_sinks(vllm_config, monkeypatch) -> None:
+    on_gpu(monkeypatch)
+    kinds = ["full_attention"] * 30
+    for changes in ({}, {"layer_types": kinds, "attention_sinks": False}):
+        checks.check_config(with_text(vllm_config, {"model_type": "granite", **changes}))
+
+
+def test_sinks_that_the_prefill_kernel_does_not_take(vllm_config, monkeypatch) -> None:
+    on_gpu(monkeypatch)
+    sinks, cap = {"model_type": "gpt_oss"}, {"attn_logit_softcapping": 50.0}
+    with_flash_attention(monkeypatch, 2)
+    check_refusal(with_text(vllm_config, sinks, "triton"), ("FlashAttention 2", "sinks", OTHER))
+    checks.check_config(with_text(vllm_config, cap, "triton"))
+    half = {"dtype": torch.float16}
+    many = {
+        "get_num_attention_heads": lambda parallel: 80,
+        "get_num_kv_heads": lambda parallel: 8,
+    }
+    for version in (3, 4):
+        with_flash_attention(monkeypatch, version)
+        named = ("float16", "sinks", "--dtype bfloat16")
+        check_refusal(with_text(vllm_config, sinks, "triton", **half), named)
+        checks.check_config(with_text(vllm_config, cap, "triton", **half))
+    checks.check_config(with_text(vllm_config, sinks, "triton", **many))
+    with_flash_attention(monkeypatch, 3)
+    named = ("80 query heads", "64", "--tensor-parallel-size")
+    check_refusal(with_text(vllm_config, sinks, "triton", **many), named)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({"sinks": torch.zeros(9)}, "sinks"), ({"logits_soft_cap": 50.0}, "soft-capped")],
+)
+def test_layers_are_checked_again(vllm_config, monkeypatch, options: dict, named: str) -> None:
+    """Not every model's configuration tells what its layers do."""
+    from vllm.config import set_current_vllm_config
+
+    from vllm_adamas.backends.cpu.backend import CpuBackend
+    from vllm_adamas.backends.cuda.backend import CudaBackend
+    from vllm_adamas.serving.impl import AdamasImpl
+
+    with set_current_vllm_config(vllm_config):
+        AdamasImpl(9, 64, 0.125, 3, **options)
+        monkeypatch.setattr(CpuBackend, "check_softmax", CudaBackend.check_softmax)
+        refused(lambda: AdamasImpl(9, 64, 0.125, 3, **options), named, '"kernels": "triton"')
 
 
 def test_what_the_cuda_kernels_cannot_hold(vllm_config, monkeypatch) -> None:

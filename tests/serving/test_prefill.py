@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from cases import TOLERANCE, Case, relative_error
+from cases import SINKS, TOLERANCE, Case, exact_weights, relative_error
 
 from vllm_adamas.backends.registry import get_backend
 from vllm_adamas.serving.dense.base import PrefillPlan
@@ -22,22 +22,41 @@ CASES = {
     "e5m2": Case(LENGTHS, fp8="e5m2", heads=(9, 3), head_size=64),
     "e4m3-fp16-window": Case(LENGTHS, fp8="e4m3", dtype=torch.float16, window=70),
     "bf16": Case(LENGTHS),
+    "learned-sinks": Case(LENGTHS, heads=(9, 3), head_size=64, learned_sinks=SINKS),
+    "soft-cap": Case(LENGTHS, heads=(8, 1), head_size=256, soft_cap=1.5),
+    "soft-cap-sinks-window": Case(LENGTHS, window=70, soft_cap=1.5, learned_sinks=SINKS),
+    "soft-cap-sinks-e4m3-window": Case(
+        LENGTHS, fp8="e4m3", window=70, soft_cap=1.5, learned_sinks=SINKS
+    ),
 }
 
 
-def exact(q, k, v, scale: float, window: int) -> torch.Tensor:
+def exact(q, k, v, scale: float, window: int, soft_cap: float, sinks) -> torch.Tensor:
     """Causal attention of the last tokens of one context, float32 ``[q, Hq, D]``."""
     new, length = len(q), len(k)
     k, v = (x.float().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     at = torch.arange(length, device=q.device)
     back = at[length - new :, None] - at  # [q, T]
     hidden = (back < 0) | (back >= (window or length))
-    scores = torch.einsum("qhd,thd->hqt", q.float(), k) * scale
-    return torch.einsum("hqt,thd->qhd", scores.masked_fill(hidden, -torch.inf).softmax(-1), v)
+    logits = torch.einsum("qhd,thd->hqt", q.float(), k) * scale
+    weights = exact_weights(logits, soft_cap, sinks, hidden).float()
+    return torch.einsum("hqt,thd->qhd", weights, v)
 
 
-def stand_in(*, q, k, v, out, cu_seqlens_q, softmax_scale, causal, window_size, **batch) -> None:
+def expected_prefill(batch, query: torch.Tensor) -> torch.Tensor:
+    """Of the plan's tokens, float32 ``[tokens, Hq, D]``."""
+    params = batch.params
+    k, v = (x.split(LENGTHS) for x in batch.stored())
+    q = query[FIRST : FIRST + sum(NEW)].split(NEW)
+    options = (params.softmax_scale, params.sliding_window, params.logits_soft_cap, params.sinks)
+    return torch.cat([exact(*x, *options) for x in zip(q, k, v, strict=True)])
+
+
+def stand_in(
+    *, q, k, v, out, cu_seqlens_q, softmax_scale, causal, window_size, softcap, s_aux, **batch
+) -> None:
     assert causal
+    assert s_aux is None or s_aux.dtype == torch.bfloat16  # as FlashAttention does
     if "block_table" in batch:  # k, v: [blocks, N, Hkv, D]
         rows = zip(batch["block_table"], batch["seqused_k"], strict=True)
         context = [[x[table.long()].flatten(0, 1)[:n] for x in (k, v)] for table, n in rows]
@@ -46,7 +65,7 @@ def stand_in(*, q, k, v, out, cu_seqlens_q, softmax_scale, causal, window_size, 
     for (a, b), (one, two) in zip(pairwise(cu_seqlens_q), context, strict=True):
         assert b - a <= batch["max_seqlen_q"]
         assert len(one) <= batch["max_seqlen_k"]
-        out[a:b] = exact(q[a:b], one, two, softmax_scale, window_size[0] + 1)
+        out[a:b] = exact(q[a:b], one, two, softmax_scale, window_size[0] + 1, softcap, s_aux)
 
 
 @pytest.fixture
@@ -104,11 +123,7 @@ def test_flash_prefill(flash, case: Case, held: int) -> None:
         assert sum(part.num_context_tokens for part in plan.prepared) == sum(LENGTHS)
         assert all(part.num_context_tokens <= held for part in plan.prepared)
         assert (len(plan.prepared) == 1) == (held >= sum(LENGTHS))
-    k, v = (x.split(LENGTHS) for x in batch.stored())
-    q = query[FIRST : FIRST + sum(NEW)].split(NEW)
-    scale, window = params.softmax_scale, params.sliding_window
-    expected = torch.cat([exact(*x, scale, window) for x in zip(q, k, v, strict=True)])
-    error = relative_error(output[FIRST : FIRST + sum(NEW)], expected)
+    error = relative_error(output[FIRST : FIRST + sum(NEW)], expected_prefill(batch, query))
     assert error.max() < 2 * TOLERANCE[case.dtype]
 
 
@@ -121,13 +136,14 @@ def test_decode_of_fp8_pages_is_left_to_the_kernels(flash) -> None:
 @pytest.mark.skipif(DEVICE == "cuda", reason="vLLM's CPU kernels are not there")
 @pytest.mark.parametrize("shared", [False, True], ids=["own", "shared"])
 @pytest.mark.parametrize("held", [300, 366, 10_000])
-def test_cpu_prefill(held: int, shared: bool) -> None:
+@pytest.mark.parametrize("name", ["bf16", "learned-sinks", "soft-cap", "soft-cap-sinks-window"])
+def test_cpu_prefill(name: str, held: int, shared: bool) -> None:
     """Contexts are copied a few requests at a time, and nothing of those before is seen."""
     from vllm_adamas.serving.dense.cpu import CpuAttention
 
     torch.cpu._init_amx()  # permission from the kernel to use tiles, which a vLLM worker also asks for
     backend, dense = get_backend("cpu"), CpuAttention()
-    batch = Case(LENGTHS).build(backend)
+    batch = CASES[name].build(backend)
     params, plan = batch.params, make_plan(batch)
     dense.reserve(params, torch.bfloat16, held)
     k, v = (x.split(LENGTHS) for x in batch.stored())
@@ -146,10 +162,9 @@ def test_cpu_prefill(held: int, shared: bool) -> None:
     assert output[FIRST + sum(NEW) :].isnan().all()
     assert (len(plan.prepared) == 1) == (held >= sum(LENGTHS))
     largest = max(sum(-(-n // 64) for n in part.seq_lens.tolist()) for part in plan.prepared)
-    assert dense._cache.numel() <= 1.25 * largest * 64 * 2 * 2 * 128 * 2
-    q = query[FIRST : FIRST + sum(NEW)].split(NEW)
-    expected = torch.cat([exact(*x, params.softmax_scale, 0) for x in zip(q, k, v, strict=True)])
-    error = relative_error(output[FIRST : FIRST + sum(NEW)], expected)
+    kv_heads, head_size = params.num_kv_heads, params.layout.head_size
+    assert dense._cache.numel() <= 1.25 * largest * 64 * 2 * kv_heads * head_size * 2
+    error = relative_error(output[FIRST : FIRST + sum(NEW)], expected_prefill(batch, query))
     assert error.max() < 2 * TOLERANCE[torch.bfloat16]
 
 

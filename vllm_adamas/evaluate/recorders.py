@@ -7,6 +7,7 @@ from collections import defaultdict
 import torch
 
 from vllm_adamas.backends.base import Backend, Layer
+from vllm_adamas.backends.reference.softmax import soft_cap, softmax
 from vllm_adamas.evaluate.delegate import DelegatingBackend
 
 ROWS = 8  #: maximum rows per budget that are compared in a step; they take turns
@@ -15,9 +16,10 @@ ROWS = 8  #: maximum rows per budget that are compared in a step; they take turn
 class MassRecord:
     """Sums over sampled sparse rows, per layer and budget: each value is a float64 tensor ``[Hq]``.
 
-    The attention mass of a set of tokens is the sum of their dense softmax weights; ``oracle`` is that
-    of the tokens with the largest weights. ``error`` is ||output - dense|| / ||dense|| of each head, and
-    ``together`` that of all heads of the layer as one vector, a float64 scalar.
+    The attention mass of a set of tokens is the sum of their dense softmax weights, of which a learned
+    sink takes a share; ``oracle`` is that of the tokens with the largest weights. ``error`` is
+    ||output - dense|| / ||dense|| of each head, and ``together`` that of all heads of the layer as one
+    vector, a float64 scalar.
 
     Args:
         budgets: set sizes to measure, in dense rows too, where the output is that of attention over the
@@ -82,9 +84,12 @@ class Shadow(DelegatingBackend):
         self.inner.gather(layer, table, lens, *both)
         key, value = both.float().transpose(1, 2)  # [Hkv, L, D]
         q = query[0].float().unflatten(0, (params.num_kv_heads, params.group))  # [Hkv, G, D]
-        weights = (q @ key.transpose(1, 2) * params.softmax_scale).softmax(-1)  # [Hkv, G, L]
+        logits = soft_cap(q @ key.transpose(1, 2) * params.softmax_scale, params.logits_soft_cap)
+        sinks = None if params.sinks is None else params.sinks.view(q.shape[:2])  # [Hkv, G]
+        weights = softmax(logits, sinks)  # [Hkv, G, L]
         dense = (weights @ value).flatten(0, 1)  # [Hq, D]
         weights = weights.flatten(0, 1)  # [Hq, L]
+        sink = 0.0 if sinks is None else 1 - weights.sum(-1)  # [Hq]
         sizes = record.budgets or (budget,)
         scores = self.inner.scan(layer, query, table, lens)
         best = weights.topk(min(max(sizes), length), -1).values.cumsum(-1)  # [Hq, K]
@@ -96,7 +101,7 @@ class Shadow(DelegatingBackend):
             kept = weights.gather(1, at).masked_fill(tokens < 0, 0.0)  # [Hq, K]
             mass = kept.sum(-1)
             if record.budgets:
-                share = torch.zeros_like(weights).scatter_add_(1, at, kept / mass[:, None])
+                share = torch.zeros_like(weights).scatter_add_(1, at, kept / (mass + sink)[:, None])
                 output = (share.unflatten(0, q.shape[:2]) @ value).flatten(0, 1)  # [Hq, D]
             off = output.float() - dense
             error = off.norm(dim=-1) / dense.norm(dim=-1).clamp_min(1e-30)

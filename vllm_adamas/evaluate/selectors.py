@@ -13,6 +13,7 @@ import torch
 
 from vllm_adamas.backends.base import Backend
 from vllm_adamas.backends.inspect import select_tokens
+from vllm_adamas.backends.reference.softmax import soft_cap, softmax
 from vllm_adamas.dtypes import ELEMENTS
 from vllm_adamas.evaluate.delegate import DelegatingBackend
 
@@ -104,7 +105,8 @@ class SelectorBackend(DelegatingBackend):
             )
         )  # [R, Hq, K, D]
         logits = (k @ query.unsqueeze(-1)).squeeze(-1) * params.softmax_scale
-        weights = logits.masked_fill(tokens < 0, -torch.inf).softmax(-1)
+        logits = soft_cap(logits, params.logits_soft_cap).masked_fill(tokens < 0, -torch.inf)
+        weights = softmax(logits, params.sinks)  # [R, Hq, K]
         return (weights.unsqueeze(2) @ v).squeeze(2)
 
     def _keys(self, layer, block_table, longest):

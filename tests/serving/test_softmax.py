@@ -1,0 +1,42 @@
+"""Learned sinks and soft-capped logits through the engine, against vLLM's own CPU backend."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from common import ROOT, random_gemma2, random_gpt_oss
+
+MODELS = {"soft-capped logits": random_gemma2, "learned sinks": random_gpt_oss}
+SMALL = {"token_budget": 64}  #: of the contexts of up to 790 tokens in engines.prompts()
+ENGINES = {
+    "stock": {"attention_backend": "CPU_ATTN"},
+    "every token": {"additional_config": {"adamas": {"token_budget": 4096}}},
+    "sparse": {"additional_config": {"adamas": SMALL}},
+    "reference": {"additional_config": {"adamas": {**SMALL, "kernels": "reference"}}},
+}
+
+
+@pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS)
+def tokens(request, tmp_path_factory) -> dict[str, list[list[int]]]:
+    """What each engine answers; in float32, as in test_serve."""
+    model = str(request.param(tmp_path_factory.mktemp("model")))
+    jobs = json.dumps([(model, arguments) for arguments in ENGINES.values()])
+    command = [sys.executable, str(ROOT / "tests" / "engines.py")]
+    done = subprocess.run(command, input=jobs, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return dict(zip(ENGINES, json.loads(done.stdout), strict=True))
+
+
+@pytest.mark.serve
+@pytest.mark.slow
+def test_a_budget_beyond_the_context_gives_stock_tokens(tokens) -> None:
+    assert tokens["every token"] == tokens["stock"]
+    assert all(len(set(answer)) > 4 for answer in tokens["stock"]), "attention decides nothing"
+
+
+@pytest.mark.serve
+@pytest.mark.slow
+def test_sparse_decode_gives_the_tokens_of_the_reference(tokens) -> None:
+    assert tokens["sparse"] == tokens["reference"]
+    assert tokens["sparse"] != tokens["stock"]
