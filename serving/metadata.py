@@ -138,11 +138,11 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
         tokens, ends = self._starts[:num_rows], common.query_start_loc[1 : num_decodes + 1]
         requests = torch.searchsorted(ends, tokens, right=True).clamp_(max=num_decodes - 1)
         later = ends[requests] - 1 - tokens  # query tokens of the same request behind a row's own
-        own = torch.where(tokens < ends[-1], seq_lens[requests] - later, 0)
+        own = seq_lens[requests] - later
         if self._block_table is None:
             self._block_table = tables.new_zeros(len(self._seq_lens), tables.shape[1])
         return (
-            torch.clamp(own, min=0, out=self._seq_lens[:num_rows]),
+            torch.mul(own, tokens < ends[-1], out=self._seq_lens[:num_rows]),  # 0 for padding
             torch.index_select(tables, 0, requests, out=self._block_table[:num_rows]),
             prefilling,
         )
