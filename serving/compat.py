@@ -109,7 +109,7 @@ def drafts_with_adamas(vllm_config) -> bool:
     takes the target's. Backends per kind of layer hold for both models.
     """
     speculative, attention = vllm_config.speculative_config, vllm_config.attention_config
-    if speculative.draft_model_config is None:
+    if speculative.method != "draft_model":  # what others draft with has no layers
         return False
     chosen = [speculative.attention_backend, *(attention.backend_per_kind or {}).values()]
     if chosen[0] is None and vllm_config.use_v2_model_runner:

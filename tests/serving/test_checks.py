@@ -252,9 +252,8 @@ def test_parts(vllm_config, change: tuple, named: tuple) -> None:
 
 def speculative(vllm_config, **changes):
     """The configuration of a server with a draft model."""
-    served = {"method": "draft_model", "draft_model_config": vllm_config.model_config}
-    served |= {"num_speculative_tokens": 3, "parallel_drafting": False, "attention_backend": None}
-    config = SimpleNamespace(**{**served, **changes})
+    served = {"method": "draft_model", "num_speculative_tokens": 3, "parallel_drafting": False}
+    config = SimpleNamespace(**{**served, "attention_backend": None, **changes})
     return Changed(vllm_config, speculative_config=config, use_v2_model_runner=False)
 
 
@@ -265,8 +264,7 @@ def test_kinds_of_speculation(vllm_config, changes: dict, named: tuple) -> None:
 
 @pytest.mark.parametrize("method", ["ngram", "suffix", "draft_model"])
 def test_speculation_is_served_on_cpus_alone(vllm_config, monkeypatch, method: str) -> None:
-    draft = {} if method == "draft_model" else {"draft_model_config": None}
-    config = speculative(vllm_config, method=method, **draft)
+    config = speculative(vllm_config, method=method)
     checks.check_config(config)
     assert compat.max_decode_rows(config) == 4 * vllm_config.scheduler_config.max_num_seqs
     on_gpu(monkeypatch)
@@ -282,6 +280,8 @@ def test_draft_models_take_another_backend(vllm_config) -> None:
     v2 = Changed(speculative(vllm_config), use_v2_model_runner=True)
     attention = Changed(vllm_config.attention_config, backend=adamas)
     check_refusal(Changed(v2, attention_config=attention), named)
+    v2.speculative_config.method = "ngram"
+    checks.check_config(Changed(v2, attention_config=attention))
     for backend, served in ((adamas, False), (other, True)):
         config = speculative(vllm_config, attention_backend=other)
         kinds = Changed(attention, backend_per_kind={"full_attention": backend})
