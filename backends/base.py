@@ -167,6 +167,8 @@ class Params:
 class DecodeBatch:
     """The decode rows of one step, one query token each; layers with one budget share it.
 
+    A request that verifies drafted tokens has several rows, with one block table and ascending lengths.
+
     Args:
         block_table: int32 ``[R, blocks]``.
         seq_lens: int32 ``[R]``, tokens in the context, the query's own included.

@@ -31,7 +31,14 @@ def check_config(vllm_config) -> AdamasConfig:
     """
     _check_place_of_options(vllm_config.additional_config)
     config = AdamasConfig.parse(adamas_options(vllm_config))
-    for check in (_check_device, _check_parallel, _check_features, _check_model, _check_cache):
+    for check in (
+        _check_device,
+        _check_parallel,
+        _check_features,
+        _check_speculation,
+        _check_model,
+        _check_cache,
+    ):
         check(vllm_config)
     model = vllm_config.model_config
     if model is not None:
@@ -225,8 +232,6 @@ def _check_features(vllm_config) -> None:
     cache = vllm_config.cache_config
     if vllm_config.attention_config.use_non_causal:
         _refuse("non-causal attention", OTHER_BACKEND)
-    if vllm_config.speculative_config is not None:
-        _refuse("speculative decoding yet", "drop --speculative-config and --spec-method")
     if vllm_config.diffusion_config is not None:
         _refuse("block diffusion (non-causal attention over a canvas)", OTHER_BACKEND)
     if vllm_config.kv_transfer_config is not None:
@@ -242,6 +247,28 @@ def _check_features(vllm_config) -> None:
         _refuse(
             f"the layout VLLM_KV_CACHE_LAYOUT={envs.VLLM_KV_CACHE_LAYOUT}",
             "unset it, or set it to LBHNC",
+        )
+
+
+#: Methods of speculative decoding that are served.
+SPECULATION = ("ngram", "suffix", "draft_model")
+
+
+def _check_speculation(vllm_config) -> None:
+    speculative = vllm_config.speculative_config
+    if speculative is None:
+        return
+    if not compat.on_cpu():
+        _refuse("speculative decoding on GPUs yet", "drop --speculative-config and --spec-method")
+    if speculative.method not in SPECULATION:
+        names = ", ".join(SPECULATION)
+        _refuse(f"speculative decoding by {speculative.method} yet", f"choose one of {names}")
+    if speculative.parallel_drafting:
+        _refuse("parallel drafting yet", "drop parallel_drafting from --speculative-config")
+    if compat.drafts_with_adamas(vllm_config):
+        _refuse(
+            "draft models, whose layers have no token budget",
+            "name another attention_backend for the draft model in --speculative-config",
         )
 
 

@@ -104,6 +104,21 @@ def is_selected(vllm_config) -> bool:
     return any(getattr(backend, "name", None) == NAME for backend in chosen)
 
 
+def drafts_with_adamas(vllm_config) -> bool:
+    """Whether the layers of a draft model would take the adamas backend.
+
+    Model Runner V1 chooses their backend anew unless the speculative configuration names one, and V2
+    takes the target's. Backends per kind of layer hold for both models.
+    """
+    speculative, attention = vllm_config.speculative_config, vllm_config.attention_config
+    if speculative.method != "draft_model":  # what others draft with has no layers
+        return False
+    chosen = [speculative.attention_backend, *(attention.backend_per_kind or {}).values()]
+    if chosen[0] is None and vllm_config.use_v2_model_runner:
+        chosen.append(attention.backend)
+    return any(getattr(backend, "name", None) == NAME for backend in chosen)
+
+
 def _wrap_classmethod(cls: type, name: str, make: Callable) -> None:
     original = getattr(cls, name).__func__
     if getattr(original, "_vllm_adamas", False):
@@ -238,9 +253,15 @@ def kv_scales(layer: AttentionLayer) -> tuple[float, float]:
 
 
 def max_decode_rows(vllm_config) -> int:
-    """Rows of the largest decode step, including the padding of captured graphs."""
+    """Rows of the largest decode step, including the padding of captured graphs.
+
+    A request has one for its last token and one for each token that a drafter may propose.
+    """
+    from vllm.v1.attention.backend import max_decode_query_len
+
+    rows = vllm_config.scheduler_config.max_num_seqs * max_decode_query_len(vllm_config)
     captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
-    return max(vllm_config.scheduler_config.max_num_seqs, captured)
+    return max(rows, captured)
 
 
 def max_prefill_tokens(vllm_config) -> int:

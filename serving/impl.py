@@ -170,7 +170,7 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
                 key = key * self._balance.key
         if self._appends:
             self.backend.append(bound, key, value, attn_metadata.slot_mapping)
-        if attn_metadata.num_decodes:
+        if attn_metadata.num_decode_rows:
             self._decode(bound, query, attn_metadata, output)
         if attn_metadata.prefill is not None:
             plan = attn_metadata.prefill
@@ -178,7 +178,7 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         return output
 
     def _decode(self, bound: Layer, query, metadata: AdamasMetadata, output) -> None:
-        rows, batch = metadata.num_decodes, metadata.decode[bound.params.budget]
+        rows, batch = metadata.num_decode_rows, metadata.decode[bound.params.budget]
         if capturing(output.device):  # a graph replays with contexts of any length
             batch = replace(batch, max_seq_len=self.max_model_len)
         if self._dense and self.dense.decodes(bound.params):

@@ -27,11 +27,14 @@ logger = init_logger("vllm.adamas")
 
 @dataclass
 class AdamasMetadata(AttentionMetadata):
-    """The batch of a step: first decode requests, then those with several query tokens.
+    """The batch of a step: first the rows of decode requests, then requests with more query tokens.
+
+    A decode request has one query token, and one more for each token that a drafter proposed. Each of
+    them is a row, whose context ends with its own token.
 
     Args:
-        num_decodes: number of requests with one query token, R.
-        decode: their rows, by the budget of a layer. The budget of a dense row is its context length;
+        num_decode_rows: number of rows, R.
+        decode: the rows, by the budget of a layer. The budget of a dense row is its context length;
             rows are dense if they belong to a prompt (the last token of a prefill too) or if the budget
             covers the context.
         query_start_loc: int32 ``[R + 1]``, 0 to R.
@@ -39,7 +42,7 @@ class AdamasMetadata(AttentionMetadata):
         slot_mapping: int64 ``[tokens]``, slots of the step's keys and values.
     """
 
-    num_decodes: int
+    num_decode_rows: int
     decode: dict[TokenBudget, DecodeBatch]
     query_start_loc: torch.Tensor
     prefill: PrefillPlan | None
@@ -82,25 +85,28 @@ def require_supported(common: CommonAttentionMetadata) -> None:
 class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
     """Builds :class:`AdamasMetadata` once per step for all layers of a KV cache group."""
 
-    # One query token per request; graphs replay with any context lengths, budgets and block tables.
-    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    # A graph holds rows and knows no requests: it replays with any context lengths, budgets and block
+    # tables, and with any division of its rows among requests.
+    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._init_reorder_batch_threshold(1)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         config = read_config(vllm_config)
         self.stats = compat.layers_of(vllm_config)[layer_names[0]].impl.shared.stats
         # Once per builder and not per layer, because it reads the model's files.
         for warning in warnings(vllm_config, config):
             logger.warning_once(warning)
-        # Captured graphs read starts and budgets from these tensors.
+        # Captured graphs read starts, lengths, block tables and budgets from these tensors.
         rows = compat.max_decode_rows(vllm_config)
         self._starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
+        self._seq_lens = torch.zeros_like(self._starts[:-1])
+        self._block_table: torch.Tensor | None = None  # made when its width is known
         self.configure(config)
 
     def configure(self, config: AdamasConfig) -> None:
         """Makes a tensor for each distinct budget of the layers; called once in a server."""
-        self._budgets = {budget: torch.zeros_like(self._starts[:-1]) for budget in config.budgets}
+        self._budgets = {budget: torch.zeros_like(self._seq_lens) for budget in config.budgets}
 
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata):
         metadata = super().build_for_cudagraph_capture(common_attn_metadata)
@@ -111,6 +117,36 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
         """Writes the configured budgets; an evaluation replaces this method to set a budget per request."""
         row_budgets(budget, seq_lens, prefilling, out)
 
+    def _rows(
+        self, common: CommonAttentionMetadata, num_decodes: int, num_rows: int
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Rows of the decode requests, on their device and without a host sync.
+
+        Returns:
+            int32 ``[R]`` context lengths and int32 ``[R, blocks]`` block tables, both with zero lengths for
+            the padding of a captured graph; and on the host which rows belong to a prompt, None if
+            vLLM does not say it.
+        """
+        seq_lens, tables = common.seq_lens[:num_decodes], common.block_table_tensor[:num_decodes]
+        prefilling = common.is_prefilling
+        prefilling = None if prefilling is None else prefilling[:num_decodes]
+        if self.reorder_batch_threshold == 1 or not num_decodes:
+            return seq_lens, tables, prefilling
+        if prefilling is not None:
+            query_lens = common.query_start_loc_cpu.diff()[: len(prefilling)]
+            prefilling = prefilling.repeat_interleave(query_lens)
+        tokens, ends = self._starts[:num_rows], common.query_start_loc[1 : num_decodes + 1]
+        requests = torch.searchsorted(ends, tokens, right=True).clamp_(max=num_decodes - 1)
+        later = ends[requests] - 1 - tokens  # query tokens of the same request behind a row's own
+        own = seq_lens[requests] - later
+        if self._block_table is None:
+            self._block_table = tables.new_zeros(len(self._seq_lens), tables.shape[1])
+        return (
+            torch.mul(own, tokens < ends[-1], out=self._seq_lens[:num_rows]),  # 0 for padding
+            torch.index_select(tables, 0, requests, out=self._block_table[:num_rows]),
+            prefilling,
+        )
+
     def build(
         self,
         common_prefix_len: int,
@@ -120,16 +156,15 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
         common = common_attn_metadata
         require_supported(common)
         num_decodes, num_prefills, num_decode_tokens, num_prefill_tokens = (
-            split_decodes_and_prefills(common)
+            split_decodes_and_prefills(common, decode_threshold=self.reorder_batch_threshold)
         )
-        prefilling = common.is_prefilling
-        prefilling = None if prefilling is None else prefilling[:num_decodes]
-        seq_lens, decode = common.seq_lens[:num_decodes], {}
+        seq_lens, block_table, prefilling = self._rows(common, num_decodes, num_decode_tokens)
+        rows, decode = len(seq_lens), {}
         for budget, buffer in self._budgets.items():
-            budgets = buffer[:num_decodes]
+            budgets = buffer[:rows]
             self.set_budgets(budget, seq_lens, prefilling, budgets)
             decode[budget] = DecodeBatch(
-                block_table=common.block_table_tensor[:num_decodes],
+                block_table=block_table,
                 seq_lens=seq_lens,
                 budgets=budgets,
                 max_seq_len=common.max_seq_len,
@@ -151,9 +186,9 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
             )
         self.stats.tick()
         return AdamasMetadata(
-            num_decodes=num_decodes,
+            num_decode_rows=rows,
             decode=decode,
-            query_start_loc=self._starts[: num_decodes + 1],
+            query_start_loc=self._starts[: rows + 1],
             prefill=plan,
             slot_mapping=common.slot_mapping,
         )

@@ -222,7 +222,7 @@ class Engine:
         output = torch.zeros_like(batch.query)
         nowhere = torch.full((len(batch.lengths),), -1)
         made = metadata.AdamasMetadata(
-            num_decodes=len(batch.lengths),
+            num_decode_rows=len(batch.lengths),
             decode={
                 budget: dataclasses.replace(
                     batch.step(), budgets=batch.seq_lens.clamp(max=budget.tokens)
@@ -258,7 +258,9 @@ def test_layers_and_builders_of_an_engine_share(monkeypatch) -> None:
     engine = Engine(monkeypatch)
     monkeypatch.setattr(metadata, "warnings", lambda *args: [])
     monkeypatch.setattr(
-        metadata.AdamasMetadataBuilder, "_init_reorder_batch_threshold", lambda *args: None
+        metadata.AdamasMetadataBuilder,
+        "_init_reorder_batch_threshold",
+        lambda *args, **options: None,
     )
     builder = metadata.AdamasMetadataBuilder(None, ["layers.1"], engine.config, CPU)
     one, two = engine.impls

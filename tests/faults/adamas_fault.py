@@ -52,7 +52,7 @@ def neighbours_block() -> None:
     """Now and then the first row of a decode step reads the first block of the second."""
 
     def spoil(metadata):
-        if metadata.num_decodes > 1:
+        if metadata.num_decode_rows > 1:
             for batch in metadata.decode.values():
                 table = batch.block_table = batch.block_table.clone()
                 table[0, 0] = table[1, 0]

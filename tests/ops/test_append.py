@@ -38,6 +38,20 @@ def test_append_writes_its_slots_alone(target: Target, name: str) -> None:
     assert torch.equal(layout.runs(batch.memory)[..., size:], layout.runs(again.memory)[..., size:])
 
 
+@pytest.mark.parametrize("name", ["plain", "block48", "d96", "fp32", "e4m3"])
+@over_targets("cpu")
+def test_append_replaces_rejected_drafts(target: Target, name: str) -> None:
+    """K, V, codes and scale of a slot are those of the last token that was written there."""
+    batch = target.build(CASES[name])
+    expected, layer = batch.memory.clone(), batch.bound(target.backend)
+    target.backend.append(layer, 3 * batch.key.flip(0), -batch.value.flip(0), batch.slots)
+    layout = batch.params.layout
+    for plane in (layout.k, layout.v, layout.hi, layout.lo, layout.scale):
+        assert not torch.equal(as_bytes(plane(batch.memory)), as_bytes(plane(expected)))
+    target.backend.append(layer, batch.key, batch.value, batch.slots)
+    assert torch.equal(as_bytes(batch.memory), as_bytes(expected))
+
+
 ONE = {"cpu": {"one": Case()}, "cuda": {"one": Case()}, **picked(triton=("group2-shared",))}
 
 

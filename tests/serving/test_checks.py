@@ -13,7 +13,7 @@ from vllm_adamas.backends.cuda import library
 from vllm_adamas.backends.cuda.library import Limits
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
-from vllm_adamas.serving import checks
+from vllm_adamas.serving import checks, compat
 from vllm_adamas.serving.plugin import register
 
 
@@ -167,7 +167,7 @@ SOFTMAX = {  # the same, which decides over kernels -> what the CUDA kernels lac
     "sinks": ({"attention_sinks": True}, "sinks"),
     "sinks of sliding windows": ({"add_swa_attention_sink_bias": True}, "sinks"),
 }
-SPECULATION = ("speculative decoding yet", "--speculative-config", "--spec-method")
+DRAFT_MODEL = {"method": "draft_model", "model": str(MODEL), "num_speculative_tokens": 2}
 MICRO_BATCHES = ("--enable-dbo", "--ubatch-size")
 ARGUMENTS = {  # argument of the command -> its value and what else is needed; what the sentence names
     "--attention-config.use_non_causal": ("true", ("non-causal", OTHER)),
@@ -181,10 +181,14 @@ ARGUMENTS = {  # argument of the command -> its value and what else is needed; w
         ("KV connectors yet", "--kv-transfer-config"),
     ),
     "--prefill-context-parallel-size": ("2", ("PCP", "--prefill-context-parallel-size")),
-    "--spec-method": ("ngram --spec-tokens 2", SPECULATION),
-    "--spec-model": ("ngram --spec-tokens 2", SPECULATION),
-    "--spec-tokens": ("2 --spec-method ngram", SPECULATION),
-    "--speculative-config": ('{"method":"ngram","num_speculative_tokens":2}', SPECULATION),
+    "--spec-method": (
+        "ngram_gpu --spec-tokens 2",
+        ("by ngram_gpu yet", "ngram, suffix, draft_model"),
+    ),
+    "--speculative-config": (
+        json.dumps({**DRAFT_MODEL, "attention_backend": "adamas"}, separators=(",", ":")),
+        ("draft models", "attention_backend", "--speculative-config"),
+    ),
     "--ubatch-size": ("2", MICRO_BATCHES),
 }
 PARTS = {  # where vLLM drops or refuses the argument on a CPU: (part, its change), what is named
@@ -193,6 +197,12 @@ PARTS = {  # where vLLM drops or refuses the argument on a CPU: (part, its chang
         ("DCP", "--decode-context-parallel-size"),
     ),
     "--enable-dbo": (("parallel_config", {"use_ubatching": True}), MICRO_BATCHES),
+}
+PARALLEL = ("parallel drafting yet", "parallel_drafting")
+DRAFTS = {  # change of a served speculative configuration -> what the sentence names
+    "eagle": ({"method": "eagle3"}, ("by eagle3 yet", "ngram")),
+    "mtp": ({"method": "mtp"}, ("by mtp yet", "ngram")),
+    "parallel": ({"parallel_drafting": True}, PARALLEL),
 }
 ENVIRONMENT = {  # variable -> its value, what else the sentence names
     "VLLM_BATCH_INVARIANT": (True, ("batch invariance", "unset")),
@@ -242,6 +252,48 @@ def test_parts(vllm_config, change: tuple, named: tuple) -> None:
     part, changes = change
     changed = Changed(getattr(vllm_config, part), **changes)
     check_refusal(Changed(vllm_config, **{part: changed}), named)
+
+
+def speculative(vllm_config, **changes):
+    """The configuration of a server with a draft model."""
+    served = {"method": "draft_model", "num_speculative_tokens": 3, "parallel_drafting": False}
+    config = SimpleNamespace(**{**served, "attention_backend": None, **changes})
+    return Changed(vllm_config, speculative_config=config, use_v2_model_runner=False)
+
+
+@pytest.mark.parametrize(("changes", "named"), DRAFTS.values(), ids=DRAFTS)
+def test_kinds_of_speculation(vllm_config, changes: dict, named: tuple) -> None:
+    check_refusal(speculative(vllm_config, **changes), named)
+
+
+@pytest.mark.parametrize("method", ["ngram", "suffix", "draft_model"])
+def test_speculation_is_served_on_cpus_alone(vllm_config, monkeypatch, method: str) -> None:
+    config = speculative(vllm_config, method=method)
+    checks.check_config(config)
+    assert compat.max_decode_rows(config) == 4 * vllm_config.scheduler_config.max_num_seqs
+    on_gpu(monkeypatch)
+    named = ("speculative decoding on GPUs yet", "--speculative-config", "--spec-method")
+    check_refusal(config, named)
+
+
+def test_draft_models_take_another_backend(vllm_config) -> None:
+    """Model Runner V2 gives them the target's if none is named, and both obey backends per kind."""
+    named = ("draft models", "attention_backend", "--speculative-config")
+    adamas, other = SimpleNamespace(name="ADAMAS"), SimpleNamespace(name="CPU_ATTN")
+    check_refusal(speculative(vllm_config, attention_backend=adamas), named)
+    v2 = Changed(speculative(vllm_config), use_v2_model_runner=True)
+    attention = Changed(vllm_config.attention_config, backend=adamas)
+    check_refusal(Changed(v2, attention_config=attention), named)
+    v2.speculative_config.method = "ngram"
+    checks.check_config(Changed(v2, attention_config=attention))
+    for backend, served in ((adamas, False), (other, True)):
+        config = speculative(vllm_config, attention_backend=other)
+        kinds = Changed(attention, backend_per_kind={"full_attention": backend})
+        config = Changed(config, use_v2_model_runner=True, attention_config=kinds)
+        if served:
+            checks.check_config(config)
+        else:
+            check_refusal(config, named)
 
 
 def test_a_cache_of_another_type_than_the_model(vllm_config) -> None:

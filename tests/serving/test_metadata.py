@@ -51,8 +51,9 @@ class Request:
         return self.computed < self.prompt
 
 
-def decoding(context: int) -> Request:
-    return Request(prompt=max(1, context // 2), computed=context - 1)
+def decoding(context: int, drafts: int = 0) -> Request:
+    """A decode step whose last own token ends a context of ``context`` tokens; drafts follow it."""
+    return Request(prompt=max(1, context // 2), computed=context - 1, new=1 + drafts)
 
 
 def remainder(prompt: int) -> Request:
@@ -64,8 +65,12 @@ def chunk(computed: int, new: int) -> Request:
     return Request(prompt=computed + new, computed=computed, new=new)
 
 
-def group_of(options: dict, micro_batches: int = 1) -> AttentionGroup:
-    """A KV cache group with a real metadata builder for each micro-batch."""
+def group_of(options: dict, micro_batches: int = 1, drafts: int = 0) -> AttentionGroup:
+    """A KV cache group with a real metadata builder for each micro-batch.
+
+    Args:
+        drafts: tokens that a drafter may propose per request and step.
+    """
     spec = FullAttentionSpec(
         block_size=BLOCK, num_kv_heads=1, head_size=64, head_size_v=64, dtype=torch.bfloat16
     )
@@ -85,7 +90,9 @@ def group_of(options: dict, micro_batches: int = 1) -> AttentionGroup:
             revision=None,
             hf_text_config=SimpleNamespace(model_type="llama"),
         ),
-        speculative_config=None,
+        speculative_config=SimpleNamespace(num_speculative_tokens=drafts, parallel_drafting=False)
+        if drafts
+        else None,
     )
     builders = [
         AdamasMetadataBuilder(spec, ["layer"], config, torch.device("cpu"))
@@ -94,11 +101,21 @@ def group_of(options: dict, micro_batches: int = 1) -> AttentionGroup:
     return AttentionGroup(AdamasBackend, ["layer"], spec, 0, metadata_builders=builders)
 
 
-def in_order(requests: list[Request]) -> list[Request]:
-    """As the runners sort a batch: those with one new token lead."""
+def in_order(requests: list[Request], drafts: int = 0) -> list[Request]:
+    """As the runners sort a batch: those with few new tokens lead."""
     by_id = {str(i): request for i, request in enumerate(requests)}
-    ids = sort_batch_req_ids({name: request.new for name, request in by_id.items()}, {}, 1)
-    return [by_id[name] for name in ids]
+    new = {name: request.new for name, request in by_id.items()}
+    proposed = {
+        name: [0] * (request.new - 1) for name, request in by_id.items() if not request.prefilling
+    }
+    return [by_id[name] for name in sort_batch_req_ids(new, proposed, 1 + drafts)]
+
+
+def padded_tokens(group: AttentionGroup, requests: list[Request], rows: int, capture: bool) -> int:
+    """Tokens of a step; a full graph has the same number for each of its requests."""
+    tokens = sum(request.new for request in requests)
+    each = group.get_metadata_builder().reorder_batch_threshold
+    return rows * each if capture or rows > len(requests) else tokens
 
 
 def starts_of(requests: list[Request], rows: int) -> np.ndarray:
@@ -119,7 +136,7 @@ def build_v1(
 ) -> AdamasMetadata | list[AdamasMetadata]:
     """Through GPUModelRunner; ``rows`` above the number of requests are a full graph's padding."""
     number, tokens = len(requests), sum(request.new for request in requests)
-    padded_tokens = max(tokens, rows)
+    padded = padded_tokens(group, requests, rows, capture)
     stale = [Request(prompt=2000, computed=9)] * MAX_ROWS  # of requests that have ended
     known = (requests + stale)[:MAX_ROWS]
     starts = torch.from_numpy(starts_of(requests, MAX_ROWS))
@@ -153,11 +170,11 @@ def build_v1(
         num_tokens=tokens,
         num_reqs=number,
         max_query_len=max(request.new for request in requests),
-        num_tokens_padded=padded_tokens,
+        num_tokens_padded=padded,
         num_reqs_padded=rows,
         ubatch_slices=ubatches,
         for_cudagraph_capture=capture,
-        slot_mappings={0: torch.arange(padded_tokens)},
+        slot_mappings={0: torch.arange(padded)},
     )
     return [one["layer"] for one in found] if ubatches else found["layer"]
 
@@ -177,7 +194,7 @@ def build_v2(
     batch.num_scheduled_tokens = np.diff(starts)[:number]
     batch.is_prefilling_np = np.array([request.prefilling for request in requests])
     batch.num_reqs_after_padding = rows
-    batch.num_tokens_after_padding = max(tokens, rows)
+    batch.num_tokens_after_padding = padded_tokens(group, requests, rows, capture)
     state = SimpleNamespace(
         max_model_len=MAX_MODEL_LEN, supports_mm_inputs=False, encoder_cache=None, model_config=None
     )
@@ -194,9 +211,13 @@ def build_v2(
     return found["layer"]
 
 
-def build(runner: str, options: dict, requests: list[Request], rows: int = 0) -> AdamasMetadata:
-    make = build_v1 if runner == "v1" else build_v2
-    return make(group_of(options), requests, rows or len(requests))
+BUILD = {"v1": build_v1, "v2": build_v2}
+
+
+def build(
+    runner: str, options: dict, requests: list[Request], rows: int = 0, drafts: int = 0
+) -> AdamasMetadata:
+    return BUILD[runner](group_of(options, drafts=drafts), requests, rows or len(requests))
 
 
 def usual(metadata: AdamasMetadata) -> DecodeBatch:
@@ -204,33 +225,42 @@ def usual(metadata: AdamasMetadata) -> DecodeBatch:
     return next(iter(metadata.decode.values()))
 
 
-def check(metadata: AdamasMetadata, options: dict, requests: list[Request], rows: int = 0) -> None:
+def check(
+    metadata: AdamasMetadata,
+    options: dict,
+    requests: list[Request],
+    rows: int = 0,
+    drafts: int = 0,
+) -> None:
     """Every live row has its own length, budget and blocks, and padding has none."""
     rows, config = rows or len(requests), AdamasConfig.parse(options).resolved()
-    single = [request for request in requests if request.new == 1]
-    decodes = rows if len(single) == len(requests) else len(single)
-    padding = [0] * (decodes - len(single))
-    assert metadata.num_decodes == decodes
-    assert metadata.query_start_loc.tolist() == list(range(decodes + 1))
+    few = [request for request in requests if request.new <= 1 + drafts]
+    assert requests[: len(few)] == few
+    live = [(i, x, x.computed + n + 1) for i, x in enumerate(few) for n in range(x.new)]
+    padding = [0] * ((rows - len(requests)) * (1 + drafts))
+    contexts = [context for _, _, context in live] + padding
+    assert metadata.num_decode_rows == len(contexts)
+    assert metadata.query_start_loc.tolist() == list(range(len(contexts) + 1))
     assert list(metadata.decode) == config.budgets
     longest = max((request.context for request in requests), default=0)
     tables = block_tables(rows)
     for budget, batch in metadata.decode.items():
-        budgets = [x.context if x.prefilling else budget.of(x.context) for x in single]
-        assert batch.seq_lens.tolist() == [x.context for x in single] + padding
+        budgets = [context if x.prefilling else budget.of(context) for _, x, context in live]
+        assert batch.seq_lens.tolist() == contexts
         assert batch.budgets.tolist() == budgets + padding
         assert longest <= batch.max_seq_len <= MAX_MODEL_LEN
-        assert torch.equal(batch.block_table[: len(single)], tables[: len(single)])
-    several = requests[len(single) :]
+        assert torch.equal(batch.block_table[: len(live)], tables[[i for i, _, _ in live]])
+        assert len(batch.block_table) == len(contexts)
+    several = requests[len(few) :]
     if not several:
         assert metadata.prefill is None
         return
     plan = metadata.prefill
-    assert (plan.first_token, plan.num_tokens) == (len(single), sum(x.new for x in several))
+    assert (plan.first_token, plan.num_tokens) == (len(live), sum(x.new for x in several))
     assert plan.query_start_loc.diff().tolist()[: len(several)] == [x.new for x in several]
     assert plan.seq_lens.tolist() == [x.context for x in several]
     assert plan.seq_lens_cpu.tolist() == [x.context for x in several]
-    assert torch.equal(plan.block_table, tables[len(single) :])
+    assert torch.equal(plan.block_table, tables[len(few) :])
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
@@ -250,18 +280,19 @@ def test_one_remainder_is_not_spread_over_the_padding_or_other_rows(runner: str)
         check(metadata, {"token_budget": BUDGET}, [remainder(641)], rows)
 
 
+@pytest.mark.parametrize("drafts", [0, 3])
 @pytest.mark.parametrize("runner", RUNNERS)
-def test_graphs_of_every_size(runner: str) -> None:
+def test_graphs_of_every_size(runner: str, drafts: int) -> None:
     """One builder serves them all, as in an engine: nothing of one step is left in the next."""
-    options, group = {"token_budget": BUDGET}, group_of({"token_budget": BUDGET})
-    make = build_v1 if runner == "v1" else build_v2
+    options = {"token_budget": BUDGET}
+    group = group_of(options, drafts=drafts)
     for rows in range(1, MAX_ROWS + 1):
         for live in {1, (rows + 1) // 2, max(1, rows - 1), rows}:
             requests = [
-                remainder(BLOCK * i + 1) if i % 3 == 1 else decoding(40 * i + 7)
+                chunk(BLOCK * i + 1, 1 + drafts) if i % 3 == 1 else decoding(40 * i + 7, drafts)
                 for i in range(live)
             ]
-            check(make(group, requests, rows), options, requests, rows)
+            check(BUILD[runner](group, requests, rows), options, requests, rows, drafts)
 
 
 OPTIONS = [
@@ -294,6 +325,39 @@ def test_any_batch(runner: str, options: dict, requests: list[Request], padding:
     check(build(runner, options, requests, rows), options, requests, rows)
 
 
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("runner", RUNNERS)
+@given(
+    requests=st.lists(
+        st.one_of(
+            st.builds(decoding, st.integers(2, MAX_MODEL_LEN - 4), st.integers(0, 4)),
+            st.builds(chunk, computed=st.integers(1, 2000), new=st.integers(1, 8)),
+            REQUESTS,
+        ),
+        min_size=1,
+        max_size=12,
+    ).map(lambda requests: in_order(requests, drafts=4)),
+    padding=st.integers(0, 40),
+)
+@settings(max_examples=150, deadline=None)
+def test_any_batch_with_drafts(
+    runner: str, options: dict, requests: list[Request], padding: int
+) -> None:
+    """Each request has as many as its drafter proposed; only equal numbers go into a padded graph."""
+    rows = len(requests) + (padding if all(request.new == 5 for request in requests) else 0)
+    check(build(runner, options, requests, rows, 4), options, requests, rows, 4)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_drafts_have_contexts_of_their_own(runner: str) -> None:
+    """Two drafts, none and a prompt's last three tokens: the budget is exceeded within a request."""
+    requests = [decoding(99, 2), decoding(300), chunk(200, 3), chunk(50, 4)]
+    batch = usual(build(runner, {"token_budget": BUDGET}, requests, drafts=2))
+    assert batch.seq_lens.tolist() == [99, 100, 101, 300, 201, 202, 203]
+    assert batch.budgets.tolist() == [99, 100, 100, BUDGET, 201, 202, 203]
+    assert torch.equal(batch.block_table, block_tables(3)[[0, 0, 0, 1, 2, 2, 2]])
+
+
 def test_micro_batches_have_their_own_rows() -> None:
     """vLLM leaves the mask out of them, so a prompt's last token is budgeted as a decode step."""
     options = {"token_budget": BUDGET}
@@ -301,7 +365,7 @@ def test_micro_batches_have_their_own_rows() -> None:
     slices = [UBatchSlice(slice(0, 2), slice(0, 2)), UBatchSlice(slice(2, 4), slice(2, 33))]
     first, second = build_v1(group_of(options, 2), requests, len(requests), ubatches=slices)
     assert usual(first).budgets.tolist() == [BUDGET, BUDGET]
-    assert (first.prefill, second.num_decodes) == (None, 1)
+    assert (first.prefill, second.num_decode_rows) == (None, 1)
     assert usual(second).seq_lens.tolist() == [requests[2].context]
     assert second.prefill.num_tokens == 30
     assert torch.equal(second.prefill.block_table, block_tables(4)[3:])
@@ -309,20 +373,33 @@ def test_micro_batches_have_their_own_rows() -> None:
 
 @pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("rows", [1, 2, 8, MAX_ROWS])
-def test_a_capture_and_the_steps_that_replay_it_share_their_buffers(runner: str, rows: int) -> None:
+@pytest.mark.parametrize("drafts", [0, 3])
+def test_a_capture_and_the_steps_that_replay_it_share_their_buffers(
+    runner: str, rows: int, drafts: int
+) -> None:
     options = {"token_budget": BUDGET, "layer_budgets": {"0": 200, "3": 0.5}}
-    group, make = group_of(options), build_v1 if runner == "v1" else build_v2
-    captured = make(group, [Request(1, 0)] * rows, rows, capture=True)
-    assert captured.num_decodes == rows
-    replayed = make(group, [decoding(300)], rows)
+    group, make = group_of(options, drafts=drafts), BUILD[runner]
+    captured = make(group, [Request(1, 0, 1 + drafts)] * rows, rows, capture=True)
+    assert captured.num_decode_rows == rows * (1 + drafts)
+    make(group, [decoding(70 + i) for i in range(rows)], rows)  # a step outside the graph
+    replayed = make(group, [decoding(300, drafts)], rows)
     assert len(captured.decode) == len(replayed.decode) == 3
+    lens = list(range(300, 301 + drafts))
+    padding = [0] * ((rows - 1) * (1 + drafts))
     addresses = set()
-    for (budget, before), own in zip(captured.decode.items(), (BUDGET, 200, 150), strict=True):
+    for budget, before in captured.decode.items():
+        now = replayed.decode[budget]
         assert before.max_seq_len == MAX_MODEL_LEN
-        assert replayed.decode[budget].budgets.data_ptr() == before.budgets.data_ptr()
-        assert before.budgets.tolist() == [own] + [0] * (rows - 1)
+        assert now.budgets.data_ptr() == before.budgets.data_ptr()
+        assert before.budgets.tolist() == [budget.of(n) for n in lens] + padding
         addresses.add(before.budgets.data_ptr())
+        if drafts:  # otherwise they are tensors of vLLM
+            assert now.seq_lens.data_ptr() == before.seq_lens.data_ptr()
+            assert before.seq_lens.tolist() == lens + padding
+            assert now.block_table.data_ptr() == before.block_table.data_ptr()
+            assert torch.equal(before.block_table[: 1 + drafts], block_tables(1)[[0] * len(lens)])
     assert len(addresses) == 3
+    assert captured.query_start_loc.data_ptr() == replayed.query_start_loc.data_ptr()
 
 
 def common(**changes) -> CommonAttentionMetadata:
@@ -383,7 +460,7 @@ def test_a_step_without_requests() -> None:
             is_prefilling=torch.zeros(0, dtype=torch.bool),
         ),
     )
-    assert (metadata.num_decodes, metadata.prefill) == (0, None)
+    assert (metadata.num_decode_rows, metadata.prefill) == (0, None)
     batch = usual(metadata)
     assert len(batch.seq_lens) == len(batch.budgets) == len(batch.block_table) == 0
 

@@ -59,6 +59,8 @@ CHUNKED = Spec(
     + "--dtype float32 --block-size 32 --max-num-batched-tokens 512 --no-enable-prefix-caching"
     " --num-gpu-blocks-override 72 --max-model-len 2048",
 )
+NGRAMS = BASE.args + " --spec-method ngram --spec-tokens 4"
+SPECULATING = Spec("adamas", SPARSE, NGRAMS)
 COMPILED = Spec("adamas", SPARSE, "--dtype float32 --block-size 64 --max-num-seqs 4")
 MANHATTAN = Spec("adamas", f'{{"token_budget": {BUDGET}, "score": "manhattan"}}', EAGER)
 SUM = Spec(
@@ -398,6 +400,42 @@ def test_freed_blocks_may_hold_anything(serve, spec: Spec) -> None:
     before = [complete(server, prompt)["logprobs"] for prompt in prompts]
     poison(server, LAYERS)
     assert [complete(server, prompt)["logprobs"] for prompt in prompts] == before
+
+
+def drafts(moved: Moved) -> tuple[int, int]:
+    """Drafted and accepted tokens of speculative decoding."""
+    names = (f"vllm:spec_decode_num_{what}_tokens_total" for what in ("draft", "accepted"))
+    drafted, accepted = (moved.by[name] for name in names)
+    return drafted, accepted
+
+
+@pytest.mark.slow
+def test_drafts_of_ngrams_change_no_answer(serve, base) -> None:
+    """The lines of the harbour log resemble each other."""
+    server = serve(SPECULATING)
+    with Moved(server) as moved:
+        assert answers(server, LONG_PROMPTS) == base
+    drafted, accepted = drafts(moved)
+    assert 0 < accepted < drafted
+    sparse_rows, dense_rows = moved.ours()[:2]
+    rows, rest = divmod(sparse_rows + dense_rows, LAYERS)
+    assert rest == 0
+    # A step has one row more than it has drafts, and gives one token more than it accepts.
+    assert 23 * len(LONG_PROMPTS) - accepted <= rows - drafted < 23 * len(LONG_PROMPTS)
+
+
+@pytest.mark.slow
+def test_ngrams_are_accepted_as_by_the_stock_backend(serve) -> None:
+    """With a budget above every context."""
+    found = []
+    for backend, options in ((STOCK.backend, STOCK.options), (DENSE.backend, DENSE.options)):
+        server = serve(Spec(backend, options, NGRAMS))
+        with Moved(server) as moved:
+            tokens = answers(server, LONG_PROMPTS)
+        found.append((tokens, *drafts(moved)))
+    stock, ours = found
+    assert ours == stock
+    assert ours[2] > 0
 
 
 @pytest.mark.slow
