@@ -290,14 +290,13 @@ def _is_non_causal(model) -> bool:
 
 
 def _uses_alibi(text) -> bool:
-    attn_config = getattr(text, "attn_config", None)
-    if attn_config is not None and not isinstance(attn_config, dict):
-        attn_config = vars(attn_config)
+    nested = getattr(text, "attn_config", None)
+    declared = nested.get("alibi") if isinstance(nested, dict) else getattr(nested, "alibi", False)
     return bool(
         getattr(text, "alibi", False)
         or getattr(text, "model_type", "") == "bloom"
         or getattr(text, "position_embedding_type", "") == "alibi"
-        or (attn_config or {}).get("alibi", False)
+        or declared
     )
 
 
