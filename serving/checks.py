@@ -215,7 +215,7 @@ def _check_model(vllm_config) -> None:
         _refuse("reference sliding window attention (R-SWA)", OTHER_BACKEND)
     if getattr(text, "dual_chunk_attention_config", None):
         _refuse("dual chunk attention", OTHER_BACKEND)
-    if _uses_alibi(text):
+    if _uses_alibi(text) or model.architecture in ALIBI_ARCHITECTURES:
         _refuse("ALiBi position biases", OTHER_BACKEND)
     if getattr(text, "attn_logit_softcapping", None):
         _refuse("soft-capped attention logits", OTHER_BACKEND)
@@ -287,6 +287,10 @@ def _is_non_causal(model) -> bool:
     configs = (model.hf_config, model.hf_text_config)
     declared = any(getattr(config, "is_causal", None) is False for config in configs)
     return declared or getattr(model.hf_text_config, "model_type", "") == "hrm_text"
+
+
+#: Models of vLLM with ALiBi of which their configuration says nothing.
+ALIBI_ARCHITECTURES = ("Step1ForCausalLM",)
 
 
 def _uses_alibi(text) -> bool:

@@ -1,11 +1,8 @@
 """docs/compatibility.md says of every argument of vLLM what becomes of it, and each claim has its test."""
 
 import dataclasses
-import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -167,11 +164,11 @@ def tokens(models) -> dict[tuple[str, str], list[list[int]]]:
     cases |= {("gemma", name): arguments for name, arguments in GEMMA.items()}
     if FP8:
         cases |= {("llama", name): arguments for name, arguments in TWO_SIZES.items()}
-    jobs = [(str(models[model]), arguments) for (model, _), arguments in cases.items()]
-    command = [sys.executable, str(TESTS / "engines.py")]
-    done = subprocess.run(command, input=json.dumps(jobs), capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return dict(zip(cases, json.loads(done.stdout), strict=True))
+    with engines.Engines() as process:
+        return {
+            (model, name): process.ask(models[model], arguments).tokens
+            for (model, name), arguments in cases.items()
+        }
 
 
 @pytest.mark.serve
