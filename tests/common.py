@@ -17,13 +17,14 @@ def is_one_sentence(text: str) -> bool:
     return text.endswith(".") and "\n" not in text and not re.search(r"[.!?] +[A-Z]", text)
 
 
-def refused(call, *named: str) -> None:
-    """The call ends in an AdamasError of one sentence that holds each of ``named``."""
+def refused(call, *named: str) -> str:
+    """The call ends in an AdamasError of one sentence that holds each of ``named``; returns the sentence."""
     with pytest.raises(AdamasError) as error:
         call()
     message = str(error.value)
     assert is_one_sentence(message), message
     assert all(part in message for part in named), message
+    return message
 
 
 def _random(folder: Path, family: str, change=lambda model: None, **config) -> Path:

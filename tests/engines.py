@@ -1,18 +1,16 @@
-"""The answers of engines that are built one after another in one process, which is faster than servers.
+"""The answers of engines that are built one after another in one process, which is faster than servers."""
 
-    python engines.py < jobs > answers
-
-Jobs are JSON: ``[[model folder, arguments of vllm.LLM], ...]``. An answer holds the ``tokens`` that follow
-each of :func:`prompts`, asked for one after another and then all at once, and the numbers of ``drafted``
-and ``accepted`` tokens of speculative decoding.
-"""
+from __future__ import annotations
 
 import gc
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 from random import Random
+from typing import NamedTuple
 
 COMMON = {
     "attention_backend": "adamas",
@@ -24,48 +22,193 @@ COMMON = {
     "max_num_batched_tokens": 2048,
     "max_num_seqs": 8,
     "disable_log_stats": False,
+    "skip_tokenizer_init": True,
 }
 TOKENS = 16
 
 
-def prompts() -> list[list[int]]:
+def prompts(first: int = 100, last: int = 40000) -> list[list[int]]:
     """Token ids: within the budget, beyond it, and the start of one followed by others."""
     rng = Random(0)
-    ids = [rng.randrange(100, 40000) for _ in range(1000)]
+    ids = [rng.randrange(first, last) for _ in range(1000)]
     return [ids[:5], ids[:100], ids[:300], ids[:700], ids[:640] + ids[800:950]]
 
 
-def ask(jobs: list) -> list[dict]:
-    """The answers to jobs, from a process of their own."""
-    done = subprocess.run(
-        [sys.executable, __file__], input=json.dumps(jobs), capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout)
+class Answer(NamedTuple):
+    """What an engine says to a prompt.
+
+    Args:
+        tokens: token ids, all samples of a request one after another.
+        margins: by how much the log-probability of the best token exceeds that of the second, per token; for
+            greedy requests, empty for others.
+        text: the decoded text, empty if ``detokenize`` was not asked for.
+        logprobs: log-probabilities of the prompt's tokens if they were asked for; of beams, their sums.
+    """
+
+    tokens: list[int]
+    margins: list[float]
+    text: str
+    logprobs: list[float]
 
 
-def answer(model: str, arguments: dict) -> dict:
-    from vllm import LLM, SamplingParams
+class Engine(NamedTuple):
+    """What one engine said.
+
+    Args:
+        counters: by how much it has raised those of :mod:`vllm_adamas.serving.metrics`.
+        drafted, accepted: tokens of speculative decoding.
+    """
+
+    answers: list[Answer]
+    counters: dict[str, int]
+    drafted: int
+    accepted: int
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        return [answer.tokens for answer in self.answers]
+
+
+class EngineError(Exception):
+    """The engine could not be built or did not answer; the message is the traceback."""
+
+
+class Engines:
+    """The process that builds them, started again after a crash. A context manager."""
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen | None = None
+
+    def __enter__(self) -> Engines:
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self._process is not None:
+            self._process.stdin.close()
+            self._process.wait()
+
+    def ask(self, model: Path | str, arguments: dict, requests: Sequence[dict] = ()) -> Engine:
+        """
+        Args:
+            model: folder of the model.
+            arguments: of ``vllm.LLM``, on top of ``COMMON``.
+            requests: each has ``prompt`` (token ids) and may have ``sampling`` (fields of ``SamplingParams``),
+                ``lora`` (a folder) and ``beams``. By default :func:`prompts`. They are sent one after
+                another, and then all at once, except for beams.
+
+        Raises:
+            EngineError: the engine failed.
+        """
+        if self._process is None or self._process.poll() is not None:
+            self._process = subprocess.Popen(
+                [sys.executable, __file__], stdin=-1, stdout=-1, text=True, bufsize=1
+            )
+        self._process.stdin.write(json.dumps([str(model), arguments, list(requests)]) + "\n")
+        line = self._process.stdout.readline()
+        if not line:
+            raise EngineError(f"the engines' process ended with status {self._process.wait()}")
+        found = json.loads(line)
+        if "error" in found:
+            raise EngineError(found["error"])
+        found["answers"] = [Answer(*answer) for answer in found["answers"]]
+        return Engine(**found)
+
+
+# What follows runs in that process.
+
+
+def _answer(output) -> Answer:
+    tokens, margins, text, logprobs = [], [], "", []
+    for sample in output.outputs:
+        tokens += sample.token_ids
+        text += sample.text
+        for choices in sample.logprobs or ():
+            best, second = sorted((one.logprob for one in choices.values()), reverse=True)[:2]
+            margins.append(best - second)
+    for token, choices in zip(output.prompt_token_ids, output.prompt_logprobs or (), strict=False):
+        logprobs.append(choices[token].logprob if choices else 0.0)
+    return Answer(tokens, margins, text, logprobs)
+
+
+def _sampling(given: dict):
+    from vllm import SamplingParams
+    from vllm.sampling_params import StructuredOutputsParams
+
+    fields = {"temperature": 0, "max_tokens": TOKENS, "ignore_eos": True, "detokenize": False}
+    fields |= {} if given.get("temperature") else {"logprobs": 2}
+    fields |= given
+    if structure := fields.pop("structure", None):
+        fields["structured_outputs"] = StructuredOutputsParams(**structure)
+    return SamplingParams(**fields)
+
+
+def _counters() -> dict[str, int]:
+    from vllm_adamas.serving import metrics
+
+    folder = os.environ.get(metrics.FOLDER)
+    engines = metrics.read_counters(Path(folder)).values() if folder else ()
+    return {name: sum(int(one[i]) for one in engines) for i, (name, _) in enumerate(metrics.NAMES)}
+
+
+def _beams(llm, request: dict) -> Answer:
+    from vllm.sampling_params import BeamSearchParams
+
+    params = BeamSearchParams(beam_width=request["beams"], max_tokens=TOKENS, ignore_eos=True)
+    (output,) = llm.beam_search([{"prompt_token_ids": request["prompt"]}], params)
+    tokens = [token for beam in output.sequences for token in beam.tokens[len(request["prompt"]) :]]
+    return Answer(tokens, [], "", [beam.cum_logprob for beam in output.sequences])
+
+
+def _build(model: str, arguments: dict, requests: list[dict]) -> dict:
+    from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
+    from vllm.lora.request import LoRARequest
 
-    llm = LLM(model=model, skip_tokenizer_init=True, **{**COMMON, **arguments})
-    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True, detokenize=False)
-    requests = [{"prompt_token_ids": ids} for ids in prompts()]
-    outputs = [llm.generate(request, sampling, use_tqdm=False)[0] for request in requests]
-    outputs += llm.generate(requests, sampling, use_tqdm=False)
-    values = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
-    del llm
-    gc.collect()
-    cleanup_dist_env_and_memory()
-    return {
-        "tokens": [list(output.outputs[0].token_ids) for output in outputs],
-        "drafted": values.get("vllm:spec_decode_num_draft_tokens", 0),
-        "accepted": values.get("vllm:spec_decode_num_accepted_tokens", 0),
+    before = _counters()
+    requests = requests or [{"prompt": ids} for ids in prompts()]
+    beams = [request for request in requests if "beams" in request]
+    others = [request for request in requests if "beams" not in request]
+    llm = LLM(model=model, **{**COMMON, **arguments})
+    try:
+        sent = [{"prompt_token_ids": request["prompt"]} for request in others]
+        sampling = [_sampling(request.get("sampling", {})) for request in others]
+        loras = [
+            LoRARequest(folder, 1, folder) if (folder := request.get("lora")) else None
+            for request in others
+        ]
+        outputs = [
+            llm.generate(one, how, lora_request=lora, use_tqdm=False)[0]
+            for one, how, lora in zip(sent, sampling, loras, strict=True)
+        ]
+        outputs += llm.generate(sent, sampling, lora_request=loras, use_tqdm=False) if sent else []
+        answers = [_answer(output) for output in outputs]
+        answers += [_beams(llm, request) for request in beams]
+        values = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
+    finally:
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+    counters = {name: total - before[name] for name, total in _counters().items()}
+    drafts = {
+        name: values.get(f"vllm:spec_decode_num_{kind}_tokens", 0)
+        for name, kind in (("drafted", "draft"), ("accepted", "accepted"))
     }
+    return {"answers": answers, "counters": counters, **drafts}
+
+
+def _serve() -> None:
+    import traceback
+
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # vLLM logs to standard output
+    for line in sys.stdin:
+        try:
+            found = _build(*json.loads(line))
+        except Exception:
+            found = {"error": traceback.format_exc()}
+        out.write(json.dumps(found) + "\n")
 
 
 if __name__ == "__main__":
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_KVCACHE_SPACE": "1"}
-    out = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # vLLM logs to standard output
-    json.dump([answer(*job) for job in json.load(sys.stdin)], out)
+    _serve()

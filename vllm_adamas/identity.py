@@ -227,7 +227,10 @@ def _header(path: Path) -> tuple[int, dict[str, _Tensor]]:
 
 
 #: Model types whose attention normalises queries and keys, for models whose weights are not here yet.
-QK_NORM_TYPES = ("gemma3", "gemma3_text", "qwen3", "qwen3_moe", "qwen3_next", "olmo2", "olmo3")
+QK_NORM_TYPES = (
+    *("exaone4", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "olmo2", "olmo3"),
+    *("qwen3", "qwen3_moe", "qwen3_next"),
+)
 QK_NORM_TENSOR = re.compile(r"\b(k_norm|k_layernorm|key_layernorm)\.")
 
 

@@ -27,7 +27,9 @@ def anchors(document: Path) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
 
 
-@pytest.mark.parametrize("script", ["update_readme", "update_kernels", "update_quality"])
+@pytest.mark.parametrize(
+    "script", ["update_readme", "update_kernels", "update_quality", "update_support"]
+)
 def test_figures_are_those_of_the_result_files(script):
     command = [sys.executable, f"benchmarks/{script}.py", "--check"]
     assert subprocess.run(command, cwd=ROOT).returncode == 0, f"run benchmarks/{script}.py"

@@ -1,7 +1,6 @@
 """docs/compatibility.md says of every argument of vLLM what becomes of it, and each claim has its test."""
 
 import dataclasses
-import json
 import os
 import re
 import time
@@ -167,8 +166,11 @@ def tokens(models) -> dict[tuple[str, str], list[list[int]]]:
     cases |= {("gemma", name): arguments for name, arguments in GEMMA.items()}
     if FP8:
         cases |= {("llama", name): arguments for name, arguments in TWO_SIZES.items()}
-    jobs = [(str(models[model]), arguments) for (model, _), arguments in cases.items()]
-    return {case: answer["tokens"] for case, answer in zip(cases, engines.ask(jobs), strict=True)}
+    with engines.Engines() as process:
+        return {
+            (model, name): process.ask(models[model], arguments).tokens
+            for (model, name), arguments in cases.items()
+        }
 
 
 @pytest.mark.serve

@@ -1,11 +1,8 @@
 """Learned sinks and soft-capped logits through the engine, against vLLM's own CPU backend."""
 
-import json
-import subprocess
-import sys
-
+import engines
 import pytest
-from common import ROOT, random_gemma2, random_gpt_oss
+from common import random_gemma2, random_gpt_oss
 
 MODELS = {"soft-capped logits": random_gemma2, "learned sinks": random_gpt_oss}
 SMALL = {"token_budget": 64}  #: of the contexts of up to 790 tokens in engines.prompts()
@@ -20,12 +17,9 @@ ENGINES = {
 @pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS)
 def tokens(request, tmp_path_factory) -> dict[str, list[list[int]]]:
     """What each engine answers; in float32, as in test_serve."""
-    model = str(request.param(tmp_path_factory.mktemp("model")))
-    jobs = json.dumps([(model, arguments) for arguments in ENGINES.values()])
-    command = [sys.executable, str(ROOT / "tests" / "engines.py")]
-    done = subprocess.run(command, input=jobs, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return dict(zip(ENGINES, json.loads(done.stdout), strict=True))
+    model = request.param(tmp_path_factory.mktemp("model"))
+    with engines.Engines() as process:
+        return {name: process.ask(model, arguments).tokens for name, arguments in ENGINES.items()}
 
 
 @pytest.mark.serve

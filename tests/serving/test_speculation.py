@@ -16,7 +16,7 @@ WHOLE = {"additional_config": {"adamas": {"token_budget": 4096}}}  # more than a
 
 
 @pytest.fixture(scope="module")
-def answers(tmp_path_factory) -> dict[str, dict]:
+def answers(tmp_path_factory) -> dict[str, engines.Engine]:
     """What the engine of each case says."""
     model = str(random_llama(tmp_path_factory.mktemp("llama")))
     itself = {"method": "draft_model", "model": model, "num_speculative_tokens": 3}
@@ -31,27 +31,27 @@ def answers(tmp_path_factory) -> dict[str, dict]:
         cases["suffix"] = {"speculative_config": SUFFIX}
     cases["stock, draft model"] = {**cases["draft model"], **STOCK}
     cases["whole, draft model"] = {**cases["draft model"], **WHOLE}
-    jobs = [(model, arguments) for arguments in cases.values()]
-    return dict(zip(cases, engines.ask(jobs), strict=True))
+    with engines.Engines() as process:
+        return {name: process.ask(model, arguments) for name, arguments in cases.items()}
 
 
 @pytest.mark.parametrize("name", ["draft model", "draft model, chunks", "one draft"])
 def test_drafts_change_no_answer(answers, name: str) -> None:
     found = answers[name]
-    assert found["tokens"] == answers["plain"]["tokens"] != answers["stock"]["tokens"]
-    assert 0 < found["accepted"] < found["drafted"]
+    assert found.tokens == answers["plain"].tokens != answers["stock"].tokens
+    assert 0 < found.accepted < found.drafted
 
 
 @pytest.mark.skipif(not find_spec("arctic_inference"), reason="needs the package arctic-inference")
 def test_drafts_of_suffixes_change_no_answer(answers) -> None:
     """Every prompt is asked twice, so the drafts are earlier answers."""
-    assert answers["suffix"]["tokens"] == answers["plain"]["tokens"]
-    assert answers["suffix"]["accepted"] > 0
+    assert answers["suffix"].tokens == answers["plain"].tokens
+    assert answers["suffix"].accepted > 0
 
 
 def test_drafts_are_accepted_as_by_the_stock_backend(answers) -> None:
     """With budgets above every context."""
     stock, ours = answers["stock, draft model"], answers["whole, draft model"]
-    assert ours == stock
-    assert ours["tokens"] == answers["stock"]["tokens"]
-    assert ours["accepted"] > 0
+    assert (ours.drafted, ours.accepted) == (stock.drafted, stock.accepted)
+    assert ours.tokens == stock.tokens == answers["stock"].tokens
+    assert ours.accepted > 0

@@ -1,0 +1,128 @@
+"""Folders as a hub would give them: a configuration, and random weights that Transformers initialises."""
+
+from __future__ import annotations
+
+import json
+from copy import deepcopy
+from pathlib import Path
+
+import torch
+from architectures import COMMON
+from safetensors.torch import load_file, save_file
+
+
+def write_config(folder: Path, config: dict) -> Path:
+    """A folder with a configuration alone, which is all that the checks before a start read."""
+    from transformers.models.auto import modeling_auto
+
+    folder.mkdir(parents=True, exist_ok=True)
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config["model_type"])
+    whole = {"architectures": [causal], **COMMON, **config}
+    (folder / "config.json").write_text(json.dumps(whole))
+    return folder
+
+
+def write_model(folder: Path, config: dict) -> Path:
+    """A folder with a model. Biases and norms get noise too, as Transformers makes them all alike."""
+    import transformers
+
+    made = transformers.AutoConfig.for_model(
+        **deepcopy({**COMMON, **config})
+    )  # it changes its arguments
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = transformers.AutoModelForCausalLM.from_config(made, dtype=torch.float32)
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += 0.1 * torch.randn_like(parameter)
+        model.get_input_embeddings().weight *= config.get("embedding_factor", 1.0)
+        model.save_pretrained(folder)
+    return folder
+
+
+GROUP = 64  #: input channels that share a scale
+
+
+def _pack(codes: torch.Tensor) -> torch.Tensor:
+    """8 codes of 4 bits, the last dimension of ``codes``, as one int32; the first lies in the lowest bits."""
+    shifted = codes.long() << torch.arange(0, 32, 4)
+    packed = shifted.sum(-1)
+    return torch.where(packed >= 1 << 31, packed - (1 << 32), packed).int()
+
+
+def _int4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes ``[in, out]`` of 0 to 15 around 8, and scales ``[in / GROUP, out]``, of a weight ``[out, in]``."""
+    grouped = weight.T.unflatten(0, (-1, GROUP))  # [in/G, G, out]
+    scales = grouped.abs().amax(1) / 7
+    codes = (grouped / scales[:, None]).round().int() + 8
+    return codes.flatten(0, 1), scales.half()
+
+
+def _gptq(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    codes, scales = _int4(weight)
+    zeros = torch.full(
+        (scales.shape[0], scales.shape[1] // 8, 8), 7
+    )  # one less than the zero point
+    return {
+        "qweight": _pack(codes.unflatten(0, (-1, 8)).transpose(1, 2)),  # [in/8, out]
+        "qzeros": _pack(zeros),
+        "scales": scales,
+        "g_idx": torch.arange(len(codes), dtype=torch.int32) // GROUP,
+    }
+
+
+def _awq(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    codes, scales = _int4(weight)
+    order = [0, 2, 4, 6, 1, 3, 5, 7]
+    zeros = torch.full((scales.shape[0], scales.shape[1] // 8, 8), 8)
+    return {
+        "qweight": _pack(codes.unflatten(1, (-1, 8))[..., order]),  # [in, out/8]
+        "qzeros": _pack(zeros),
+        "scales": scales,
+    }
+
+
+_INT4 = {"bits": 4, "group_size": GROUP}
+QUANTISED = {  # name -> quantization_config of a checkpoint, and the tensors of a linear layer
+    "GPTQ": ({"quant_method": "gptq", "desc_act": False, "sym": True, **_INT4}, _gptq),
+    "AWQ": ({"quant_method": "awq", "version": "gemm", "zero_point": True, **_INT4}, _awq),
+}
+
+
+def write_quantised(folder: Path, model: Path, name: str) -> Path:
+    """A model's weights, quantised, in another folder."""
+    method, tensors_of = QUANTISED[name]
+    config = json.loads((model / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "quantization_config": method}))
+    tensors = {}
+    for key, weight in load_file(model / "model.safetensors").items():
+        if key.endswith("_proj.weight"):
+            stem = key.removesuffix("weight")
+            tensors |= {
+                stem + part: tensor.contiguous() for part, tensor in tensors_of(weight).items()
+            }
+        else:
+            tensors[key] = weight
+    save_file(tensors, folder / "model.safetensors")
+    return folder
+
+
+def write_lora(folder: Path, model: Path, rank: int = 8) -> Path:
+    """An adapter of a model's query and value projections."""
+    config = {
+        "peft_type": "LORA",
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": ["q_proj", "v_proj"],
+        "bias": "none",
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    generator, tensors = torch.Generator().manual_seed(0), {}
+    for key, weight in load_file(model / "model.safetensors").items():
+        if key.endswith(("q_proj.weight", "v_proj.weight")):
+            stem = f"base_model.model.{key.removesuffix('.weight')}"
+            out, inner = weight.shape
+            tensors[f"{stem}.lora_A.weight"] = torch.randn(rank, inner, generator=generator) * 0.1
+            tensors[f"{stem}.lora_B.weight"] = torch.randn(out, rank, generator=generator) * 0.1
+    save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
