@@ -1,6 +1,7 @@
 """docs/compatibility.md says of every argument of vLLM what becomes of it, and each claim has its test."""
 
 import dataclasses
+import json
 import os
 import re
 import time
