@@ -215,7 +215,7 @@ def _check_model(vllm_config) -> None:
         _refuse("reference sliding window attention (R-SWA)", OTHER_BACKEND)
     if getattr(text, "dual_chunk_attention_config", None):
         _refuse("dual chunk attention", OTHER_BACKEND)
-    if _uses_alibi(text) or model.architecture in ALIBI_ARCHITECTURES:
+    if _uses_alibi(text):
         _refuse("ALiBi position biases", OTHER_BACKEND)
     if getattr(text, "attn_logit_softcapping", None):
         _refuse("soft-capped attention logits", OTHER_BACKEND)
@@ -289,8 +289,8 @@ def _is_non_causal(model) -> bool:
     return declared or getattr(model.hf_text_config, "model_type", "") == "hrm_text"
 
 
-#: Models of vLLM with ALiBi of which their configuration says nothing.
-ALIBI_ARCHITECTURES = ("Step1ForCausalLM",)
+#: Architectures whose ALiBi their configurations do not mention.
+ALIBI_ARCHITECTURES = {"Step1ForCausalLM"}
 
 
 def _uses_alibi(text) -> bool:
@@ -301,6 +301,7 @@ def _uses_alibi(text) -> bool:
         or getattr(text, "model_type", "") == "bloom"
         or getattr(text, "position_embedding_type", "") == "alibi"
         or declared
+        or ALIBI_ARCHITECTURES.intersection(getattr(text, "architectures", None) or ())
     )
 
 
