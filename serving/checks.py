@@ -295,7 +295,7 @@ def _check_model(vllm_config) -> None:
         _refuse("reference sliding window attention (R-SWA)", OTHER_BACKEND)
     if getattr(text, "dual_chunk_attention_config", None):
         _refuse("dual chunk attention", OTHER_BACKEND)
-    if _uses_alibi(text) or model.architecture in ALIBI_ARCHITECTURES:
+    if _uses_alibi(text):
         _refuse("ALiBi position biases", OTHER_BACKEND)
     if getattr(text, "param_sink_number", 0):
         _refuse("learned sink tokens with keys of their own", OTHER_BACKEND)
@@ -369,8 +369,8 @@ def _is_non_causal(model) -> bool:
     return declared or getattr(model.hf_text_config, "model_type", "") == "hrm_text"
 
 
-#: Models of vLLM with ALiBi of which their configuration says nothing.
-ALIBI_ARCHITECTURES = ("Step1ForCausalLM",)
+#: Architectures whose ALiBi their configurations do not mention.
+ALIBI_ARCHITECTURES = {"Step1ForCausalLM"}
 
 
 def _uses_alibi(text) -> bool:
@@ -381,6 +381,7 @@ def _uses_alibi(text) -> bool:
         or getattr(text, "model_type", "") == "bloom"
         or getattr(text, "position_embedding_type", "") == "alibi"
         or declared
+        or ALIBI_ARCHITECTURES.intersection(getattr(text, "architectures", None) or ())
     )
 
 
