@@ -22,7 +22,7 @@ export VLLM_CPU_KVCACHE_SPACE ?= 2
 export ADAMAS_BUILD_CUDA ?= $(if $(wildcard /proc/driver/nvidia/version),auto,0)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native model demo serve test test-models test-gpu sanitize-cpu sanitize-gpu bench-cpu bench-gpu storm lint \
+.PHONY: help setup native model demo serve test test-slow test-models test-gpu sanitize-cpu sanitize-gpu bench-cpu bench-gpu storm lint \
 	vllm-names vllm-tests clean
 
 help: ## list the targets
@@ -48,8 +48,11 @@ serve: model ## run the server (MODEL, PORT, BACKEND, ARGS)
 	@exec $(PYTHON) -m vllm.entrypoints.cli.main serve $(MODEL) --attention-backend $(BACKEND) \
 		--host 127.0.0.1 --port $(PORT) $(ARGS)
 
-test: model ## run the tests that need no GPU
-	@$(PYTHON) -m pytest -m "not gpu and not models" $(ARGS)
+test: model ## run the tests that need no GPU, but for the slow ones
+	@$(PYTHON) -m pytest -m "not gpu and not slow" $(ARGS)
+
+test-slow: model ## run the slow ones: engines and servers of many configurations
+	@$(PYTHON) -m pytest -m "slow and not gpu and not models" $(ARGS)
 
 test-models: model ## serve small models of real architectures on this CPU and record what was shown
 	@$(PYTHON) -m pytest tests/models --record benchmarks/results/models_cpu.json $(ARGS)

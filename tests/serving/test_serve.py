@@ -438,7 +438,6 @@ def test_ngrams_are_accepted_as_by_the_stock_backend(serve) -> None:
     assert ours[2] > 0
 
 
-@pytest.mark.slow
 def test_a_compiled_server_gives_the_same_answers(serve, base) -> None:
     """torch.compile, as without --enforce-eager; blocks of 64."""
     server = serve(COMPILED)
@@ -585,7 +584,6 @@ def test_layers_have_budgets_of_their_own(serve) -> None:
     assert "Paris" in complete(server, "The capital of France is", 8)["text"]
 
 
-@pytest.mark.slow
 def test_heads_may_be_split_over_two_processes(tmp_path) -> None:
     """Tensor parallelism: the tokens of the stock backend, and every row counted once."""
     cores = sorted(os.sched_getaffinity(0))[:2]
