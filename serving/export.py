@@ -51,7 +51,12 @@ class Source:
         self._model_name = model_name
         self._options = options
 
-    def metrics(self) -> Iterator[Metric]:
+    def metrics(self, old_names: bool = False) -> Iterator[Metric]:
+        """
+        Args:
+            old_names: the counters also as 0.1 called them, as sums without labels; the next release drops
+                these.
+        """
         totals = read_counters(self._folder)
         for at, (name, text) in enumerate(NAMES):
             samples = tuple(
@@ -63,12 +68,8 @@ class Source:
         labels = ("model_name", *self._options)
         values = (self._model_name, *self._options.values())
         yield Metric("gauge", f"vllm:adamas_{name}", text, labels, ((values, 1),))
-
-    def old_metrics(self) -> Iterator[Metric]:
-        """The counters as 0.1 called them, without labels; the next release drops them."""
-        totals = read_counters(self._folder).values()
-        for at, (name, text) in enumerate(NAMES):
-            total = sum(int(counters[at]) for counters in totals)
+        for at, (name, text) in enumerate(NAMES if old_names else ()):
+            total = sum(int(counters[at]) for counters in totals.values())
             yield Metric("counter", f"vllm_adamas_{name}", text, (), (((), total),))
 
 
@@ -119,7 +120,7 @@ class Collector:
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         families = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily}
-        for metric in (*self._source.metrics(), *self._source.old_metrics()):
+        for metric in self._source.metrics(old_names=True):
             family = families[metric.kind](metric.name, metric.text, labels=metric.labels)
             for values, value in metric.samples:
                 family.add_metric(values, value)
