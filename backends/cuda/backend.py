@@ -196,9 +196,7 @@ class CudaBackend(Backend, Inspectable):
             params = layer.params
             check_step(rows, params.num_kv_heads, max_seq_len)
             cluster = self.largest_cluster(layer, rows, dtype, longest)
-            sets = params.num_score_heads // params.num_kv_heads
-            budget = params.budget.most(longest)
-            if not policy.prefers_fused(cluster, longest, sets, budget, params.combine):
+            if not policy.prefers_fused(cluster, params.budget.most(longest)):
                 cluster = 0
             bits, capacity = self._sampling(params, longest)
             size = self._library.workspace_bytes(*_shape(params), rows, capacity)

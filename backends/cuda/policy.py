@@ -15,17 +15,6 @@ from vllm_adamas.backends.launch import LEAST_CONTEXT, rounded_context
 from vllm_adamas.errors import AdamasError
 
 LEAST_CANDIDATES, MOST_CANDIDATES = 4096, 32768  #: per token set
-#: The fused kernel in a single block per (row, KV head) is slower than the three kernels.
-MIN_CLUSTER = 2
-#: Most scores of a block of the fused kernel if the context is as long as the launch. It passes over them several
-#: times: at the larger number, for one token set per KV head, it is slower than the three kernels, but contexts are
-#: mostly shorter than the launch.
-SCORES_PER_BLOCK, SCORES_OF_ONE_SET = 12288, 49152
-#: Groups of tokens per block of the fused kernel, over the token sets of a KV head. The smallest of the
-#: groups' maxima is a lower bound of the k-th best score if there are at least k groups.
-GROUPS_PER_BLOCK = {"sum": 128, "max": 512}
-
-
 @dataclass(frozen=True)
 class LaunchPlan:
     """The launch of a decode step.
@@ -51,21 +40,13 @@ def rounded_contexts(max_seq_len: int) -> Iterator[int]:
         tokens = rounded_context(tokens + 1)
 
 
-def prefers_fused(
-    cluster: int, max_seq_len: int, sets: int, budget: int, combine: str = "sum"
-) -> bool:
+def prefers_fused(cluster: int, budget: int) -> bool:
     """Whether the fused kernel in ``cluster`` blocks per (row, KV head) beats the three kernels.
 
     Args:
-        sets: token sets per KV head.
         budget: tokens per set.
-        combine: as :attr:`Params.combine`.
     """
-    return (
-        cluster >= MIN_CLUSTER
-        and max_seq_len * sets <= (SCORES_PER_BLOCK if sets > 1 else SCORES_OF_ONE_SET) * cluster
-        and budget * sets <= GROUPS_PER_BLOCK[combine] * cluster
-    )
+    return cluster > 0 and budget <= limits().most_wanted
 
 
 def largest_cluster(groups: int, clusters_at_once: Callable[[int], int]) -> int:

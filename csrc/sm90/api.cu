@@ -198,7 +198,8 @@ int64_t most_sample_rank_op(int64_t need, int64_t sample, int64_t length) {
 
 Map<String, int64_t> limits_op() {
   return {{"max_context", kMaxContext}, {"max_block", kMaxBlock}, {"max_rows", kMaxRows},
-          {"max_step", kMaxStep},       {"max_group", kMaxGroup}, {"max_cluster", kMaxCluster}};
+          {"max_step", kMaxStep},       {"max_group", kMaxGroup}, {"max_cluster", kMaxCluster},
+          {"most_wanted", kMostWanted}};
 }
 
 }  // namespace

@@ -150,12 +150,12 @@ struct Attention {
                 __byte_perm(v2, v3, 0x7632), b0, b1);
   }
 
-  // Attends to the chunk of a context that starts at `token`, restricted to [plan.first, plan.length). Slots outside
-  // read the nearest token inside. pages, blocks: head_pages() and row_blocks() (address.cuh).
-  __device__ __forceinline__ void attend_chunk(const DecodeParams& p, const RowPlan& plan, const uint8_t* pages,
+  // Attends to the chunk of a context that starts at `token`, restricted to tokens [first, end). Slots outside read the
+  // nearest token inside. pages, blocks: head_pages() and row_blocks() (address.cuh).
+  __device__ __forceinline__ void attend_chunk(const DecodeParams& p, int first, int end, const uint8_t* pages,
                                                const int32_t* blocks, int token) {
     const uint8_t* run = pages + key_offset<kRowBytes>(p.page, blocks, token);
-    const int last = min(kChunk, plan.length - token) - 1, begin = max(plan.first - token, 0);
+    const int last = min(kChunk, end - token) - 1, begin = max(first - token, 0);
     step([&](int slot) { return run + min(max(slot, begin), last) * kRowBytes; }, p.page.v_offset, begin, last + 1,
          p.softmax_scale);
   }

@@ -16,17 +16,15 @@ __device__ __forceinline__ void merge_cluster(const FusedBlock& b, Softmax& soft
   const FusedShape& s = b.s;
   const int rank = b.rank, lane = b.lane;
   softmax.finish();
-  const bool by_set = b.plan.sparse && p.per_query_head;  // a warp holds one head, not the group
-  const int columns = by_set ? 1 : p.group;
-  softmax.share(m.states, 0, columns);
+  softmax.share(m.states, 0, p.group);
   __syncthreads();
   const int outputs = p.group * D, own = (outputs + s.cluster - 1) / s.cluster;
+  const int active = m.search.active;
   for (int i = threadIdx.x; i < outputs; i += kFusedThreads) {
     const int head = i / D, d = i % D;
-    const float* from = m.states + head * (by_set ? b.warps_per_set : 1) * Softmax::kHeadFloats;
-    const int step = columns * Softmax::kHeadFloats, active = m.heads[by_set ? head : 0].active;
-    const SoftmaxValue x =
-        active == 1 ? SoftmaxValue{from[0], from[4 + d], from[1]} : merge_parts(from, active, step, d);
+    const float* from = m.states + head * Softmax::kHeadFloats;
+    const SoftmaxValue x = active == 1 ? SoftmaxValue{from[0], from[4 + d], from[1]}
+                                       : merge_parts(from, active, p.group * Softmax::kHeadFloats, d);
     const int to = i / own;
     remote_store(remote(m.partial + rank * own + i - to * own, to), x.value);
     if (d < s.cluster)  // one thread per receiving block
