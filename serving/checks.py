@@ -258,8 +258,6 @@ def _check_speculation(vllm_config) -> None:
     speculative = vllm_config.speculative_config
     if speculative is None:
         return
-    if not compat.on_cpu():
-        _refuse("speculative decoding on GPUs yet", "drop --speculative-config and --spec-method")
     if speculative.method not in SPECULATION:
         names = ", ".join(SPECULATION)
         _refuse(f"speculative decoding by {speculative.method} yet", f"choose one of {names}")

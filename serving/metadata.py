@@ -85,9 +85,9 @@ def require_supported(common: CommonAttentionMetadata) -> None:
 class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
     """Builds :class:`AdamasMetadata` once per step for all layers of a KV cache group."""
 
-    # One query token per request; graphs replay with any context lengths, budgets and block tables. Rows
-    # of several tokens per request need no more, but no GPU has replayed them yet.
-    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    # As many query tokens per request as drafts allow; graphs replay with any context lengths, budgets and
+    # block tables, because a captured graph holds rows and knows no requests.
+    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)

@@ -76,10 +76,10 @@ struct Attention {
     else return kShared ? load_shared8(row) : load8(row);
   }
 
-  // Processes 16 slots of one token each. at(slot) is the address of a slot's K row, in shared memory if kShared.
-  // It must be readable for every slot, but only slots in [begin, end) count.
+  // Processes 16 slots of one token each. at(slot) is the address of a slot's K row, in shared memory if kShared; the V
+  // row follows after `v_offset` bytes. It must be readable for every slot, but only slots in [begin, end) count.
   template <bool kShared = false, class At>
-  __device__ __forceinline__ void step(At at, int64_t v_offset, int begin, int end, float scale) {
+  __device__ __forceinline__ void step(const DecodeParams& p, At at, int64_t v_offset, int begin, int end) {
     const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
     uint4 k[2][kKChunks];
 #pragma unroll
@@ -106,11 +106,16 @@ struct Attention {
         Mma<T>::run(s, k[0][j].x, k[1][j].x, k[0][j].y, k[1][j].y, query[n][j].x, query[n][j].y);
         Mma<T>::run(s, k[0][j].z, k[1][j].z, k[0][j].w, k[1][j].w, query[n][j].z, query[n][j].w);
       }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[i] *= p.softmax_scale;
+      if (p.soft_cap > 0)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[i] = soft_cap(s[i], p.soft_cap);
       float decay[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        s[h] = valid[0] ? s[h] * scale : -INFINITY;
-        s[2 + h] = valid[1] ? s[2 + h] * scale : -INFINITY;
+        s[h] = valid[0] ? s[h] : -INFINITY;
+        s[2 + h] = valid[1] ? s[2 + h] : -INFINITY;
         float best = fmaxf(s[h], s[2 + h]);
         best = fmaxf(best, __shfl_xor_sync(kFull, best, 4));
         best = fmaxf(best, __shfl_xor_sync(kFull, best, 8));
@@ -156,8 +161,7 @@ struct Attention {
                                                const int32_t* blocks, int token) {
     const uint8_t* run = pages + key_offset<kRowBytes>(p.page, blocks, token);
     const int last = min(kChunk, end - token) - 1, begin = max(first - token, 0);
-    step([&](int slot) { return run + min(max(slot, begin), last) * kRowBytes; }, p.page.v_offset, begin, last + 1,
-         p.softmax_scale);
+    step(p, [&](int slot) { return run + min(max(slot, begin), last) * kRowBytes; }, p.page.v_offset, begin, last + 1);
   }
 
   // After the last step, gives every lane the complete sums.
@@ -225,9 +229,10 @@ struct Attention {
     }
   }
 
-  // Merges the warps of a block and writes the output. buffer: kWarps * min(heads, 8) * kHeadFloats floats.
+  // Merges the warps of a block and writes the output of `heads` query heads of a row, from `first` on. buffer:
+  // kWarps * min(heads, 8) * kHeadFloats floats.
   template <int kWarps>
-  __device__ void write_merged(float* buffer, T* first_head, int64_t head_stride, int heads, float v_scale) const {
+  __device__ void write_merged(const DecodeParams& p, float* buffer, int row, int first, int heads) const {
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       const int here = min(heads - 8 * n, 8);
@@ -236,9 +241,9 @@ struct Attention {
       share(buffer, n, here);
       __syncthreads();
       for (int i = threadIdx.x; i < here * D; i += kWarps * 32) {
-        const int head = i / D, d = i % D;
-        const SoftmaxValue x = merge_parts(buffer + head * kHeadFloats, kWarps, here * kHeadFloats, d);
-        first_head[(8 * n + head) * head_stride + d] = T(softmax_output(x.value, x.sum, v_scale));
+        const int local = i / D, d = i % D, head = first + 8 * n + local;
+        const SoftmaxValue x = merge_parts(buffer + local * kHeadFloats, kWarps, here * kHeadFloats, d);
+        head_vector<T>(p.output, row, head)[d] = T(softmax_output(p, head, x));
       }
     }
   }

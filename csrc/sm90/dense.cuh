@@ -61,9 +61,8 @@ __device__ void attend_dense(const DecodeParams& p, int worker, int most, uint8_
     for (int i = warp; i < count; i += kWarps)
       softmax.attend_chunk(p, plan.first, plan.length, pages, blocks, (plan.first / kChunk + first + i) * kChunk);
     softmax.finish();
-    T* output = head_vector<T>(p.output, row, kv_head * p.group);
     if (count == chunks) {
-      softmax.template write_merged<kWarps>(buffer, output, p.output.head_stride, p.group, p.page.v_scale);
+      softmax.template write_merged<kWarps>(p, buffer, row, kv_head * p.group, p.group);
     } else {
       // Workers [low, high] share this (row, KV head).
       const int64_t start = at - first;
@@ -82,7 +81,7 @@ __device__ void attend_dense(const DecodeParams& p, int worker, int most, uint8_
         softmax.reset();
         for (int w = low + warp; w <= high; w += kWarps)
           softmax.merge(p.work.partials + (w + group) * kStateFloats);
-        softmax.template write_merged<kWarps>(buffer, output, p.output.head_stride, p.group, p.page.v_scale);
+        softmax.template write_merged<kWarps>(p, buffer, row, kv_head * p.group, p.group);
       }
     }
     __syncthreads();  // buffer and `last` are free again

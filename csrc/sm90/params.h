@@ -22,6 +22,7 @@ constexpr int kMostWanted = 512, kTickets = 1024;
 constexpr int64_t kMaxStep = int64_t(1) << 37;
 // Planes of an encoded query: 2 with two bits each (dot) or 3 thermometer planes (manhattan).
 constexpr int kMaxQueryPlanes = 3;
+constexpr double kLog2E = 1.4426950408889634;
 
 // The counter of token sets whose selection took more than one pass.
 constexpr int kSearchedAgain = 4;
@@ -98,6 +99,8 @@ struct DecodeParams {
   int max_seq_len;  // upper bound of all rows, which workspaces and the block table hold
   float softmax_scale, norm;
   float logit_scale;  // softmax scale in base 2 of values that are not fp8
+  float soft_cap;     // of the logits in base 2; 0 caps nothing
+  const float* sinks;  // [num_query_heads] natural logits that only add to the denominator; null is none
   Mode mode;
   bool per_query_head;
   int num_sink_tokens, recent_window, sliding_window;

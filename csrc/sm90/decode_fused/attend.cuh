@@ -41,8 +41,8 @@ __device__ __forceinline__ void attend_selected(const FusedBlock& b, const Liste
   const uint8_t* pages = head_pages(p, b.kv_head);
   auto key_row = [&](int token) { return pages + key_offset<Softmax::kRowBytes>(p.page, blocks, token); };
   for (int chunk = warp * kChunk; chunk < total; chunk += kFusedWarps * kChunk)
-    softmax.step([&](int slot) { return key_row(m.tokens[min(chunk + slot, total - 1)]); }, p.page.v_offset, 0,
-                 total - chunk, p.softmax_scale);
+    softmax.step(p, [&](int slot) { return key_row(m.tokens[min(chunk + slot, total - 1)]); }, p.page.v_offset, 0,
+                 total - chunk);
 }
 
 // Tokens [first, last): their chunks are dealt over the warps of the whole cluster.

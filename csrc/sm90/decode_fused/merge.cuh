@@ -50,7 +50,7 @@ __device__ __forceinline__ void merge_cluster(const FusedBlock& b, Softmax& soft
       total += __shfl_xor_sync(kFull, total, step);
     }
     if (lane % lanes == 0 && i < own && rank * own + i < outputs)
-      b.output<T>(head)[at % D] = T(softmax_output(value, total, p.page.v_scale));
+      b.output<T>(head)[at % D] = T(softmax_output(p, b.kv_head * p.group + head, {best, value, total}));
   }
 }
 
