@@ -225,9 +225,9 @@ struct Attention {
     }
   }
 
-  // Merges the warps of a block and writes the output. buffer: kWarps * min(heads, 8) * kHeadFloats floats.
-  template <int kWarps>
-  __device__ void write_merged(float* buffer, T* first_head, int64_t head_stride, int heads, float v_scale) const {
+  // Merges the `warps` warps of a block and writes the output. buffer: warps * min(heads, 8) * kHeadFloats floats.
+  __device__ __forceinline__ void write_merged(int warps, float* buffer, T* first_head, int64_t head_stride, int heads,
+                                               float v_scale) const {
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       const int here = min(heads - 8 * n, 8);
@@ -235,17 +235,16 @@ struct Attention {
       __syncthreads();
       share(buffer, n, here);
       __syncthreads();
-      for (int i = threadIdx.x; i < here * D; i += kWarps * 32) {
+      for (int i = threadIdx.x; i < here * D; i += warps * 32) {
         const int head = i / D, d = i % D;
-        const SoftmaxValue x = merge_parts(buffer + head * kHeadFloats, kWarps, here * kHeadFloats, d);
+        const SoftmaxValue x = merge_parts(buffer + head * kHeadFloats, warps, here * kHeadFloats, d);
         first_head[(8 * n + head) * head_stride + d] = T(softmax_output(x.value, x.sum, v_scale));
       }
     }
   }
 
   // Merges the warps of a block into the first one's state.
-  template <int kWarps>
-  __device__ void merge_warps(float* buffer, int heads) {
+  __device__ __forceinline__ void merge_warps(int warps, float* buffer, int heads) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
@@ -259,7 +258,7 @@ struct Attention {
       for (int h = 0; h < 2; ++h) {
         const int head = lane % 4 * 2 + h;
         if (head >= here) continue;
-        for (int w = 1; w < kWarps; ++w) {
+        for (int w = 1; w < warps; ++w) {
           const float* from = buffer + (w * here + head) * kHeadFloats;
           const MergeScales scale = merge_softmax(top[n][h], sum[n][h], from[0], from[1]);
 #pragma unroll

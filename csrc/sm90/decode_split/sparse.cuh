@@ -119,9 +119,8 @@ __device__ void attend_sparse(const DecodeParams& p, int set, uint8_t* memory) {
     __syncthreads();
   }
   softmax.finish();
-  softmax.template write_merged<kWarps>(reinterpret_cast<float*>(memory + Shape::kSums),
-                                        head_vector<T>(p.output, row, first_head), p.output.head_stride, heads,
-                                        p.page.v_scale);
+  softmax.write_merged(kWarps, reinterpret_cast<float*>(memory + Shape::kSums),
+                       head_vector<T>(p.output, row, first_head), p.output.head_stride, heads, p.page.v_scale);
 }
 
 }  // namespace adamas
