@@ -53,8 +53,8 @@ def animation() -> str:
     for stage in range(1, STAGES + 1):
         at = round(90 * (stage - 1) / STAGES)
         rules.append(
-            f"@keyframes s{stage} {{ 0%, {at}% {{ opacity: .1 }} {at + 5}%, 97% {{ opacity: 1 }} "
-            f"100% {{ opacity: .1 }} }}\n.s{stage} {{ animation: s{stage} {SECONDS}s infinite }}"
+            f"@keyframes s{stage} {{ 0%, {at}% {{ opacity: .3 }} {at + 5}%, 97% {{ opacity: 1 }} "
+            f"100% {{ opacity: .3 }} }}\n.s{stage} {{ animation: s{stage} {SECONDS}s infinite }}"
         )
     inner = "\n".join(rules)
     return f"@media (prefers-reduced-motion: no-preference) {{\n{inner}\n}}\n"
