@@ -93,11 +93,14 @@ class Sentences(ast.NodeVisitor):
 
 
 def first_part(sentence: str) -> str:
-    """A sentence up to its way out, which follows a colon that is not in brackets."""
+    """A sentence up to its way out, which follows a colon that is not in brackets and has words before it."""
     depth = 0
     for at, sign in enumerate(sentence):
         depth += (sign == "(") - (sign == ")")
-        if not depth and re.match(r"[:;] |\.$", sentence[at:]):
+        words = re.search(r"\w", sentence[:at])
+        if not depth and (
+            re.match(r"\.$", sentence[at:]) or (words and sentence[at : at + 2] in (": ", "; "))
+        ):
             return sentence[:at]
     return sentence
 
@@ -161,11 +164,13 @@ def _check(config):
         if wanted:
             raise AdamasError(f"no {what} (a: b) {x}{y}: drop --flag.")
     _refuse(f"layers of {kind}", "another backend")
+    raise AdamasError(f"{file}: {problem}: correct it.")
 """
     assert list(map(first_part, read(CHECKS, source).found)) == [
         "no sinks (a: b) …",
         "no … heads (a: b) …",
         f"{COMMON}layers of …",
+        "…: …: correct it",
     ]
 
 
