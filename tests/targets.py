@@ -15,7 +15,8 @@ from cases import CASES, SINKS, TOLERANCE, Batch, Case, relative_error
 
 from vllm_adamas.backends.base import Backend
 from vllm_adamas.backends.cuda.backend import CudaBackend
-from vllm_adamas.backends.cuda.library import LIBRARY
+from vllm_adamas.backends.cuda.library import LIBRARY, limits
+from vllm_adamas.backends.cuda.policy import THREE, Form
 from vllm_adamas.backends.reference import ReferenceBackend
 from vllm_adamas.backends.reference.backend import select_tokens
 from vllm_adamas.dtypes import ELEMENTS
@@ -30,8 +31,10 @@ ISAS = {
     "avx512": "avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512_bitalg avx512_vpopcntdq "
     "avx512vbmi avx512_vnni",
 }
-#: Forms of a CUDA step, by the blocks in a cluster of the fused kernel; 0 is the three kernels.
-CLUSTERS = (0, 1, 3, 16)
+#: Forms of a CUDA step.
+FORMS = (THREE, Form(1, 8), Form(3, 8), Form(1, 16), Form(16, 16))
+#: Start of the CUDA workspace that is zero between steps (kTickets of csrc/sm90/params.h).
+TRUSTED_BYTES = 4096
 
 SMALL = (33, 1, 0, 70, 17)  #: contexts, for the sake of Triton's interpreter
 SMALL_BUDGETS = (8, 1, 4, 69, 40)
@@ -199,7 +202,7 @@ class Target:
 class _KeepsWorkspace(Target):
     def poison_workspace(self) -> None:
         for memory in self.backend._workspace.buffers.values():
-            memory.fill_(0xFF)
+            memory[TRUSTED_BYTES:].fill_(0xFF)
 
 
 class TritonTarget(_KeepsWorkspace):
@@ -227,9 +230,15 @@ class CudaTarget(_KeepsWorkspace):
     def skip_unless_fits(self, batch: Batch, longest: int | None = None) -> None:
         longest = longest or batch.block_table.shape[1] * batch.params.layout.block_size
         layer, dtype = batch.bound(self.backend), batch.query.dtype
-        cluster = self.options.get("cluster")
-        if cluster and not self.backend.fused_clusters(layer, dtype, longest, cluster):
-            pytest.skip("the fused kernel does not take this shape")
+        form, groups = (
+            self.options.get("form", THREE),
+            len(batch.lengths) * layer.params.num_kv_heads,
+        )
+        if form != THREE and (
+            groups > limits().max_groups
+            or not self.backend.fused_clusters(layer, dtype, longest, form)
+        ):
+            pytest.skip("the fused kernel does not take this step")
 
     def expected_decode(self, batch: Batch) -> tuple[torch.Tensor, list[int], torch.Tensor]:
         """Exact attention over the tokens that the reference selects from the CUDA scores."""
@@ -309,9 +318,9 @@ def check_decode(target: Target, batch: Batch, **kwargs) -> None:
 @pytest.fixture
 def target(request, monkeypatch) -> Iterator[Target]:
     """The target of the test's parameter: see :func:`over_targets` and :func:`over_cases`."""
-    name, cluster = request.param
+    name, form = request.param
     if name == "cuda":
-        yield CudaTarget(_cuda(), "cuda", {} if cluster is None else {"cluster": cluster})
+        yield CudaTarget(_cuda(), "cuda", {} if form is None else {"form": form})
     elif name == "triton":
         # What conftest.py has said at import Triton asks again when it first runs a kernel.
         if not COMPILED:
@@ -341,17 +350,14 @@ def _cuda() -> Backend:
 
 
 def _targets(kind: str, forms: bool) -> list:
-    """Parameters of the fixture; ids are ``avx2``, ``triton``, ``cuda`` or ``cuda-cluster3``."""
+    """Parameters of the fixture; ids are ``avx2``, ``triton``, ``cuda``, ``cuda-three`` or ``cuda-3x8``."""
     if kind == "cpu":
         return [pytest.param((name, None), id=name) for name in ISAS]
     if kind == "triton":
         return [pytest.param(("triton", None), id="triton", marks=needs_triton)]
     if not forms:
         return [pytest.param(("cuda", None), id="cuda", marks=needs_hopper)]
-    return [
-        pytest.param(("cuda", size), id=f"cuda-cluster{size}", marks=needs_hopper)
-        for size in CLUSTERS
-    ]
+    return [pytest.param(("cuda", form), id=f"cuda-{form}", marks=needs_hopper) for form in FORMS]
 
 
 def over_targets(*kinds: str, forms: bool = False) -> pytest.MarkDecorator:

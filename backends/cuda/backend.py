@@ -7,7 +7,7 @@ import torch
 from vllm_adamas.backends.base import HOPPER, Backend, DecodeBatch, Layer, Params
 from vllm_adamas.backends.cuda import policy
 from vllm_adamas.backends.cuda.library import limits, load
-from vllm_adamas.backends.cuda.policy import LaunchPlan, check_block, check_step
+from vllm_adamas.backends.cuda.policy import THREE, Form, LaunchPlan, check_block, check_step
 from vllm_adamas.backends.inspect import Inspectable
 from vllm_adamas.backends.launch import rounded_context
 from vllm_adamas.backends.workspace import Workspace
@@ -132,20 +132,18 @@ class CudaBackend(Backend, Inspectable):
         stats: torch.Tensor,
         *,
         stages: int = ALL_STAGES,
-        cluster: int | None = None,
+        form: Form | None = None,
     ) -> None:
         """As :meth:`Backend.decode`; budgets far above the configured one cost a second pass over the
         signatures.
 
         Args:
             stages: which of the three kernels run (bits: encode, scan, attend), for measurements.
-            cluster: blocks per (row, KV head) of the fused kernel, 0 for the three kernels; default:
-                the choice of :meth:`plan`.
+            form: one kernel or three; default: the choice of :meth:`plan`.
 
         Raises:
             AdamasError: the step exceeds the limits of the kernels.
-            ValueError: an argument does not fit, or the fused kernel cannot run the step in ``cluster``
-                blocks.
+            ValueError: an argument does not fit, or the fused kernel cannot run the step in ``form``.
         """
         longest = batch.block_table.shape[-1] * layer.params.layout.block_size
         bound = batch.max_seq_len
@@ -161,7 +159,7 @@ class CudaBackend(Backend, Inspectable):
             stats,
             self._workspace.at_least(query.device, plan.workspace_bytes),
             longest,
-            plan.cluster if cluster is None else cluster,
+            *(plan.form if form is None else form),
             plan.sample_bits,
             plan.capacity,
             batch.overlap,
@@ -195,29 +193,27 @@ class CudaBackend(Backend, Inspectable):
         if found is None:
             params = layer.params
             check_step(rows, params.num_kv_heads, max_seq_len)
-            cluster = self.largest_cluster(layer, rows, dtype, longest)
-            if not policy.prefers_fused(cluster, params.budget.most(longest)):
-                cluster = 0
+            form = self.fused_form(layer, rows, dtype, longest)
+            if not policy.prefers_fused(form, params.budget.most(longest)):
+                form = THREE
             bits, capacity = self._sampling(params, longest)
             size = self._library.workspace_bytes(*_shape(params), rows, capacity)
-            found = layer.plans[key] = LaunchPlan(cluster, bits, capacity, size)
+            found = layer.plans[key] = LaunchPlan(form, bits, capacity, size)
         return found
 
-    def largest_cluster(
-        self, layer: CudaLayer, rows: int, dtype: torch.dtype, max_seq_len: int
-    ) -> int:
-        """Most blocks per (row, KV head) with which the fused kernel runs in one wave; 0 if none do."""
-        return policy.largest_cluster(
+    def fused_form(self, layer: CudaLayer, rows: int, dtype: torch.dtype, max_seq_len: int) -> Form:
+        """The form of the fused kernel with most warps that runs in one wave; ``THREE`` if none does."""
+        return policy.fused_form(
             rows * layer.params.num_kv_heads,
-            lambda size: self.fused_clusters(layer, dtype, max_seq_len, size),
+            lambda form: self.fused_clusters(layer, dtype, max_seq_len, form),
         )
 
     def fused_clusters(
-        self, layer: CudaLayer, dtype: torch.dtype, max_seq_len: int, cluster: int
+        self, layer: CudaLayer, dtype: torch.dtype, max_seq_len: int, form: Form
     ) -> int:
-        """Clusters of ``cluster`` blocks of the fused kernel that the GPU runs at once; 0 if none."""
+        """Clusters of the fused kernel in ``form`` that the GPU runs at once; 0 if none."""
         return self._library.fused_clusters(
-            layer.native, dtype == torch.float16, max_seq_len, cluster
+            layer.native, dtype == torch.float16, max_seq_len, *form
         )
 
     def _sampling(self, params: Params, max_seq_len: int) -> tuple[int, int]:

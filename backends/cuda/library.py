@@ -21,6 +21,7 @@ class Limits(NamedTuple):
         max_group: query heads per KV head.
         max_cluster: blocks per (row, KV head) of the fused kernel.
         most_wanted: tokens per set that the fused kernel selects in one pass over the signatures.
+        max_groups: rows * KV heads of the fused kernel.
     """
 
     max_context: int
@@ -30,6 +31,7 @@ class Limits(NamedTuple):
     max_group: int
     max_cluster: int
     most_wanted: int
+    max_groups: int
 
 
 @cache

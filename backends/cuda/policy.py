@@ -9,24 +9,46 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from vllm_adamas.backends.cuda.library import limits, load
 from vllm_adamas.backends.launch import LEAST_CONTEXT, rounded_context
 from vllm_adamas.errors import AdamasError
 
 LEAST_CANDIDATES, MOST_CANDIDATES = 4096, 32768  #: per token set
+WARPS = (16, 8)  #: of a block of the fused kernel; a multiprocessor runs one of 16 or two of 8
+
+
+class Form(NamedTuple):
+    """How a decode step runs: in the fused kernel, or in three kernels (:data:`THREE`).
+
+    Args:
+        cluster: blocks per (row, KV head).
+        warps: of a block, one of ``WARPS``.
+    """
+
+    cluster: int
+    warps: int
+
+    def __str__(self) -> str:
+        return f"{self.cluster}x{self.warps}" if self.cluster else "three"
+
+
+THREE = Form(0, 0)
+
+
 @dataclass(frozen=True)
 class LaunchPlan:
     """The launch of a decode step.
 
     Args:
-        cluster: blocks per (row, KV head) of the fused kernel, 0 for the three kernels.
+        form: one kernel or three.
         sample_bits: log2 of the tokens of a context that encode samples.
         capacity: candidates per token set.
         workspace_bytes: size of the workspace.
     """
 
-    cluster: int
+    form: Form
     sample_bits: int
     capacity: int
     workspace_bytes: int
@@ -40,24 +62,27 @@ def rounded_contexts(max_seq_len: int) -> Iterator[int]:
         tokens = rounded_context(tokens + 1)
 
 
-def prefers_fused(cluster: int, budget: int) -> bool:
-    """Whether the fused kernel in ``cluster`` blocks per (row, KV head) beats the three kernels.
+def prefers_fused(form: Form, budget: int) -> bool:
+    """Whether the fused kernel in ``form`` beats the three kernels.
 
     Args:
         budget: tokens per set.
     """
-    return cluster > 0 and budget <= limits().most_wanted
+    return form != THREE and budget <= limits().most_wanted
 
 
-def largest_cluster(groups: int, clusters_at_once: Callable[[int], int]) -> int:
-    """Most blocks per (row, KV head) with which the fused kernel runs in one wave; 0 if none do.
+def fused_form(groups: int, clusters_at_once: Callable[[Form], int]) -> Form:
+    """The form of the fused kernel with most warps that runs in one wave; ``THREE`` if none does.
 
     Args:
         groups: rows * KV heads.
-        clusters_at_once: maps blocks per cluster to the clusters that the device runs at once.
+        clusters_at_once: maps a form to the clusters that the device runs at once.
     """
-    sizes = range(limits().max_cluster, 0, -1)
-    return next((size for size in sizes if clusters_at_once(size) >= groups), 0)
+    forms = [
+        Form(cluster, warps) for warps in WARPS for cluster in range(1, limits().max_cluster + 1)
+    ]
+    forms.sort(key=lambda form: -form.cluster * form.warps)  # stable: large blocks first
+    return next((form for form in forms if clusters_at_once(form) >= groups), THREE)
 
 
 def candidate_capacity(max_seq_len: int, budget: int, most_sample_bits: int) -> int:

@@ -229,10 +229,10 @@ struct Attention {
     }
   }
 
-  // Merges the warps of a block and writes the output of `heads` query heads of a row, from `first` on. buffer:
-  // kWarps * min(heads, 8) * kHeadFloats floats.
-  template <int kWarps>
-  __device__ void write_merged(const DecodeParams& p, float* buffer, int row, int first, int heads) const {
+  // Merges the `warps` warps of a block and writes the output of `heads` query heads of a row, from `first` on. buffer:
+  // warps * min(heads, 8) * kHeadFloats floats.
+  __device__ __forceinline__ void write_merged(const DecodeParams& p, int warps, float* buffer, int row, int first,
+                                               int heads) const {
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       const int here = min(heads - 8 * n, 8);
@@ -240,17 +240,16 @@ struct Attention {
       __syncthreads();
       share(buffer, n, here);
       __syncthreads();
-      for (int i = threadIdx.x; i < here * D; i += kWarps * 32) {
+      for (int i = threadIdx.x; i < here * D; i += warps * 32) {
         const int local = i / D, d = i % D, head = first + 8 * n + local;
-        const SoftmaxValue x = merge_parts(buffer + local * kHeadFloats, kWarps, here * kHeadFloats, d);
+        const SoftmaxValue x = merge_parts(buffer + local * kHeadFloats, warps, here * kHeadFloats, d);
         head_vector<T>(p.output, row, head)[d] = T(softmax_output(p, head, x));
       }
     }
   }
 
   // Merges the warps of a block into the first one's state.
-  template <int kWarps>
-  __device__ void merge_warps(float* buffer, int heads) {
+  __device__ __forceinline__ void merge_warps(int warps, float* buffer, int heads) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
@@ -264,7 +263,7 @@ struct Attention {
       for (int h = 0; h < 2; ++h) {
         const int head = lane % 4 * 2 + h;
         if (head >= here) continue;
-        for (int w = 1; w < kWarps; ++w) {
+        for (int w = 1; w < warps; ++w) {
           const float* from = buffer + (w * here + head) * kHeadFloats;
           const MergeScales scale = merge_softmax(top[n][h], sum[n][h], from[0], from[1]);
 #pragma unroll

@@ -21,15 +21,15 @@ __device__ __forceinline__ bool any_dense_row(const DecodeParams& p) {
 }
 
 // Shared memory that attend_dense() needs.
-template <class Softmax, int kWarps>
-ADAMAS_BOTH int dense_bytes(const DecodeParams& p) {
+template <class Softmax>
+ADAMAS_BOTH int dense_bytes(const DecodeParams& p, int warps) {
   const int heads = p.group < 8 ? p.group : 8;
-  return (p.num_rows + 1) * 8 + 32 + kWarps * heads * Softmax::kHeadFloats * 4;
+  return (p.num_rows + 1) * 8 + 32 + warps * heads * Softmax::kHeadFloats * 4;
 }
 
-// `most`: blocks that call it, as worker 0, 1, ...
-template <class T, class Softmax, int kWarps>
-__device__ void attend_dense(const DecodeParams& p, int worker, int most, uint8_t* memory) {
+// `most`: blocks that call it, as worker 0, 1, ...; `warps`: of a block.
+template <class T, class Softmax>
+__device__ __forceinline__ void attend_dense(const DecodeParams& p, int worker, int most, uint8_t* memory, int warps) {
   constexpr int kStateFloats = Softmax::kFloats * 32;  // per warp
   int64_t* cum = reinterpret_cast<int64_t*>(memory);
   int* last = reinterpret_cast<int*>(cum + p.num_rows + 1);
@@ -58,17 +58,17 @@ __device__ void attend_dense(const DecodeParams& p, int worker, int most, uint8_
     softmax.start(p, row, kv_head * p.group, p.group);
     const int32_t* blocks = row_blocks(p, row);
     const uint8_t* pages = head_pages(p, kv_head);
-    for (int i = warp; i < count; i += kWarps)
+    for (int i = warp; i < count; i += warps)
       softmax.attend_chunk(p, plan.first, plan.length, pages, blocks, (plan.first / kChunk + first + i) * kChunk);
     softmax.finish();
     if (count == chunks) {
-      softmax.template write_merged<kWarps>(p, buffer, row, kv_head * p.group, p.group);
+      softmax.write_merged(p, warps, buffer, row, kv_head * p.group, p.group);
     } else {
       // Workers [low, high] share this (row, KV head).
       const int64_t start = at - first;
       const int low = int(((start + 1) * workers + total - 1) / total) - 1;
       const int high = int(((start + chunks) * workers + total - 1) / total) - 1;
-      softmax.template merge_warps<kWarps>(buffer, p.group);
+      softmax.merge_warps(warps, buffer, p.group);
       if (warp == 0) {
         softmax.store(p.work.partials + (worker + group) * kStateFloats);
         __threadfence();  // orders each lane's state before the arrival of lane 0
@@ -79,9 +79,9 @@ __device__ void attend_dense(const DecodeParams& p, int worker, int most, uint8_
       if (*last) {
         __threadfence();  // orders the arrivals before loads of the other workers' states
         softmax.reset();
-        for (int w = low + warp; w <= high; w += kWarps)
+        for (int w = low + warp; w <= high; w += warps)
           softmax.merge(p.work.partials + (w + group) * kStateFloats);
-        softmax.template write_merged<kWarps>(p, buffer, row, kv_head * p.group, p.group);
+        softmax.write_merged(p, warps, buffer, row, kv_head * p.group, p.group);
       }
     }
     __syncthreads();  // buffer and `last` are free again

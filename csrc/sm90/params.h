@@ -123,10 +123,10 @@ void encode(const DecodeParams& p, void* stream);
 void scan(const DecodeParams& p, void* stream);
 void attend(const DecodeParams& p, void* stream);
 int max_sample_bits(const DecodeParams& p);  // log2 of the largest sample that fits the shared memory of encode
-// The whole step in one kernel, with a cluster of blocks per (row, KV head).
-void fused(DecodeParams p, int cluster, void* stream);
-bool fused_fits(const DecodeParams& p, int cluster);     // whether the kernel supports the shape
-int fused_clusters(const DecodeParams& p, int cluster);  // clusters that run at once; 0 if not supported
+// The whole step in one kernel, with a cluster of blocks of `warps` warps (8 or 16) per (row, KV head).
+void fused(DecodeParams p, int cluster, int warps, void* stream);
+bool fused_fits(const DecodeParams& p, int cluster, int warps);     // whether the kernel supports the shape
+int fused_clusters(const DecodeParams& p, int cluster, int warps);  // clusters that run at once; 0 if not supported
 int64_t workspace(DecodeParams& p, uint8_t* base);       // assigns p.work; returns its size in bytes
 
 }  // namespace adamas

@@ -18,7 +18,13 @@ from vllm_adamas.backends.base import COUNTERS, MAX_GROUP
 from vllm_adamas.backends.cuda import backend as cuda
 from vllm_adamas.backends.cuda import policy
 from vllm_adamas.backends.cuda.library import LIBRARY, Limits, limits, load
-from vllm_adamas.backends.cuda.policy import LaunchPlan, candidate_capacity, prefers_fused
+from vllm_adamas.backends.cuda.policy import (
+    THREE,
+    Form,
+    LaunchPlan,
+    candidate_capacity,
+    prefers_fused,
+)
 from vllm_adamas.budget import TokenBudget
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.layout import PageLayout
@@ -85,12 +91,19 @@ def test_choice_follows_the_budget(budget: int | float, fused: bool) -> None:
 
 MAX_SEQ_LEN = 8  #: its place among the arguments of the library's decode
 INVENTED = Limits(
-    max_context=1 << 20, max_block=96, max_rows=50, max_step=1 << 22, max_group=4, max_cluster=5
+    max_context=1 << 20,
+    max_block=96,
+    max_rows=50,
+    max_step=1 << 22,
+    max_group=4,
+    max_cluster=5,
+    most_wanted=512,
+    max_groups=1 << 10,
 )
 
 
 class Recorder:
-    """Stands for the library: keeps the arguments of every call, and runs 20 clusters of 3 blocks."""
+    """Stands for the library: keeps the arguments of every call, and runs 60 blocks of 8 warps at once, 30 of 16."""
 
     def __init__(self):
         self.calls: dict[str, list[tuple]] = {}
@@ -102,7 +115,8 @@ class Recorder:
             if name == "workspace_bytes":
                 return args[-2] * args[-1]
             if name == "fused_clusters":
-                return 20 if args[-1] <= 3 else 0
+                cluster, warps = args[-2:]
+                return 480 // warps // cluster
             return answers.get(name, 0)
 
         return call
@@ -180,7 +194,7 @@ def test_layers_with_other_budgets_have_other_plans(recorder) -> None:
     pages = bound(backend, Case(heads=(2, 2))).kv_cache
     layers = [backend.bind(kind, pages) for kind in kinds]
     plans = [backend.plan(layer, 1, torch.bfloat16, 4096) for layer in layers]
-    assert [plan.cluster for plan in plans] == [3, 0, 3, 0, 3]
+    assert [plan.form for plan in plans] == [Form(5, 16), THREE, Form(5, 16), THREE, Form(5, 16)]
     assert layers[0].plans is layers[4].plans
     assert len({id(layer.plans) for layer in layers}) == 4
 
@@ -200,13 +214,20 @@ def test_the_bound_of_a_step(recorder) -> None:
 
 
 def test_a_plan_takes_the_form_that_the_policy_prefers(recorder) -> None:
-    """The stand-in runs 20 clusters of up to 3 blocks at once."""
+    """Most warps in one wave: of the stand-in's 60 blocks of 8 or 30 of 16, on any context."""
     backend = cuda.CudaBackend()
     layer = bound(backend, Case(heads=(2, 2), selection="kv_head"))
-    for rows, longest, cluster in ((1, 4096, 3), (10, 4096, 3), (11, 4096, 0), (1, 1 << 18, 0)):
-        assert backend.plan(layer, rows, torch.bfloat16, longest).cluster == cluster
+    for rows, longest, form in (
+        (1, 4096, Form(5, 16)),
+        (1, 1 << 18, Form(5, 16)),
+        (7, 4096, Form(2, 16)),
+        (8, 4096, Form(3, 8)),
+        (30, 4096, Form(1, 8)),
+        (31, 4096, THREE),
+    ):
+        assert backend.plan(layer, rows, torch.bfloat16, longest).form == form
     assert backend.plan(layer, 1, torch.bfloat16, 1 << 17).sample_bits == 11
-    plan = LaunchPlan(3, 11, 4096, 4096)
+    plan = LaunchPlan(Form(5, 16), 11, 4096, 4096)
     assert backend.plan(layer, 1, torch.bfloat16, 4096) == plan
 
 
@@ -291,8 +312,8 @@ ARGUMENTS = {
     "decode": ("query", "output", "block_table", "seq_lens", "budgets", "stats", "work"),
     "gather": ("block_table", "seq_lens", "key", "value"),
 }
-#: Of a decode step: max_seq_len, cluster, sample_bits, capacity, overlap, stages
-LAUNCH = (200, 0, 10, 4096, False, cuda.ALL_STAGES)
+#: Of a decode step: max_seq_len, cluster, warps, sample_bits, capacity, overlap, stages
+LAUNCH = (200, 0, 0, 10, 4096, False, cuda.ALL_STAGES)
 
 
 def call(layer: cuda.CudaLayer, batch: Batch, operation: str, **changes) -> None:

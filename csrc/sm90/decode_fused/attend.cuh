@@ -22,14 +22,10 @@ __device__ __forceinline__ void attend_selected(const FusedBlock& b, const Liste
   listed.each([&](float x, int index, bool here) { count += __popc(__ballot_sync(kFull, chosen(x, index, here))); });
   if (lane == 0) m.warps[warp] = count;
   __syncthreads();
-  int at = 0, total = 0;  // selected tokens in preceding warps, in all warps
-#pragma unroll
-  for (int w = 0; w < kFusedWarps; ++w) {
-    const int other = m.warps[w];
-    if (w < warp) at += other;
-    total += other;
-  }
-  if (threadIdx.x == 0) m.search.active = max(m.search.active, min(kFusedWarps, (total + kChunk - 1) / kChunk));
+  const int theirs = lane < b.s.num_warps ? m.warps[lane] : 0;
+  const int total = __reduce_add_sync(kFull, theirs);
+  int at = __reduce_add_sync(kFull, lane < warp ? theirs : 0);  // selected tokens of the preceding warps
+  if (threadIdx.x == 0) m.search.active = max(m.search.active, min(b.s.num_warps, (total + kChunk - 1) / kChunk));
   listed.each([&](float x, int index, bool here) {
     const bool take = chosen(x, index, here);
     const uint32_t takers = __ballot_sync(kFull, take);
@@ -40,7 +36,7 @@ __device__ __forceinline__ void attend_selected(const FusedBlock& b, const Liste
   const int32_t* blocks = row_blocks(p, b.row);
   const uint8_t* pages = head_pages(p, b.kv_head);
   auto key_row = [&](int token) { return pages + key_offset<Softmax::kRowBytes>(p.page, blocks, token); };
-  for (int chunk = warp * kChunk; chunk < total; chunk += kFusedWarps * kChunk)
+  for (int chunk = warp * kChunk; chunk < total; chunk += b.s.num_warps * kChunk)
     softmax.step(p, [&](int slot) { return key_row(m.tokens[min(chunk + slot, total - 1)]); }, p.page.v_offset, 0,
                  total - chunk);
 }
@@ -51,7 +47,7 @@ __device__ __forceinline__ void attend_range(const FusedBlock& b, int first, int
   const int32_t* blocks = row_blocks(b.p, b.row);
   const uint8_t* pages = head_pages(b.p, b.kv_head);
   const int chunks = (last + kChunk - 1) / kChunk;
-  for (int i = first / kChunk + b.rank + b.warp * b.s.cluster; i < chunks; i += b.s.cluster * kFusedWarps)
+  for (int i = first / kChunk + b.rank + b.warp * b.s.cluster; i < chunks; i += b.s.cluster * b.s.num_warps)
     softmax.attend_chunk(b.p, first, last, pages, blocks, i * kChunk);
 }
 

@@ -21,12 +21,13 @@ template <int D, Mode kMode, int kQuads, class Softmax>
 __device__ __forceinline__ void attend_round(const FusedBlock& b, uint8_t* memory, Round& round, RingPlace& place,
                                              Softmax& softmax) {
   const FusedSearch& search = b.m.search;
-  const Listed listed(b, list_own_tokens<D <= 128 ? 1 : 2, kMode, kQuads>(b, round, place));
+  const ListState list = list_own_tokens<D <= 128 ? 1 : 2, kMode, kQuads>(b, round, place);
   if (round.number == 0) {
     cluster_wait();  // for the arrival at the kernel's start
     softmax.start(b.p, b.row, b.kv_head * b.p.group, b.p.group);
   }
   find_range(b, round.wanted);
+  const Listed listed = keep_listed(b, list);
   if (!search.failed) find_edge(b, listed);  // all blocks agree
   if (search.failed) narrow_edge(b.p, b.s, memory, listed.count);
   find_threshold(b, listed);
@@ -55,18 +56,19 @@ __device__ __noinline__ Softmax attend_more_rounds(const DecodeParams& p, const 
 // steps.
 template <class T, class Softmax>
 __device__ __noinline__ void share_dense_rows(const DecodeParams& p, int worker, int workers, uint8_t* memory) {
-  attend_dense<T, Softmax, kFusedWarps>(p, worker, workers, memory);
+  attend_dense<T, Softmax>(p, worker, workers, memory, blockDim.x / 32);
 }
 
 template <int D, class T, bool kFp8, Mode kMode, int kQuads>
-__global__ void __launch_bounds__(kFusedThreads, 2)
+__global__ void __launch_bounds__(kMostWarps * 32)
     fused_kernel(const __grid_constant__ DecodeParams p, const __grid_constant__ FusedShape s) {
   extern __shared__ __align__(16) uint8_t fused_memory[];
   using Softmax = Attention<D, T, 1, kFp8>;
   const FusedBlock b(p, s, fused_memory);
   if (threadIdx.x == 0) b.m.search.active = 0;
-  cluster_arrive();  // other blocks may write to this one only when it runs
+  cluster_arrive_relaxed();  // other blocks may write to this one only when it runs
   const bool any_dense = any_dense_row(p);
+  if (threadIdx.x == 0) b.m.search.any_dense = any_dense;  // a register would be spilled
   if (b.plan.sparse) {
     Softmax softmax;
     if (b.plan.need > 0) {
@@ -83,17 +85,17 @@ __global__ void __launch_bounds__(kFusedThreads, 2)
     if (p.num_sink_tokens + p.recent_window > 0) {
       attend_range(b, 0, p.num_sink_tokens, softmax);
       attend_range(b, p.num_sink_tokens + b.plan.middle, b.plan.length, softmax);
-      if (threadIdx.x == 0) b.m.search.active = kFusedWarps;
+      if (threadIdx.x == 0) b.m.search.active = s.num_warps;
     }
     merge_cluster<D, T>(b, softmax);
   } else {
     b.begin();
     if (b.plan.length <= 0)
-      for (int i = threadIdx.x; b.rank == 0 && i < p.group * D; i += kFusedThreads) b.output<T>(i / D)[i % D] = T(0.0f);
+      for (int i = threadIdx.x; b.rank == 0 && i < p.group * D; i += blockDim.x) b.output<T>(i / D)[i % D] = T(0.0f);
     cluster_wait();
   }
-  if (!any_dense) return;
   __syncthreads();
+  if (!b.m.search.any_dense) return;
   const int worker = (b.row * p.page.num_kv_heads + b.kv_head) * s.cluster + b.rank;
   const int workers = min(p.dense_workers, p.num_rows * p.page.num_kv_heads * s.cluster);
   if (worker < workers) share_dense_rows<T, Softmax>(p, worker, workers, fused_memory);
@@ -107,8 +109,8 @@ int fused_head_size(const DecodeParams& p, const FusedShape& s, void* stream, bo
     constexpr auto* kernel =
         fused_kernel<D, decltype(element), decltype(fp8)::value, decltype(mode)::value, decltype(quads)::value>;
     const dim3 grid(s.cluster, p.page.num_kv_heads, p.num_rows);
-    if (count) clusters = count_clusters(kernel, s.cluster, kFusedThreads, s.bytes, "fused");
-    else launch_clusters(kernel, grid, s.cluster, kFusedThreads, s.bytes, stream, p.overlap, "fused", p, s);
+    if (count) clusters = count_clusters(kernel, s.cluster, s.num_warps * 32, s.bytes, "fused");
+    else launch_clusters(kernel, grid, s.cluster, s.num_warps * 32, s.bytes, stream, p.overlap, "fused", p, s);
   };
   auto run = [&](auto element, auto mode, auto quads) {
     if (p.page.fp8()) launch_it(element, mode, quads, std::true_type());

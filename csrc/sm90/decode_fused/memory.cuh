@@ -4,19 +4,20 @@
 
 namespace adamas {
 
-constexpr int kFusedThreads = 256, kFusedWarps = kFusedThreads / 32;
-constexpr int kFusedGroup = kFusedWarps;  // most query heads per KV head: one warp each
+// Warps of a block. A multiprocessor runs one block of kMostWarps or two of kLeastWarps.
+constexpr int kLeastWarps = 8, kMostWarps = 16;
+constexpr int kFusedGroup = kLeastWarps;  // most query heads per KV head: one warp each
 constexpr int kFusedStages = 3;           // stages of a warp's ring
 constexpr int kEdgeBins = 128, kEdgeWords = kEdgeBins / 2;  // two 16-bit counts per word
 constexpr int kMembers = 256;                               // most members of the edge bin
-constexpr int kList = 2 * kMostWanted;                      // tokens that a warp lists
+constexpr int kList = 2 * kMostWanted + kStageTokens;       // places of a warp's list
 
 // The range of a block's scores, as order keys.
 struct alignas(16) FusedRange {
   uint32_t best;        // the best score
   uint32_t floor;       // the least of the best scores of `groups` groups of tokens
   uint32_t groups;
-  uint32_t high_floor;  // the largest of the warps' floors
+  uint32_t high;    // the largest score that a quarter of a warp's groups reach
   uint32_t pivot;       // the largest of the warps' pivots; at least as many tokens as are wanted reach it
   uint32_t unused[3];
 };
@@ -32,7 +33,8 @@ struct FusedSearch {
   uint64_t from, to;
   float score;  // the k-th best, score and token
   int token;
-  int active;  // warps that attended
+  int active;      // warps that attended
+  bool any_dense;  // the step has a dense row
 };
 
 // log2 of the ranks per bin if a range of ranks is divided into kEdgeBins bins.
@@ -42,12 +44,12 @@ __device__ __forceinline__ int range_shift(const FusedSearch& search) {
 static_assert(kEdgeBins == 1 << 7);
 
 struct FusedShape {
-  int cluster;  // blocks
+  int cluster, num_warps;  // blocks of a cluster, warps of a block
   int stage_bytes;
   StageShape stage;
   // Offsets in shared memory. When the lists are complete, the selected tokens and the warps' softmax states reuse the
   // memory of the ring. The scratch of query encoding uses the memory of the lists.
-  int states, scores, indices, counts, copies, ranges, parts, members, planes, bias, weights, tops, partial, softmax,
+  int states, scores, indices, counts, copies, ranges, posts, parts, members, planes, bias, weights, tops, partial, softmax,
       barriers, search, warps, bytes;
 };
 
@@ -55,11 +57,12 @@ struct FusedMemory {
   uint8_t* ring;
   int* tokens;         // [kMostWanted] selected
   float* states;       // [warp][head][top, sum, -, -, D values]
-  float* scores;       // [warp][kList] listed tokens: scores, and indices (FusedBlock::token)
+  float* scores;       // [warp][kList] listed tokens: scores, and indices (list.cuh)
   uint16_t* indices;   // [warp][kList]
   uint32_t* counts;    // [kEdgeWords] histogram of the block
   uint32_t* copies;    // [block][kEdgeWords] histograms of the cluster
   FusedRange* ranges;  // [block]
+  uint32_t* posts;     // [warp] order keys that a warp's share of the wanted tokens reach (list.cuh)
   uint4* parts;        // [warp], then [block]: least and largest score of the edge bin, members with the largest one
   uint64_t* members;   // [kMembers] ranks (score, token) of the edge bin
   uint32_t* planes;    // encoded queries
@@ -76,7 +79,7 @@ struct FusedMemory {
       : ring(m), tokens(reinterpret_cast<int*>(m)), states(reinterpret_cast<float*>(m + s.states)),
         scores(reinterpret_cast<float*>(m + s.scores)), indices(reinterpret_cast<uint16_t*>(m + s.indices)),
         counts(reinterpret_cast<uint32_t*>(m + s.counts)), copies(reinterpret_cast<uint32_t*>(m + s.copies)),
-        ranges(reinterpret_cast<FusedRange*>(m + s.ranges)), parts(reinterpret_cast<uint4*>(m + s.parts)),
+        ranges(reinterpret_cast<FusedRange*>(m + s.ranges)), posts(reinterpret_cast<uint32_t*>(m + s.posts)), parts(reinterpret_cast<uint4*>(m + s.parts)),
         members(reinterpret_cast<uint64_t*>(m + s.members)), planes(reinterpret_cast<uint32_t*>(m + s.planes)),
         bias(reinterpret_cast<int32_t*>(m + s.bias)), weights(reinterpret_cast<HeadWeight*>(m + s.weights)),
         tops(reinterpret_cast<uint32_t*>(m + s.tops)), sums(tops + 4 * kMaxHeadQuads),

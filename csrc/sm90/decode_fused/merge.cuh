@@ -20,7 +20,7 @@ __device__ __forceinline__ void merge_cluster(const FusedBlock& b, Softmax& soft
   __syncthreads();
   const int outputs = p.group * D, own = (outputs + s.cluster - 1) / s.cluster;
   const int active = m.search.active;
-  for (int i = threadIdx.x; i < outputs; i += kFusedThreads) {
+  for (int i = threadIdx.x; i < outputs; i += blockDim.x) {
     const int head = i / D, d = i % D;
     const float* from = m.states + head * Softmax::kHeadFloats;
     const SoftmaxValue x = active == 1 ? SoftmaxValue{from[0], from[4 + d], from[1]}
@@ -34,7 +34,7 @@ __device__ __forceinline__ void merge_cluster(const FusedBlock& b, Softmax& soft
   cluster_sync();
   // Eight lanes merge the parts of a large cluster, one lane those of a small one.
   const int lanes = s.cluster > 4 ? 8 : 1;
-  for (int i = threadIdx.x / lanes; i < (own + 31) / 32 * 32; i += kFusedThreads / lanes) {
+  for (int i = threadIdx.x / lanes; i < (own + 31) / 32 * 32; i += blockDim.x / lanes) {
     const int at = min(rank * own + i, outputs - 1), head = at / D;
     float best = -INFINITY, value = 0, total = 0;
     for (int r = lane % lanes; r < s.cluster; r += lanes) best = fmaxf(best, m.softmax[r * p.group + head].x);

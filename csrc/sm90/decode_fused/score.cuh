@@ -1,6 +1,6 @@
 // Stage 1 of the fused kernel: the block scores its own tokens, and every warp lists those that may be selected.
 //
-// A warp owns every kFusedWarps-th stage of the block and streams its stages through its ring; a lane scores a token
+// A warp owns every num_warps-th stage of the block and streams its stages through its ring; a lane scores a token
 // quad for one head of four at a time. The first copies are issued as soon as the preceding kernel has finished, and
 // the queries are encoded while they are in flight. Between the barriers before and after it, the loop waits only on
 // the ring.
@@ -36,55 +36,42 @@ struct RingPlace {
   }
 };
 
-// Merges the best of the warp's scores, a floor, and its list's pivot into the block's range.
+// Merges the range of the warp's listed scores into the block's range: the best one, a floor, one that a quarter of
+// 64 groups reach, and the list's pivot.
 //
 // The scores are divided into groups. The floor is the smallest of the groups' maxima, so each group has at least one
 // score at or above it. If there are at least as many groups as tokens wanted, no token below the floor is selected.
-// Fewer groups give a higher floor: a group is the scores of several lanes, one lane, or a part of those of a lane.
-// part: the maxima of kParts parts of a lane's scores.
-template <class Scores, int kParts>
-__device__ __forceinline__ void merge_range(const FusedBlock& b, int wanted, float (&part)[kParts], float pivot) {
-  constexpr int kLanes = Scores::kSetLanes, kStride = Scores::kSetStride;
+// Fewer groups give a higher floor: a group is the scores of several lanes, of one lane, or every other one of a lane.
+__device__ __forceinline__ void merge_range(const FusedBlock& b, int wanted, const TokenList& list) {
   const int lane = b.lane;
-  const int warps = min(b.s.cluster * kFusedWarps, b.plan.length / kStageTokens);
+  const GroupTops tops(list.scores, list.state.count);
+  const float(&part)[2] = tops.top;
+  const int warps = min(b.s.cluster * b.s.num_warps, b.plan.length / kStageTokens);
   int per_warp = 2;  // groups
-  while (per_warp < kLanes * kParts && per_warp * warps < wanted) per_warp *= 2;
-#pragma unroll
-  for (int n = kParts / 2; n; n /= 2)  // until as many parts are left as a lane has groups
-    if (kLanes * n >= per_warp)
-#pragma unroll
-      for (int i = 0; i < n; ++i) part[i] = fmaxf(part[i], part[i + n]);
-  float top = part[0];
-  float floor = INFINITY;
+  while (per_warp < 64 && per_warp * warps < wanted) per_warp *= 2;
+  float top = fmaxf(part[0], part[1]), floor = INFINITY;
   int groups = 0;
-  if (per_warp <= kLanes) {
+  if (per_warp <= 32) {
     float x = top;
 #pragma unroll
-    for (int n = kLanes / 2, step = kStride; n >= 2; n /= 2, step *= 2)
+    for (int n = 16, step = 1; n >= 2; n /= 2, step *= 2)
       if (n >= per_warp) x = fmaxf(x, __shfl_xor_sync(kFull, x, step));
-    if (x > -INFINITY) floor = x;
-    if (x > -INFINITY && (lane & (kLanes / per_warp - 1) * kStride) == 0) groups = 1;
+    if (x > -INFINITY) floor = x, groups = (lane & (32 / per_warp - 1)) == 0;
   } else {
 #pragma unroll
-    for (int i = 0; i < kParts; ++i) {
-      if (kLanes * i >= per_warp) break;
-      top = fmaxf(top, part[i]);
+    for (int i = 0; i < 2; ++i)
       if (part[i] > -INFINITY) floor = fminf(floor, part[i]), ++groups;
-    }
   }
-#pragma unroll
-  for (int step = kStride; step < 32; step *= 2) {
-    groups += __shfl_xor_sync(kFull, groups, step);
-    floor = fminf(floor, __shfl_xor_sync(kFull, floor, step));
-    top = fmaxf(top, __shfl_xor_sync(kFull, top, step));
-  }
-  if (lane == 0 && top > -INFINITY) {
+  groups = __reduce_add_sync(kFull, groups);
+  const uint32_t low = __reduce_min_sync(kFull, order_key(floor)), high = __reduce_max_sync(kFull, order_key(top));
+  const uint32_t quarter = tops.reached_by(16);
+  if (lane == 0 && groups) {
     FusedRange& to = b.m.search.range;
-    atomicMax(&to.best, order_key(top));
-    atomicMin(&to.floor, order_key(floor));
+    atomicMax(&to.best, high);
+    atomicMin(&to.floor, low);
     atomicAdd(&to.groups, uint32_t(groups));
-    atomicMax(&to.high_floor, order_key(floor));
-    atomicMax(&to.pivot, order_key(pivot));
+    atomicMax(&to.high, quarter);
+    atomicMax(&to.pivot, order_key(list.state.pivot));
   }
 }
 
@@ -92,7 +79,7 @@ __device__ __forceinline__ void merge_range(const FusedBlock& b, int wanted, flo
 // warp has tiles kTilesPerWarp * warp and following of the `tiles` of the sample; `data` is its stage of them. Places past
 // the context occur only in a sample of all tiles, which then follow each other.
 constexpr int kTilesPerWarp = kStageTokens / kTile;
-static_assert(kTilesPerWarp * kFusedWarps == kSampleTiles);
+static_assert(kTilesPerWarp * kLeastWarps == kSampleTiles);
 
 template <int kChunks, int kQuads, class Fill>
 __device__ __forceinline__ void weigh_heads(const FusedBlock& b, QueryFragments<kChunks, Mode::dot_max, kQuads>& query,
@@ -155,15 +142,16 @@ __device__ __forceinline__ void weigh_heads(const FusedBlock& b, QueryFragments<
 // Prepares the block's search of a round; the caller synchronises before the first score.
 __device__ __forceinline__ void reset_round(const FusedBlock& b) {
   if (threadIdx.x < kEdgeWords) b.m.counts[threadIdx.x] = 0;
+  if (int(threadIdx.x) < b.s.num_warps) b.m.posts[threadIdx.x] = 0;
   if (threadIdx.x == 0) {
     b.m.search.range = {0, kFull, 0, 0, 0};
     b.m.search.placed = 0;
   }
 }
 
-// Returns the number of tokens on the warp's list.
+// Returns the state of the warp's list.
 template <int kChunks, Mode kMode, int kQuads>
-__device__ __forceinline__ int list_own_tokens(const FusedBlock& b, const Round& round, RingPlace& at) {
+__device__ __forceinline__ ListState list_own_tokens(const FusedBlock& b, const Round& round, RingPlace& at) {
   using Reader = StageReader<kChunks, kMode>;
   using Scores = SetScores<kMode, kQuads>;
   constexpr bool kSummed = kMode == Mode::dot_max;  // the first slot of the ring holds the sample first
@@ -231,12 +219,9 @@ __device__ __forceinline__ int list_own_tokens(const FusedBlock& b, const Round&
   }
 
   const Reader reader(shape);
-  constexpr int kParts = Reader::kSteps;  // parts of a lane's scores: those of a step
-  float best[kParts];
-#pragma unroll
-  for (int i = 0; i < kParts; ++i) best[i] = -INFINITY;
-  TokenList list(m, warp, round.wanted);
-  int index = Scores::first();  // of the stage's first token that this lane scores
+  const bool fits = token + (kList / kStageTokens) * stride >= plan.length;
+  TokenList list(m, warp, s.num_warps, round.wanted, fits);
+  int index = lane / 4 * kQuad + Scores::first();  // of the lane's first token in the stage
   // Summed distances have the longest code of a step: both steps' signatures at once would spill registers.
   constexpr bool kOneStep = kMode == Mode::manhattan_sum;
   const bool holds = Scores::set(0) == 0;  // whether the lane's scores are those of the set
@@ -254,9 +239,8 @@ __device__ __forceinline__ int list_own_tokens(const FusedBlock& b, const Round&
           const bool left = score[j] < round.score || (score[j] == round.score && own < round.token);
           if (!left || !in_middle(p, plan, own)) score[j] = -INFINITY;
         }
-        best[i] = fmaxf(best[i], score[j]);
       }
-      list.add(score, holds, index + reader.token[i]);
+      list.take(score, holds, index + i * Reader::kStep);
     }
   };
   // Stages entirely in the middle need no test per token in the first round. If the code of a stage is long, one form
@@ -277,11 +261,11 @@ __device__ __forceinline__ int list_own_tokens(const FusedBlock& b, const Round&
     fill(at.slot, token + kFusedStages * stride, next_block);
     next_block = load_stage_block(p, shape, blocks, token + (kFusedStages + 1) * stride, plan.length);
     at.advance();
-    list.make_room();
+    list.end_stage(index / kStageTokens + 1);
   }
-  merge_range<Scores>(b, round.wanted, best, list.pivot);
+  merge_range(b, round.wanted, list);
   __syncthreads();
-  return list.count;
+  return list.state;
 }
 
 }  // namespace adamas

@@ -6,19 +6,21 @@
 //   3. the members of that edge bin, ranked            find_threshold
 //
 // A block writes its part to every block, so that each of them computes the same result locally; a cluster barrier
-// ends each exchange. Listed tokens below the low end of the range are not selected and are passed over. If the edge
-// bin is too full for exchange 3, as with equal scores, further histograms within it narrow it down (narrow_edge).
+// ends each exchange. Listed tokens below the low end of the range are not selected and leave the list. If the edge bin
+// is too full for exchange 3, as with equal scores, further histograms within it narrow it down (narrow_edge).
 #pragma once
 #include <cfloat>
 #include <climits>
 
 #include "sm90/decode_fused/block.cuh"
+#include "sm90/decode_fused/list.cuh"
 #include "sm90/histogram.cuh"
 #include "sm90/order.cuh"
 
 namespace adamas {
 
-// The warp's listed tokens. Calls visit(score, index, whether there is a token) in order, with all lanes converged.
+// The listed tokens of a warp that may be selected, `count` of them. Calls visit(score, index, whether there is a token)
+// in order, with all lanes converged.
 struct Listed {
   const float* scores;
   const uint16_t* indices;
@@ -40,15 +42,15 @@ struct Listed {
 // -- exchange 1: the range --
 
 // The bins span the low end, which enough tokens reach, to the best score, or to a few times the distance from there to
-// the largest floor of a warp, so that outliers do not stretch them; better scores share the last bin. There are no
-// bins if no low end is known, or if all scores that may be selected are equal.
+// a score that several tokens of a warp reach, so that outliers do not stretch them; better scores share the last bin.
+// There are no bins if no low end is known, or if all scores that may be selected are equal.
 __device__ __forceinline__ void find_range(const FusedBlock& b, int wanted) {
   constexpr float kReach = 4.0f;
   const FusedMemory& m = b.m;
   if (int(threadIdx.x) < b.s.cluster) {
     const FusedRange& own = m.search.range;
     const uint32_t to = remote(m.ranges + b.rank, threadIdx.x);
-    remote_store16(to, make_uint4(own.best, own.floor, own.groups, own.high_floor));
+    remote_store16(to, make_uint4(own.best, own.floor, own.groups, own.high));
     remote_store16(to + 16, make_uint4(own.pivot, 0, 0, 0));
   }
   cluster_sync();
@@ -56,7 +58,7 @@ __device__ __forceinline__ void find_range(const FusedBlock& b, int wanted) {
     FusedRange range{0, kFull, 0, 0, 0};
     if (b.lane < b.s.cluster) range = m.ranges[b.lane];
     const uint32_t top = __reduce_max_sync(kFull, range.best), floor = __reduce_min_sync(kFull, range.floor);
-    const uint32_t groups = __reduce_add_sync(kFull, range.groups), high = __reduce_max_sync(kFull, range.high_floor);
+    const uint32_t groups = __reduce_add_sync(kFull, range.groups), high = __reduce_max_sync(kFull, range.high);
     const uint32_t pivot = __reduce_max_sync(kFull, range.pivot);
     if (b.lane == 0) {
       auto& search = m.search;
@@ -75,6 +77,12 @@ __device__ __forceinline__ void find_range(const FusedBlock& b, int wanted) {
     }
   }
   __syncthreads();
+}
+
+// Drops the tokens below the low end.
+__device__ __forceinline__ Listed keep_listed(const FusedBlock& b, const ListState& list) {
+  const int own = b.warp * kList;
+  return Listed(b, keep_from(b.m.search.low, b.m.scores + own, b.m.indices + own, list));
 }
 
 // A score's bin; it is monotonic in the score. Each operation is rounded separately, so that the compiler cannot
@@ -105,7 +113,7 @@ __device__ __forceinline__ void count_bins(uint32_t* counts, bool takes, int bin
 
 // Sends the block's histogram to all blocks. The caller waits until it has arrived.
 __device__ __forceinline__ void send_counts(const FusedBlock& b) {
-  for (int r = b.warp; r < b.s.cluster; r += kFusedWarps)
+  for (int r = b.warp; r < b.s.cluster; r += b.s.num_warps)
     if (b.lane < kEdgeWords / 4)
       remote_store16(remote(b.m.copies + b.rank * kEdgeWords, r) + b.lane * 16,
                      reinterpret_cast<const uint4*>(b.m.counts)[b.lane]);
@@ -138,7 +146,7 @@ __device__ __forceinline__ void find_edge(const FusedBlock& b, const Listed& lis
   const FusedMemory& m = b.m;
   const float low = m.search.low, scale = m.search.scale;
   listed.each([&](float x, int, bool here) {
-    if (here && x >= low) count_bin(m.counts, edge_bin(x, low, scale));
+    if (here) count_bin(m.counts, edge_bin(x, low, scale));
   });
   __syncthreads();
   send_counts(b);
@@ -217,12 +225,12 @@ inline __device__ __noinline__ void narrow_edge(const DecodeParams& p, const Fus
       if (lane == 0) m.parts[warp] = own;
       cluster_sync();  // every block has read the previous ranges
       if (warp == 0) {
-        const uint4 range = merge(lane < kFusedWarps ? m.parts[lane] : nothing);
-        if (lane < s.cluster) remote_store16(remote(m.parts + kFusedWarps + b.rank, lane), range);
+        const uint4 range = merge(lane < s.num_warps ? m.parts[lane] : nothing);
+        if (lane < s.cluster) remote_store16(remote(m.parts + s.num_warps + b.rank, lane), range);
       }
       cluster_sync();
       if (warp == 0) {
-        const uint4 range = merge(lane < s.cluster ? m.parts[kFusedWarps + lane] : nothing);
+        const uint4 range = merge(lane < s.cluster ? m.parts[s.num_warps + lane] : nothing);
         if (lane == 0) {
           const uint32_t bottom = int(range.z) >= search.wanted ? range.y : range.x;
           search.from = max(search.from, uint64_t(bottom) << bits);
@@ -264,7 +272,7 @@ __device__ __forceinline__ void find_threshold(const FusedBlock& b, const Listed
   const bool exact = search.exact;
   const uint64_t from = search.from, to = search.to;
   listed.each([&](float x, int index, bool here) {
-    if (!here || x < low) return;
+    if (!here) return;
     if (!exact && edge_bin(x, low, scale) != edge) return;
     const uint64_t rank = rank_key(order_key(x), b.token(index), bits);
     if (exact && (rank < from || rank > to)) return;
@@ -274,7 +282,7 @@ __device__ __forceinline__ void find_threshold(const FusedBlock& b, const Listed
   });
   cluster_sync();
   const int size = search.size, last = search.wanted - 1;
-  for (int i = threadIdx.x; i < size; i += kFusedThreads) {
+  for (int i = threadIdx.x; i < size; i += blockDim.x) {
     const uint64_t rank = m.members[i];
     int better = 0;
 #pragma unroll 4

@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(kThreads, D <= 128 && kTiles == 1 ? 512 / kThr
   if (int(blockIdx.x) < sets) attend_sparse<Shape>(p, blockIdx.x, attend_memory);
   if (int(blockIdx.x) >= p.dense_workers) return;
   if (any_dense_row(p))
-    attend_dense<T, typename Shape::Softmax, Shape::kWarps>(p, blockIdx.x, p.dense_workers, attend_memory);
+    attend_dense<T, typename Shape::Softmax>(p, blockIdx.x, p.dense_workers, attend_memory, Shape::kWarps);
 }
 
 // Few token sets get large blocks. Many sets get small ones, some of which select while others attend.

@@ -38,7 +38,7 @@ struct AttendShape {
   }
 
   static int shared_bytes(const DecodeParams& p) {
-    const int bitmap = (bitmap_words(p.max_seq_len) + 3) / 4 * 16, dense = dense_bytes<Softmax, kWarps>(p);
+    const int bitmap = (bitmap_words(p.max_seq_len) + 3) / 4 * 16, dense = dense_bytes<Softmax>(p, kWarps);
     const int sparse = kSums + scratch_bytes(p) + bitmap;
     return sparse > dense ? sparse : dense;
   }

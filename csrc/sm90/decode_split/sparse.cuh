@@ -119,7 +119,7 @@ __device__ void attend_sparse(const DecodeParams& p, int set, uint8_t* memory) {
     __syncthreads();
   }
   softmax.finish();
-  softmax.template write_merged<kWarps>(p, reinterpret_cast<float*>(memory + Shape::kSums), row, first_head, heads);
+  softmax.write_merged(p, kWarps, reinterpret_cast<float*>(memory + Shape::kSums), row, first_head, heads);
 }
 
 }  // namespace adamas
