@@ -108,9 +108,10 @@ struct Attention {
       }
 #pragma unroll
       for (int i = 0; i < 4; ++i) s[i] *= p.softmax_scale;
-      if (p.soft_cap > 0)
+      if (p.soft_cap > 0) {
 #pragma unroll
         for (int i = 0; i < 4; ++i) s[i] = soft_cap(s[i], p.soft_cap);
+      }
       float decay[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
