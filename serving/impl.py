@@ -26,7 +26,7 @@ from vllm_adamas.dtypes import fp8_element, page_dtype
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.layout import TILE, PageLayout, overhead
 from vllm_adamas.serving import compat
-from vllm_adamas.serving.checks import check_softmax, read_config
+from vllm_adamas.serving.checks import check_sinks, read_config
 from vllm_adamas.serving.metadata import AdamasMetadata
 from vllm_adamas.serving.shared import Shared
 
@@ -89,14 +89,8 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         self.dense = self.shared.dense
         self.max_model_len = vllm_config.model_config.max_model_len
         self.dtype = vllm_config.model_config.dtype
-        check_softmax(  # again, since not every model's configuration tells
-            type(self.backend),
-            self.dtype,
-            head_size,
-            num_heads,
-            sinks=sinks is not None,
-            soft_cap=self.logits_soft_cap > 0,
-        )
+        if sinks is not None:  # not every model's configuration tells
+            check_sinks(self.dtype, head_size, num_heads)
         self._appends = compat.on_cpu() and not kv_sharing_target_layer_name
         self._params: Params | None = None
         self._bound: Layer | None = None

@@ -11,7 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, SINKS, TOLERANCE, Batch, Case, relative_error
+from cases import (
+    CASES,
+    MIXED,
+    MIXED_BUDGETS,
+    SINKS,
+    TOLERANCE,
+    Batch,
+    Case,
+    exact_weights,
+    relative_error,
+)
 
 from vllm_adamas.backends.base import Backend
 from vllm_adamas.backends.cuda.backend import CudaBackend
@@ -90,11 +100,11 @@ SMALL_CASES = {
 #: Names that stand in both lists mean the small case.
 TRITON_CASES = {**(CASES if COMPILED else {}), **SMALL_CASES}
 
-#: Queries in fp8 pages' cases are bf16 or fp16, and the kernels have no float32. Their softmax is plain.
+#: Queries in fp8 pages' cases are bf16 or fp16, and the kernels have no float32.
 CUDA_CASES = {
     name: case if case.dtype != torch.float32 else dataclasses.replace(case, dtype=torch.bfloat16)
     for name, case in CASES.items()
-    if (case.dtype != torch.float32 or case.fp8) and not (case.soft_cap or case.learned_sinks)
+    if case.dtype != torch.float32 or case.fp8
 } | {
     "block16": Case((1, 15, 16, 17, 700, 0), 30, heads=(6, 1), block_size=16),
     "block144": Case((1, 143, 145, 700), 30, block_size=144),
@@ -119,6 +129,12 @@ CUDA_CASES = {
     "group15-d96": Case(heads=(15, 1), head_size=96, dtype=torch.float16),
     "e4m3-d192": Case(fp8="e4m3", head_size=192, heads=(4, 1)),
     "e5m2-d256": Case(fp8="e5m2", head_size=256, heads=(4, 1), score="manhattan"),
+    "soft-cap-sinks-group16": Case(
+        MIXED, MIXED_BUDGETS, (16, 1), selection="kv_head", soft_cap=1.5, learned_sinks=SINKS
+    ),
+    "soft-cap-sinks-d96": Case(
+        MIXED, MIXED_BUDGETS, (9, 3), 96, dtype=torch.float16, soft_cap=1.5, learned_sinks=SINKS
+    ),
     "sinks-group12": Case((300, 65, 40, 0), 40, (12, 1), sinks=4, recent=8, score="manhattan"),
 }
 TAKES = {"cpu": CASES, "triton": TRITON_CASES, "cuda": CUDA_CASES}
@@ -273,8 +289,9 @@ def attend_selected(backend: Backend, batch: Batch) -> tuple[torch.Tensor, list[
                     params.recent_window,
                 )
             k, v = stored_tokens(batch, row, kv_head, tokens.to(scores.device))
-            p = (k @ batch.query[row, head].float() * params.softmax_scale).softmax(0)
-            out[row, head] = (p @ v).cpu()
+            logits = k @ batch.query[row, head].float() * params.softmax_scale
+            sink = None if params.sinks is None else params.sinks[head]
+            out[row, head] = (exact_weights(logits, params.logits_soft_cap, sink).float() @ v).cpu()
     return out, stats
 
 

@@ -62,14 +62,6 @@ class CudaBackend(Backend, Inspectable):
             check_block(block_size)
         check_step(max_rows, num_kv_heads, max_seq_len)
 
-    @classmethod
-    def check_softmax(cls, sinks, soft_cap):
-        for needed, what in ((sinks, "learned attention sinks"), (soft_cap, "soft-capped logits")):
-            if needed:
-                raise AdamasError(
-                    f'the CUDA kernels do not support {what} yet: pass "kernels": "triton".'
-                )
-
     @property
     def description(self) -> str:
         return f"cuda (sm_90a, {torch.cuda.get_device_name()})"
@@ -98,11 +90,10 @@ class CudaBackend(Backend, Inspectable):
         """As :meth:`Backend.bind`.
 
         Raises:
-            AdamasError: the kernels do not support the pages, the heads or the softmax.
-            ValueError: the KV cache is not aligned, or ``key_mean`` does not fit.
+            AdamasError: the kernels do not support the pages or the heads.
+            ValueError: the KV cache is not aligned, or ``key_mean`` or ``sinks`` do not fit.
         """
         layout = params.layout
-        self.check_softmax(params.sinks is not None, params.logits_soft_cap > 0)
         check_block(layout.block_size)
         if not params.fp8 and layout.dtype not in MODEL_DTYPES["cuda"]:
             raise AdamasError(
@@ -116,7 +107,7 @@ class CudaBackend(Backend, Inspectable):
                 "kernels handle: serve this model with another backend."
             )
         layout.check(kv_cache)
-        native = self._library.bind(kv_cache, params.native, params.key_mean)
+        native = self._library.bind(kv_cache, params.native, params.key_mean, params.sinks)
         kind = (layout, params.fp8, *_shape(params), params.budget)
         return CudaLayer(params, kv_cache, native, self._plans.setdefault(kind, {}))
 

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import targets
 import torch
-from cases import SETS, TOLERANCE, Batch, Case, many, relative_error
+from cases import SETS, SINKS, TOLERANCE, Batch, Case, many, relative_error
 from targets import FORMS, CudaTarget, attend_selected, needs_hopper
 
 from vllm_adamas.backends.base import COUNTERS
@@ -147,6 +147,39 @@ def test_decode_dense(backend, head_size: int, window: int, form: Form) -> None:
     case = Case(lengths, 1 << 30, (12, 4), head_size, window=window, selection="kv_head")
     batch = case.build(backend, "cuda")
     check_decode(backend, batch, form)
+
+
+SOFTMAX = {
+    "learned-sinks": {"learned_sinks": SINKS},
+    "soft-cap": {"soft_cap": 1.5},
+    "both": {"learned_sinks": SINKS, "soft_cap": 1.5},
+}
+
+
+@over_forms
+@SELECTIONS
+@pytest.mark.parametrize("softmax", SOFTMAX.values(), ids=SOFTMAX)
+@pytest.mark.parametrize("fp8", [None, "e4m3"])
+def test_decode_of_every_softmax(backend, fp8, softmax: dict, selection: str, form: Form) -> None:
+    """Sparse rows of one round and of several, forced tokens, and dense rows that blocks share."""
+    lengths, budgets = (9000, 5000, 300, 3000, 0), (256, 2000, 40, 1 << 30, 9)
+    case = Case(lengths, budgets, fp8=fp8, sinks=4, recent=32, **SETS[selection], **softmax)
+    check_decode(backend, case.build(backend, "cuda"), form)
+
+
+@over_forms
+@pytest.mark.parametrize("softmax", SOFTMAX.values(), ids=SOFTMAX)
+@pytest.mark.parametrize("window", [0, 100])
+def test_dense_decode_of_every_softmax(backend, window: int, softmax: dict, form: Form) -> None:
+    lengths = (5000, 1, 100, 101, 0, 16, 3000)
+    case = Case(lengths, 1 << 30, (12, 4), window=window, selection="kv_head", **softmax)
+    check_decode(backend, case.build(backend, "cuda"), form)
+
+
+@pytest.mark.parametrize("softmax", SOFTMAX.values(), ids=SOFTMAX)
+def test_decode_of_every_softmax_in_small_blocks(backend, softmax: dict) -> None:
+    case = dataclasses.replace(many(300, (4, 2)), **softmax)
+    check_decode(backend, case.build(backend, "cuda"), THREE)
 
 
 @over_forms
@@ -304,8 +337,9 @@ def test_arguments_on_another_device(backend, name: str) -> None:
         backend.decode(layer, elsewhere.query, elsewhere.step(), output, stats)
 
 
-def test_a_key_mean_on_another_device(backend) -> None:
+@pytest.mark.parametrize(("name", "shape"), [("key_mean", (2, 128)), ("sinks", (8,))])
+def test_parameters_on_another_device(backend, name: str, shape: tuple[int, ...]) -> None:
     batch = Case().build(backend, "cuda")
-    params = dataclasses.replace(batch.params, key_mean=torch.zeros(2, 128))
-    with pytest.raises(ValueError, match=r"^key_mean: expected a tensor on cuda"):
+    params = dataclasses.replace(batch.params, **{name: torch.zeros(shape)})
+    with pytest.raises(ValueError, match=f"^{name}: expected a tensor on cuda"):
         backend.bind(params, batch.kv_cache)

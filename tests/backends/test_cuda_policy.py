@@ -231,14 +231,12 @@ def test_a_plan_takes_the_form_that_the_policy_prefers(recorder) -> None:
     assert backend.plan(layer, 1, torch.bfloat16, 4096) == plan
 
 
-@pytest.mark.parametrize(
-    ("case", "what"),
-    [(Case(learned_sinks=(0, 1)), "learned attention sinks"), (Case(soft_cap=50.0), "soft-capped")],
-)
-def test_a_softmax_that_the_kernels_do_not_compute(recorder, case: Case, what: str) -> None:
-    batch = case.build(REFERENCE)
-    refused(lambda: batch.bound(cuda.CudaBackend()), what, '"kernels": "triton"')
-    assert "bind" not in recorder.calls
+def test_the_library_knows_the_softmax_of_a_layer(recorder) -> None:
+    batch = Case(soft_cap=50.0, learned_sinks=(0, 1)).build(REFERENCE)
+    batch.bound(cuda.CudaBackend())
+    [(_, description, _, sinks)] = recorder.calls["bind"]
+    assert description["logits_soft_cap"] == 50.0
+    assert sinks is batch.params.sinks is not None
 
 
 def test_what_the_kernels_do_not_hold(recorder) -> None:
@@ -440,6 +438,19 @@ def test_key_means_that_do_not_fit(layer, batch) -> None:
     for mean in (torch.zeros(2, 64), torch.zeros(2, 128).double(), torch.zeros(128, 2).T):
         params = dataclasses.replace(batch.params, key_mean=mean)
         with pytest.raises(ValueError, match=r"^key_mean: expected contiguous float32"):
+            backend.bind(params, batch.kv_cache)
+
+
+def test_sinks_that_do_not_fit(layer, batch) -> None:
+    heads, backend = batch.params.num_query_heads, cuda.CudaBackend()
+    for sinks in (
+        torch.zeros(heads + 1),
+        torch.zeros(heads).double(),
+        torch.zeros(heads, 1),
+        torch.zeros(2 * heads)[::2],
+    ):
+        params = dataclasses.replace(batch.params, sinks=sinks)
+        with pytest.raises(ValueError, match=r"^sinks: expected contiguous float32 \[Hq\]"):
             backend.bind(params, batch.kv_cache)
 
 
