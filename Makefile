@@ -77,8 +77,8 @@ sanitize-cpu: $(READY) ## test CPU kernels under AddressSanitizer and UndefinedB
 		tests/ops tests/backends/test_cpu.py -q -x -s $(ARGS)
 
 # Small cases of every kernel, because the tools slow kernels down a hundredfold.
-SANITIZED := cuda and ((test_append and e4m3 and not rounds) or (cluster and block16) or test_decode_dense[0-64 or \
-	test_decode_many_rows[100-heads3-96-None-0] or test_gather[cuda-block16] or test_append_skips or \
+SANITIZED := cuda and ((test_append and e4m3 and not rounds) or (3x8 and block16) or test_decode_dense[0-64 or \
+	test_decode_many_rows[100-heads3-96-None-three] or (any_scores and normal and dot-kv_head and 1x8) or test_gather[cuda-block16] or test_append_skips or \
 	test_lengths_are_cut or (test_surroundings_change_nothing and plain) or (test_decode[ and forced) or \
 	(test_decode[ and little-budget) or test_gather_of_many_rows[cuda-4096])
 

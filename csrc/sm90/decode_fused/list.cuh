@@ -22,8 +22,9 @@ struct ListState {
   bool indexed = false;
 };
 
-// Keeps the listed tokens whose score is `low` or better, in their order, all with their indices. Returns their number.
-__device__ __forceinline__ int keep_from(float low, float* scores, uint16_t* indices, const ListState& list) {
+// Keeps the listed tokens whose score stays(score), in their order, all with their indices. Returns their number.
+template <class Stays>
+__device__ __forceinline__ int keep_if(Stays stays, float* scores, uint16_t* indices, const ListState& list) {
   const int lane = threadIdx.x % 32;
   int to = 0;
   for (int first = 0; first < list.count; first += 32 * 4) {
@@ -34,7 +35,7 @@ __device__ __forceinline__ int keep_from(float low, float* scores, uint16_t* ind
     uint32_t masks[4], all = 0;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      masks[j] = __ballot_sync(kFull, at + j < list.count && score[j] >= low);
+      masks[j] = __ballot_sync(kFull, at + j < list.count && stays(score[j]));
       all |= masks[j];
     }
     if (!all) continue;
@@ -51,6 +52,10 @@ __device__ __forceinline__ int keep_from(float low, float* scores, uint16_t* ind
   }
   __syncwarp();
   return to;
+}
+
+__device__ __forceinline__ int keep_from(float low, float* scores, uint16_t* indices, const ListState& list) {
+  return keep_if([=](float x) { return x >= low; }, scores, indices, list);
 }
 
 // Makes room in a list that is nearly full. The best `wanted` tokens that reach its pivot stay; at most

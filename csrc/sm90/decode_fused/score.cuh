@@ -36,8 +36,8 @@ struct RingPlace {
   }
 };
 
-// Merges the range of the warp's listed scores into the block's range: the best one, a floor, one that a quarter of
-// 64 groups reach, and the list's pivot.
+// Merges the range of the warp's listed scores into the block's range: the best one, a floor, the higher one of the floor
+// and of a score that a quarter of 64 groups reach, and the list's pivot.
 //
 // The scores are divided into groups. The floor is the smallest of the groups' maxima, so each group has at least one
 // score at or above it. If there are at least as many groups as tokens wanted, no token below the floor is selected.
@@ -70,7 +70,7 @@ __device__ __forceinline__ void merge_range(const FusedBlock& b, int wanted, con
     atomicMax(&to.best, high);
     atomicMin(&to.floor, low);
     atomicAdd(&to.groups, uint32_t(groups));
-    atomicMax(&to.high, quarter);
+    atomicMax(&to.high, max(low, quarter));
     atomicMax(&to.pivot, order_key(list.state.pivot));
   }
 }
