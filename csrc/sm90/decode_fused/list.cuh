@@ -74,6 +74,7 @@ inline __device__ __noinline__ ListState shorten_list(float* scores, uint16_t* i
     key[i] = here ? order_key(scores[i * 32 + lane]) : 0;
     low = here ? min(low, key[i]) : low, high = max(high, key[i]);
   }
+  __syncwarp();  // every lane has read its scores
   low = __reduce_min_sync(kFull, low), high = __reduce_max_sync(kFull, high) + 1;
   int reach = list.count;  // tokens that reach `low`; always as many as are wanted, and fewer reach `high`
   while (reach > enough && high - low > 1) {
@@ -95,6 +96,7 @@ inline __device__ __noinline__ ListState shorten_list(float* scores, uint16_t* i
     const uint32_t equal = __ballot_sync(kFull, key[i] == low);
     const bool dropped = key[i] == low && __popc(equal & lower_lanes) < drop;
     const uint32_t stay = __ballot_sync(kFull, key[i] >= low && !dropped);
+    __syncwarp();  // every lane has read its index
     if (stay >> lane & 1) {
       const int place = to + __popc(stay & lower_lanes);
       scores[place] = from_order_key(key[i]);

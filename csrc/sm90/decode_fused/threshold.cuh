@@ -201,6 +201,7 @@ inline __device__ __noinline__ void narrow_edge(const DecodeParams& p, const Fus
     __syncwarp();
     if (lane == 0) search.from = uint64_t(first) << bits, search.to = (uint64_t(next) << bits) - 1;
   }
+  __syncwarp();  // the first warp has read `exact`
   if (threadIdx.x == 0) {
     search.exact = true;
     if (b.rank == 0) count_search(p);
