@@ -185,7 +185,7 @@ class CudaBackend(Backend, Inspectable):
             params = layer.params
             check_step(rows, params.num_kv_heads, max_seq_len)
             form = self.fused_form(layer, rows, dtype, longest)
-            if not policy.prefers_fused(form, params.budget.most(longest)):
+            if not policy.prefers_fused(form, longest, params.budget.most(longest)):
                 form = THREE
             bits, capacity = self._sampling(params, longest)
             size = self._library.workspace_bytes(*_shape(params), rows, capacity)
@@ -193,7 +193,7 @@ class CudaBackend(Backend, Inspectable):
         return found
 
     def fused_form(self, layer: CudaLayer, rows: int, dtype: torch.dtype, max_seq_len: int) -> Form:
-        """The form of the fused kernel with most warps that runs in one wave; ``THREE`` if none does."""
+        """The form of the fused kernel that runs in one wave; ``THREE`` if none does."""
         return policy.fused_form(
             rows * layer.params.num_kv_heads,
             lambda form: self.fused_clusters(layer, dtype, max_seq_len, form),

@@ -17,6 +17,10 @@ from vllm_adamas.errors import AdamasError
 
 LEAST_CANDIDATES, MOST_CANDIDATES = 4096, 32768  #: per token set
 WARPS = (16, 8)  #: of a block of the fused kernel; a multiprocessor runs one of 16 or two of 8
+CLUSTERS = (16, *range(8, 0, -1))  #: blocks; 9 to 15 exchange more than they gain over 8
+MOST_FUSED = (
+    1 << 17
+)  #: tokens; the three kernels divide longer contexts of few rows over the whole GPU
 
 
 class Form(NamedTuple):
@@ -62,26 +66,26 @@ def rounded_contexts(max_seq_len: int) -> Iterator[int]:
         tokens = rounded_context(tokens + 1)
 
 
-def prefers_fused(form: Form, budget: int) -> bool:
+def prefers_fused(form: Form, max_seq_len: int, budget: int) -> bool:
     """Whether the fused kernel in ``form`` beats the three kernels.
 
     Args:
+        max_seq_len: longest context of the launch, in tokens.
         budget: tokens per set.
     """
-    return form != THREE and budget <= limits().most_wanted
+    return form != THREE and max_seq_len <= MOST_FUSED and budget <= limits().most_wanted
 
 
 def fused_form(groups: int, clusters_at_once: Callable[[Form], int]) -> Form:
-    """The form of the fused kernel with most warps that runs in one wave; ``THREE`` if none does.
+    """The form of the fused kernel that runs in one wave; ``THREE`` if none does.
+
+    Blocks of 16 warps come first: they exchange less than twice as many blocks of 8.
 
     Args:
         groups: rows * KV heads.
         clusters_at_once: maps a form to the clusters that the device runs at once.
     """
-    forms = [
-        Form(cluster, warps) for warps in WARPS for cluster in range(1, limits().max_cluster + 1)
-    ]
-    forms.sort(key=lambda form: -form.cluster * form.warps)  # stable: large blocks first
+    forms = (Form(cluster, warps) for warps in WARPS for cluster in CLUSTERS)
     return next((form for form in forms if clusters_at_once(form) >= groups), THREE)
 
 

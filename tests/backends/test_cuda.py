@@ -94,12 +94,13 @@ def test_decode_of_long_contexts(backend, selection: str, form: Form) -> None:
     check_decode(backend, batch, form)
 
 
+@pytest.mark.parametrize("form", [THREE, Form(8, 16)], ids=str)
 @over_scores
-def test_decode_of_a_million_tokens(backend, selection: str, score: str) -> None:
+def test_decode_of_a_million_tokens(backend, selection: str, score: str, form: Form) -> None:
     """The longest context that is served, and an odd one beside it."""
     lengths, budgets = (limits().max_context, 999_999), (256, 4096)
     case = Case(lengths, budgets, heads=(4, 1), score=score, **SETS[selection])
-    check_decode(backend, case.build(backend, "cuda"), form=THREE)
+    check_decode(backend, case.build(backend, "cuda"), form)
 
 
 @pytest.mark.parametrize(

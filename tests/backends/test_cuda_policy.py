@@ -19,6 +19,7 @@ from vllm_adamas.backends.cuda import backend as cuda
 from vllm_adamas.backends.cuda import policy
 from vllm_adamas.backends.cuda.library import LIBRARY, Limits, limits, load
 from vllm_adamas.backends.cuda.policy import (
+    MOST_FUSED,
     THREE,
     Form,
     LaunchPlan,
@@ -36,8 +37,8 @@ needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason="the CUDA librar
 # the choice between one kernel and three
 
 
-def recorded() -> list[tuple[str, int, dict, dict]]:
-    """Where both forms ran over Gaussian keys: its name, token sets of a KV head, the cell and its result.
+def recorded() -> list[tuple[str, dict, dict]]:
+    """Where both forms ran over Gaussian keys: its name, the cell and its result.
 
     The policy does not see the keys, so it need not be right for all of them.
     """
@@ -47,43 +48,36 @@ def recorded() -> list[tuple[str, int, dict, dict]]:
         for cell in cells if isinstance(cells, list) else ():
             if cell["keys"] != "gaussian":
                 continue
-            query_heads, kv_heads, _ = map(int, cell["heads"].split("x"))
-            group = query_heads // kv_heads
             for name, result in cell.items():
                 if isinstance(result, dict) and "fused" in result:
-                    sets = group if name.endswith("query_head") else 1
-                    found.append((f"{part}, {name}", sets, cell, result))
+                    found.append((f"{part}, {name}", cell, result))
     return found
 
 
-#: Cells that the policy is known to miss, and by how much: (part and result, launch, rows, budget). In a single
-#: block per KV head the maximum is faster, which the sum is not; and three token sets of head size 64 are
-#: faster in one kernel over Gaussian keys, but not over real ones.
-MISSED = {
-    ("cells, dot max", 8192, 32, 256): 1.12,
-    ("heads, dot query_head", 131072, 1, 256): 1.29,
-}
+#: Cells that the policy is known to miss, and by how much: (part and result, launch, rows, budget).
+MISSED: dict[tuple, float] = {}
 
 
 def test_choice_of_the_fused_kernel_is_the_measured_one() -> None:
     """Of every cell where both forms ran, the policy takes the faster one, or loses little."""
     assert len(recorded()) > 20
-    for name, sets, cell, result in recorded():
+    for name, cell, result in recorded():
         where = (name, cell["launch"], cell["rows"], cell["budget"])
-        combine = "max" if name.endswith("max") else "sum"
-        cluster = result["fused"]["cluster"]
-        fused = prefers_fused(cluster, cell["launch"], sets, cell["budget"], combine)
+        form = Form(result["fused"]["cluster"], result["fused"]["warps"])
+        fused = prefers_fused(form, cell["launch"], cell["budget"])
         assert result["runs"] == ("fused" if fused else "three"), where
         best = min(result["fused"]["us"], result["three"]["us"])
         assert result[result["runs"]]["us"] <= MISSED.get(where, 1.08) * best, where
 
 
-@pytest.mark.parametrize("budget, fused", [(256, True), (512, False), (0.01, True), (0.5, False)])
-def test_choice_follows_the_budget(budget: int | float, fused: bool) -> None:
-    """The fused kernel lists every score when there are more tokens to select than groups of them."""
-    budget = TokenBudget(budget).most(8192)
-    assert prefers_fused(3, 8192, 1, budget) == fused
-    assert prefers_fused(3, 8192, 1, budget, "max") == (budget <= 1536)
+@needs_library
+def test_choice_follows_launch_and_budget() -> None:
+    """The fused kernel lists up to so many tokens of a budget at once, and scans with a cluster per KV head."""
+    most = limits().most_wanted
+    assert prefers_fused(Form(8, 16), MOST_FUSED, most)
+    assert not prefers_fused(Form(8, 16), MOST_FUSED, most + 1)
+    assert not prefers_fused(Form(8, 16), MOST_FUSED + 1, most)
+    assert not prefers_fused(THREE, 1024, 64)
 
 
 # plans, with a library that computes nothing
@@ -103,7 +97,7 @@ INVENTED = Limits(
 
 
 class Recorder:
-    """Stands for the library: keeps the arguments of every call, and runs 60 blocks of 8 warps at once, 30 of 16."""
+    """Stands for the library: keeps the arguments of every call, and runs 60 blocks of 8 warps at once, 30 of 16, in clusters of up to 5."""
 
     def __init__(self):
         self.calls: dict[str, list[tuple]] = {}
@@ -116,7 +110,7 @@ class Recorder:
                 return args[-2] * args[-1]
             if name == "fused_clusters":
                 cluster, warps = args[-2:]
-                return 480 // warps // cluster
+                return 480 // warps // cluster if cluster <= INVENTED.max_cluster else 0
             return answers.get(name, 0)
 
         return call
@@ -214,14 +208,16 @@ def test_the_bound_of_a_step(recorder) -> None:
 
 
 def test_a_plan_takes_the_form_that_the_policy_prefers(recorder) -> None:
-    """Most warps in one wave: of the stand-in's 60 blocks of 8 or 30 of 16, on any context."""
+    """Large blocks first, in one wave: of the stand-in's 60 blocks of 8 or 30 of 16."""
     backend = cuda.CudaBackend()
     layer = bound(backend, Case(heads=(2, 2), selection="kv_head"))
     for rows, longest, form in (
         (1, 4096, Form(5, 16)),
-        (1, 1 << 18, Form(5, 16)),
+        (1, MOST_FUSED, Form(5, 16)),
+        (1, 1 << 18, THREE),
         (7, 4096, Form(2, 16)),
-        (8, 4096, Form(3, 8)),
+        (15, 4096, Form(1, 16)),
+        (16, 4096, Form(1, 8)),
         (30, 4096, Form(1, 8)),
         (31, 4096, THREE),
     ):

@@ -27,7 +27,7 @@ __device__ __forceinline__ void attend_round(const FusedBlock& b, uint8_t* memor
     softmax.start(b.p, b.row, b.kv_head * b.p.group, b.p.group);
   }
   find_range(b, round.wanted);
-  const Listed listed = keep_listed(b, list);
+  Listed listed = keep_listed(b, list);
   if (!search.failed) find_edge(b, listed);  // all blocks agree
   if (search.failed) narrow_edge(b.p, b.s, memory, listed.count);
   find_threshold(b, listed);

@@ -22,8 +22,9 @@ struct ListState {
   bool indexed = false;
 };
 
-// Keeps the listed tokens whose score is `low` or better, in their order, all with their indices. Returns their number.
-__device__ __forceinline__ int keep_from(float low, float* scores, uint16_t* indices, const ListState& list) {
+// Keeps the listed tokens whose score stays(score), in their order, all with their indices. Returns their number.
+template <class Stays>
+__device__ __forceinline__ int keep_if(Stays stays, float* scores, uint16_t* indices, const ListState& list) {
   const int lane = threadIdx.x % 32;
   int to = 0;
   for (int first = 0; first < list.count; first += 32 * 4) {
@@ -34,7 +35,7 @@ __device__ __forceinline__ int keep_from(float low, float* scores, uint16_t* ind
     uint32_t masks[4], all = 0;
 #pragma unroll
     for (int j = 0; j < 4; ++j) {
-      masks[j] = __ballot_sync(kFull, at + j < list.count && score[j] >= low);
+      masks[j] = __ballot_sync(kFull, at + j < list.count && stays(score[j]));
       all |= masks[j];
     }
     if (!all) continue;
@@ -53,6 +54,10 @@ __device__ __forceinline__ int keep_from(float low, float* scores, uint16_t* ind
   return to;
 }
 
+__device__ __forceinline__ int keep_from(float low, float* scores, uint16_t* indices, const ListState& list) {
+  return keep_if([=](float x) { return x >= low; }, scores, indices, list);
+}
+
 // Makes room in a list that is nearly full. The best `wanted` tokens that reach its pivot stay; at most
 // (wanted + kList) / 2 tokens do. Not inlined, because it would raise the register count of the loop.
 inline __device__ __noinline__ ListState shorten_list(float* scores, uint16_t* indices, ListState list, int wanted) {
@@ -69,6 +74,7 @@ inline __device__ __noinline__ ListState shorten_list(float* scores, uint16_t* i
     key[i] = here ? order_key(scores[i * 32 + lane]) : 0;
     low = here ? min(low, key[i]) : low, high = max(high, key[i]);
   }
+  __syncwarp();  // every lane has read its scores
   low = __reduce_min_sync(kFull, low), high = __reduce_max_sync(kFull, high) + 1;
   int reach = list.count;  // tokens that reach `low`; always as many as are wanted, and fewer reach `high`
   while (reach > enough && high - low > 1) {
@@ -90,6 +96,7 @@ inline __device__ __noinline__ ListState shorten_list(float* scores, uint16_t* i
     const uint32_t equal = __ballot_sync(kFull, key[i] == low);
     const bool dropped = key[i] == low && __popc(equal & lower_lanes) < drop;
     const uint32_t stay = __ballot_sync(kFull, key[i] >= low && !dropped);
+    __syncwarp();  // every lane has read its index
     if (stay >> lane & 1) {
       const int place = to + __popc(stay & lower_lanes);
       scores[place] = from_order_key(key[i]);

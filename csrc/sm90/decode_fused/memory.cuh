@@ -14,11 +14,11 @@ constexpr int kList = 2 * kMostWanted + kStageTokens;       // places of a warp'
 
 // The range of a block's scores, as order keys.
 struct alignas(16) FusedRange {
-  uint32_t best;        // the best score
-  uint32_t floor;       // the least of the best scores of `groups` groups of tokens
+  uint32_t best;   // the best score
+  uint32_t floor;  // the least of the best scores of `groups` groups of tokens
   uint32_t groups;
-  uint32_t high;    // the largest score that a quarter of a warp's groups reach
-  uint32_t pivot;       // the largest of the warps' pivots; at least as many tokens as are wanted reach it
+  uint32_t high;   // the largest floor or quarter of a warp, see merge_range
+  uint32_t pivot;  // the largest of the warps' pivots; at least as many tokens as are wanted reach it
   uint32_t unused[3];
 };
 
@@ -79,7 +79,8 @@ struct FusedMemory {
       : ring(m), tokens(reinterpret_cast<int*>(m)), states(reinterpret_cast<float*>(m + s.states)),
         scores(reinterpret_cast<float*>(m + s.scores)), indices(reinterpret_cast<uint16_t*>(m + s.indices)),
         counts(reinterpret_cast<uint32_t*>(m + s.counts)), copies(reinterpret_cast<uint32_t*>(m + s.copies)),
-        ranges(reinterpret_cast<FusedRange*>(m + s.ranges)), posts(reinterpret_cast<uint32_t*>(m + s.posts)), parts(reinterpret_cast<uint4*>(m + s.parts)),
+        ranges(reinterpret_cast<FusedRange*>(m + s.ranges)), posts(reinterpret_cast<uint32_t*>(m + s.posts)),
+        parts(reinterpret_cast<uint4*>(m + s.parts)),
         members(reinterpret_cast<uint64_t*>(m + s.members)), planes(reinterpret_cast<uint32_t*>(m + s.planes)),
         bias(reinterpret_cast<int32_t*>(m + s.bias)), weights(reinterpret_cast<HeadWeight*>(m + s.weights)),
         tops(reinterpret_cast<uint32_t*>(m + s.tops)), sums(tops + 4 * kMaxHeadQuads),

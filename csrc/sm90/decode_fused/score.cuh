@@ -36,8 +36,8 @@ struct RingPlace {
   }
 };
 
-// Merges the range of the warp's listed scores into the block's range: the best one, a floor, one that a quarter of
-// 64 groups reach, and the list's pivot.
+// Merges the range of the warp's listed scores into the block's range: the best one, a floor, the higher one of the floor
+// and of a score that a quarter of 64 groups reach, and the list's pivot.
 //
 // The scores are divided into groups. The floor is the smallest of the groups' maxima, so each group has at least one
 // score at or above it. If there are at least as many groups as tokens wanted, no token below the floor is selected.
@@ -70,7 +70,7 @@ __device__ __forceinline__ void merge_range(const FusedBlock& b, int wanted, con
     atomicMax(&to.best, high);
     atomicMin(&to.floor, low);
     atomicAdd(&to.groups, uint32_t(groups));
-    atomicMax(&to.high, quarter);
+    atomicMax(&to.high, max(low, quarter));
     atomicMax(&to.pivot, order_key(list.state.pivot));
   }
 }
@@ -173,10 +173,10 @@ __device__ __forceinline__ ListState list_own_tokens(const FusedBlock& b, const 
 #pragma unroll
   for (int i = 0; i < kFusedStages; ++i)
     block[i] = load_stage_block(p, shape, blocks, token + i * stride, p.max_seq_len);
-  // The warp's tiles of the sample; this lane's one.
+  // The warp's tiles of the sample, if it has any; this lane's one.
   const StageShape tile_shape = StageShape::of_tiles(p.page);
-  const int tiles = (plan.length + kTile - 1) / kTile;
-  const int tile_token = sum_tile(min(warp * kTilesPerWarp + lane % kTilesPerWarp, tiles - 1), tiles) * kTile;
+  const int tiles = (plan.length + kTile - 1) / kTile, sampled = min(tiles, kSampleTiles);
+  const int tile_token = sum_tile(min(warp * kTilesPerWarp + lane % kTilesPerWarp, sampled - 1), tiles) * kTile;
   const QueryMemory queries{m.planes, m.bias, m.weights, m.scores};
   if (first_round) reset_round(b);
   uint32_t tile_block = 0;
@@ -188,7 +188,7 @@ __device__ __forceinline__ ListState list_own_tokens(const FusedBlock& b, const 
     b.begin();
     if (warp < p.group) load_raw(raw, p.query, b.row, b.kv_head * p.group + warp, p.page.words);
     if (kSummed) {
-      const int parts = min(max(min(tiles, kSampleTiles) - warp * kTilesPerWarp, 0), kTilesPerWarp);
+      const int parts = min(max(sampled - warp * kTilesPerWarp, 0), kTilesPerWarp);
       ring.fill_parts(0, p.page, tile_shape, pages, tile_token, parts, tile_block);
       at.slot = 1;
     }
@@ -213,7 +213,7 @@ __device__ __forceinline__ ListState list_own_tokens(const FusedBlock& b, const 
     query.load_weights(m.weights, p.head_quads);
     if (first_round) {
       ring.wait(0, 0);
-      weigh_heads(b, query, tile_shape, ring.data(0), min(tiles, kSampleTiles),
+      weigh_heads(b, query, tile_shape, ring.data(0), sampled,
                   [&] { fill(0, token + kLast * stride, block[kLast]); });
     }
   }

@@ -42,7 +42,8 @@ struct Listed {
 // -- exchange 1: the range --
 
 // The bins span the low end, which enough tokens reach, to the best score, or to a few times the distance from there to
-// a score that several tokens of a warp reach, so that outliers do not stretch them; better scores share the last bin.
+// the highest floor or quarter of a warp (merge_range), so that outliers do not stretch them; better scores share the last
+// bin.
 // There are no bins if no low end is known, or if all scores that may be selected are equal.
 __device__ __forceinline__ void find_range(const FusedBlock& b, int wanted) {
   constexpr float kReach = 4.0f;
@@ -142,7 +143,9 @@ __device__ __forceinline__ void find_bin(const FusedBlock& b, FusedSearch& searc
   __syncwarp();
 }
 
-__device__ __forceinline__ void find_edge(const FusedBlock& b, const Listed& listed) {
+// Long lists, of keys whose scores come in clusters, then drop the tokens below that bin.
+__device__ __forceinline__ void find_edge(const FusedBlock& b, Listed& listed) {
+  constexpr int kLong = 128;
   const FusedMemory& m = b.m;
   const float low = m.search.low, scale = m.search.scale;
   listed.each([&](float x, int, bool here) {
@@ -156,6 +159,11 @@ __device__ __forceinline__ void find_edge(const FusedBlock& b, const Listed& lis
     if (b.lane == 0) m.search.failed = m.search.size > kMembers;
   }
   __syncthreads();
+  if (listed.count > kLong) {
+    const int own = b.warp * kList, edge = m.search.edge;
+    listed.count = keep_if([=](float x) { return edge_bin(x, low, scale) >= edge; }, m.scores + own, m.indices + own,
+                           ListState{listed.count, low, true});
+  }
 }
 
 // The smallest order key in [first, last] whose score is in bin `edge` or a higher one; last + 1 if there is none.
@@ -193,6 +201,7 @@ inline __device__ __noinline__ void narrow_edge(const DecodeParams& p, const Fus
     __syncwarp();
     if (lane == 0) search.from = uint64_t(first) << bits, search.to = (uint64_t(next) << bits) - 1;
   }
+  __syncwarp();  // the first warp has read `exact`
   if (threadIdx.x == 0) {
     search.exact = true;
     if (b.rank == 0) count_search(p);
