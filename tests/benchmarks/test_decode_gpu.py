@@ -17,6 +17,7 @@ from common import ROOT
 from keys import Contexts, Heads
 
 from vllm_adamas.backends.base import Params
+from vllm_adamas.backends.cuda.policy import THREE, Form
 from vllm_adamas.backends.reference.backend import ReferenceBackend
 
 HEADS, LENGTH, ROWS, COPIES = Heads(4, 2, 64), 192, 2, 3
@@ -30,12 +31,12 @@ class Host(ReferenceBackend):
         self.launches: list[tuple[int, int]] = []
 
     def plan(self, layer, rows, dtype, max_seq_len):
-        return SimpleNamespace(cluster=2 if max_seq_len <= LENGTH else 0)
+        return SimpleNamespace(form=Form(2, 8) if max_seq_len <= LENGTH else THREE)
 
-    def largest_cluster(self, layer, rows, dtype, max_seq_len):
-        return 2
+    def fused_form(self, layer, rows, dtype, max_seq_len):
+        return Form(2, 8)
 
-    def decode(self, layer, query, batch, output, stats, *, cluster, stages=7):
+    def decode(self, layer, query, batch, output, stats, *, form, stages=7):
         size = layer.params.layout.block_size
         self.launches.append((batch.max_seq_len, batch.block_table.shape[1] * size))
         super().decode(layer, query, batch, output, stats)
