@@ -185,7 +185,12 @@ class CudaBackend(Backend, Inspectable):
             params = layer.params
             check_step(rows, params.num_kv_heads, max_seq_len)
             form = self.fused_form(layer, rows, dtype, longest)
-            if not policy.prefers_fused(form, longest, params.budget.most(longest)):
+            if not policy.prefers_fused(
+                form,
+                longest,
+                params.budget.most(longest),
+                summed_distances=params.score == "manhattan" and params.group > 1,
+            ):
                 form = THREE
             bits, capacity = self._sampling(params, longest)
             size = self._library.workspace_bytes(*_shape(params), rows, capacity)

@@ -66,14 +66,18 @@ def rounded_contexts(max_seq_len: int) -> Iterator[int]:
         tokens = rounded_context(tokens + 1)
 
 
-def prefers_fused(form: Form, max_seq_len: int, budget: int) -> bool:
+def prefers_fused(form: Form, max_seq_len: int, budget: int, *, summed_distances: bool) -> bool:
     """Whether the fused kernel in ``form`` beats the three kernels.
 
     Args:
         max_seq_len: longest context of the launch, in tokens.
         budget: tokens per set.
+        summed_distances: whether scores are Manhattan distances summed over query heads.
     """
-    return form != THREE and max_seq_len <= MOST_FUSED and budget <= limits().most_wanted
+    most = MOST_FUSED
+    if summed_distances:
+        most = min(most, MOST_DISTANCES * form.cluster * form.warps)
+    return form != THREE and max_seq_len <= most and budget <= limits().most_wanted
 
 
 def fused_form(groups: int, clusters_at_once: Callable[[Form], int]) -> Form:

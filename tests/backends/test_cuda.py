@@ -12,7 +12,7 @@ from targets import FORMS, CudaTarget, attend_selected, needs_hopper
 
 from vllm_adamas.backends.base import COUNTERS
 from vllm_adamas.backends.cuda.library import limits
-from vllm_adamas.backends.cuda.policy import THREE, Form
+from vllm_adamas.backends.cuda.policy import MOST_FUSED, THREE, Form
 from vllm_adamas.errors import AdamasError
 
 pytestmark = needs_hopper
@@ -292,13 +292,14 @@ def test_graph_replay_with_other_rows(backend, form: Form, selection: str, score
 
 @SELECTIONS
 def test_plans_follow_the_longest_context(backend, selection: str) -> None:
-    """The form does not follow it; one reservation serves them all."""
+    """One reservation serves the plans of all contexts; the longest ones take the three kernels."""
     params = Case(**SETS[selection], heads=(8, 2)).params
     layout = params.layout
     pages = torch.zeros(1, 2, layout.block_size, layout.token_bytes // 2, dtype=layout.dtype)
     layer = backend.bind(params, pages.cuda())
     dtype, longest = torch.bfloat16, limits().max_context
-    assert backend.plan(layer, 1, dtype, 4096).form == backend.plan(layer, 1, dtype, longest).form
+    assert backend.plan(layer, 1, dtype, longest).form == THREE
+    assert (backend.plan(layer, 1, dtype, MOST_FUSED).form == THREE) == (selection == "query_head")
     reserved = backend.workspace_bytes(params, 8, longest)
     for rows in (1, 8):
         for tokens in (1, 1000, 5000, 65536, 65537, 300_000, longest):

@@ -135,12 +135,13 @@ struct GroupTops {
 // Posts an order key that `share` of the warp's tokens reach, or 0; returns the pivot that follows from all posts, or
 // the present one if it is higher. posts: [warps].
 inline __device__ __noinline__ float post_pivot(const float* scores, int count, float pivot, int share,
-                                                volatile uint32_t* posts, int warps, int warp) {
+                                                uint32_t* posts, int warps, int warp) {
   const int lane = threadIdx.x % 32;
   const uint32_t reached = GroupTops(scores, count).reached_by(share);
-  if (lane == 0 && reached > posts[warp]) posts[warp] = reached;
+  if (lane == 0) atomicMax(posts + warp, reached);
   __syncwarp();
-  const uint32_t least = __reduce_min_sync(kFull, lane < warps ? uint32_t(posts[lane]) : uint32_t(kFull));
+  // Other warps may post meanwhile: an atomic operation reads, too.
+  const uint32_t least = __reduce_min_sync(kFull, lane < warps ? atomicOr(posts + lane, 0u) : uint32_t(kFull));
   return least ? fmaxf(pivot, from_order_key(least)) : pivot;
 }
 
