@@ -1,0 +1,180 @@
+"""The command `vllm-adamas loadtest`: the servers in turn, and a report."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import re
+import signal
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from vllm_adamas.environment import Environment
+from vllm_adamas.errors import AdamasError
+from vllm_adamas.identity import model_folder, text_config
+from vllm_adamas.serving.launch import Server
+from vllm_adamas.serving.loadtest.drive import Run
+from vllm_adamas.serving.loadtest.reconcile import Layers, options_in_force
+from vllm_adamas.serving.loadtest.record import ADAMAS, Results
+from vllm_adamas.serving.loadtest.report import as_html, as_markdown
+from vllm_adamas.serving.loadtest.scenario import Scenario, check_fits, load, shipped
+
+STOCK = {"cpu": "cpu_attn", "cuda": "flash_attn"}  #: vLLM's backend by the type of the device
+#: Arguments of `vllm serve` that the load test gives itself, or that would lock its client out.
+RESERVED = ("--attention-backend", "--additional-config", "--host", "--port", "--uds", "--api-key")
+RESERVED += ("--ssl-keyfile", "--ssl-certfile", "--root-path", "--headless")
+INTERRUPTED = 130
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("scenario", metavar="SCENARIO", help=f"a YAML file, or one of {', '.join(shipped())}")
+    add("model", metavar="MODEL", help="folder or hub name")
+    add("--config", default="{}", metavar="JSON", help="the options you would give under 'adamas'")
+    add("--stock", metavar="BACKEND", help="what to compare with; default: cpu_attn or flash_attn")
+    add("--scale", type=float, default=1.0, help="factor on the lengths of prompts")
+    add("--load", type=float, default=1.0, help="factor on requests, their rate and concurrency")
+    add("--repeats", type=int, help="servers of each backend; default: the scenario's")
+    add("--output", metavar="DIR", default="adamas-loadtest", help="for the report and the logs")
+    add("--limit", type=float, default=3600.0, help="seconds for the traffic of one server")
+    add("--start-limit", type=float, default=1800.0, help="seconds for the start of one server")
+
+
+def loadtest(args, options: dict[str, Any]) -> int:
+    """Runs the command.
+
+    Args:
+        args: ``server_args`` are the arguments of `vllm serve` after ``--``.
+        options: the parsed ``--config``.
+
+    Returns:
+        Exit status 0 if all is well, 1 with problems, 130 after an interrupt.
+
+    Raises:
+        AdamasError: an argument or the scenario is not valid.
+    """
+    scenario = _scenario(args)
+    folder = Path(args.output)
+    folder.mkdir(parents=True, exist_ok=True)
+    with _interruptible():
+        try:
+            results = _run(args, scenario, options, folder)
+        except KeyboardInterrupt:
+            print("vllm-adamas: interrupted; no server is left.", file=sys.stderr)
+            return INTERRUPTED
+        except AdamasError:
+            raise
+        except RuntimeError as error:  # a server or a client ended
+            print(f"vllm-adamas: {error}", file=sys.stderr)
+            return 1
+    problems = results.problems()
+    for problem in problems:
+        print(f"PROBLEM: {problem}")
+    print(f"wrote {folder / 'report.html'}, report.md and record.json")
+    return int(bool(problems))
+
+
+def _scenario(args) -> Scenario:
+    for name in ("scale", "load", "limit", "start_limit", "repeats"):
+        value = getattr(args, name)
+        if value is not None and value <= 0:
+            raise AdamasError(
+                f"--{name.replace('_', '-')} {value:g} is not above 0: give a larger one."
+            )
+    scenario = load(args.scenario).scaled(args.scale, args.load)
+    server_args = (*scenario.server_args, *args.server_args)
+    for argument in server_args:
+        if (name := argument.partition("=")[0]) in RESERVED:
+            raise AdamasError(f"{name} is not for both servers to share: leave it out.")
+    changed = {"server_args": server_args, "repeats": args.repeats or scenario.repeats}
+    scenario = scenario.model_copy(update=changed)
+    if (admitted := _max_model_len(args.model, server_args)) is not None:
+        check_fits(scenario.traffic, admitted)
+    return scenario
+
+
+def _max_model_len(model: str, server_args: Sequence[str]) -> int | None:
+    """The longest context, as far as it is known before a server starts."""
+    given = re.findall(r"--max-model-len[ =](\d+)(?: |$)", " ".join(server_args))
+    if given:
+        return int(given[-1])
+    folder = None if "--max-model-len" in " ".join(server_args) else model_folder(model)
+    return text_config(str(folder)).get("max_position_embeddings") if folder else None
+
+
+def _run(args, scenario: Scenario, options: dict[str, Any], folder: Path) -> Results:
+    environment = Environment.capture()
+    stock = args.stock or STOCK["cuda" if environment.gpu else "cpu"]
+    facts = {
+        "name": Path(args.scenario).stem,
+        "model": Path(args.model).name,
+        "options": options,
+        "scale": args.scale,
+        "load": args.load,
+        "environment": environment.record(),
+    }
+    results = Results(facts, scenario, stock)
+    # adamas first: what it refuses is refused before anything has run.
+    order = [(name, n) for n in range(scenario.repeats) for name in (ADAMAS, stock)]
+    for number, (backend, repeat) in enumerate(order, 1):
+        name = f"{backend}-{repeat + 1}"
+        print(f"{name}, server {number} of {len(order)}: starting", file=sys.stderr, flush=True)
+        with Server(
+            args.model,
+            backend,
+            options if backend == ADAMAS else None,
+            scenario.server_args,
+            log_path=folder / f"{name}.server.log",
+            timeout=args.start_limit,
+        ) as server:
+            print(f"{name}: started", file=sys.stderr, flush=True)
+            run = Run(scenario, server, name, folder, scenario.seed + repeat, args.limit)
+            outcome = asyncio.run(run.drive())
+            layers, remark = _layers(server) if backend == ADAMAS else (None, "")
+        results.add(backend, outcome, layers, remark)
+        _write(results.record(), folder)  # after each server: the next one may fail
+    return results
+
+
+def _layers(server: Server) -> tuple[Layers | None, str]:
+    """The sparse layers under a server, or why they are unknown."""
+    folder = model_folder(server.model)
+    if folder is None:
+        return (
+            None,
+            "the counters of adamas are not reconciled: the model's config.json is not here",
+        )
+    try:
+        config = options_in_force(server.get("/metrics"))
+        return Layers.of(text_config(str(folder)), config), ""
+    except (KeyError, ValueError) as error:
+        return None, f"the counters of adamas are not reconciled: {error}"
+
+
+def _write(record: dict[str, Any], folder: Path) -> None:
+    (folder / "record.json").write_text(json.dumps(record) + "\n")
+    (folder / "report.md").write_text(as_markdown(record))
+    (folder / "report.html").write_text(as_html(record))
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """SIGTERM ends the run as an interrupt does, and a second signal does not stop the first from cleaning up."""
+
+    def interrupt(number, frame):
+        for one in before:
+            signal.signal(one, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    before = {one: signal.getsignal(one) for one in (signal.SIGINT, signal.SIGTERM)}
+    for one in before:
+        signal.signal(one, interrupt)
+    try:
+        yield
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)
