@@ -20,8 +20,9 @@ from vllm_adamas.serving.launch import Server
 from vllm_adamas.serving.loadtest.drive import Run
 from vllm_adamas.serving.loadtest.reconcile import Layers, options_in_force
 from vllm_adamas.serving.loadtest.record import ADAMAS, Results
-from vllm_adamas.serving.loadtest.report import as_html, as_markdown
+from vllm_adamas.serving.loadtest.report import as_html, as_markdown, ratios
 from vllm_adamas.serving.loadtest.scenario import Scenario, check_fits, load, shipped
+from vllm_adamas.tables import plain
 
 STOCK = {"cpu": "cpu_attn", "cuda": "flash_attn"}  #: vLLM's backend by the type of the device
 #: Arguments of `vllm serve` that the load test gives itself, or that would lock its client out.
@@ -60,22 +61,27 @@ def loadtest(args, options: dict[str, Any]) -> int:
     scenario = _scenario(args)
     folder = Path(args.output)
     folder.mkdir(parents=True, exist_ok=True)
+    results = _results(args, scenario, options)
+    status = 1
     with _interruptible():
         try:
-            results = _run(args, scenario, options, folder)
+            _run(args, results, folder)
         except KeyboardInterrupt:
-            print("vllm-adamas: interrupted; no server is left.", file=sys.stderr)
-            return INTERRUPTED
+            results.ended, status = "interrupted; no server is left", INTERRUPTED
         except AdamasError:
             raise
-        except RuntimeError as error:  # a server or a client ended
-            print(f"vllm-adamas: {error}", file=sys.stderr)
-            return 1
-    problems = results.problems()
-    for problem in problems:
+        except (
+            RuntimeError
+        ) as error:  # a server or a client ended: the message has the end of its log
+            results.ended = str(error).partition(". The end of ")[0]
+            print(error, file=sys.stderr)
+        record = _write(results, folder)
+    table = ratios(record)
+    print(plain(table.headers, table.rows))
+    for problem in record["problems"]:
         print(f"PROBLEM: {problem}")
     print(f"wrote {folder / 'report.html'}, report.md and record.json")
-    return int(bool(problems))
+    return 0 if record["ok"] else status
 
 
 def _scenario(args) -> Scenario:
@@ -106,9 +112,8 @@ def _max_model_len(model: str, server_args: Sequence[str]) -> int | None:
     return text_config(str(folder)).get("max_position_embeddings") if folder else None
 
 
-def _run(args, scenario: Scenario, options: dict[str, Any], folder: Path) -> Results:
+def _results(args, scenario: Scenario, options: dict[str, Any]) -> Results:
     environment = Environment.capture()
-    stock = args.stock or STOCK["cuda" if environment.gpu else "cpu"]
     facts = {
         "name": Path(args.scenario).stem,
         "model": Path(args.model).name,
@@ -117,16 +122,22 @@ def _run(args, scenario: Scenario, options: dict[str, Any], folder: Path) -> Res
         "load": args.load,
         "environment": environment.record(),
     }
-    results = Results(facts, scenario, stock)
+    stock = args.stock or STOCK["cuda" if environment.gpu else "cpu"]
+    return Results(facts, scenario, stock)
+
+
+def _run(args, results: Results, folder: Path) -> None:
+    """Runs the servers one after another; what is written after each survives the next one's end."""
+    scenario = results.scenario
     # adamas first: what it refuses is refused before anything has run.
-    order = [(name, n) for n in range(scenario.repeats) for name in (ADAMAS, stock)]
+    order = [(name, n) for n in range(scenario.repeats) for name in (ADAMAS, results.stock)]
     for number, (backend, repeat) in enumerate(order, 1):
         name = f"{backend}-{repeat + 1}"
         print(f"{name}, server {number} of {len(order)}: starting", file=sys.stderr, flush=True)
         with Server(
             args.model,
             backend,
-            options if backend == ADAMAS else None,
+            results.facts["options"] if backend == ADAMAS else None,
             scenario.server_args,
             log_path=folder / f"{name}.server.log",
             timeout=args.start_limit,
@@ -136,8 +147,7 @@ def _run(args, scenario: Scenario, options: dict[str, Any], folder: Path) -> Res
             outcome = asyncio.run(run.drive())
             layers, remark = _layers(server) if backend == ADAMAS else (None, "")
         results.add(backend, outcome, layers, remark)
-        _write(results.record(), folder)  # after each server: the next one may fail
-    return results
+        _write(results, folder)
 
 
 def _layers(server: Server) -> tuple[Layers | None, str]:
@@ -155,10 +165,13 @@ def _layers(server: Server) -> tuple[Layers | None, str]:
         return None, f"the counters of adamas are not reconciled: {error}"
 
 
-def _write(record: dict[str, Any], folder: Path) -> None:
+def _write(results: Results, folder: Path) -> dict[str, Any]:
+    """Writes the record and its reports; returns the record."""
+    record = results.record()
     (folder / "record.json").write_text(json.dumps(record) + "\n")
     (folder / "report.md").write_text(as_markdown(record))
     (folder / "report.html").write_text(as_html(record))
+    return record
 
 
 @contextmanager

@@ -26,6 +26,7 @@ class Results:
     Args:
         facts: inputs: scenario, factors, model, options, environment.
         stock: name of the backend that adamas is compared with.
+        ended: what ended the load test before its end; empty if nothing did.
     """
 
     facts: dict[str, Any]
@@ -33,6 +34,7 @@ class Results:
     stock: str
     outcomes: dict[str, list[Outcome]] = field(default_factory=dict)
     runs: list[dict[str, Any]] = field(default_factory=list)
+    ended: str = ""
 
     def add(self, backend: str, outcome: Outcome, layers: Layers | None, remark: str = "") -> None:
         """
@@ -80,7 +82,7 @@ class Results:
                 for row in run["reconciled"]
                 if not row["agrees"]
             ]
-        return found
+        return [*found, *([self.ended] if self.ended else [])]
 
     def record(self) -> dict[str, Any]:
         """As JSON. Ratios of latencies are stock / adamas, those of throughput adamas / stock."""

@@ -101,7 +101,7 @@ def blocks(record: Mapping[str, Any]) -> Iterator[Block]:
         yield Table(["", *record["backends"]], list(_results(record)))
         if record["ratios"]:
             yield Heading("Ratios")
-            yield Table(["", "median", "q1", "q3", "pairs"], list(_ratios(record)))
+            yield ratios(record)
             yield Paragraph(READING)
         yield from _plots(record)
     storms = [run for run in record["runs"] if "storm" in run]
@@ -158,10 +158,17 @@ def _time(milliseconds: float | None) -> str:
     return "" if milliseconds is None else f"{milliseconds:,.1f}"
 
 
-def _ratios(record: Mapping[str, Any]) -> Iterator[list[object]]:
-    for name, found in record["ratios"].items():
-        label = TIMES.get(name, "output tokens per second")
-        yield [label, *(f"{found[key]:.2f}" for key in ("median", "q1", "q3")), f"{found['n']:g}"]
+def ratios(record: Mapping[str, Any]) -> Table:
+    """stock / adamas of latencies, adamas / stock of throughput."""
+    rows = [
+        [
+            TIMES.get(name, "output tokens per second"),
+            *(f"{found[key]:.2f}" for key in ("median", "q1", "q3")),
+            f"{found['n']:g}",
+        ]
+        for name, found in record["ratios"].items()
+    ]
+    return Table(["ratio", "median", "q1", "q3", "pairs"], rows)
 
 
 def _plots(record: Mapping[str, Any]) -> Iterator[Plot]:

@@ -489,6 +489,15 @@ def test_a_report_shows_problems_and_escapes_them() -> None:
     assert "&lt;b&gt;503&lt;/b&gt;" in as_html(record)
 
 
+def test_what_ended_a_run_early_is_a_problem() -> None:
+    made = results()
+    made.ended = "The server ended with status -9"
+    assert made.record()["problems"] == [made.ended]
+    nothing = Results(made.facts, scenario(), "cpu_attn", ended=made.ended).record()
+    assert made.ended in as_markdown(nothing)
+    assert Tags(as_html(nothing)).open == []
+
+
 STORM = {
     "requests": {"edge": 30, "burst": 12},
     "errors": {"edge": {"HTTP 500": 2}},
@@ -646,7 +655,8 @@ def test_an_interrupt_leaves_no_server(llama, tmp_path, sign: int, when: str) ->
     process.send_signal(sign)
     assert process.wait(60) == 130
     assert processes_of(llama) == {}
-    assert "interrupted; no server is left" in (tmp_path / "stderr").read_text()
+    record = json.loads((tmp_path / "output" / "record.json").read_text())
+    assert record["problems"] == ["interrupted; no server is left"]
 
 
 @pytest.mark.serve
@@ -657,4 +667,6 @@ def test_a_server_that_dies_ends_the_run_with_its_log(llama, tmp_path) -> None:
     assert process.wait(60) == 1
     text = (tmp_path / "stderr").read_text()
     assert "The server ended with status -9. The end of" in text
+    record = json.loads((tmp_path / "output" / "record.json").read_text())
+    assert record["problems"] == ["The server ended with status -9"]
     assert "Using ADAMAS" in text or "POST /v1/completions" in text
