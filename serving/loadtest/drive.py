@@ -220,8 +220,13 @@ class Run:
         outcome.seconds = time.monotonic() - begin
         outcome.storm = json.loads(file.read_text())
         file.unlink()
-        for place in ("url", "environment"):  # of this run, which its own record describes
-            outcome.storm.pop(place)
+        for fact in (
+            "url",
+            "oracle",
+            "model",
+            "environment",
+        ):  # the load test's own record has them
+            outcome.storm.pop(fact)
         outcome.problems += outcome.storm["problems"]
 
     async def _subprocess(

@@ -5,11 +5,12 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -553,7 +554,20 @@ OPTIONS = {"token_budget": 64}
 
 @pytest.fixture(scope="module")
 def llama(tmp_path_factory) -> Path:
-    return random_llama(tmp_path_factory.mktemp("llama"))
+    folder = random_llama(tmp_path_factory.mktemp("llama"))
+    shutil.copy(MODEL / "chat_template.jinja", folder)  # a storm chats
+    return folder
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A server of the random Llama."""
+
+    model: Path
+    args: str = ""
+
+    def arguments(self) -> tuple:
+        return self.model, "adamas", OPTIONS, [*SMALL.split(), *self.args.split()]
 
 
 def drive(server: Server, scenario: Scenario, folder: Path) -> Outcome:
@@ -574,21 +588,36 @@ def agrees(server: Server, outcome: Outcome) -> None:
 
 @pytest.mark.serve
 @pytest.mark.slow
+def test_a_soak_is_a_storm(serve, llama, tmp_path) -> None:
+    sizes = {"prompt_tokens": 200, "output_tokens": 16, "burst": 4, "concurrency": 4}
+    soak = {"kind": "soak", "requests": 40, "check": 5, "growth_mib": 4096, **sizes}
+    test = Scenario.model_validate({"description": "A soak.", "traffic": soak})
+    found = drive(serve(Spec(llama)), test, tmp_path)
+    assert found.problems == []
+    assert sum(found.storm["requests"].values()) >= 40
+    assert found.storm["checks"]["replayed"]["compared"] > 0
+    assert str(llama) not in json.dumps(found.storm)
+    made = Results(results().facts, test, "cpu_attn")
+    made.add("adamas", found, None)
+    assert "## Soak" in as_markdown(json.loads(json.dumps(made.record(), allow_nan=False)))
+
+
+@pytest.mark.serve
+@pytest.mark.slow
 @pytest.mark.parametrize("args", ["", "--api-server-count 2"])
-def test_counters_reconcile_with_what_was_sent(llama, tmp_path, args: str) -> None:
+def test_counters_reconcile_with_what_was_sent(serve, llama, tmp_path, args: str) -> None:
     """Under `vllm bench serve`, under agents, and with several API servers."""
-    with Server(llama, "adamas", OPTIONS, [*SMALL.split(), *args.split()]) as server:
-        asked = drive(server, scenario(), tmp_path)
-        assert [one.prompt_tokens // 64 for one in asked.samples] == [1, 5, 1, 5]
-        agrees(server, asked)
-        grown = drive(server, scenario(AGENTS), tmp_path)
-        for turns in (grown.samples[:3], grown.samples[3:]):
-            lengths = [one.prompt_tokens for one in turns]
-            assert 100 <= lengths[0] <= 140
-            assert all(24 <= b - a <= 48 for a, b in itertools.pairwise(lengths))
-        agrees(server, grown)
-        left = [file.name for file in tmp_path.iterdir()]
-        assert left == ["adamas-1.client.log"]
+    server = serve(Spec(llama, args))
+    asked = drive(server, scenario(), tmp_path)
+    assert [one.prompt_tokens // 64 for one in asked.samples] == [1, 5, 1, 5]
+    agrees(server, asked)
+    grown = drive(server, scenario(AGENTS), tmp_path)
+    for turns in (grown.samples[:3], grown.samples[3:]):
+        lengths = [one.prompt_tokens for one in turns]
+        assert 100 <= lengths[0] <= 140
+        assert all(24 <= b - a <= 48 for a, b in itertools.pairwise(lengths))
+    agrees(server, grown)
+    assert [file.name for file in tmp_path.iterdir()] == ["adamas-1.client.log"]
 
 
 @pytest.mark.serve
