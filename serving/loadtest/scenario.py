@@ -325,11 +325,11 @@ def load(name: str) -> Scenario:
     try:
         return Scenario.model_validate(found)
     except ValidationError as error:
-        raise AdamasError(f"{name}: {_sentence(error)}") from None
+        raise AdamasError(_sentence(name, error)) from None
 
 
-def _sentence(error: ValidationError) -> str:
-    """The first error, with the key's place in the file and the way out."""
+def _sentence(name: str, error: ValidationError) -> str:
+    """The first error of a file, with the key's place in the file and the way out."""
     first = error.errors()[0]
     place = [str(part) for part in first["loc"]]
     kinds = {model.model_fields["kind"].annotation.__args__[0]: model for model in KINDS}
@@ -340,13 +340,13 @@ def _sentence(error: ValidationError) -> str:
         model = Objectives
     key = ".".join(place)
     if first["type"] == "extra_forbidden":
-        return f"{key} is not a key: valid are {', '.join(model.model_fields)}."
+        return f"{name}: {key} is not a key: valid are {', '.join(model.model_fields)}."
     if first["type"] == "missing":
-        return f"{key} is missing: add it."
+        return f"{name}: {key} is missing: add it."
     if first["type"].startswith("union_tag"):
-        return f"{key}.kind must be one of {', '.join(kinds)}: correct it."
+        return f"{name}: {key}.kind must be one of {', '.join(kinds)}: correct it."
     message = first["msg"].removeprefix("Value error, ")
-    return f"{key} is not valid ({message[:1].lower()}{message[1:]}): correct it."
+    return f"{name}: {key} is not valid ({message[:1].lower()}{message[1:]}): correct it."
 
 
 KINDS = (SharedPrefix, Documents, Bursts, Agents, Trace, Soak)
