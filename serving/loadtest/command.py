@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import math
 import re
 import signal
 import sys
@@ -25,9 +26,9 @@ from vllm_adamas.serving.loadtest.scenario import Scenario, check_fits, load, sh
 from vllm_adamas.tables import plain
 
 STOCK = {"cpu": "cpu_attn", "cuda": "flash_attn"}  #: vLLM's backend by the type of the device
-#: Arguments of `vllm serve` that the load test gives itself, or that would lock its client out.
+#: Arguments of `vllm serve` that the load test gives itself, or that would hide the server or its counters.
 RESERVED = ("--attention-backend", "--additional-config", "--host", "--port", "--uds", "--api-key")
-RESERVED += ("--ssl-keyfile", "--ssl-certfile", "--root-path", "--headless")
+RESERVED += ("--ssl-keyfile", "--ssl-certfile", "--root-path", "--headless", "--disable-log-stats")
 INTERRUPTED = 130
 
 
@@ -60,7 +61,12 @@ def loadtest(args, options: dict[str, Any]) -> int:
     """
     scenario = _scenario(args)
     folder = Path(args.output)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise AdamasError(
+            f"--output {folder} cannot be made a folder ({error.strerror}): give another path."
+        ) from None
     results = _results(args, scenario, options)
     status = 1
     with _interruptible():
@@ -70,9 +76,7 @@ def loadtest(args, options: dict[str, Any]) -> int:
             results.ended, status = "interrupted; no server is left", INTERRUPTED
         except AdamasError:
             raise
-        except (
-            RuntimeError
-        ) as error:  # a server or a client ended: the message has the end of its log
+        except RuntimeError as error:  # of a server or a client; it has the end of their log
             results.ended = str(error).partition(". The end of ")[0]
             print(error, file=sys.stderr)
         record = _write(results, folder)
@@ -87,29 +91,35 @@ def loadtest(args, options: dict[str, Any]) -> int:
 def _scenario(args) -> Scenario:
     for name in ("scale", "load", "limit", "start_limit", "repeats"):
         value = getattr(args, name)
-        if value is not None and value <= 0:
+        if value is not None and not 0 < value < math.inf:
             raise AdamasError(
-                f"--{name.replace('_', '-')} {value:g} is not above 0: give a larger one."
+                f"--{name.replace('_', '-')} {value:g} is impossible: give a finite number above 0."
             )
+    if args.stock and args.stock.lower() == ADAMAS:
+        raise AdamasError(f"--stock {args.stock} would compare adamas with itself: leave it out.")
     scenario = load(args.scenario).scaled(args.scale, args.load)
     server_args = (*scenario.server_args, *args.server_args)
     for argument in server_args:
-        if (name := argument.partition("=")[0]) in RESERVED:
-            raise AdamasError(f"{name} is not for both servers to share: leave it out.")
+        if (name := argument.partition("=")[0].replace("_", "-")) in RESERVED:
+            raise AdamasError(f"{name} cannot be passed to the servers: leave it out.")
     changed = {"server_args": server_args, "repeats": args.repeats or scenario.repeats}
     scenario = scenario.model_copy(update=changed)
-    if (admitted := _max_model_len(args.model, server_args)) is not None:
+    if (admitted := known_max_model_len(args.model, server_args)) is not None:
         check_fits(scenario.traffic, admitted)
     return scenario
 
 
-def _max_model_len(model: str, server_args: Sequence[str]) -> int | None:
+def known_max_model_len(model: str, server_args: Sequence[str]) -> int | None:
     """The longest context, as far as it is known before a server starts."""
-    given = re.findall(r"--max-model-len[ =](\d+)(?: |$)", " ".join(server_args))
+    given = re.findall(r"--max[-_]model[-_]len[ =](\S*)", " ".join(server_args))
     if given:
-        return int(given[-1])
-    folder = None if "--max-model-len" in " ".join(server_args) else model_folder(model)
-    return text_config(str(folder)).get("max_position_embeddings") if folder else None
+        return int(given[-1]) if given[-1].isdecimal() else None
+    if (folder := model_folder(model)) is None:
+        return None
+    config = text_config(str(folder))
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    # vLLM multiplies by the factors of some position encodings.
+    return None if "factor" in rope else config.get("max_position_embeddings")
 
 
 def _results(args, scenario: Scenario, options: dict[str, Any]) -> Results:
@@ -152,17 +162,16 @@ def _run(args, results: Results, folder: Path) -> None:
 
 def _layers(server: Server) -> tuple[Layers | None, str]:
     """The sparse layers under a server, or why they are unknown."""
-    folder = model_folder(server.model)
-    if folder is None:
-        return (
-            None,
-            "the counters of adamas are not reconciled: the model's config.json is not here",
-        )
-    try:
-        config = options_in_force(server.get("/metrics"))
-        return Layers.of(text_config(str(folder)), config), ""
-    except (KeyError, ValueError) as error:
-        return None, f"the counters of adamas are not reconciled: {error}"
+    reason = "the model's config.json is not here"
+    if (folder := model_folder(server.model)) is not None:
+        try:
+            config = options_in_force(server.get("/metrics"))
+            return Layers.of(text_config(str(folder)), config), ""
+        except KeyError as error:
+            reason = f"config.json has no {error}"
+        except (OSError, ValueError) as error:
+            reason = str(error)
+    return None, f"the counters of adamas are not reconciled: {reason}"
 
 
 def _write(results: Results, folder: Path) -> dict[str, Any]:

@@ -220,12 +220,7 @@ class Run:
         outcome.seconds = time.monotonic() - begin
         outcome.storm = json.loads(file.read_text())
         file.unlink()
-        for fact in (
-            "url",
-            "oracle",
-            "model",
-            "environment",
-        ):  # the load test's own record has them
+        for fact in ("url", "oracle", "model", "environment"):  # the load test's record has them
             outcome.storm.pop(fact)
         outcome.problems += outcome.storm["problems"]
 

@@ -74,14 +74,20 @@ class Layers:
 
 
 def options_in_force(metrics: str) -> AdamasConfig:
-    """The configuration that a server shows at ``/metrics``."""
-    (sample,) = (
-        sample
+    """The configuration that a server shows at ``/metrics``.
+
+    Raises:
+        ValueError: it shows none, or those of several engines.
+    """
+    shown = [
+        sample.labels
         for family in text_string_to_metric_families(metrics)
         for sample in family.samples
         if sample.name == "vllm:adamas_config_info"
-    )
-    labels = sample.labels
+    ]
+    if len(shown) != 1:
+        raise ValueError(f"the server shows the options of {len(shown)} engines")
+    (labels,) = shown
     return AdamasConfig.parse(
         {name: _value(labels[name]) for name in AdamasConfig.model_fields if name in labels}
     )
@@ -124,25 +130,26 @@ def reconcile(
 
     Args:
         requests: (prompt, output) tokens of all that the server answered.
-        moved: increase of each counter.
+        moved: increase of each counter; one that the server does not export is 0.
         layers: sparse layers; None for a server without.
 
     Returns:
         The rows, and remarks about what widened them.
     """
     count, longest = len(requests), max(map(sum, requests))
-    preempted = int(moved.get(PREEMPTIONS, 0))
+    counted = Counter({name: int(value) for name, value in moved.items()})
+    preempted = counted[PREEMPTIONS]
     prompts, outputs = (sum(tokens) for tokens in zip(*requests, strict=True))
     plain = ((REQUESTS, count, 0), (PROMPTS, prompts, preempted * longest), (OUTPUTS, outputs, 0))
-    rows = [Row(name, low, low + more, int(moved[name])) for name, low, more in plain]
+    rows = [Row(name, low, low + more, counted[name]) for name, low, more in plain]
     remarks = [f"{preempted} requests were preempted"] if preempted else []
     if layers is None:
         return rows, remarks
-    if moved.get(DRAFTS):
+    if counted[DRAFTS]:
         return rows, [*remarks, "speculative decoding: rows depend on what was drafted"]
     wanted = expected(layers, requests)
     total = sum(layers.budgets.values())
-    more = int(moved[SPARSE] + moved[DENSE]) - wanted[SPARSE] - wanted[DENSE]
+    more = counted[SPARSE] + counted[DENSE] - wanted[SPARSE] - wanted[DENSE]
     alone = max(0, -(-more // total) + preempted) if total else 0
     if alone > count + preempted:
         alone = 0  # more than there are prompts: the counters are wrong
@@ -156,5 +163,5 @@ def reconcile(
         (ATTENDED, tokens, tokens),
     ):
         low, high = wanted[name] - preempted * step, wanted[name] + alone * extra
-        rows.append(Row(name, max(0, low), high, int(moved[name])))
+        rows.append(Row(name, max(0, low), high, counted[name]))
     return rows, remarks

@@ -82,7 +82,9 @@ class Results:
                 for row in run["reconciled"]
                 if not row["agrees"]
             ]
-        return [*found, *([self.ended] if self.ended else [])]
+        if self.ended:
+            found.append(self.ended)
+        return [_line(problem) for problem in found]
 
     def record(self) -> dict[str, Any]:
         """As JSON. Ratios of latencies are stock / adamas, those of throughput adamas / stock."""
@@ -125,6 +127,11 @@ def between(row: dict[str, Any]) -> str:
     if row["low"] == row["high"]:
         return f"{row['low']:,}"
     return f"{row['low']:,} to {row['high']:,}"
+
+
+def _line(text: str) -> str:
+    """What a server answered may be in the text, so line breaks and control characters become spaces."""
+    return "".join(sign if sign.isprintable() else " " for sign in text)
 
 
 def _request(sample: Sample) -> list[Any]:

@@ -54,12 +54,18 @@ def as_markdown(record: Mapping[str, Any]) -> str:
     lines: list[str] = []
     for block in blocks(record):
         if isinstance(block, Heading):
-            lines += [f"{'##' if lines else '#'} {block.text}", ""]
+            lines += [f"{'##' if lines else '#'} {_inert(block.text)}", ""]
         elif isinstance(block, Paragraph):
-            lines += [block.text, ""]
+            lines += [_inert(block.text), ""]
         elif isinstance(block, Table):
-            lines += [*markdown(block.headers, block.rows), ""]
+            headers, *rows = ([*map(_inert, row)] for row in (block.headers, *block.rows))
+            lines += [*markdown(headers, rows), ""]
     return "\n".join(lines)
+
+
+def _inert(text: object) -> str:
+    """Text without HTML, links and images for Markdown to render: what a server answered may be in it."""
+    return escape(str(text), quote=False).replace("](", "]\\(").replace("|", "\\|")
 
 
 def as_html(record: Mapping[str, Any]) -> str:

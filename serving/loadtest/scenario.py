@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from importlib.resources import files
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -22,6 +22,7 @@ from vllm_adamas.errors import AdamasError
 
 CHUNK = 16  #: tokens that requests share as one; shared prefixes are multiples of it
 LEAST = 2  #: tokens of a part of a prompt: one alone would be computed as a decode row
+SHIPPED = files("vllm_adamas.serving.loadtest").joinpath("scenarios")
 
 
 def _ordered(span: tuple[int, int]) -> tuple[int, int]:
@@ -257,6 +258,7 @@ Kind = Annotated[
     SharedPrefix | Documents | Bursts | Agents | Trace | Soak,
     Field(discriminator="kind"),
 ]
+KINDS = get_args(get_args(Kind)[0])
 
 
 class Scenario(Model):
@@ -292,8 +294,7 @@ def check_fits(traffic: Traffic, max_model_len: int) -> None:
 
 def shipped() -> list[str]:
     """Names of the scenarios that come with the package."""
-    folder = files("vllm_adamas.serving.loadtest").joinpath("scenarios")
-    return sorted(file.name.removesuffix(".yaml") for file in folder.iterdir())
+    return sorted(file.name.removesuffix(".yaml") for file in SHIPPED.iterdir())
 
 
 def load(name: str) -> Scenario:
@@ -304,20 +305,15 @@ def load(name: str) -> Scenario:
     """
     import yaml
 
-    if name in shipped():
-        text = (
-            files("vllm_adamas.serving.loadtest").joinpath("scenarios", f"{name}.yaml").read_text()
-        )
-    elif Path(name).is_file():
-        text = Path(name).read_text()
-    else:
-        raise AdamasError(
-            f"{name} is neither a file nor a scenario: give a YAML file or one of "
-            f"{', '.join(shipped())}."
-        )
+    file = SHIPPED.joinpath(f"{name}.yaml") if name in shipped() else Path(name)
     try:
-        found = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        found = yaml.safe_load(file.read_bytes())
+    except OSError:
+        raise AdamasError(
+            f"{name} is neither a scenario nor a file that can be read: give a YAML file or one of "
+            f"{', '.join(shipped())}."
+        ) from None
+    except (yaml.YAMLError, ValueError) as error:  # a ValueError is a date that does not exist
         line = getattr(getattr(error, "problem_mark", None), "line", 0) + 1
         raise AdamasError(f"{name} is not YAML from line {line} on: correct it there.") from None
     if not isinstance(found, dict):
@@ -347,6 +343,3 @@ def _sentence(name: str, error: ValidationError) -> str:
         return f"{name}: {key}.kind must be one of {', '.join(kinds)}: correct it."
     message = first["msg"].removeprefix("Value error, ")
     return f"{name}: {key} is not valid ({message[:1].lower()}{message[1:]}): correct it."
-
-
-KINDS = (SharedPrefix, Documents, Bursts, Agents, Trace, Soak)

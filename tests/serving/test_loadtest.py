@@ -16,12 +16,13 @@ from pathlib import Path
 
 import pytest
 import yaml
-from common import MODEL, is_one_sentence, random_llama, refused
+from common import MODEL, ROOT, is_one_sentence, random_llama, refused
 
 from vllm_adamas.budget import TokenBudget
 from vllm_adamas.cli import main
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.serving.launch import Server
+from vllm_adamas.serving.loadtest.command import known_max_model_len
 from vllm_adamas.serving.loadtest.drive import Outcome, Run, samples
 from vllm_adamas.serving.loadtest.measure import Sample, ratios, spread, values
 from vllm_adamas.serving.loadtest.plot import chart, shares, ticks
@@ -122,6 +123,7 @@ def changed(**changes) -> dict:
         (changed(t_kind=None), "traffic.kind must be one of"),
         ("- a list", "no keys"),
         ("a: [1", "not YAML"),
+        ("a: 2026-02-30", "not YAML"),
     ],
 )
 def test_a_mistake_in_a_scenario_is_one_sentence(tmp_path, content, named: str) -> None:
@@ -129,17 +131,26 @@ def test_a_mistake_in_a_scenario_is_one_sentence(tmp_path, content, named: str) 
 
 
 def test_a_scenario_that_is_not_there_names_those_that_are() -> None:
-    refused(lambda: load("squall"), "squall is neither a file nor a scenario", *shipped())
+    refused(lambda: load("squall"), "squall is neither a scenario nor a file", *shipped())
+
+
+def test_a_scenario_that_cannot_be_read_is_refused(tmp_path) -> None:
+    refused(lambda: load(str(tmp_path)), "nor a file that can be read")
+    (tmp_path / "mine.yaml").write_bytes(b"description: \xff")
+    refused(lambda: load(str(tmp_path / "mine.yaml")), "not YAML")
 
 
 @pytest.mark.parametrize(
     ("args", "named"),
     [
-        (["--scale", "0"], "--scale 0 is not above 0"),
+        (["--scale", "0"], "--scale 0 is impossible"),
+        (["--load", "inf"], "--load inf is impossible"),
+        (["--limit", "nan"], "--limit nan is impossible"),
         (["--repeats", "-1"], "--repeats -1"),
         (["--config", '{"token_budget": "x"}'], "adamas.token_budget"),
-        (["--", "--port", "80"], "--port is not for both servers"),
-        (["--", "--api-key=x"], "--api-key"),
+        (["--stock", "ADAMAS"], "--stock ADAMAS would compare adamas with itself"),
+        (["--", "--port", "80"], "--port cannot be passed to the servers"),
+        (["--", "--api_key=x"], "--api-key"),
         (
             ["--", "--max-model-len", "300"],
             "longest context has 337 tokens, and the server admits 300",
@@ -155,6 +166,30 @@ def test_mistakes_end_before_a_server_starts(tmp_path, capsys, args, named: str)
     assert named in error
     assert is_one_sentence(error), error
     assert not output.exists()
+
+
+def test_a_report_that_has_no_place_ends_before_a_server_starts(tmp_path, capsys) -> None:
+    file = written(tmp_path, DOCUMENTS)
+    assert main(["loadtest", file, str(MODEL), "--output", file]) == 2
+    error = capsys.readouterr().err.removeprefix("vllm-adamas: ").rstrip("\n")
+    assert "cannot be made a folder (File exists)" in error
+    assert is_one_sentence(error), error
+
+
+@pytest.mark.parametrize(
+    ("args", "rope", "length"),
+    [
+        ([], {}, 4096),
+        ([], {"rope_type": "yarn", "factor": 4.0}, None),
+        (["--max-model-len", "300"], {}, 300),
+        (["--max_model_len=300", "--seed", "1"], {}, 300),
+        (["--max-model-len", "8k"], {}, None),
+    ],
+)
+def test_the_longest_context_is_known_or_left_to_the_server(tmp_path, args, rope, length) -> None:
+    config = {"max_position_embeddings": 4096, "rope_parameters": rope}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert known_max_model_len(str(tmp_path), args) == length
 
 
 def test_arguments_after_two_dashes_are_for_servers_alone(capsys) -> None:
@@ -354,6 +389,10 @@ def test_counters_that_disagree_are_named(changes: dict, named: list[str]) -> No
     assert disagreeing(moved(**changes)) == named
 
 
+def test_a_counter_that_is_not_exported_disagrees() -> None:
+    assert disagreeing({}, layers=None) == [REQUESTS, PROMPTS, OUTPUTS]
+
+
 def test_what_requests_do_not_show_widens_what_agrees() -> None:
     lost = expected(LAYERS, [(17, 2)])  # the row with 18 tokens of context
     preempted = {"sparse": -lost[SPARSE], "dense": -lost[DENSE], "context": -lost[CONTEXT]}
@@ -386,6 +425,8 @@ def test_options_in_force_are_read_from_the_metrics() -> None:
     labels = ",".join(f"{name}={json.dumps(value)}" for name, value in options(config).items())
     text = f'vllm:adamas_config_info{{model_name="m",{labels}}} 1.0\n'
     assert options_in_force(text).model_dump() == config.model_dump()
+    with pytest.raises(ValueError, match="options of 0 engines"):
+        options_in_force("")
 
 
 # Records and reports
@@ -485,9 +526,18 @@ def test_a_report_is_made_from_a_record_alone() -> None:
 
 
 def test_a_report_shows_problems_and_escapes_them() -> None:
-    record = results(problems=["unhealthy, first <b>503</b>"]).record()
-    assert "## Problems" in as_markdown(record)
+    record = results(problems=["first <b>503</b> |\n\x1b[31m![x](//y)"]).record()
+    text = as_markdown(record)
+    assert "## Problems" in text
+    assert "| adamas, repeat 1: first &lt;b&gt;503&lt;/b&gt; \\|  [31m![x]\\(//y) |" in text
     assert "&lt;b&gt;503&lt;/b&gt;" in as_html(record)
+
+
+def test_the_recorded_report_is_that_of_its_record() -> None:
+    name = ROOT / "benchmarks" / "results" / "loadtest_cpu"
+    record = json.loads(name.with_suffix(".json").read_text())
+    assert as_markdown(record) == name.with_suffix(".md").read_text()
+    assert as_html(record) == name.with_suffix(".html").read_text()
 
 
 def test_what_ended_a_run_early_is_a_problem() -> None:
