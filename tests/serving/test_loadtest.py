@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from html.parser import HTMLParser
 from pathlib import Path
@@ -609,6 +611,12 @@ def llama(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def unserved(tmp_path_factory) -> Path:
+    """The same in another folder, whose processes are those of a load test alone."""
+    return random_llama(tmp_path_factory.mktemp("unserved"))
+
+
 @dataclass(frozen=True)
 class Spec:
     """A server of the random Llama."""
@@ -653,8 +661,7 @@ def test_a_soak_is_a_storm(serve, llama, tmp_path) -> None:
 
 
 @pytest.mark.serve
-@pytest.mark.slow
-@pytest.mark.parametrize("args", ["", "--api-server-count 2"])
+@pytest.mark.parametrize("args", ["", pytest.param("--api-server-count 2", marks=pytest.mark.slow)])
 def test_counters_reconcile_with_what_was_sent(serve, llama, tmp_path, args: str) -> None:
     """Under `vllm bench serve`, under agents, and with several API servers."""
     server = serve(Spec(llama, args))
@@ -705,19 +712,24 @@ def servers_of(model: Path) -> list[int]:
     return [pid for pid, words in found if words[words.index(b"serve") + 1] == str(model).encode()]
 
 
-def started(llama: Path, tmp_path: Path, wait_for: str) -> subprocess.Popen:
-    """A load test as a command, once a line of its progress is there."""
+@contextmanager
+def started(model: Path, tmp_path: Path, wait_for: str) -> Iterator[subprocess.Popen]:
+    """A load test as a command, once a line of its progress is there; it ends with the context."""
     long = {**DOCUMENTS["traffic"], "questions": 200, "output_tokens": 300}
     file = written(tmp_path, {**DOCUMENTS, "traffic": long})
-    command = [sys.executable, "-m", "vllm_adamas.cli", "loadtest", file, str(llama)]
+    command = [sys.executable, "-m", "vllm_adamas.cli", "loadtest", file, str(model)]
     command += ["--output", str(tmp_path / "output"), "--", *SMALL.split()]
     with (tmp_path / "stderr").open("wb") as errors:
         process = subprocess.Popen(command, stderr=errors, start_new_session=True)
-    deadline = time.monotonic() + 300
-    while wait_for not in (tmp_path / "stderr").read_text():
-        assert process.poll() is None and time.monotonic() < deadline
-        time.sleep(0.2)
-    return process
+    try:
+        deadline = time.monotonic() + 300
+        while wait_for not in (tmp_path / "stderr").read_text():
+            assert process.poll() is None and time.monotonic() < deadline
+            time.sleep(0.2)
+        yield process
+    finally:
+        process.terminate()
+        process.wait(60)
 
 
 @pytest.mark.serve
@@ -725,25 +737,26 @@ def started(llama: Path, tmp_path: Path, wait_for: str) -> subprocess.Popen:
 @pytest.mark.parametrize(
     ("sign", "when"), [(signal.SIGINT, "under way"), (signal.SIGTERM, "starting")]
 )
-def test_an_interrupt_leaves_no_server(llama, tmp_path, sign: int, when: str) -> None:
-    process = started(llama, tmp_path, when)
-    deadline = time.monotonic() + 60
-    while not processes_of(llama) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert processes_of(llama)
-    process.send_signal(sign)
-    assert process.wait(60) == 130
-    assert processes_of(llama) == {}
+def test_an_interrupt_leaves_no_server(unserved, tmp_path, sign: int, when: str) -> None:
+    with started(unserved, tmp_path, when) as process:
+        deadline = time.monotonic() + 60
+        while not processes_of(unserved) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        assert processes_of(unserved)
+        process.send_signal(sign)
+        assert process.wait(60) == 130
+    assert processes_of(unserved) == {}
     record = json.loads((tmp_path / "output" / "record.json").read_text())
     assert record["problems"] == ["interrupted; no server is left"]
 
 
 @pytest.mark.serve
 @pytest.mark.slow
-def test_a_server_that_dies_ends_the_run_with_its_log(llama, tmp_path) -> None:
-    process = started(llama, tmp_path, "under way")
-    os.killpg(servers_of(llama)[0], signal.SIGKILL)
-    assert process.wait(60) == 1
+def test_a_server_that_dies_ends_the_run_with_its_log(unserved, tmp_path) -> None:
+    with started(unserved, tmp_path, "under way") as process:
+        (server,) = servers_of(unserved)
+        os.killpg(server, signal.SIGKILL)
+        assert process.wait(60) == 1
     text = (tmp_path / "stderr").read_text()
     assert "The server ended with status -9. The end of" in text
     record = json.loads((tmp_path / "output" / "record.json").read_text())
