@@ -19,8 +19,9 @@ CHECKS, OPTIONS = "serving/checks.py", "vllm_adamas/config.py"
 COMMON = "the adamas backend does not support "
 #: Functions that return a sentence for others to raise, by module.
 WRITERS = {OPTIONS: "_sentence", "serving/compat.py": "unsupported_vllm"}
+WRITERS |= {"serving/loadtest/scenario.py": "_sentence"}
 #: Raised as they were returned.
-PASSED_ON = {"_sentence(err)", "problem"}
+PASSED_ON = {"_sentence(err)", "_sentence(name, error)", "problem"}
 #: Functions whose ValueErrors pydantic hands to `_sentence`, and what it writes around them.
 VALIDATORS = {"_check": "adamas.{}", "_check_budget": "adamas.{}"}
 VALIDATORS |= {"_number_layers": "adamas.layer_budgets=… is not valid ({})"}
