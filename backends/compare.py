@@ -1,21 +1,24 @@
 """How a sparse decode row compares with dense attention: the measures of studies and of the audit of a server.
 
 A row chooses K tokens for each query head. The *kept mass* is the sum of their weights in dense attention, of
-which a learned sink takes a share. The *recall* is the share of the K tokens with the largest weights that are
-among them. The *output error* is ||output - dense|| / ||dense||.
+which a learned sink takes a share. The *oracle mass* is that of the K tokens with the largest weights, and the
+*recall* the share of these that are among the chosen. The *output error* is ||output - dense|| / ||dense||.
 
 Nothing here waits for the device: lengths are tensors there, and the host gives an upper bound.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
-from vllm_adamas.backends.base import Layer, Params
+from vllm_adamas.backends.base import COUNTERS, DecodeBatch, Layer, Params
+from vllm_adamas.backends.inspect import Inspectable
 from vllm_adamas.backends.softmax import soft_cap, softmax
 from vllm_adamas.dtypes import ELEMENTS
 
-KEYS_AT_ONCE = 1 << 24  #: float32 key elements that are held at a time
+KEYS_AT_ONCE = 1 << 22  #: float32 key elements that are held at a time
 
 
 def read_keys(layer: Layer, block_table: torch.Tensor, longest: int) -> torch.Tensor:
@@ -84,17 +87,65 @@ def per_query_head(tokens: torch.Tensor, num_query_heads: int) -> torch.Tensor:
     return tokens.long().repeat_interleave(num_query_heads // tokens.shape[1], 1)
 
 
-def recall(weights: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
-    """The recall of each query head, ``[R, Hq]``; arguments are those of :func:`chosen_weights`."""
-    tokens = per_query_head(tokens, weights.shape[1])
-    chosen = torch.zeros_like(weights).scatter_add_(-1, tokens.clamp_min(0), (tokens >= 0).float())
-    best = weights.topk(tokens.shape[-1], -1).indices  # [R, Hq, K]
-    count = (tokens >= 0).sum(-1, keepdim=True)  # [R, Hq, 1]
+class Choice(NamedTuple):
+    """What each query head chose, ``[R, Hq]`` each: kept mass, oracle mass and recall."""
+
+    kept_mass: torch.Tensor
+    oracle_mass: torch.Tensor
+    recall: torch.Tensor
+
+
+def judge_choice(weights: torch.Tensor, tokens: torch.Tensor) -> Choice:
+    """Arguments are those of :func:`chosen_weights`."""
+    tokens = per_query_head(tokens, weights.shape[1])  # [R, Hq, K]
+    here = tokens >= 0
+    chosen = torch.zeros_like(weights).scatter_add_(-1, tokens.clamp_min(0), here.float())
+    count = here.sum(-1, keepdim=True)  # [R, Hq, 1]
     inside = torch.arange(tokens.shape[-1], device=tokens.device) < count
-    return (chosen.gather(-1, best) * inside).sum(-1) / count.squeeze(-1).clamp_min(1)
+    best, at = weights.topk(tokens.shape[-1], -1)  # [R, Hq, K]
+    return Choice(
+        (weights * chosen).sum(-1),
+        (best * inside).sum(-1),
+        (chosen.gather(-1, at) * inside).sum(-1) / count.squeeze(-1).clamp_min(1),
+    )
 
 
 def output_error(output: torch.Tensor, dense: torch.Tensor, dim) -> torch.Tensor:
     """The output error over the dimensions ``dim``, in float32."""
     off = output.float() - dense.float()
     return off.norm(dim=dim) / dense.float().norm(dim=dim).clamp_min(1e-30)
+
+
+class Comparison(NamedTuple):
+    """The measures of R rows, float32 ``[R]`` each: the error of all query heads as one vector, and the means of the
+    others over the heads."""
+
+    output_error: torch.Tensor
+    kept_mass: torch.Tensor
+    oracle_mass: torch.Tensor
+    recall: torch.Tensor
+
+
+def compare_rows(
+    backend: Inspectable,
+    layer: Layer,
+    query: torch.Tensor,
+    output: torch.Tensor,
+    batch: DecodeBatch,
+) -> Comparison:
+    """Compares the output of R sparse rows with dense attention by the same backend over the same pages.
+
+    Args:
+        query, output: ``[R, Hq, D]``, of the decode step.
+        batch: its rows, with budgets up to the layer's own and with a ``max_seq_len``.
+    """
+    params, longest = layer.params, batch.max_seq_len
+    rows = (query, batch.block_table, batch.seq_lens)
+    dense = torch.empty_like(output)
+    counters = torch.zeros(COUNTERS, dtype=torch.int64, device=query.device)  # nobody reads them
+    backend.decode(layer, query, batch.dense, dense, counters)
+    scores = backend.scan(layer, *rows, longest)
+    most = min(max(params.budget.most(longest), params.least_budget), longest)
+    tokens = backend.select(params, scores, batch.seq_lens, batch.budgets, most)
+    choice = judge_choice(dense_weights(layer, *rows, longest), tokens)
+    return Comparison(output_error(output, dense, (1, 2)), *(x.mean(-1) for x in choice))

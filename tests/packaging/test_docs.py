@@ -28,7 +28,8 @@ def anchors(document: Path) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "script", ["update_readme", "update_kernels", "update_quality", "update_support"]
+    "script",
+    ["update_readme", "update_kernels", "update_quality", "update_support", "update_audit"],
 )
 def test_figures_are_those_of_the_result_files(script):
     command = [sys.executable, f"benchmarks/{script}.py", "--check"]
