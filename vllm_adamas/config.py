@@ -150,7 +150,8 @@ class AdamasConfig(BaseModel):
         0.3,
         gt=0,
         le=MAX_ERROR,
-        description="Output error of an audited row above which it counts as exceeded: the log warns when most do.",
+        description="Relative error of the output above which an audited row is counted; the log warns when most rows "
+        "are above it.",
     )
 
     @model_validator(mode="after")

@@ -13,6 +13,8 @@ import base64
 import hashlib
 import json
 import logging
+import os
+import stat
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -114,26 +116,31 @@ def encode_balance(exponents: torch.Tensor) -> str:
 
 
 def pin(option: str) -> str:
-    """``FILE#sha256=HASH`` for the option ``FILE``; a pinned option is verified and returned as it is.
+    """``FILE#sha256=HASH`` for the option ``FILE``: the hash of the bytes that :func:`load` has checked.
 
     Raises:
         AdamasError: as :func:`load` does.
     """
     path, _, _ = option.partition("#sha256=")
-    load(option)
-    return f"{path}#sha256={_digest(_read(path))}"
+    return f"{path}#sha256={_load(option)[1]}"
 
 
-@cache
 def load(option: str) -> Profile:
     """The profile ``FILE`` or ``FILE#sha256=HASH``, read once per process.
 
     Raises:
         AdamasError: there is no such file, it is not a profile, or its version or hash differs.
     """
+    return _load(option)[0]
+
+
+@cache
+def _load(option: str) -> tuple[Profile, str]:
+    """The profile and the sha256 of the bytes that it was made from."""
     path, _, wanted = option.partition("#sha256=")
     content = _read(path)
-    if wanted and _digest(content) != wanted:
+    digest = hashlib.sha256(content).hexdigest()
+    if wanted and digest != wanted:
         raise AdamasError(
             f"the profile {path} has changed since this server's configuration was read: profiles are "
             "immutable while a server runs, so restart it."
@@ -160,7 +167,7 @@ def load(option: str) -> Profile:
         raise AdamasError(
             f"{path} is not a calibration profile ({error}): make one with `vllm-adamas calibrate`."
         ) from None
-    return profile
+    return profile, digest
 
 
 def _check_sizes(profile: Profile) -> None:
@@ -188,27 +195,31 @@ def shipped_names() -> str:
 
 
 def _read(path: str) -> bytes:
+    """The bytes of a profile, of one open file and at most ``MAX_BYTES``."""
     shipped, file = SHIPPED / f"{path}.json", Path(path)
     try:
         if shipped.is_file() and shipped.parent == SHIPPED and not file.exists():
-            return shipped.read_bytes()
-        size = file.stat().st_size
-        if not file.is_file():
-            problem = "it is no regular file"
-        elif size > MAX_BYTES:
-            problem = f"it has {size} bytes and a profile at most {MAX_BYTES}"
-        else:
-            return file.read_bytes()
+            file = shipped
+        with open(file, "rb", opener=_open_at_once) as opened:
+            if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+                problem = "it is no regular file"
+            elif len(content := opened.read(MAX_BYTES + 1)) > MAX_BYTES:
+                problem = f"it has more than the {MAX_BYTES} bytes of the largest profile"
+            else:
+                return content
     except OSError as error:
         problem = error.strerror
+    except ValueError:
+        problem = "its name holds a null character"
     raise AdamasError(
         f"the profile {path} cannot be read ({problem}): give the path of a file that "
         f"`vllm-adamas calibrate` made, or the name of a shipped one ({shipped_names()})."
     )
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def _open_at_once(path: str, flags: int) -> int:
+    """A pipe is opened too, where ``open`` would wait for a writer."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def check_fits(profile: Profile, path: str, identity: ModelIdentity) -> None:

@@ -1,7 +1,9 @@
 """Calibration profiles: what is stored, what is refused, and how they reach the layers."""
 
+import hashlib
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,8 +83,34 @@ def test_a_pinned_profile_cannot_change(tmp_path: Path) -> None:
     assert profile.pin(pinned) == pinned
     assert profile.load(pinned) == made()
     made(tokens=101).save(path)
-    profile.load.cache_clear()  # another process
+    profile._load.cache_clear()  # another process
     refused(lambda: profile.load(pinned), str(path), "has changed", "restart")
+
+
+def test_the_hash_is_that_of_the_bytes_that_were_checked(tmp_path: Path, monkeypatch) -> None:
+    """A file that is replaced after it was read is not the one that is pinned."""
+    path = tmp_path / "p.json"
+    made().save(path)
+    read, reads = profile._read, []
+
+    def replaced_after_reading(name: str) -> bytes:
+        reads.append(name)
+        content = read(name)
+        path.write_bytes(b"another file")
+        return content
+
+    checked = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(profile, "_read", replaced_after_reading)
+    assert profile.load(str(path)) == made()
+    assert profile.pin(str(path)) == f"{path}#sha256={checked}"
+    assert reads == [str(path)]
+    refused(lambda: profile.load(f"{path}#sha256={checked}"), "has changed")
+
+
+def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    refused(lambda: profile.load(str(path)), str(path), "no regular file")
 
 
 @pytest.mark.parametrize(
@@ -103,7 +131,7 @@ def test_a_pinned_profile_cannot_change(tmp_path: Path) -> None:
         (json.dumps(made().model_dump()).replace("1.0", "1e999").encode(), "finite number"),
         (json.dumps(made().model_dump()).encode()[:-9], "not a calibration profile"),
         (b'{"layers": ' + b"[" * 1_000_000, "nested too deeply"),
-        (b" " * (profile.MAX_BYTES + 1), "67108865 bytes"),
+        (b" " * (profile.MAX_BYTES + 1), "more than the 67108864 bytes"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
@@ -126,9 +154,10 @@ def test_an_unknown_entry_is_refused(tmp_path: Path) -> None:
     ("path", "problem"),
     [
         ("/no/such/p.json", "No such file"),
-        ("/dev", "no regular file"),
+        ("/dev", "Is a directory"),
         ("/dev/zero", "no regular file"),
         ("p" * 300, "name too long"),
+        ("p\0", "null character"),
     ],
 )
 def test_what_is_no_file_is_refused(path: str, problem: str) -> None:
