@@ -97,6 +97,7 @@ class Choice(NamedTuple):
 
 def judge_choice(weights: torch.Tensor, tokens: torch.Tensor) -> Choice:
     """Arguments are those of :func:`chosen_weights`."""
+    kept = chosen_weights(weights, tokens).sum(-1)
     tokens = per_query_head(tokens, weights.shape[1])  # [R, Hq, K]
     here = tokens >= 0
     chosen = torch.zeros_like(weights).scatter_add_(-1, tokens.clamp_min(0), here.float())
@@ -104,7 +105,7 @@ def judge_choice(weights: torch.Tensor, tokens: torch.Tensor) -> Choice:
     inside = torch.arange(tokens.shape[-1], device=tokens.device) < count
     best, at = weights.topk(tokens.shape[-1], -1)  # [R, Hq, K]
     return Choice(
-        (weights * chosen).sum(-1),
+        kept,
         (best * inside).sum(-1),
         (chosen.gather(-1, at) * inside).sum(-1) / count.squeeze(-1).clamp_min(1),
     )

@@ -92,7 +92,7 @@ class Audit:
     ) -> Audit | None:
         """The audit of a KV cache group; None if it is turned off or all of the group's layers are dense."""
         interval = config.audited_every(device.type)
-        layers, model = compat.layers_of(vllm_config), vllm_config.model_config
+        layers = compat.layers_of(vllm_config)
         sparse = {
             name: layers[name]
             for name in layer_names
@@ -105,7 +105,7 @@ class Audit:
         if compat.captures_decode(vllm_config):
             sparse = one_of_each_group(sparse)
         engine = compat.engine_index(vllm_config)
-        num_layers = model.get_total_num_hidden_layers()
+        num_layers = vllm_config.model_config.get_total_num_hidden_layers()
         histograms = Histograms(config, device.type, engine, num_layers)
         return cls(interval, sparse, histograms, device)
 

@@ -33,7 +33,7 @@ EXCEEDED = ("audit_exceeded_rows", "Audited decode rows whose output error is ab
 BUCKETS = len(ERRORS) + 1
 WIDTH = len(MEASURES) * (BUCKETS + 1) + 1
 UNIT = 1e-6
-LARGEST = 1e3  #: larger values, and what is no number, count as this
+LARGEST = 1e3  #: larger values and NaN count as this
 
 
 def groups(num_layers: int) -> list[str]:

@@ -42,7 +42,7 @@ class AdamasMetadata(AttentionMetadata):
         query_start_loc: int32 ``[R + 1]``, 0 to R.
         prefill: plan of the other requests, None if there are none.
         slot_mapping: int64 ``[tokens]``, slots of the step's keys and values.
-        audit: what the decode of each layer is shown to, None unless the step is audited or captured.
+        audit: keeps rows of what the layers decode; None unless the step is audited or captured.
     """
 
     num_decode_rows: int
