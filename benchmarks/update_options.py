@@ -17,6 +17,7 @@ from vllm_adamas.tables import markdown
 
 DOCUMENT = RESULTS.parent.parent / "docs" / "options.md"
 TYPES = {"boolean": "true or false", "integer": "integer", "number": "number", "string": "string"}
+BOUNDS = {"minimum": "{}", "exclusiveMinimum": "above {}", "maximum": "to {}"}
 
 
 def number(value: float) -> str:
@@ -31,8 +32,8 @@ def values(schema: dict) -> str:
         return " or ".join(f"`{json.dumps(value)}`" for value in schema["enum"])
     if schema["type"] == "object":
         return f"object: layer numbers to {values(schema['additionalProperties'])}"
-    bounds = [number(schema[name]) for name in ("minimum", "maximum") if name in schema]
-    return TYPES[schema["type"]] + (f", {' to '.join(bounds)}" if bounds else "")
+    bounds = [text.format(number(schema[name])) for name, text in BOUNDS.items() if name in schema]
+    return ", ".join([TYPES[schema["type"]], *([" ".join(bounds)] if bounds else [])])
 
 
 def lines() -> list[str]:

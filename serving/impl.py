@@ -95,6 +95,7 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         self._params: Params | None = None
         self._bound: Layer | None = None
         self._dense = False
+        self._layer_name = ""  # known when its parameters are loaded
         self._balance: Balance | None = None
         self._largest_step = (
             compat.max_decode_rows(vllm_config),
@@ -166,6 +167,8 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
             self.backend.append(bound, key, value, attn_metadata.slot_mapping)
         if attn_metadata.num_decode_rows:
             self._decode(bound, query, attn_metadata, output)
+            if attn_metadata.audit is not None:
+                attn_metadata.audit.keep(self._layer_name, query, output)
         if attn_metadata.prefill is not None:
             plan = attn_metadata.prefill
             self.dense.prefill(self.backend, bound, plan, query, key, value, output)
@@ -211,6 +214,7 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
     def _load_params(self, layer: Attention, kv_cache: torch.Tensor) -> Params:
         """Builds the parameters at the first step with a KV cache, when vLLM has loaded its weights."""
         self._reserve()
+        self._layer_name = layer.layer_name
         index = extract_layer_index(layer.layer_name)
         self._dense = self.config.is_dense(index) or self.sliding_window is not None
         k_scale, v_scale = compat.kv_scales(layer)

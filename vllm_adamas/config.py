@@ -34,6 +34,8 @@ PAPER_THRESHOLD = 10.0
 MAX_TOKENS = 2**30
 MAX_LAYERS = 2**16
 MAX_SECONDS = 10**6  # eleven days
+MAX_STEPS = 10**9
+MAX_ERROR = 100.0
 THRESHOLDS = (1e-6, 1e6)
 
 BUDGET_WAY_OUT = (
@@ -45,6 +47,9 @@ Tokens = Annotated[int, Field(le=MAX_TOKENS)]
 #: Default budget of layer 0 in multiples of ``token_budget``, for dot with one set per KV head. The layer
 #: attends broadly: with 2048 tokens it errs as other layers do with 512 (docs/quality.md).
 FIRST_LAYER_FACTOR = 8
+
+#: Default ``audit_interval`` on CPUs: the audit takes less than 1 % of TPOT then (docs/audit.md).
+CPU_AUDIT_INTERVAL = 128
 
 LAYER_NUMBER = re.compile("0|[1-9][0-9]{0,4}")
 
@@ -134,6 +139,20 @@ class AdamasConfig(BaseModel):
         description="Seconds between log lines on selection; 0 turns them off.",
     )
     metrics: bool = Field(True, description="Export counters on the server's /metrics.")
+    audit_interval: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_STEPS,
+        description="Decode steps from one audited step to the next, 0 for no audit (default 128 on CPUs, 0 on "
+        "GPUs).",
+    )
+    audit_threshold: float = Field(
+        0.3,
+        gt=0,
+        le=MAX_ERROR,
+        description="Relative error of the output above which an audited row is counted; the log warns when most rows "
+        "are above it.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> AdamasConfig:
@@ -249,6 +268,12 @@ class AdamasConfig(BaseModel):
         if self.num_dense_layers is not None:
             return self.num_dense_layers
         return 1 if self.score == "dot" else 2
+
+    def audited_every(self, device_type: str) -> int:
+        """``audit_interval``, or its default: on a GPU neither the audit nor its cost has been measured yet."""
+        if self.audit_interval is not None:
+            return self.audit_interval
+        return CPU_AUDIT_INTERVAL if device_type == "cpu" else 0
 
     def coding(self, head_size: int) -> Coding:
         """The coding of keys (and, for manhattan, of queries) at one head size."""

@@ -157,10 +157,11 @@ class CudaBackend(Backend, Inspectable):
             stages,
         )
 
-    def scan(self, layer, query, block_table, seq_lens):
+    def scan(self, layer, query, block_table, seq_lens, longest=None):
         params, rows = layer.params, seq_lens.numel()
         held = block_table.shape[-1] * params.layout.block_size
-        longest = max(0, min(int(seq_lens.max()), held)) if rows else 0
+        if longest is None:
+            longest = max(0, min(int(seq_lens.max()), held)) if rows else 0
         check_step(rows, params.num_kv_heads, longest)
         shape = (rows, params.num_score_heads, longest)
         scores = torch.full(shape, float("-inf"), device=query.device, dtype=torch.float32)

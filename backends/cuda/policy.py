@@ -18,9 +18,10 @@ from vllm_adamas.errors import AdamasError
 LEAST_CANDIDATES, MOST_CANDIDATES = 4096, 32768  #: per token set
 WARPS = (16, 8)  #: of a block of the fused kernel; a multiprocessor runs one of 16 or two of 8
 CLUSTERS = (16, *range(8, 0, -1))  #: blocks; 9 to 15 exchange more than they gain over 8
-MOST_FUSED = (
-    1 << 17
-)  #: tokens; the three kernels divide longer contexts of few rows over the whole GPU
+#: Tokens of a launch for the fused kernel. The three kernels divide longer contexts of few rows over the whole GPU.
+MOST_FUSED = 1 << 17
+#: Tokens per warp of the fused kernel if distances are summed; their arithmetic needs the whole GPU sooner.
+MOST_DISTANCES = 512
 
 
 class Form(NamedTuple):

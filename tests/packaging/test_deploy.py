@@ -19,6 +19,7 @@ from common import MODEL, ROOT
 
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.serving import plugin
+from vllm_adamas.serving.histograms import EXCEEDED, MEASURES
 from vllm_adamas.serving.metrics import NAMES
 
 FOLDER = ROOT / "serving" / "deploy"
@@ -31,7 +32,9 @@ DURATION = re.compile(r"[1-9]\d*[smhd]")
 
 def exported() -> set[str]:
     """Names of series at /metrics: the plugin's counters, and vLLM's metrics as its logger declares them."""
-    found = {f"vllm:adamas_{name}_total" for name, _ in NAMES}
+    found = {f"vllm:adamas_{name}_total" for name, _ in (*NAMES, EXCEEDED)}
+    for name, *_ in MEASURES:
+        found |= {f"vllm:adamas_audit_{name}_{what}" for what in ("bucket", "sum", "count")}
     (folder,) = find_spec("vllm").submodule_search_locations
     tree = ast.parse((Path(folder) / "v1" / "metrics" / "loggers.py").read_text())
     suffixes = {"_counter_cls": "_total", "_histogram_cls": "_bucket", "_gauge_cls": ""}
@@ -58,7 +61,9 @@ def expressions() -> list[str]:
 
 def test_metrics_that_are_named_are_exported() -> None:
     named = {name for text in expressions() for name in re.findall(r"\bvllm[_:][\w:]+", text)}
-    assert {f"vllm:adamas_{name}_total" for name, _ in NAMES} <= named
+    assert {f"vllm:adamas_{name}_total" for name, _ in (*NAMES, EXCEEDED)} <= named
+    for name, *_ in MEASURES:
+        assert any(one.startswith(f"vllm:adamas_audit_{name}") for one in named)
     assert named - exported() == set()
 
 

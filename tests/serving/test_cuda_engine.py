@@ -37,7 +37,7 @@ from vllm.third_party import pynvml
 
 from vllm_adamas import profile as profiles
 from vllm_adamas.serving.launch import Server
-from vllm_adamas.serving.metrics import NAMES, SelectionStats
+from vllm_adamas.serving.metrics import NAMES, Counters
 
 pytestmark = [
     pytest.mark.gpu,
@@ -148,7 +148,7 @@ def counters(server: Server) -> tuple[int, ...]:
     step brings the copy that the step before it began. A prompt of several tokens with one token of
     output is prefill alone, and counts nothing."""
     for _ in range(2):
-        time.sleep(1.1 * SelectionStats.COPY_INTERVAL)
+        time.sleep(1.1 * Counters.COPY_INTERVAL)
         complete(server, "Good evening to all of you", 1)
     now = server.metrics()
     return tuple(int(now[f"vllm:adamas_{name}_total"]) for name, _ in NAMES)
