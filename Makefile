@@ -9,6 +9,7 @@ BACKEND ?= adamas
 PORT    ?= 8000
 ARGS    ?=
 MINUTES ?= 20
+CUDA    ?= 1
 
 ifeq ($(origin PYTHON), undefined)
 PYTHON := $(VENV)/bin/python
@@ -23,7 +24,7 @@ export ADAMAS_BUILD_CUDA ?= $(if $(wildcard /proc/driver/nvidia/version),auto,0)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup native model demo serve test test-slow test-models test-gpu sanitize-cpu sanitize-gpu bench-cpu bench-gpu storm lint \
-	vllm-names vllm-tests clean
+	dist vllm-names vllm-tests clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -102,6 +103,10 @@ storm: model ## send mixed traffic to servers on this host and check the answers
 lint: $(READY) ## check style
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
+
+# nvcc needs no GPU, so unlike the other targets this one compiles the CUDA kernels everywhere.
+dist: $(READY) ## build what a release publishes from the committed tree into dist (CUDA=0: without CUDA kernels)
+	@ADAMAS_BUILD_CUDA=$(CUDA) $(PYTHON) scripts/dist.py $(ARGS)
 
 vllm-names: $(READY) ## check the vLLM names in use against a vLLM and record the result (WHEEL)
 	@$(PYTHON) scripts/check_vllm_names.py $(WHEEL) --record
