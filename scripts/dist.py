@@ -23,6 +23,7 @@ import tarfile
 import tempfile
 import uuid
 import zipfile
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -185,15 +186,19 @@ def cuda_version() -> str:
     return re.search(r"\bV(\d[\d.]*)", text)[1]
 
 
-def wheel_problems(wheel: Path) -> list[str]:
-    """What keeps a wheel from being published; empty if nothing does."""
+def wheel_problems(wheel: Path, libraries: Sequence[str] = LIBRARIES) -> list[str]:
+    """What keeps a wheel from being published; empty if nothing does.
+
+    Args:
+        libraries: the native libraries that it has to hold.
+    """
     _, _, _, tags = parse_wheel_filename(wheel.name)
     found = []
     if not all(tag.platform.startswith("manylinux") for tag in tags):
         found.append(f"{wheel.name} has no manylinux tag, so no index takes it")
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
-        found += [f"{library} is missing" for library in LIBRARIES if library not in names]
+        found += [f"{library} is missing" for library in libraries if library not in names]
         for name in names:
             room = name.partition("/")[0]
             if room != "vllm_adamas" and not room.endswith(".dist-info"):
@@ -230,6 +235,10 @@ def main() -> None:
         print("dist: compiling (minutes, with the CUDA kernels)", flush=True)
         sdist = make_sdist(tree, made, epoch)
         wheel = make_wheel(sdist, made, epoch)
+        cpu_only = os.environ.get("ADAMAS_BUILD_CUDA") == "0"
+        if problems := wheel_problems(wheel, LIBRARIES[:1] if cpu_only else LIBRARIES):
+            sys.exit(f"dist: the wheel cannot be published: {'; '.join(problems)}.")
+        _run("twine", "check", "--strict", sdist, wheel, epoch=epoch)
         sbom = made / f"{wheel.name.partition('-py3')[0]}.cdx.json"
         sbom.write_text(json.dumps(make_sbom(wheel, epoch), indent=1) + "\n")
         files = [sdist, wheel, sbom]
