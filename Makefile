@@ -2,6 +2,7 @@
 
 VENV       := .venv
 STAMP      := $(VENV)/.setup-done
+DOCS_VENV  := .venv-docs
 DEMO_MODEL := .models/SmolLM2-135M-Instruct
 
 MODEL   ?= $(DEMO_MODEL)
@@ -23,8 +24,8 @@ export VLLM_CPU_KVCACHE_SPACE ?= 2
 export ADAMAS_BUILD_CUDA ?= $(if $(wildcard /proc/driver/nvidia/version),auto,0)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native model demo serve test test-slow test-models test-gpu sanitize-cpu sanitize-gpu bench-cpu bench-gpu storm lint \
-	dist vllm-names vllm-tests clean
+.PHONY: help setup native model demo serve test test-slow test-models test-gpu sanitize-cpu sanitize-gpu bench-cpu bench-gpu storm lint dist docs \
+	vllm-names vllm-tests clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -107,6 +108,17 @@ lint: $(READY) ## check style
 # nvcc needs no GPU, so unlike the other targets this one compiles the CUDA kernels everywhere.
 dist: $(READY) ## build what a release publishes from the committed tree into dist (CUDA=0: without CUDA kernels)
 	@ADAMAS_BUILD_CUDA=$(CUDA) $(PYTHON) scripts/dist.py $(ARGS)
+
+# An environment of its own, since the site needs neither vLLM nor a compiler. pip reads groups from 25.1 on.
+$(DOCS_VENV)/.setup-done: pyproject.toml
+	@python3 -m venv $(DOCS_VENV)
+	@$(DOCS_VENV)/bin/python -m pip -qq --disable-pip-version-check install "pip>=25.1"
+	@$(DOCS_VENV)/bin/python -m pip -qq --disable-pip-version-check install --group docs
+	@touch $@
+
+# Not --quiet, which drops the warnings that --strict counts.
+docs: $(DOCS_VENV)/.setup-done ## build the documentation site in build/site; a broken link is an error
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict
 
 vllm-names: $(READY) ## check the vLLM names in use against a vLLM and record the result (WHEEL)
 	@$(PYTHON) scripts/check_vllm_names.py $(WHEEL) --record
