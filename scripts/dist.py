@@ -214,9 +214,12 @@ def sha256(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
-def git(*arguments: str) -> str:
+def git(*arguments: str, root: Path | None = None) -> str:
+    """What git prints in a checkout, by default that of this file."""
     command = ["git", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    return subprocess.run(
+        command, cwd=root or ROOT, capture_output=True, text=True, check=True
+    ).stdout
 
 
 def main() -> None:
