@@ -24,7 +24,7 @@ export VLLM_CPU_KVCACHE_SPACE ?= 2
 export ADAMAS_BUILD_CUDA ?= $(if $(wildcard /proc/driver/nvidia/version),auto,0)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native model demo serve test test-slow test-models test-gpu sanitize-cpu sanitize-gpu bench-cpu bench-gpu storm lint dist release-check docs \
+.PHONY: help setup native model demo serve test test-slow test-models test-gpu sanitize-cpu sanitize-gpu bench-cpu bench-gpu storm lint lint-images dist release-check docs \
 	vllm-names vllm-tests clean
 
 help: ## list the targets
@@ -104,6 +104,9 @@ storm: model ## send mixed traffic to servers on this host and check the answers
 lint: $(READY) ## check style
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
+
+lint-images: $(READY) ## check the Dockerfiles of serving/deploy
+	@PATH="$(abspath $(dir $(PYTHON))):$$PATH" hadolint serving/deploy/*.Dockerfile
 
 # nvcc needs no GPU, so unlike the other targets this one compiles the CUDA kernels everywhere.
 dist: $(READY) ## build what a release publishes from the committed tree into dist (CUDA=0: without CUDA kernels)
