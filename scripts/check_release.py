@@ -144,6 +144,7 @@ def vulnerability_problems(root: Path, run: Run = run) -> Iterator[str]:
         audited = json.loads(done.stdout)["dependencies"]
     except (ValueError, KeyError):
         reason = (done.stderr.strip().splitlines() or ["it wrote nothing"])[-1].rstrip(".")
+        reason = re.sub(r"^[A-Z]+:[\w.]+:", "", reason)  # of its logger
         yield f"pip-audit could not look for vulnerabilities ({reason}): run it where the package index can be reached."
         return
     for package in audited:

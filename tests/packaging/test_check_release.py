@@ -226,7 +226,7 @@ def test_a_vulnerability(ready: Path) -> None:
 
 
 def test_an_audit_without_a_network(ready: Path) -> None:
-    tools = Tools(audit=None, error="Traceback:\nConnection refused.\n")
+    tools = Tools(audit=None, error="Traceback:\nERROR:pip_audit._cli:Connection refused.\n")
     refusal(ready, "could not look for vulnerabilities (Connection refused)", tools=tools)
 
 
