@@ -10,6 +10,7 @@ BACKEND ?= adamas
 PORT    ?= 8000
 ARGS    ?=
 MINUTES ?= 20
+CUDA    ?= 1
 
 ifeq ($(origin PYTHON), undefined)
 PYTHON := $(VENV)/bin/python
@@ -23,7 +24,7 @@ export VLLM_CPU_KVCACHE_SPACE ?= 2
 export ADAMAS_BUILD_CUDA ?= $(if $(wildcard /proc/driver/nvidia/version),auto,0)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native model demo serve test test-slow test-models test-gpu sanitize-cpu sanitize-gpu bench-cpu bench-gpu storm lint docs \
+.PHONY: help setup native model demo serve test test-slow test-models test-gpu sanitize-cpu sanitize-gpu bench-cpu bench-gpu storm lint lint-images dist release-check docs \
 	vllm-names vllm-tests clean
 
 help: ## list the targets
@@ -50,17 +51,17 @@ serve: model ## run the server (MODEL, PORT, BACKEND, ARGS)
 		--host 127.0.0.1 --port $(PORT) $(ARGS)
 
 test: model ## run the tests that need no GPU, but for the slow ones
-	@$(PYTHON) -m pytest -m "not gpu and not slow" $(ARGS)
+	@$(PYTHON) -m pytest -m "not gpu and not slow" --junitxml build/reports/test.xml $(ARGS)
 
 test-slow: model ## run the slow ones: engines and servers of many configurations
-	@$(PYTHON) -m pytest -m "slow and not gpu and not models" $(ARGS)
+	@$(PYTHON) -m pytest -m "slow and not gpu and not models" --junitxml build/reports/test-slow.xml $(ARGS)
 
 test-models: model ## serve small models of real architectures on this CPU and record what was shown
 	@$(PYTHON) -m pytest tests/models --record benchmarks/results/models_cpu.json $(ARGS)
 	@$(PYTHON) benchmarks/update_support.py
 
 test-gpu: model ## run the tests that need a GPU
-	@$(PYTHON) -m pytest -m gpu $(ARGS)
+	@$(PYTHON) -m pytest -m gpu --junitxml build/reports/test-gpu.xml $(ARGS)
 
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer -g1 -O1
 ASAN_LIBRARY := $(CURDIR)/build/sanitized/vllm_adamas/backends/cpu/libadamas_cpu.so
@@ -106,6 +107,17 @@ storm: model ## send mixed traffic to servers on this host and check the answers
 lint: $(READY) ## check style
 	@$(PYTHON) -m ruff check .
 	@$(PYTHON) -m ruff format --check .
+
+lint-images: $(READY) ## check the Dockerfiles of serving/deploy
+	@PATH="$(abspath $(dir $(PYTHON))):$$PATH" hadolint serving/deploy/*.Dockerfile
+
+# nvcc needs no GPU, so unlike the other targets this one compiles the CUDA kernels everywhere.
+dist: $(READY) ## build what a release publishes from the committed tree into dist (CUDA=0: without CUDA kernels)
+	@ADAMAS_BUILD_CUDA=$(CUDA) $(PYTHON) scripts/dist.py $(ARGS)
+
+# Reads the reports of the three test targets too; copy that of test-gpu from the host that wrote it.
+release-check: $(READY) ## say what keeps this commit from being released (network)
+	@$(PYTHON) scripts/check_release.py
 
 # An environment of its own, since the site needs neither vLLM nor a compiler. pip reads groups from 25.1 on.
 $(DOCS_VENV)/.setup-done: pyproject.toml

@@ -210,7 +210,9 @@ def _make_folder(parent: Path) -> Path:
     """
     for left in parent.glob(f"{PREFIX}*"):
         if (lock := _lock(left)) is not None:
-            _remove(left)
+            # Another user could put a link to any folder in the place of one of theirs.
+            if os.fstat(lock).st_uid == os.geteuid():
+                _remove(left)
             os.close(lock)
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
     while _lock(folder) is None:  # another process found it before it was locked, and removes it
@@ -229,14 +231,14 @@ def _remove(folder: Path) -> None:
 
 
 def _lock(folder: Path) -> int | None:
-    """Locks a folder of this user without waiting.
+    """Locks a folder without waiting.
 
     Returns:
         a descriptor that holds the lock until it is closed; None if another process has the lock.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:  # another user's, or gone
+    except OSError:  # gone, a link, or a folder that another user keeps private
         return None
     with contextlib.suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

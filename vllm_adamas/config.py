@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from reprlib import Repr
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -18,7 +17,7 @@ from pydantic import (
 )
 
 from vllm_adamas.budget import TokenBudget
-from vllm_adamas.errors import AdamasError
+from vllm_adamas.errors import AdamasError, shortened
 
 #: Step of a 4-level uniform quantiser for unit-variance data: thresholds at -t, 0 and t times the
 #: RMS of the transformed key. The Lloyd-Max value for a normal distribution is 0.9816.
@@ -185,7 +184,7 @@ class AdamasConfig(BaseModel):
             possible = 1 <= budget <= MAX_TOKENS
             floor, raised = budget, name
         if not possible:
-            raise ValueError(f"{name}={_short(budget)} is impossible: {BUDGET_WAY_OUT}")
+            raise ValueError(f"{name}={shortened(budget)} is impossible: {BUDGET_WAY_OUT}")
         forced = self.num_sink_tokens + self.recent_window
         if forced >= floor and forced > 0:
             raise ValueError(
@@ -204,7 +203,7 @@ class AdamasConfig(BaseModel):
             is_text = isinstance(key, str) and LAYER_NUMBER.fullmatch(key)
             number = int(key) if is_text else key
             if type(number) is not int or not 0 <= number < MAX_LAYERS:
-                raise ValueError(f"{_short(key)} is not the number of a layer")
+                raise ValueError(f"{shortened(key)} is not the number of a layer")
             if number in numbered:
                 raise ValueError(f"layer {number} is named twice")
             if type(budget) not in (int, float):
@@ -229,7 +228,7 @@ class AdamasConfig(BaseModel):
         budget = options.get("token_budget")
         if isinstance(budget, (bool, str)):
             raise AdamasError(
-                f"adamas.token_budget={_short(budget)} is not a number: {BUDGET_WAY_OUT}."
+                f"adamas.token_budget={shortened(budget)} is not a number: {BUDGET_WAY_OUT}."
             )
         try:
             return cls.model_validate(options)
@@ -316,13 +315,6 @@ def _sentence(err: ValidationError) -> str:
     key = first["loc"][0]
     field = AdamasConfig.model_fields.get(key)
     if field is None:
-        name = key if str(key).isidentifier() else _short(key)
+        name = key if str(key).isidentifier() else shortened(key)
         return f"adamas.{name} is not an option: valid options are {', '.join(AdamasConfig.model_fields)}."
-    return f"adamas.{key}={_short(first['input'])} is not valid ({message}): {field.description}"
-
-
-def _short(value: Any) -> str:
-    """The repr of a value on one line, with the middle cut out if it is long."""
-    shorten = Repr()
-    shorten.maxstring = shorten.maxother = 80
-    return shorten.repr(value)
+    return f"adamas.{key}={shortened(first['input'])} is not valid ({message}): {field.description}"

@@ -22,7 +22,7 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vllm_adamas.errors import AdamasError
+from vllm_adamas.errors import AdamasError, shortened
 from vllm_adamas.identity import ModelIdentity
 
 logger = logging.getLogger("vllm.adamas")
@@ -31,6 +31,10 @@ VERSION = 1
 
 #: Maximum size of a profile: four times that of 128 layers with 128 KV heads of size 256.
 MAX_BYTES = 64 * 2**20
+
+#: Most commas in a profile, four times those of such a model. They bound how many values it has, and so the
+#: memory that reading it takes: tensors are single strings.
+MAX_COMMAS = 2**18
 
 #: Largest exponent of a balance: fp16 keys and queries still have room for such factors.
 MAX_EXPONENT = 4
@@ -146,6 +150,8 @@ def _load(option: str) -> tuple[Profile, str]:
             "immutable while a server runs, so restart it."
         )
     try:
+        if content.count(b",") > MAX_COMMAS:
+            raise ValueError("it has more values than the largest profile")
         try:
             data = json.loads(content)
         except RecursionError:
@@ -153,12 +159,14 @@ def _load(option: str) -> tuple[Profile, str]:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError("it has no format entry of one")
         if data.get("version") != VERSION:
-            raise ValueError(f"version {data.get('version')!r}, this release reads {VERSION}")
+            raise ValueError(
+                f"version {shortened(data.get('version'))}, this release reads {VERSION}"
+            )
         profile = Profile.model_validate(data)
         _check_sizes(profile)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        where = shortened(".".join(map(str, first["loc"])))
         raise AdamasError(
             f"{path} is not a usable calibration profile ({where}: {first['msg']}): make it again "
             "with `vllm-adamas calibrate`."
@@ -231,7 +239,12 @@ def check_fits(profile: Profile, path: str, identity: ModelIdentity) -> None:
     for field in ("num_layers", "num_query_heads", "num_kv_heads", "head_size", "rope"):
         theirs, ours = getattr(made_for, field), getattr(identity, field)
         if theirs != ours:
-            _refuse(path, made_for, identity, f"{field} is {theirs} there and {ours} here")
+            _refuse(
+                path,
+                made_for,
+                identity,
+                f"{field} is {shortened(theirs)} there and {shortened(ours)} here",
+            )
     if not identity.fingerprint:  # the weights are not on this host yet: compare names
         if made_for.name != identity.name:
             _refuse(path, made_for, identity, "the names differ and no local files tell more")
@@ -241,6 +254,6 @@ def check_fits(profile: Profile, path: str, identity: ModelIdentity) -> None:
 
 def _refuse(path: str, made_for: ModelIdentity, identity: ModelIdentity, why: str) -> None:
     raise AdamasError(
-        f"the profile {path} was made for {made_for.name} and does not fit {identity.name} ({why}): "
+        f"the profile {path} was made for {shortened(made_for.name)} and does not fit {shortened(identity.name)} ({why}): "
         "calibrate this model with `vllm-adamas calibrate`, or remove the option."
     )

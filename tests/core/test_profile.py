@@ -132,6 +132,7 @@ def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
         (json.dumps(made().model_dump()).encode()[:-9], "not a calibration profile"),
         (b'{"layers": ' + b"[" * 1_000_000, "nested too deeply"),
         (b" " * (profile.MAX_BYTES + 1), "more than the 67108864 bytes"),
+        (b'{"layers": [' + b"0," * profile.MAX_COMMAS + b"0, 0]}", "more values than the largest"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
@@ -148,6 +149,25 @@ def test_an_unknown_entry_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "p.json"
     path.write_text(json.dumps({**made().model_dump(), "budget": 3}))
     refused(lambda: profile.load(str(path)), "budget", "vllm-adamas calibrate")
+
+
+@pytest.mark.parametrize("named", ["version", "budget"])
+def test_what_a_profile_says_is_quoted_briefly(tmp_path: Path, named: str) -> None:
+    """Neither control characters nor megabytes of it reach a terminal or a log."""
+    path, long = tmp_path / "p.json", "\033[2J\n" + "x" * 10_000
+    changes = {"version": long} if named == "version" else {f"budget{long}": 3}
+    path.write_text(json.dumps({**made().model_dump(), **changes}))
+    sentence = refused(lambda: profile.load(str(path)), named)
+    assert sentence.isprintable()
+    assert len(sentence) < 400 + len(str(path))
+
+
+def test_a_profile_of_a_model_with_a_strange_name_is_quoted_briefly() -> None:
+    strange = identity(name="\033[2J\n" + "x" * 10_000, rope="y" * 10_000)
+    profiled = made().model_copy(update={"model": strange})
+    sentence = refused(lambda: profile.check_fits(profiled, "p.json", identity()), "p.json")
+    assert sentence.isprintable()
+    assert len(sentence) < 500
 
 
 @pytest.mark.parametrize(
@@ -225,6 +245,7 @@ OTHER_FILES = {
     "a list": safetensors([TENSOR]),
     "no offsets": safetensors({"a": {"dtype": "F32", "shape": [2]}}),
     "offsets that are no numbers": safetensors({"a": {**TENSOR, "data_offsets": ["x", None]}}),
+    "too many dimensions": safetensors({"a": {**TENSOR, "shape": [1] * 65}}, bytes(8)),
     "offsets in reverse": safetensors({"a": {**TENSOR, "data_offsets": [8, 0]}}, bytes(8)),
     "negative offsets": safetensors({"a": {**TENSOR, "data_offsets": [-8, 0]}}, bytes(8)),
     "a directory": None,

@@ -43,7 +43,7 @@ def test_what_scripts_write_is_current(script):
     assert subprocess.run(command, cwd=ROOT).returncode == 0, f"run {script}"
 
 
-@over_documents
+@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "SECURITY.md"], ids=lambda path: path.name)
 def test_relative_links_lead_to_files(document):
     links = re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text())
     missing = [link for link in links if not (document.parent / link).exists()]
@@ -184,6 +184,13 @@ def test_the_loss_in_the_readme_is_measured():
         for name in ("dot-256", "dot-512")
     )
     assert f"512 tokens add {many:.3f}, where 256 add {few:.3f}." in text
+
+
+def test_tests_that_the_threat_model_names_exist():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "security.md").read_text()))
+    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    assert named
+    assert named - set(re.findall(r"def (test_\w+)\(", sources)) == set()
 
 
 def test_kernel_sources_that_are_named_exist():

@@ -2,8 +2,10 @@
 
 import os
 import signal
+import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -160,3 +162,25 @@ def test_what_a_killed_command_left_is_removed_by_the_next(tmp_path) -> None:
     assert list(live.folder.iterdir())
     live.end()
     assert set(tmp_path.iterdir()) == {mine}
+
+
+def test_links_are_not_followed(tmp_path) -> None:
+    counters = tmp_path / "elsewhere" / "engine-0-0-7-x.i64"
+    counters.parent.mkdir()
+    counters.touch()
+    (tmp_path / f"{export.PREFIX}link").symlink_to(counters.parent)
+    export._make_folder(tmp_path)
+    assert counters.exists()
+
+
+def test_folders_of_other_users_stay(tmp_path, monkeypatch) -> None:
+    """Even those that may be opened: their owner could put a link in their place."""
+    theirs = Path(tempfile.mkdtemp(prefix=export.PREFIX, dir=tmp_path))
+    monkeypatch.setattr(os, "geteuid", lambda: theirs.stat().st_uid + 1)
+    own = export._make_folder(tmp_path)
+    assert set(tmp_path.iterdir()) == {theirs, own}
+    assert stat.S_IMODE(own.stat().st_mode) == 0o700
+    monkeypatch.undo()
+    export._remove(own)
+    assert export._make_folder(tmp_path).is_dir()
+    assert not theirs.exists()
