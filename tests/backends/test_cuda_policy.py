@@ -64,7 +64,7 @@ MISSED = {
 }
 
 
-def test_choice_of_the_fused_kernel_is_the_measured_one() -> None:
+def test_choice_of_the_fused_kernel_is_the_measured_one(recorder) -> None:
     """Of every cell where both forms ran, the policy takes the faster one, or loses little."""
     assert len(recorded()) > 20
     for name, cell, result in recorded():
@@ -82,10 +82,9 @@ def test_choice_of_the_fused_kernel_is_the_measured_one() -> None:
         assert result[result["runs"]]["us"] <= MISSED.get(where, 1.08) * best, where
 
 
-@needs_library
-def test_choice_follows_launch_and_budget() -> None:
+def test_choice_follows_launch_and_budget(recorder) -> None:
     """The fused kernel lists up to so many tokens of a budget at once, and scans with a cluster per KV head."""
-    most = limits().most_wanted
+    most = INVENTED.most_wanted
     for distances, longest in ((False, MOST_FUSED), (True, MOST_DISTANCES * 8 * 16)):
 
         def fused(form: Form, tokens: int, budget: int, distances=distances) -> bool:
