@@ -135,6 +135,9 @@ class BuildNative(build_ext):
             compiler = shlex.split(f"{os.environ.get('CXX', 'c++')} {CXX_FLAGS} {added}")
             link_flags = []
         compiler += ["-Icsrc", f"-I{tvm_ffi / 'include'}"]
+        # `__FILE__` of its headers names no folder of the building machine.
+        prefix = f"-ffile-prefix-map={tvm_ffi}=tvm_ffi"
+        compiler += ["-Xcompiler", prefix] if capability.isdigit() else [prefix]
 
         folder = Path(self.build_temp, ext.name.rpartition(".")[2])
         folder.mkdir(parents=True, exist_ok=True)
@@ -153,7 +156,8 @@ class BuildNative(build_ext):
 
         library = folder / f"{folder.name}.so"
         command = [*compiler, "-shared", *link_flags, *map(str, objects), "-o", str(library)]
-        command += [f"-L{tvm_ffi / 'lib'}", "-ltvm_ffi"]
+        # For the linker alone: nvcc would record a path that it sees itself in the library.
+        command += ["-Xlinker", str(tvm_ffi / "lib" / "libtvm_ffi.so")]
         refresh(library, max(path.stat().st_mtime for path in objects), command)
 
         output = self.get_ext_fullpath(ext.name)

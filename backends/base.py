@@ -262,18 +262,6 @@ class Backend(ABC):
             AdamasError: the kernels are not built, or the step exceeds their limits.
         """
 
-    @classmethod  # noqa: B027 (most backends have no limits)
-    def check_softmax(cls, sinks: bool, soft_cap: bool) -> None:
-        """Checks, without touching a device, that the kernels compute a layer's softmax.
-
-        Args:
-            sinks: whether it has :attr:`Params.sinks`.
-            soft_cap: whether it has a :attr:`Params.logits_soft_cap`.
-
-        Raises:
-            AdamasError: they do not.
-        """
-
     def prepare(self, kv_cache: torch.Tensor) -> None:  # noqa: B027 (an optional step)
         """Prepares the whole allocation that a KV cache is part of, before it is used.
 

@@ -1,4 +1,4 @@
-"""The stages of a decode step as separate operations, for studies and tests, never for serving."""
+"""The stages of a decode step as separate operations, for studies, tests and the audit of a server."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ class Inspectable(ABC):
         query: torch.Tensor,
         block_table: torch.Tensor,
         seq_lens: torch.Tensor,
+        longest: int | None = None,
     ) -> torch.Tensor:
         """Scores of every context token from the signatures alone (paper, section 3.2).
 
@@ -26,10 +27,11 @@ class Inspectable(ABC):
             query: ``[R, Hq, D]``.
             block_table: int32 ``[R, blocks]``.
             seq_lens: int32 ``[R]``, the row's own token included.
+            longest: an upper bound of them. Without it a GPU backend waits for the device to find the longest.
 
         Returns:
-            float32 ``[R, num_score_heads, L]`` with L the longest context; -inf past the end of a row's
-            context.
+            float32 ``[R, num_score_heads, L]`` with L the longest context or its bound; -inf past the end of a
+            row's context.
         """
 
     def select(
@@ -38,6 +40,7 @@ class Inspectable(ABC):
         scores: torch.Tensor,
         seq_lens: torch.Tensor,
         budgets: torch.Tensor,
+        most: int | None = None,
     ) -> torch.Tensor:
         """The exact top-k tokens of each row and score head; ties go to the most recent token.
 
@@ -45,23 +48,30 @@ class Inspectable(ABC):
             scores: as :meth:`scan` returns them, without NaN.
             seq_lens: int32 ``[R]``, the row's own token included.
             budgets: int32 ``[R]``, tokens to keep; a budget that reaches the context keeps all of it.
+            most: an upper bound of the tokens that a row keeps, at most L. Without it a GPU backend waits for
+                the device to find the most.
 
         Returns:
             int32 ``[R, num_score_heads, K]``, ascending, padded with -1. K is the most tokens that any
-            row keeps (:meth:`Params.attended`).
+            row keeps (:meth:`Params.attended`), or its bound.
         """
-        return select_tokens(params, scores, seq_lens, budgets)
+        return select_tokens(params, scores, seq_lens, budgets, most)
 
 
 def select_tokens(
-    params: Params, scores: torch.Tensor, seq_lens: torch.Tensor, budgets: torch.Tensor
+    params: Params,
+    scores: torch.Tensor,
+    seq_lens: torch.Tensor,
+    budgets: torch.Tensor,
+    most: int | None = None,
 ) -> torch.Tensor:
     """:meth:`Inspectable.select` in plain PyTorch, on any device."""
     rows, _, longest = scores.shape
     position = torch.arange(longest, device=scores.device)
     lens = seq_lens.clamp(0, longest).view(-1, 1, 1)
     kept = params.attended(lens, budgets.view(-1, 1, 1))  # [R, 1, 1]
-    most = int(kept.max()) if rows else 0
+    if most is None:
+        most = int(kept.max()) if rows else 0
     forced = (position < params.num_sink_tokens) | (position >= lens - params.recent_window)
     # Order: forced tokens, then the others by score, ties by recency. Past the end of a context: -inf.
     order = scores.masked_fill(forced, torch.inf).masked_fill(position >= lens, -torch.inf)

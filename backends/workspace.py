@@ -31,7 +31,7 @@ class Workspace:
         self._release = release
 
     def at_least(self, device: torch.device, size: int) -> torch.Tensor:
-        """A uint8 tensor of at least ``size`` bytes with undefined contents.
+        """A uint8 tensor of at least ``size`` bytes, zero until a kernel writes to it.
 
         Raises:
             AdamasError: the buffer would have to grow while a CUDA graph is captured.
@@ -49,7 +49,7 @@ class Workspace:
             self._release()
             self.buffers.pop(device, None)
             del found  # free it before the larger one is allocated
-            found = self.buffers[device] = torch.empty(size, dtype=torch.uint8, device=device)
+            found = self.buffers[device] = torch.zeros(size, dtype=torch.uint8, device=device)
         if recording:
             self._captured.add(device)
         return found

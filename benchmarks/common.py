@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import statistics
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from vllm_adamas.environment import Environment
+from vllm_adamas.serving.loadtest.measure import spread as spread
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -26,12 +26,6 @@ def load(name: str) -> tuple[dict, Environment]:
     """Loads ``benchmarks/results/<name>.json`` and the environment it was measured in."""
     result = json.loads((RESULTS / f"{name}.json").read_text())
     return result, Environment.model_validate(result["environment"])
-
-
-def spread(samples: list[float]) -> dict:
-    """Median and quartiles of a list of times or ratios."""
-    low, middle, high = statistics.quantiles(samples, n=4, method="inclusive")
-    return {"median": middle, "q1": low, "q3": high, "n": len(samples)}
 
 
 def save(name: str, result: dict) -> Path:

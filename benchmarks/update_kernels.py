@@ -86,10 +86,15 @@ def place(cell: dict) -> str:
     return f"{tokens(cell['context'])} x {cell['rows']}"
 
 
+def form(fused: dict) -> str:
+    """Blocks of a cluster of the fused kernel, and warps of a block."""
+    return f"{fused['cluster']}x{fused['warps']}"
+
+
 def timing(cell: dict, name: str) -> str:
     """Microseconds, speed-up, and which kernels ran."""
     one = used(cell, name)
-    how = f", clusters of {one['cluster']}" if "cluster" in one else ""
+    how = f", {form(one)}" if "cluster" in one else ""
     speedup = f" **{one['speedup']:.2f}x**" if "speedup" in one else ""
     return f"{one['us']:.1f}{speedup}{how}"
 
@@ -166,9 +171,9 @@ def both_kernels(result: dict) -> list[str]:
                 fused, three = one["fused"], one["three"]
                 taken = "one" if one["runs"] == "fused" else "three"
                 rows.append(
-                    [place(cell), NAMES[name], fused["cluster"], fused["us"], three["us"], taken]
+                    [place(cell), NAMES[name], form(fused), fused["us"], three["us"], taken]
                 )
-    headers = ["context x rows", "set", "cluster", "one kernel µs", "three kernels µs", "taken"]
+    headers = ["context x rows", "set", "form", "one kernel µs", "three kernels µs", "taken"]
     return table(headers, rows)
 
 
@@ -217,7 +222,8 @@ def render(result: dict, environment: Environment) -> list[str]:
     versions = environment.versions
     lines = [
         f"One run: {environment.gpu}, driver {environment.driver}, CUDA {environment.cuda}, "
-        f"torch {versions['torch']}, vLLM {versions.get('vllm', '-')}. Microseconds of a decode step of one layer, speed-up over {BASELINE.title}.",
+        f"torch {versions['torch']}, vLLM {versions.get('vllm', '-')}. Microseconds of a decode step of one layer, speed-up over {BASELINE.title}. After a time, 8x16 is the one kernel in clusters of "
+        "8 blocks of 16 warps; other times are those of the three kernels.",
         "",
         *conditions(result),
         *cells(result),

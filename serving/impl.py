@@ -26,7 +26,7 @@ from vllm_adamas.dtypes import fp8_element, page_dtype
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.layout import TILE, PageLayout, overhead
 from vllm_adamas.serving import compat
-from vllm_adamas.serving.checks import check_softmax, read_config
+from vllm_adamas.serving.checks import check_sinks, read_config
 from vllm_adamas.serving.metadata import AdamasMetadata
 from vllm_adamas.serving.shared import Shared
 
@@ -89,18 +89,13 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         self.dense = self.shared.dense
         self.max_model_len = vllm_config.model_config.max_model_len
         self.dtype = vllm_config.model_config.dtype
-        check_softmax(  # again, since not every model's configuration tells
-            type(self.backend),
-            self.dtype,
-            head_size,
-            num_heads,
-            sinks=sinks is not None,
-            soft_cap=self.logits_soft_cap > 0,
-        )
+        if sinks is not None:  # not every model's configuration tells
+            check_sinks(self.dtype, head_size, num_heads)
         self._appends = compat.on_cpu() and not kv_sharing_target_layer_name
         self._params: Params | None = None
         self._bound: Layer | None = None
         self._dense = False
+        self._layer_name = ""  # known when its parameters are loaded
         self._balance: Balance | None = None
         self._largest_step = (
             compat.max_decode_rows(vllm_config),
@@ -172,6 +167,8 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
             self.backend.append(bound, key, value, attn_metadata.slot_mapping)
         if attn_metadata.num_decode_rows:
             self._decode(bound, query, attn_metadata, output)
+            if attn_metadata.audit is not None:
+                attn_metadata.audit.keep(self._layer_name, query, output)
         if attn_metadata.prefill is not None:
             plan = attn_metadata.prefill
             self.dense.prefill(self.backend, bound, plan, query, key, value, output)
@@ -217,6 +214,7 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
     def _load_params(self, layer: Attention, kv_cache: torch.Tensor) -> Params:
         """Builds the parameters at the first step with a KV cache, when vLLM has loaded its weights."""
         self._reserve()
+        self._layer_name = layer.layer_name
         index = extract_layer_index(layer.layer_name)
         self._dense = self.config.is_dense(index) or self.sliding_window is not None
         k_scale, v_scale = compat.kv_scales(layer)

@@ -95,7 +95,8 @@ class Server:
 
     def _wait(self, timeout: float) -> None:
         deadline = time.monotonic() + timeout
-        while self._process.poll() is None:
+        while True:
+            self.raise_if_ended()
             try:
                 self.get("/health", timeout=5)
                 return
@@ -104,7 +105,11 @@ class Server:
             if time.monotonic() > deadline:
                 raise RuntimeError(self._failure(f"was not ready after {timeout:g} s"))
             time.sleep(0.5)
-        raise RuntimeError(self._failure(f"ended with status {self._process.returncode}"))
+
+    def raise_if_ended(self) -> None:
+        """Raises RuntimeError with the end of the log if the process has ended."""
+        if self._process.poll() is not None:
+            raise RuntimeError(self._failure(f"ended with status {self._process.returncode}"))
 
     def _failure(self, what: str) -> str:
         return f"The server {what}. The end of {self.log_path}:\n{self.log_tail()}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from vllm.logger import init_logger
@@ -19,6 +20,7 @@ from vllm_adamas.budget import TokenBudget
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.serving import compat
+from vllm_adamas.serving.audit import Audit
 from vllm_adamas.serving.checks import OTHER_BACKEND, read_config, warnings
 from vllm_adamas.serving.dense.base import PrefillPlan
 
@@ -40,6 +42,7 @@ class AdamasMetadata(AttentionMetadata):
         query_start_loc: int32 ``[R + 1]``, 0 to R.
         prefill: plan of the other requests, None if there are none.
         slot_mapping: int64 ``[tokens]``, slots of the step's keys and values.
+        audit: keeps rows of what the layers decode; None unless the step is audited or captured.
     """
 
     num_decode_rows: int
@@ -47,6 +50,7 @@ class AdamasMetadata(AttentionMetadata):
     query_start_loc: torch.Tensor
     prefill: PrefillPlan | None
     slot_mapping: torch.Tensor
+    audit: Audit | None = None
 
 
 def row_budgets(
@@ -85,9 +89,9 @@ def require_supported(common: CommonAttentionMetadata) -> None:
 class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
     """Builds :class:`AdamasMetadata` once per step for all layers of a KV cache group."""
 
-    # One query token per request; graphs replay with any context lengths, budgets and block tables. Rows
-    # of several tokens per request need no more, but no GPU has replayed them yet.
-    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    # As many query tokens per request as drafts allow; graphs replay with any context lengths, budgets and
+    # block tables, because a captured graph holds rows and knows no requests.
+    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
@@ -102,6 +106,7 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
         self._starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self._seq_lens = torch.zeros_like(self._starts[:-1])
         self._block_table: torch.Tensor | None = None  # made when its width is known
+        self.audit = Audit.of(vllm_config, config, layer_names, device)
         self.configure(config)
 
     def configure(self, config: AdamasConfig) -> None:
@@ -111,6 +116,9 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
     def build_for_cudagraph_capture(self, common_attn_metadata: CommonAttentionMetadata):
         metadata = super().build_for_cudagraph_capture(common_attn_metadata)
         self.stats.warming_up = True
+        if self.audit is not None:
+            self.audit.reset()
+            metadata.audit = self.audit
         return metadata
 
     def set_budgets(self, budget: TokenBudget, seq_lens, prefilling, out) -> None:
@@ -191,4 +199,31 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
             query_start_loc=self._starts[: rows + 1],
             prefill=plan,
             slot_mapping=common.slot_mapping,
+            audit=self._audited(common, decode, seq_lens, prefilling),
         )
+
+    def _audited(
+        self,
+        common: CommonAttentionMetadata,
+        decode: dict[TokenBudget, DecodeBatch],
+        seq_lens: torch.Tensor,
+        prefilling: torch.Tensor | None,
+    ) -> Audit | None:
+        """The audit, if this step is audited."""
+        if self.audit is None:
+            return None
+        if seq_lens.device.type == "cpu":
+            lens = seq_lens
+        elif common.seq_lens_cpu_upper_bound is None:  # requests that vLLM has made up
+            lens = seq_lens.new_empty(0, device="cpu")
+        else:  # one row for each request
+            lens = common.seq_lens_cpu_upper_bound[: len(seq_lens)]
+        return self.audit.step(decode, lens, partial(self._sparse_rows, lens, prefilling))
+
+    def _sparse_rows(
+        self, seq_lens: torch.Tensor, prefilling: torch.Tensor | None, budget: TokenBudget
+    ) -> list[int]:
+        """The rows of a step that a budget makes sparse, from int32 ``[R]`` lengths on the host."""
+        budgets = torch.empty_like(seq_lens)
+        self.set_budgets(budget, seq_lens, prefilling, budgets)
+        return (budgets < seq_lens).nonzero().flatten().tolist()

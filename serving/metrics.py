@@ -44,43 +44,64 @@ def read_counters(folder: Path) -> dict[int, np.ndarray]:
     return dict(totals)
 
 
+class Counters:
+    """int64 counters of a worker, and their copy in a file that the server reads.
+
+    Args:
+        prefix: of the file's name.
+        size: number of counters.
+        device_type: where they are added to. On a CPU that is the mapped file itself. Counters of another
+            device are copied into it, without a sync, at most once a second.
+    """
+
+    COPY_INTERVAL = 1.0
+
+    def __init__(self, config: AdamasConfig, prefix: str, size: int, device_type: str):
+        self.exported = self._open(config, f"{prefix}{os.getpid()}-", size)
+        on_host = device_type == "cpu"
+        self.counts = (
+            self.exported if on_host else torch.zeros_like(self.exported, device=device_type)
+        )
+        self._staged = None if on_host else torch.zeros_like(self.exported, pin_memory=True)
+        self._next_copy = 0.0
+
+    @staticmethod
+    def _open(config: AdamasConfig, prefix: str, size: int) -> torch.Tensor:
+        folder = os.environ.get(FOLDER)
+        if not (config.metrics and folder and os.path.isdir(folder)):
+            return torch.zeros(size, dtype=torch.int64, device="cpu")  # vLLM sets a default
+        # Unique even for several engines in one process.
+        handle, file = tempfile.mkstemp(".i64", prefix, folder)
+        os.close(handle)
+        return torch.from_numpy(np.memmap(file, dtype=np.int64, mode="w+", shape=(size,)))
+
+    def copy(self, now: float) -> None:
+        """Called once per step; exports the counters when their interval has passed."""
+        if self._staged is not None and now >= self._next_copy:
+            self.exported.copy_(self._staged)  # the copy started a second ago
+            self._staged.copy_(self.counts, non_blocking=True)
+            self._next_copy = now + self.COPY_INTERVAL
+
+
 class SelectionStats:
     """The counters of one engine in one worker process, and its periodic log line.
 
     Dense layers have separate counters, so the exported figures are those of sparse layers alone.
 
     Args:
-        device_type: device of the kernels. On a CPU they add to the mapped file itself. Counters of
-            another device are copied into it, without a sync, at most once a second.
+        device_type: device of the kernels.
         engine: index of the engine among those of a data-parallel server.
         rank: tensor parallel rank of the worker.
     """
 
-    COPY_INTERVAL = 1.0
-
     def __init__(self, config: AdamasConfig, device_type: str, engine: int = 0, rank: int = 0):
-        self._exported = self._open(config, f"engine-{engine}-{rank}-{os.getpid()}-")
-        on_host = device_type == "cpu"
-        self._sparse = (
-            self._exported if on_host else torch.zeros_like(self._exported, device=device_type)
-        )
+        self._counters = Counters(config, f"engine-{engine}-{rank}-", len(NAMES), device_type)
+        self._sparse = self._counters.counts
         self._dense = torch.zeros_like(self._sparse)
-        self._staged = None if on_host else torch.zeros_like(self._exported, pin_memory=True)
         self._interval = config.log_interval
-        self._logged = self._exported.tolist()
+        self._logged = self._counters.exported.tolist()
         self._next_log = time.monotonic() + self._interval
-        self._next_copy = 0.0
         self.warming_up = False
-
-    @staticmethod
-    def _open(config: AdamasConfig, prefix: str) -> torch.Tensor:
-        folder = os.environ.get(FOLDER)
-        if not (config.metrics and folder and os.path.isdir(folder)):
-            return torch.zeros(len(NAMES), dtype=torch.int64, device="cpu")  # vLLM sets a default
-        # Unique even for several engines in one process.
-        handle, file = tempfile.mkstemp(".i64", prefix, folder)
-        os.close(handle)
-        return torch.from_numpy(np.memmap(file, dtype=np.int64, mode="w+", shape=(len(NAMES),)))
 
     def counters(self, dense_layer: bool) -> torch.Tensor:
         """The int64 ``[COUNTERS]`` counters that kernels add to, in the order of ``NAMES``."""
@@ -93,10 +114,7 @@ class SelectionStats:
             self._dense.zero_()
             self.warming_up = False
         now = time.monotonic()
-        if self._staged is not None and now >= self._next_copy:
-            self._exported.copy_(self._staged)  # the copy started a second ago
-            self._staged.copy_(self._sparse, non_blocking=True)
-            self._next_copy = now + self.COPY_INTERVAL
+        self._counters.copy(now)
         if self._interval and now >= self._next_log:
             self._next_log = now + self._interval
             self._log()
@@ -104,7 +122,7 @@ class SelectionStats:
     def _log(self) -> None:
         from vllm.logger import init_logger
 
-        total = self._exported.tolist()
+        total = self._counters.exported.tolist()
         sparse, dense, context, attended, _ = (
             a - b for a, b in zip(total, self._logged, strict=True)
         )

@@ -1,6 +1,9 @@
 """Set-up that all tests share."""
 
 import os
+import shlex
+import subprocess
+from pathlib import Path
 
 # Idle OpenMP threads of one test would spin through the next one's time. Read once, by torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -16,6 +19,22 @@ if not torch.cuda.is_available():
         import vllm_adamas.backends.triton  # noqa: F401
 
 from vllm_adamas.serving.launch import Server
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _report(request: pytest.FixtureRequest, record_testsuite_property) -> None:
+    """What `scripts/check_release.py` has to know of a report: the commit, and whether the suite was whole."""
+    if request.config.option.xmlpath is None:
+        return
+
+    def git(*arguments: str) -> str:
+        command, folder = ["git", *arguments], Path(__file__).parent
+        return subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip()
+
+    changed = "-dirty" if git("status", "--porcelain") else ""
+    record_testsuite_property("commit", git("rev-parse", "HEAD") + changed)
+    given = map(str, request.config.invocation_params.args)
+    record_testsuite_property("arguments", shlex.join(given))
 
 
 @pytest.fixture(scope="session")

@@ -11,11 +11,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, SINKS, TOLERANCE, Batch, Case, relative_error
+from cases import (
+    CASES,
+    MIXED,
+    MIXED_BUDGETS,
+    SINKS,
+    TOLERANCE,
+    Batch,
+    Case,
+    exact_weights,
+    relative_error,
+)
 
 from vllm_adamas.backends.base import Backend
 from vllm_adamas.backends.cuda.backend import CudaBackend
-from vllm_adamas.backends.cuda.library import LIBRARY
+from vllm_adamas.backends.cuda.library import LIBRARY, limits
+from vllm_adamas.backends.cuda.policy import THREE, Form
 from vllm_adamas.backends.reference import ReferenceBackend
 from vllm_adamas.backends.reference.backend import select_tokens
 from vllm_adamas.dtypes import ELEMENTS
@@ -30,8 +41,10 @@ ISAS = {
     "avx512": "avx2 fma f16c avx512f avx512bw avx512dq avx512vl avx512_bitalg avx512_vpopcntdq "
     "avx512vbmi avx512_vnni",
 }
-#: Forms of a CUDA step, by the blocks in a cluster of the fused kernel; 0 is the three kernels.
-CLUSTERS = (0, 1, 3, 16)
+#: Forms of a CUDA step.
+FORMS = (THREE, Form(1, 8), Form(3, 8), Form(1, 16), Form(16, 16))
+#: Start of the CUDA workspace that is zero between steps (kTickets of csrc/sm90/params.h).
+TRUSTED_BYTES = 4096
 
 SMALL = (33, 1, 0, 70, 17)  #: contexts, for the sake of Triton's interpreter
 SMALL_BUDGETS = (8, 1, 4, 69, 40)
@@ -87,11 +100,11 @@ SMALL_CASES = {
 #: Names that stand in both lists mean the small case.
 TRITON_CASES = {**(CASES if COMPILED else {}), **SMALL_CASES}
 
-#: Queries in fp8 pages' cases are bf16 or fp16, and the kernels have no float32. Their softmax is plain.
+#: Queries in fp8 pages' cases are bf16 or fp16, and the kernels have no float32.
 CUDA_CASES = {
     name: case if case.dtype != torch.float32 else dataclasses.replace(case, dtype=torch.bfloat16)
     for name, case in CASES.items()
-    if (case.dtype != torch.float32 or case.fp8) and not (case.soft_cap or case.learned_sinks)
+    if case.dtype != torch.float32 or case.fp8
 } | {
     "block16": Case((1, 15, 16, 17, 700, 0), 30, heads=(6, 1), block_size=16),
     "block144": Case((1, 143, 145, 700), 30, block_size=144),
@@ -116,6 +129,12 @@ CUDA_CASES = {
     "group15-d96": Case(heads=(15, 1), head_size=96, dtype=torch.float16),
     "e4m3-d192": Case(fp8="e4m3", head_size=192, heads=(4, 1)),
     "e5m2-d256": Case(fp8="e5m2", head_size=256, heads=(4, 1), score="manhattan"),
+    "soft-cap-sinks-group16": Case(
+        MIXED, MIXED_BUDGETS, (16, 1), selection="kv_head", soft_cap=1.5, learned_sinks=SINKS
+    ),
+    "soft-cap-sinks-d96": Case(
+        MIXED, MIXED_BUDGETS, (9, 3), 96, dtype=torch.float16, soft_cap=1.5, learned_sinks=SINKS
+    ),
     "sinks-group12": Case((300, 65, 40, 0), 40, (12, 1), sinks=4, recent=8, score="manhattan"),
 }
 TAKES = {"cpu": CASES, "triton": TRITON_CASES, "cuda": CUDA_CASES}
@@ -199,7 +218,7 @@ class Target:
 class _KeepsWorkspace(Target):
     def poison_workspace(self) -> None:
         for memory in self.backend._workspace.buffers.values():
-            memory.fill_(0xFF)
+            memory[TRUSTED_BYTES:].fill_(0xFF)
 
 
 class TritonTarget(_KeepsWorkspace):
@@ -227,9 +246,15 @@ class CudaTarget(_KeepsWorkspace):
     def skip_unless_fits(self, batch: Batch, longest: int | None = None) -> None:
         longest = longest or batch.block_table.shape[1] * batch.params.layout.block_size
         layer, dtype = batch.bound(self.backend), batch.query.dtype
-        cluster = self.options.get("cluster")
-        if cluster and not self.backend.fused_clusters(layer, dtype, longest, cluster):
-            pytest.skip("the fused kernel does not take this shape")
+        form, groups = (
+            self.options.get("form", THREE),
+            len(batch.lengths) * layer.params.num_kv_heads,
+        )
+        if form != THREE and (
+            groups > limits().max_groups
+            or not self.backend.fused_clusters(layer, dtype, longest, form)
+        ):
+            pytest.skip("the fused kernel does not take this step")
 
     def expected_decode(self, batch: Batch) -> tuple[torch.Tensor, list[int], torch.Tensor]:
         """Exact attention over the tokens that the reference selects from the CUDA scores."""
@@ -264,8 +289,9 @@ def attend_selected(backend: Backend, batch: Batch) -> tuple[torch.Tensor, list[
                     params.recent_window,
                 )
             k, v = stored_tokens(batch, row, kv_head, tokens.to(scores.device))
-            p = (k @ batch.query[row, head].float() * params.softmax_scale).softmax(0)
-            out[row, head] = (p @ v).cpu()
+            logits = k @ batch.query[row, head].float() * params.softmax_scale
+            sink = None if params.sinks is None else params.sinks[head]
+            out[row, head] = (exact_weights(logits, params.logits_soft_cap, sink).float() @ v).cpu()
     return out, stats
 
 
@@ -309,9 +335,9 @@ def check_decode(target: Target, batch: Batch, **kwargs) -> None:
 @pytest.fixture
 def target(request, monkeypatch) -> Iterator[Target]:
     """The target of the test's parameter: see :func:`over_targets` and :func:`over_cases`."""
-    name, cluster = request.param
+    name, form = request.param
     if name == "cuda":
-        yield CudaTarget(_cuda(), "cuda", {} if cluster is None else {"cluster": cluster})
+        yield CudaTarget(_cuda(), "cuda", {} if form is None else {"form": form})
     elif name == "triton":
         # What conftest.py has said at import Triton asks again when it first runs a kernel.
         if not COMPILED:
@@ -341,17 +367,14 @@ def _cuda() -> Backend:
 
 
 def _targets(kind: str, forms: bool) -> list:
-    """Parameters of the fixture; ids are ``avx2``, ``triton``, ``cuda`` or ``cuda-cluster3``."""
+    """Parameters of the fixture; ids are ``avx2``, ``triton``, ``cuda``, ``cuda-three`` or ``cuda-3x8``."""
     if kind == "cpu":
         return [pytest.param((name, None), id=name) for name in ISAS]
     if kind == "triton":
         return [pytest.param(("triton", None), id="triton", marks=needs_triton)]
     if not forms:
         return [pytest.param(("cuda", None), id="cuda", marks=needs_hopper)]
-    return [
-        pytest.param(("cuda", size), id=f"cuda-cluster{size}", marks=needs_hopper)
-        for size in CLUSTERS
-    ]
+    return [pytest.param(("cuda", form), id=f"cuda-{form}", marks=needs_hopper) for form in FORMS]
 
 
 def over_targets(*kinds: str, forms: bool = False) -> pytest.MarkDecorator:

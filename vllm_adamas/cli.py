@@ -42,8 +42,14 @@ def main(argv: list[str] | None = None) -> int:
     _add_eval(commands)
     _add_calibrate(commands)
     _add_storm(commands)
+    _add_loadtest(commands)
     _add_doctor(commands)
-    args = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    own = argv[: argv.index("--")] if "--" in argv else argv
+    args = parser.parse_args(own)
+    args.server_args = argv[len(own) + 1 :]
+    if args.server_args and args.command != "loadtest":
+        parser.error("arguments after -- are those of the servers of loadtest")
     try:
         return args.run(args)
     except AdamasError as error:
@@ -191,6 +197,20 @@ def _add_storm(commands) -> None:
     )
     storm.add_arguments(command)
     command.set_defaults(run=storm.storm)
+
+
+def _add_loadtest(commands) -> None:
+    from vllm_adamas.serving.loadtest import command as loadtest
+
+    command = commands.add_parser(
+        "loadtest",
+        help="adamas and the stock backend under the same traffic on this host",
+        description="Starts a server of each backend in turn, sends both the traffic of a scenario, checks their "
+        "counters against the requests and writes a report. Exit status 0 if all is well, 1 with problems.",
+        epilog="Arguments after -- are those of `vllm serve`, for both servers.",
+    )
+    loadtest.add_arguments(command)
+    command.set_defaults(run=lambda args: loadtest.loadtest(args, _options(args.config)))
 
 
 def _add_doctor(commands) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass
-from reprlib import Repr
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -18,7 +17,7 @@ from pydantic import (
 )
 
 from vllm_adamas.budget import TokenBudget
-from vllm_adamas.errors import AdamasError
+from vllm_adamas.errors import AdamasError, shortened
 
 #: Step of a 4-level uniform quantiser for unit-variance data: thresholds at -t, 0 and t times the
 #: RMS of the transformed key. The Lloyd-Max value for a normal distribution is 0.9816.
@@ -34,6 +33,8 @@ PAPER_THRESHOLD = 10.0
 MAX_TOKENS = 2**30
 MAX_LAYERS = 2**16
 MAX_SECONDS = 10**6  # eleven days
+MAX_STEPS = 10**9
+MAX_ERROR = 100.0
 THRESHOLDS = (1e-6, 1e6)
 
 BUDGET_WAY_OUT = (
@@ -45,6 +46,9 @@ Tokens = Annotated[int, Field(le=MAX_TOKENS)]
 #: Default budget of layer 0 in multiples of ``token_budget``, for dot with one set per KV head. The layer
 #: attends broadly: with 2048 tokens it errs as other layers do with 512 (docs/quality.md).
 FIRST_LAYER_FACTOR = 8
+
+#: Default ``audit_interval`` on CPUs: the audit takes less than 1 % of TPOT then (docs/audit.md).
+CPU_AUDIT_INTERVAL = 128
 
 LAYER_NUMBER = re.compile("0|[1-9][0-9]{0,4}")
 
@@ -134,6 +138,20 @@ class AdamasConfig(BaseModel):
         description="Seconds between log lines on selection; 0 turns them off.",
     )
     metrics: bool = Field(True, description="Export counters on the server's /metrics.")
+    audit_interval: int | None = Field(
+        None,
+        ge=0,
+        le=MAX_STEPS,
+        description="Decode steps from one audited step to the next, 0 for no audit (default 128 on CPUs, 0 on "
+        "GPUs).",
+    )
+    audit_threshold: float = Field(
+        0.3,
+        gt=0,
+        le=MAX_ERROR,
+        description="Relative error of the output above which an audited row is counted; the log warns when most rows "
+        "are above it.",
+    )
 
     @model_validator(mode="after")
     def _check(self) -> AdamasConfig:
@@ -166,7 +184,7 @@ class AdamasConfig(BaseModel):
             possible = 1 <= budget <= MAX_TOKENS
             floor, raised = budget, name
         if not possible:
-            raise ValueError(f"{name}={_short(budget)} is impossible: {BUDGET_WAY_OUT}")
+            raise ValueError(f"{name}={shortened(budget)} is impossible: {BUDGET_WAY_OUT}")
         forced = self.num_sink_tokens + self.recent_window
         if forced >= floor and forced > 0:
             raise ValueError(
@@ -185,7 +203,7 @@ class AdamasConfig(BaseModel):
             is_text = isinstance(key, str) and LAYER_NUMBER.fullmatch(key)
             number = int(key) if is_text else key
             if type(number) is not int or not 0 <= number < MAX_LAYERS:
-                raise ValueError(f"{_short(key)} is not the number of a layer")
+                raise ValueError(f"{shortened(key)} is not the number of a layer")
             if number in numbered:
                 raise ValueError(f"layer {number} is named twice")
             if type(budget) not in (int, float):
@@ -210,7 +228,7 @@ class AdamasConfig(BaseModel):
         budget = options.get("token_budget")
         if isinstance(budget, (bool, str)):
             raise AdamasError(
-                f"adamas.token_budget={_short(budget)} is not a number: {BUDGET_WAY_OUT}."
+                f"adamas.token_budget={shortened(budget)} is not a number: {BUDGET_WAY_OUT}."
             )
         try:
             return cls.model_validate(options)
@@ -249,6 +267,12 @@ class AdamasConfig(BaseModel):
         if self.num_dense_layers is not None:
             return self.num_dense_layers
         return 1 if self.score == "dot" else 2
+
+    def audited_every(self, device_type: str) -> int:
+        """``audit_interval``, or its default: on a GPU neither the audit nor its cost has been measured yet."""
+        if self.audit_interval is not None:
+            return self.audit_interval
+        return CPU_AUDIT_INTERVAL if device_type == "cpu" else 0
 
     def coding(self, head_size: int) -> Coding:
         """The coding of keys (and, for manhattan, of queries) at one head size."""
@@ -291,13 +315,6 @@ def _sentence(err: ValidationError) -> str:
     key = first["loc"][0]
     field = AdamasConfig.model_fields.get(key)
     if field is None:
-        name = key if str(key).isidentifier() else _short(key)
+        name = key if str(key).isidentifier() else shortened(key)
         return f"adamas.{name} is not an option: valid options are {', '.join(AdamasConfig.model_fields)}."
-    return f"adamas.{key}={_short(first['input'])} is not valid ({message}): {field.description}"
-
-
-def _short(value: Any) -> str:
-    """The repr of a value on one line, with the middle cut out if it is long."""
-    shorten = Repr()
-    shorten.maxstring = shorten.maxother = 80
-    return shorten.repr(value)
+    return f"adamas.{key}={shortened(first['input'])} is not valid ({message}): {field.description}"

@@ -1,4 +1,7 @@
-"""The one exception that users meet."""
+"""The one exception that users meet, and how its sentences quote what others wrote."""
+
+from reprlib import Repr
+from typing import Any
 
 
 class AdamasError(RuntimeError):
@@ -8,3 +11,10 @@ class AdamasError(RuntimeError):
     RuntimeError: vLLM validates its configuration inside pydantic, which would rewrap a ValueError
     into a report of several lines.
     """
+
+
+def shortened(value: Any) -> str:
+    """The repr of a value on one line, with the middle cut out if it is long."""
+    shorten = Repr()
+    shorten.maxstring = shorten.maxother = 80
+    return shorten.repr(value)

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vllm_adamas.errors import AdamasError
+from vllm_adamas.errors import AdamasError, shortened
 
 logger = logging.getLogger("vllm.adamas")
 
@@ -159,11 +159,8 @@ class _Tensor(BaseModel):
     """A tensor's entry in a safetensors header; offsets in bytes from the end of the header."""
 
     dtype: str
-    shape: list[int]
+    shape: list[int] = Field(max_length=64)  # as many as PyTorch has
     data_offsets: tuple[int, int]
-
-
-_TENSORS = TypeAdapter(dict[str, _Tensor])
 
 
 def _safetensors(folder: Path) -> Iterator[tuple[Path, int, dict[str, _Tensor]]]:
@@ -213,16 +210,17 @@ def _header(path: Path) -> tuple[int, dict[str, _Tensor]]:
             header = json.loads(file.read(start - 8))
         except RecursionError:
             raise ValueError("its header is nested too deeply") from None
-    if isinstance(header, dict):
-        header.pop("__metadata__", None)
-    try:
-        tensors = _TENSORS.validate_python(header)
+    if not isinstance(header, dict):
+        raise ValueError("its header describes no tensors")
+    header.pop("__metadata__", None)
+    try:  # one by one, since each error of a model is kept until its validation ends
+        tensors = {name: _Tensor.model_validate(entry) for name, entry in header.items()}
     except ValidationError:
         raise ValueError("its header describes no tensors") from None
     for name, tensor in tensors.items():
         first, last = tensor.data_offsets
         if not 0 <= first <= last <= size - start:
-            raise ValueError(f"the data of {name} lie beyond its end")
+            raise ValueError(f"the data of {shortened(name)} lie beyond its end")
     return start, tensors
 
 

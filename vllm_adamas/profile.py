@@ -13,6 +13,8 @@ import base64
 import hashlib
 import json
 import logging
+import os
+import stat
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -20,7 +22,7 @@ from typing import Literal
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from vllm_adamas.errors import AdamasError
+from vllm_adamas.errors import AdamasError, shortened
 from vllm_adamas.identity import ModelIdentity
 
 logger = logging.getLogger("vllm.adamas")
@@ -29,6 +31,10 @@ VERSION = 1
 
 #: Maximum size of a profile: four times that of 128 layers with 128 KV heads of size 256.
 MAX_BYTES = 64 * 2**20
+
+#: Most commas in a profile, four times those of such a model. They bound how many values it has, and so the
+#: memory that reading it takes: tensors are single strings.
+MAX_COMMAS = 2**18
 
 #: Largest exponent of a balance: fp16 keys and queries still have room for such factors.
 MAX_EXPONENT = 4
@@ -114,31 +120,38 @@ def encode_balance(exponents: torch.Tensor) -> str:
 
 
 def pin(option: str) -> str:
-    """``FILE#sha256=HASH`` for the option ``FILE``; a pinned option is verified and returned as it is.
+    """``FILE#sha256=HASH`` for the option ``FILE``: the hash of the bytes that :func:`load` has checked.
 
     Raises:
         AdamasError: as :func:`load` does.
     """
     path, _, _ = option.partition("#sha256=")
-    load(option)
-    return f"{path}#sha256={_digest(_read(path))}"
+    return f"{path}#sha256={_load(option)[1]}"
 
 
-@cache
 def load(option: str) -> Profile:
     """The profile ``FILE`` or ``FILE#sha256=HASH``, read once per process.
 
     Raises:
         AdamasError: there is no such file, it is not a profile, or its version or hash differs.
     """
+    return _load(option)[0]
+
+
+@cache
+def _load(option: str) -> tuple[Profile, str]:
+    """The profile and the sha256 of the bytes that it was made from."""
     path, _, wanted = option.partition("#sha256=")
     content = _read(path)
-    if wanted and _digest(content) != wanted:
+    digest = hashlib.sha256(content).hexdigest()
+    if wanted and digest != wanted:
         raise AdamasError(
             f"the profile {path} has changed since this server's configuration was read: profiles are "
             "immutable while a server runs, so restart it."
         )
     try:
+        if content.count(b",") > MAX_COMMAS:
+            raise ValueError("it has more values than the largest profile")
         try:
             data = json.loads(content)
         except RecursionError:
@@ -146,12 +159,14 @@ def load(option: str) -> Profile:
         if not isinstance(data, dict) or data.get("format") != FORMAT:
             raise ValueError("it has no format entry of one")
         if data.get("version") != VERSION:
-            raise ValueError(f"version {data.get('version')!r}, this release reads {VERSION}")
+            raise ValueError(
+                f"version {shortened(data.get('version'))}, this release reads {VERSION}"
+            )
         profile = Profile.model_validate(data)
         _check_sizes(profile)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        where = shortened(".".join(map(str, first["loc"])))
         raise AdamasError(
             f"{path} is not a usable calibration profile ({where}: {first['msg']}): make it again "
             "with `vllm-adamas calibrate`."
@@ -160,7 +175,7 @@ def load(option: str) -> Profile:
         raise AdamasError(
             f"{path} is not a calibration profile ({error}): make one with `vllm-adamas calibrate`."
         ) from None
-    return profile
+    return profile, digest
 
 
 def _check_sizes(profile: Profile) -> None:
@@ -188,27 +203,31 @@ def shipped_names() -> str:
 
 
 def _read(path: str) -> bytes:
+    """The bytes of a profile, of one open file and at most ``MAX_BYTES``."""
     shipped, file = SHIPPED / f"{path}.json", Path(path)
     try:
         if shipped.is_file() and shipped.parent == SHIPPED and not file.exists():
-            return shipped.read_bytes()
-        size = file.stat().st_size
-        if not file.is_file():
-            problem = "it is no regular file"
-        elif size > MAX_BYTES:
-            problem = f"it has {size} bytes and a profile at most {MAX_BYTES}"
-        else:
-            return file.read_bytes()
+            file = shipped
+        with open(file, "rb", opener=_open_at_once) as opened:
+            if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+                problem = "it is no regular file"
+            elif len(content := opened.read(MAX_BYTES + 1)) > MAX_BYTES:
+                problem = f"it has more than the {MAX_BYTES} bytes of the largest profile"
+            else:
+                return content
     except OSError as error:
         problem = error.strerror
+    except ValueError:
+        problem = "its name holds a null character"
     raise AdamasError(
         f"the profile {path} cannot be read ({problem}): give the path of a file that "
         f"`vllm-adamas calibrate` made, or the name of a shipped one ({shipped_names()})."
     )
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def _open_at_once(path: str, flags: int) -> int:
+    """A pipe is opened too, where ``open`` would wait for a writer."""
+    return os.open(path, flags | os.O_NONBLOCK)
 
 
 def check_fits(profile: Profile, path: str, identity: ModelIdentity) -> None:
@@ -220,7 +239,12 @@ def check_fits(profile: Profile, path: str, identity: ModelIdentity) -> None:
     for field in ("num_layers", "num_query_heads", "num_kv_heads", "head_size", "rope"):
         theirs, ours = getattr(made_for, field), getattr(identity, field)
         if theirs != ours:
-            _refuse(path, made_for, identity, f"{field} is {theirs} there and {ours} here")
+            _refuse(
+                path,
+                made_for,
+                identity,
+                f"{field} is {shortened(theirs)} there and {shortened(ours)} here",
+            )
     if not identity.fingerprint:  # the weights are not on this host yet: compare names
         if made_for.name != identity.name:
             _refuse(path, made_for, identity, "the names differ and no local files tell more")
@@ -230,6 +254,6 @@ def check_fits(profile: Profile, path: str, identity: ModelIdentity) -> None:
 
 def _refuse(path: str, made_for: ModelIdentity, identity: ModelIdentity, why: str) -> None:
     raise AdamasError(
-        f"the profile {path} was made for {made_for.name} and does not fit {identity.name} ({why}): "
+        f"the profile {path} was made for {shortened(made_for.name)} and does not fit {shortened(identity.name)} ({why}): "
         "calibrate this model with `vllm-adamas calibrate`, or remove the option."
     )

@@ -73,16 +73,18 @@ class CpuBackend(Backend, Inspectable):
             layer.native, query, batch.block_table, batch.seq_lens, batch.budgets, output, stats
         )
 
-    def scan(self, layer, query, block_table, seq_lens):
+    def scan(self, layer, query, block_table, seq_lens, longest=None):
         rows = seq_lens.shape[0]
-        longest = int(seq_lens.max()) if rows else 0
+        if longest is None:
+            longest = int(seq_lens.max()) if rows else 0
         scores = torch.full((rows, layer.params.num_score_heads, longest), float("-inf"))
         self._lib.scan(layer.native, query, block_table, seq_lens, scores)
         return scores
 
-    def select(self, params, scores, seq_lens, budgets):
+    def select(self, params, scores, seq_lens, budgets, most=None):
         rows, heads, _ = scores.shape
-        most = int(params.attended(seq_lens, budgets).max()) if rows else 0
+        if most is None:
+            most = int(params.attended(seq_lens, budgets).max()) if rows else 0
         tokens = torch.full((rows, heads, most), -1, dtype=torch.int32)
         self._lib.select(
             scores, seq_lens, budgets, tokens, params.num_sink_tokens, params.recent_window

@@ -7,7 +7,7 @@ import torch
 from vllm_adamas.backends.base import HOPPER, Backend, DecodeBatch, Layer, Params
 from vllm_adamas.backends.cuda import policy
 from vllm_adamas.backends.cuda.library import limits, load
-from vllm_adamas.backends.cuda.policy import LaunchPlan, check_block, check_step
+from vllm_adamas.backends.cuda.policy import THREE, Form, LaunchPlan, check_block, check_step
 from vllm_adamas.backends.inspect import Inspectable
 from vllm_adamas.backends.launch import rounded_context
 from vllm_adamas.backends.workspace import Workspace
@@ -62,14 +62,6 @@ class CudaBackend(Backend, Inspectable):
             check_block(block_size)
         check_step(max_rows, num_kv_heads, max_seq_len)
 
-    @classmethod
-    def check_softmax(cls, sinks, soft_cap):
-        for needed, what in ((sinks, "learned attention sinks"), (soft_cap, "soft-capped logits")):
-            if needed:
-                raise AdamasError(
-                    f'the CUDA kernels do not support {what} yet: pass "kernels": "triton".'
-                )
-
     @property
     def description(self) -> str:
         return f"cuda (sm_90a, {torch.cuda.get_device_name()})"
@@ -98,11 +90,10 @@ class CudaBackend(Backend, Inspectable):
         """As :meth:`Backend.bind`.
 
         Raises:
-            AdamasError: the kernels do not support the pages, the heads or the softmax.
-            ValueError: the KV cache is not aligned, or ``key_mean`` does not fit.
+            AdamasError: the kernels do not support the pages or the heads.
+            ValueError: the KV cache is not aligned, or ``key_mean`` or ``sinks`` do not fit.
         """
         layout = params.layout
-        self.check_softmax(params.sinks is not None, params.logits_soft_cap > 0)
         check_block(layout.block_size)
         if not params.fp8 and layout.dtype not in MODEL_DTYPES["cuda"]:
             raise AdamasError(
@@ -116,7 +107,7 @@ class CudaBackend(Backend, Inspectable):
                 "kernels handle: serve this model with another backend."
             )
         layout.check(kv_cache)
-        native = self._library.bind(kv_cache, params.native, params.key_mean)
+        native = self._library.bind(kv_cache, params.native, params.key_mean, params.sinks)
         kind = (layout, params.fp8, *_shape(params), params.budget)
         return CudaLayer(params, kv_cache, native, self._plans.setdefault(kind, {}))
 
@@ -132,20 +123,18 @@ class CudaBackend(Backend, Inspectable):
         stats: torch.Tensor,
         *,
         stages: int = ALL_STAGES,
-        cluster: int | None = None,
+        form: Form | None = None,
     ) -> None:
         """As :meth:`Backend.decode`; budgets far above the configured one cost a second pass over the
         signatures.
 
         Args:
             stages: which of the three kernels run (bits: encode, scan, attend), for measurements.
-            cluster: blocks per (row, KV head) of the fused kernel, 0 for the three kernels; default:
-                the choice of :meth:`plan`.
+            form: one kernel or three; default: the choice of :meth:`plan`.
 
         Raises:
             AdamasError: the step exceeds the limits of the kernels.
-            ValueError: an argument does not fit, or the fused kernel cannot run the step in ``cluster``
-                blocks.
+            ValueError: an argument does not fit, or the fused kernel cannot run the step in ``form``.
         """
         longest = batch.block_table.shape[-1] * layer.params.layout.block_size
         bound = batch.max_seq_len
@@ -161,17 +150,18 @@ class CudaBackend(Backend, Inspectable):
             stats,
             self._workspace.at_least(query.device, plan.workspace_bytes),
             longest,
-            plan.cluster if cluster is None else cluster,
+            *(plan.form if form is None else form),
             plan.sample_bits,
             plan.capacity,
             batch.overlap,
             stages,
         )
 
-    def scan(self, layer, query, block_table, seq_lens):
+    def scan(self, layer, query, block_table, seq_lens, longest=None):
         params, rows = layer.params, seq_lens.numel()
         held = block_table.shape[-1] * params.layout.block_size
-        longest = max(0, min(int(seq_lens.max()), held)) if rows else 0
+        if longest is None:
+            longest = max(0, min(int(seq_lens.max()), held)) if rows else 0
         check_step(rows, params.num_kv_heads, longest)
         shape = (rows, params.num_score_heads, longest)
         scores = torch.full(shape, float("-inf"), device=query.device, dtype=torch.float32)
@@ -195,31 +185,32 @@ class CudaBackend(Backend, Inspectable):
         if found is None:
             params = layer.params
             check_step(rows, params.num_kv_heads, max_seq_len)
-            cluster = self.largest_cluster(layer, rows, dtype, longest)
-            sets = params.num_score_heads // params.num_kv_heads
-            budget = params.budget.most(longest)
-            if not policy.prefers_fused(cluster, longest, sets, budget, params.combine):
-                cluster = 0
+            form = self.fused_form(layer, rows, dtype, longest)
+            if not policy.prefers_fused(
+                form,
+                longest,
+                params.budget.most(longest),
+                summed_distances=params.score == "manhattan" and params.group > 1,
+            ):
+                form = THREE
             bits, capacity = self._sampling(params, longest)
             size = self._library.workspace_bytes(*_shape(params), rows, capacity)
-            found = layer.plans[key] = LaunchPlan(cluster, bits, capacity, size)
+            found = layer.plans[key] = LaunchPlan(form, bits, capacity, size)
         return found
 
-    def largest_cluster(
-        self, layer: CudaLayer, rows: int, dtype: torch.dtype, max_seq_len: int
-    ) -> int:
-        """Most blocks per (row, KV head) with which the fused kernel runs in one wave; 0 if none do."""
-        return policy.largest_cluster(
+    def fused_form(self, layer: CudaLayer, rows: int, dtype: torch.dtype, max_seq_len: int) -> Form:
+        """The form of the fused kernel that runs in one wave; ``THREE`` if none does."""
+        return policy.fused_form(
             rows * layer.params.num_kv_heads,
-            lambda size: self.fused_clusters(layer, dtype, max_seq_len, size),
+            lambda form: self.fused_clusters(layer, dtype, max_seq_len, form),
         )
 
     def fused_clusters(
-        self, layer: CudaLayer, dtype: torch.dtype, max_seq_len: int, cluster: int
+        self, layer: CudaLayer, dtype: torch.dtype, max_seq_len: int, form: Form
     ) -> int:
-        """Clusters of ``cluster`` blocks of the fused kernel that the GPU runs at once; 0 if none."""
+        """Clusters of the fused kernel in ``form`` that the GPU runs at once; 0 if none."""
         return self._library.fused_clusters(
-            layer.native, dtype == torch.float16, max_seq_len, cluster
+            layer.native, dtype == torch.float16, max_seq_len, *form
         )
 
     def _sampling(self, params: Params, max_seq_len: int) -> tuple[int, int]:

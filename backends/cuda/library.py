@@ -20,6 +20,8 @@ class Limits(NamedTuple):
         max_step: rows * KV heads * tokens of the longest context.
         max_group: query heads per KV head.
         max_cluster: blocks per (row, KV head) of the fused kernel.
+        most_wanted: tokens per set that the fused kernel selects in one pass over the signatures.
+        max_groups: rows * KV heads of the fused kernel.
     """
 
     max_context: int
@@ -28,6 +30,8 @@ class Limits(NamedTuple):
     max_step: int
     max_group: int
     max_cluster: int
+    most_wanted: int
+    max_groups: int
 
 
 @cache

@@ -9,21 +9,37 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from vllm_adamas.backends.cuda.library import limits, load
 from vllm_adamas.backends.launch import LEAST_CONTEXT, rounded_context
 from vllm_adamas.errors import AdamasError
 
 LEAST_CANDIDATES, MOST_CANDIDATES = 4096, 32768  #: per token set
-#: The fused kernel in a single block per (row, KV head) is slower than the three kernels.
-MIN_CLUSTER = 2
-#: Most scores of a block of the fused kernel if the context is as long as the launch. It passes over them several
-#: times: at the larger number, for one token set per KV head, it is slower than the three kernels, but contexts are
-#: mostly shorter than the launch.
-SCORES_PER_BLOCK, SCORES_OF_ONE_SET = 12288, 49152
-#: Groups of tokens per block of the fused kernel, over the token sets of a KV head. The smallest of the
-#: groups' maxima is a lower bound of the k-th best score if there are at least k groups.
-GROUPS_PER_BLOCK = {"sum": 128, "max": 512}
+WARPS = (16, 8)  #: of a block of the fused kernel; a multiprocessor runs one of 16 or two of 8
+CLUSTERS = (16, *range(8, 0, -1))  #: blocks; 9 to 15 exchange more than they gain over 8
+#: Tokens of a launch for the fused kernel. The three kernels divide longer contexts of few rows over the whole GPU.
+MOST_FUSED = 1 << 17
+#: Tokens per warp of the fused kernel if distances are summed; their arithmetic needs the whole GPU sooner.
+MOST_DISTANCES = 512
+
+
+class Form(NamedTuple):
+    """How a decode step runs: in the fused kernel, or in three kernels (:data:`THREE`).
+
+    Args:
+        cluster: blocks per (row, KV head).
+        warps: of a block, one of ``WARPS``.
+    """
+
+    cluster: int
+    warps: int
+
+    def __str__(self) -> str:
+        return f"{self.cluster}x{self.warps}" if self.cluster else "three"
+
+
+THREE = Form(0, 0)
 
 
 @dataclass(frozen=True)
@@ -31,13 +47,13 @@ class LaunchPlan:
     """The launch of a decode step.
 
     Args:
-        cluster: blocks per (row, KV head) of the fused kernel, 0 for the three kernels.
+        form: one kernel or three.
         sample_bits: log2 of the tokens of a context that encode samples.
         capacity: candidates per token set.
         workspace_bytes: size of the workspace.
     """
 
-    cluster: int
+    form: Form
     sample_bits: int
     capacity: int
     workspace_bytes: int
@@ -51,32 +67,31 @@ def rounded_contexts(max_seq_len: int) -> Iterator[int]:
         tokens = rounded_context(tokens + 1)
 
 
-def prefers_fused(
-    cluster: int, max_seq_len: int, sets: int, budget: int, combine: str = "sum"
-) -> bool:
-    """Whether the fused kernel in ``cluster`` blocks per (row, KV head) beats the three kernels.
+def prefers_fused(form: Form, max_seq_len: int, budget: int, *, summed_distances: bool) -> bool:
+    """Whether the fused kernel in ``form`` beats the three kernels.
 
     Args:
-        sets: token sets per KV head.
+        max_seq_len: longest context of the launch, in tokens.
         budget: tokens per set.
-        combine: as :attr:`Params.combine`.
+        summed_distances: whether scores are Manhattan distances summed over query heads.
     """
-    return (
-        cluster >= MIN_CLUSTER
-        and max_seq_len * sets <= (SCORES_PER_BLOCK if sets > 1 else SCORES_OF_ONE_SET) * cluster
-        and budget * sets <= GROUPS_PER_BLOCK[combine] * cluster
-    )
+    most = MOST_FUSED
+    if summed_distances:
+        most = min(most, MOST_DISTANCES * form.cluster * form.warps)
+    return form != THREE and max_seq_len <= most and budget <= limits().most_wanted
 
 
-def largest_cluster(groups: int, clusters_at_once: Callable[[int], int]) -> int:
-    """Most blocks per (row, KV head) with which the fused kernel runs in one wave; 0 if none do.
+def fused_form(groups: int, clusters_at_once: Callable[[Form], int]) -> Form:
+    """The form of the fused kernel that runs in one wave; ``THREE`` if none does.
+
+    Blocks of 16 warps come first: they exchange less than twice as many blocks of 8.
 
     Args:
         groups: rows * KV heads.
-        clusters_at_once: maps blocks per cluster to the clusters that the device runs at once.
+        clusters_at_once: maps a form to the clusters that the device runs at once.
     """
-    sizes = range(limits().max_cluster, 0, -1)
-    return next((size for size in sizes if clusters_at_once(size) >= groups), 0)
+    forms = (Form(cluster, warps) for warps in WARPS for cluster in CLUSTERS)
+    return next((form for form in forms if clusters_at_once(form) >= groups), THREE)
 
 
 def candidate_capacity(max_seq_len: int, budget: int, most_sample_bits: int) -> int:

@@ -7,7 +7,7 @@ import torch
 from vllm_adamas.backends.base import Backend
 from vllm_adamas.backends.inspect import Inspectable
 from vllm_adamas.backends.reference import signature as sig
-from vllm_adamas.backends.reference.softmax import soft_cap, softmax
+from vllm_adamas.backends.softmax import soft_cap, softmax
 from vllm_adamas.dtypes import ELEMENTS
 from vllm_adamas.layout import TILE
 
@@ -59,9 +59,10 @@ class ReferenceBackend(Backend, Inspectable):
         layout.lo(kv_cache)[block, :, tile, :, lane] = sig.pack(codes & 1)
         layout.scale(kv_cache)[block, :, offset] = sig.code_scale(x, codes)  # [T, Hkv]
 
-    def scan(self, layer, query, block_table, seq_lens):
+    def scan(self, layer, query, block_table, seq_lens, longest=None):
         params = layer.params
-        shape = (query.shape[0], params.num_score_heads, _max(seq_lens))
+        longest = _max(seq_lens) if longest is None else longest
+        shape = (query.shape[0], params.num_score_heads, longest)
         scores = torch.full(shape, float("-inf"))  # [R, num_score_heads, L]
         for row, length in enumerate(_lengths(params, block_table, seq_lens)):
             if length:
@@ -92,11 +93,10 @@ class ReferenceBackend(Backend, Inspectable):
                 scores = scores.sum(1, keepdim=True)  # [Hkv, 1, L]
         return scores.flatten(0, 1)  # [num_score_heads, L]
 
-    def select(self, params, scores, seq_lens, budgets):
+    def select(self, params, scores, seq_lens, budgets, most=None):
         rows, heads, _ = scores.shape
-        chosen = torch.full(
-            (rows, heads, _max(params.attended(seq_lens, budgets))), -1, dtype=torch.int32
-        )
+        most = _max(params.attended(seq_lens, budgets)) if most is None else most
+        chosen = torch.full((rows, heads, most), -1, dtype=torch.int32)
         for row, (length, budget) in enumerate(
             zip(seq_lens.tolist(), budgets.tolist(), strict=True)
         ):

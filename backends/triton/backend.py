@@ -133,11 +133,12 @@ class TritonBackend(Backend, Inspectable):
             **_sizes(layout.head_size), BLOCK=_block(layout.head_size), TOKENS=APPEND_TOKENS,
         )  # fmt: skip
 
-    def scan(self, layer, query, block_table, seq_lens):
+    def scan(self, layer, query, block_table, seq_lens, longest=None):
         params = layer.params
         rows = self._rows(params, query, block_table, seq_lens)
         held = block_table.shape[1] * params.layout.block_size
-        longest = max(0, min(int(seq_lens.max()), held)) if rows else 0
+        if longest is None:
+            longest = max(0, min(int(seq_lens.max()), held)) if rows else 0
         shape = (rows, params.num_score_heads, longest)
         scores = torch.full(shape, float("-inf"), dtype=torch.float32, device=query.device)
         if longest:
@@ -148,13 +149,14 @@ class TritonBackend(Backend, Inspectable):
                 self._scan(plan, layer, query[some], *batch)
         return scores
 
-    def select(self, params, scores, seq_lens, budgets):
+    def select(self, params, scores, seq_lens, budgets, most=None):
         rows, heads, _ = scores.shape
         check_tensor("scores", scores, torch.float32, rows, heads, None)
         check_tensor("seq_lens", seq_lens, torch.int32, rows)
         check_tensor("budgets", budgets, torch.int32, rows)
         kept = params.attended(seq_lens.clamp_max(scores.shape[2]), budgets)
-        most = int(kept.max()) if rows else 0
+        if most is None:
+            most = int(kept.max()) if rows else 0
         tokens = torch.empty_like(scores, dtype=torch.int32)
         if most:
             self._select(params, scores, tokens, seq_lens, budgets, sparse_only=False)

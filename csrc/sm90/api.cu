@@ -123,11 +123,11 @@ void use_workspace(DecodeParams& p, const TensorView& work, DLDevice device) {
   argument.expect(workspace(p, data<uint8_t>(work)) <= work.size(0));
 }
 
-// cluster: blocks per (row, KV head) of the fused kernel, 0 for the three kernels. stages: which of the three run,
-// bit 0 encode, bit 1 scan, bit 2 attend; the benchmark times them one by one.
+// cluster, warps: blocks per (row, KV head) of the fused kernel and warps of a block; no blocks for the three kernels.
+// stages: which of the three run, bit 0 encode, bit 1 scan, bit 2 attend; the benchmark times them one by one.
 void decode_op(Layer layer, TensorView query, TensorView output, TensorView block_table, TensorView seq_lens,
                TensorView budgets, TensorView stats, TensorView work, int64_t max_seq_len, int64_t cluster,
-               int64_t sample_bits, int64_t capacity, bool overlap, int64_t stages) {
+               int64_t warps, int64_t sample_bits, int64_t capacity, bool overlap, int64_t stages) {
   const DLDevice device = layer->device;
   DecodeParams p = make_step(layer, query, block_table, seq_lens, max_seq_len, sample_bits, capacity);
   p.output = as_rows(output, "output", "[R, Hq, D] of the dtype of query, D contiguous", layer, p.num_rows,
@@ -139,10 +139,10 @@ void decode_op(Layer layer, TensorView query, TensorView output, TensorView bloc
   p.overlap = overlap;
   void* stream = current_stream(layer);
   use_workspace(p, work, device);
-  expect(cluster == 0 || fused_fits(p, int(cluster)),
+  expect(cluster == 0 || fused_fits(p, int(cluster), int(warps)),
          "cluster: the fused kernel does not take this step in so many blocks");
   if (p.num_rows == 0) return;
-  if (cluster) return fused(p, int(cluster), stream);
+  if (cluster) return fused(p, int(cluster), int(warps), stream);
   if (stages & 1) encode(p, stream);
   if (stages & 2) scan(p, stream);
   if (stages & 4) attend(p, stream);
@@ -182,11 +182,11 @@ int64_t max_sample_bits_op(int64_t num_query_heads, int64_t num_kv_heads, int64_
 }
 
 // Clusters of the fused kernel that run at once, 0 if it does not support the shape. half: queries are float16.
-int64_t fused_clusters_op(Layer layer, bool half, int64_t max_seq_len, int64_t cluster) {
+int64_t fused_clusters_op(Layer layer, bool half, int64_t max_seq_len, int64_t cluster, int64_t warps) {
   DecodeParams p = layer->decode;
   p.query.element = half ? Element::f16 : Element::bf16;
   p.max_seq_len = int(max_seq_len);
-  return fused_clusters(p, int(cluster));
+  return fused_clusters(p, int(cluster), int(warps));
 }
 
 int64_t sample_bits_op(int64_t length, int64_t most) { return sample_bits(int(length), int(most)); }
@@ -198,7 +198,8 @@ int64_t most_sample_rank_op(int64_t need, int64_t sample, int64_t length) {
 
 Map<String, int64_t> limits_op() {
   return {{"max_context", kMaxContext}, {"max_block", kMaxBlock}, {"max_rows", kMaxRows},
-          {"max_step", kMaxStep},       {"max_group", kMaxGroup}, {"max_cluster", kMaxCluster}};
+          {"max_step", kMaxStep},       {"max_group", kMaxGroup}, {"max_cluster", kMaxCluster},
+          {"most_wanted", kMostWanted}, {"max_groups", kTickets}};
 }
 
 }  // namespace

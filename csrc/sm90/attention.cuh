@@ -76,10 +76,10 @@ struct Attention {
     else return kShared ? load_shared8(row) : load8(row);
   }
 
-  // Processes 16 slots of one token each. at(slot) is the address of a slot's K row, in shared memory if kShared.
-  // It must be readable for every slot, but only slots in [begin, end) count.
+  // Processes 16 slots of one token each. at(slot) is the address of a slot's K row, in shared memory if kShared; the V
+  // row follows after `v_offset` bytes. It must be readable for every slot, but only slots in [begin, end) count.
   template <bool kShared = false, class At>
-  __device__ __forceinline__ void step(At at, int64_t v_offset, int begin, int end, float scale) {
+  __device__ __forceinline__ void step(const DecodeParams& p, At at, int64_t v_offset, int begin, int end) {
     const int lane = threadIdx.x % 32, g = lane / 4, c = lane % 4;
     uint4 k[2][kKChunks];
 #pragma unroll
@@ -106,11 +106,17 @@ struct Attention {
         Mma<T>::run(s, k[0][j].x, k[1][j].x, k[0][j].y, k[1][j].y, query[n][j].x, query[n][j].y);
         Mma<T>::run(s, k[0][j].z, k[1][j].z, k[0][j].w, k[1][j].w, query[n][j].z, query[n][j].w);
       }
+#pragma unroll
+      for (int i = 0; i < 4; ++i) s[i] *= p.softmax_scale;
+      if (p.soft_cap > 0) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) s[i] = soft_cap(s[i], p.soft_cap);
+      }
       float decay[2];
 #pragma unroll
       for (int h = 0; h < 2; ++h) {
-        s[h] = valid[0] ? s[h] * scale : -INFINITY;
-        s[2 + h] = valid[1] ? s[2 + h] * scale : -INFINITY;
+        s[h] = valid[0] ? s[h] : -INFINITY;
+        s[2 + h] = valid[1] ? s[2 + h] : -INFINITY;
         float best = fmaxf(s[h], s[2 + h]);
         best = fmaxf(best, __shfl_xor_sync(kFull, best, 4));
         best = fmaxf(best, __shfl_xor_sync(kFull, best, 8));
@@ -150,14 +156,13 @@ struct Attention {
                 __byte_perm(v2, v3, 0x7632), b0, b1);
   }
 
-  // Attends to the chunk of a context that starts at `token`, restricted to [plan.first, plan.length). Slots outside
-  // read the nearest token inside. pages, blocks: head_pages() and row_blocks() (address.cuh).
-  __device__ __forceinline__ void attend_chunk(const DecodeParams& p, const RowPlan& plan, const uint8_t* pages,
+  // Attends to the chunk of a context that starts at `token`, restricted to tokens [first, end). Slots outside read the
+  // nearest token inside. pages, blocks: head_pages() and row_blocks() (address.cuh).
+  __device__ __forceinline__ void attend_chunk(const DecodeParams& p, int first, int end, const uint8_t* pages,
                                                const int32_t* blocks, int token) {
     const uint8_t* run = pages + key_offset<kRowBytes>(p.page, blocks, token);
-    const int last = min(kChunk, plan.length - token) - 1, begin = max(plan.first - token, 0);
-    step([&](int slot) { return run + min(max(slot, begin), last) * kRowBytes; }, p.page.v_offset, begin, last + 1,
-         p.softmax_scale);
+    const int last = min(kChunk, end - token) - 1, begin = max(first - token, 0);
+    step(p, [&](int slot) { return run + min(max(slot, begin), last) * kRowBytes; }, p.page.v_offset, begin, last + 1);
   }
 
   // After the last step, gives every lane the complete sums.
@@ -225,9 +230,10 @@ struct Attention {
     }
   }
 
-  // Merges the warps of a block and writes the output. buffer: kWarps * min(heads, 8) * kHeadFloats floats.
-  template <int kWarps>
-  __device__ void write_merged(float* buffer, T* first_head, int64_t head_stride, int heads, float v_scale) const {
+  // Merges the `warps` warps of a block and writes the output of `heads` query heads of a row, from `first` on. buffer:
+  // warps * min(heads, 8) * kHeadFloats floats.
+  __device__ __forceinline__ void write_merged(const DecodeParams& p, int warps, float* buffer, int row, int first,
+                                               int heads) const {
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
       const int here = min(heads - 8 * n, 8);
@@ -235,17 +241,16 @@ struct Attention {
       __syncthreads();
       share(buffer, n, here);
       __syncthreads();
-      for (int i = threadIdx.x; i < here * D; i += kWarps * 32) {
-        const int head = i / D, d = i % D;
-        const SoftmaxValue x = merge_parts(buffer + head * kHeadFloats, kWarps, here * kHeadFloats, d);
-        first_head[(8 * n + head) * head_stride + d] = T(softmax_output(x.value, x.sum, v_scale));
+      for (int i = threadIdx.x; i < here * D; i += warps * 32) {
+        const int local = i / D, d = i % D, head = first + 8 * n + local;
+        const SoftmaxValue x = merge_parts(buffer + local * kHeadFloats, warps, here * kHeadFloats, d);
+        head_vector<T>(p.output, row, head)[d] = T(softmax_output(p, head, x));
       }
     }
   }
 
   // Merges the warps of a block into the first one's state.
-  template <int kWarps>
-  __device__ void merge_warps(float* buffer, int heads) {
+  __device__ __forceinline__ void merge_warps(int warps, float* buffer, int heads) {
     const int lane = threadIdx.x % 32;
 #pragma unroll
     for (int n = 0; n < kTiles; ++n) {
@@ -259,7 +264,7 @@ struct Attention {
       for (int h = 0; h < 2; ++h) {
         const int head = lane % 4 * 2 + h;
         if (head >= here) continue;
-        for (int w = 1; w < kWarps; ++w) {
+        for (int w = 1; w < warps; ++w) {
           const float* from = buffer + (w * here + head) * kHeadFloats;
           const MergeScales scale = merge_softmax(top[n][h], sum[n][h], from[0], from[1]);
 #pragma unroll

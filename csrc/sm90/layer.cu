@@ -15,8 +15,6 @@ using tvm::ffi::Optional;
 using tvm::ffi::String;
 using tvm::ffi::Tensor;
 
-constexpr double kLog2E = 1.4426950408889634;
-
 Page make_page(const TensorView& kv_cache, const PageLayout& layout, int64_t head_size) {
   Page page{};
   static_cast<PageLayout&>(page) = layout;
@@ -61,7 +59,7 @@ DecodeParams decode_shape(int64_t num_query_heads, int64_t num_kv_heads, int64_t
   return p;
 }
 
-Layer bind(TensorView kv_cache, Map<String, Any> description, Optional<Tensor> key_mean) {
+Layer bind(TensorView kv_cache, Map<String, Any> description, Optional<Tensor> key_mean, Optional<Tensor> sinks) {
   auto number = [&](const char* name) { return description.at(String(name)).cast<double>(); };
   auto integer = [&](const char* name) { return description.at(String(name)).cast<int64_t>(); };
   auto flag = [&](const char* name) { return description.at(String(name)).cast<bool>(); };
@@ -95,6 +93,7 @@ Layer bind(TensorView kv_cache, Map<String, Any> description, Optional<Tensor> k
   p.coding = Coding{float(number("threshold")), flag("relative")};
   p.softmax_scale = float(number("softmax_scale") * number("k_scale") * kLog2E);  // logits in base 2
   p.logit_scale = float(number("logit_scale"));
+  p.soft_cap = float(number("logits_soft_cap") * kLog2E);
   p.num_sink_tokens = int(integer("num_sink_tokens"));
   p.recent_window = int(integer("recent_window"));
   p.least_budget = std::max(p.num_sink_tokens + p.recent_window, 1);
@@ -115,6 +114,16 @@ Layer bind(TensorView kv_cache, Map<String, Any> description, Optional<Tensor> k
     mean.expect(view.size(0) == 1 || view.stride(0) == head_size);
     layer->key_mean = key_mean;
     a.key_mean = data<const float>(view);
+  }
+  if (sinks.has_value()) {
+    const Tensor tensor = sinks.value();
+    const TensorView view(tensor);
+    const Argument logits{"sinks", "contiguous float32 [Hq]", view, device};
+    logits.expect_device();
+    logits.expect(is_dtype(view, kDLFloat, 32));
+    logits.expect_shape({p.num_query_heads});
+    layer->sinks = sinks;
+    p.sinks = data<const float>(view);
   }
   return Layer(layer);
 }

@@ -16,7 +16,7 @@ class LayerObj : public tvm::ffi::Object {
   DLDevice device;  // of the KV cache, and of every argument
   AppendParams append{};
   DecodeParams decode{};
-  tvm::ffi::Optional<tvm::ffi::Tensor> key_mean;  // owns what append.key_mean points to
+  tvm::ffi::Optional<tvm::ffi::Tensor> key_mean, sinks;  // own what append.key_mean and decode.sinks point to
 
   static constexpr bool _type_mutable = true;
   TVM_FFI_DECLARE_OBJECT_INFO_FINAL("vllm_adamas.cuda.Layer", LayerObj, tvm::ffi::Object);
@@ -33,8 +33,8 @@ DecodeParams decode_shape(int64_t num_query_heads, int64_t num_kv_heads, int64_t
                           bool per_query_head, bool maximum);
 
 // kv_cache: [num_blocks, num_kv_heads, block_size, C]. description: Params.native in backends/base.py. key_mean:
-// float32 [num_kv_heads, head_size].
+// float32 [num_kv_heads, head_size]. sinks: float32 [num_query_heads].
 Layer bind(tvm::ffi::TensorView kv_cache, tvm::ffi::Map<tvm::ffi::String, tvm::ffi::Any> description,
-           tvm::ffi::Optional<tvm::ffi::Tensor> key_mean);
+           tvm::ffi::Optional<tvm::ffi::Tensor> key_mean, tvm::ffi::Optional<tvm::ffi::Tensor> sinks);
 
 }  // namespace adamas

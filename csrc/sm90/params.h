@@ -17,9 +17,12 @@ constexpr int kMaxGroup = kQuad * kMaxHeadQuads;  // query heads per KV head
 // memory; tokens of a block; rows of a step; blocks of a cluster; and rows * KV heads * tokens of the longest
 // context, whose stages scan counts in 32 bits.
 constexpr int kMaxContext = 1 << 20, kMaxBlock = 1 << 16, kMaxRows = 8192, kMaxCluster = 16;
+// Tokens that a round of the fused kernel selects, and (row, KV head)s that may share dense rows there.
+constexpr int kMostWanted = 512, kTickets = 1024;
 constexpr int64_t kMaxStep = int64_t(1) << 37;
 // Planes of an encoded query: 2 with two bits each (dot) or 3 thermometer planes (manhattan).
 constexpr int kMaxQueryPlanes = 3;
+constexpr double kLog2E = 1.4426950408889634;
 
 // The counter of token sets whose selection took more than one pass.
 constexpr int kSearchedAgain = 4;
@@ -70,6 +73,7 @@ struct GatherParams {
 // What encode passes to scan, and scan to attend. `set` is row * score heads + score head, `group` is
 // row * num_kv_heads + KV head.
 struct Workspace {
+  uint32_t* tickets;      // [kTickets] `arrived` of the fused kernel, which no kernel uses otherwise
   uint32_t* planes;       // [group][head quad][plane][chunk of 4 words][32 lanes] query planes
   int32_t* bias;          // [group][head quad][4] integer constant of a head's score
   HeadWeight* weights;    // [group][head quad][4], for dot_max
@@ -78,7 +82,7 @@ struct Workspace {
   float* pivot_scale;     // [set] selection bins per unit of score above the pivot, or 0
   uint32_t* count;        // [set] candidates found, may exceed the capacity
   uint2* candidates;      // [set][capacity] score (float), token
-  uint32_t* arrived;      // [group] dense workers that have finished
+  uint32_t* arrived;      // [group] dense workers that have finished; 0 before and after a step
   uint32_t* pieces;       // [1] pieces of work that scan has handed out
   float* partials;        // [dense worker + group] softmax partials of dense rows
 };
@@ -95,6 +99,8 @@ struct DecodeParams {
   int max_seq_len;  // upper bound of all rows, which workspaces and the block table hold
   float softmax_scale, norm;
   float logit_scale;  // softmax scale in base 2 of values that are not fp8
+  float soft_cap;     // of the logits in base 2; 0 caps nothing
+  const float* sinks;  // [num_query_heads] natural logits that only add to the denominator; null is none
   Mode mode;
   bool per_query_head;
   int num_sink_tokens, recent_window, sliding_window;
@@ -117,10 +123,10 @@ void encode(const DecodeParams& p, void* stream);
 void scan(const DecodeParams& p, void* stream);
 void attend(const DecodeParams& p, void* stream);
 int max_sample_bits(const DecodeParams& p);  // log2 of the largest sample that fits the shared memory of encode
-// The whole step in one kernel, with a cluster of blocks per (row, KV head).
-void fused(const DecodeParams& p, int cluster, void* stream);
-bool fused_fits(const DecodeParams& p, int cluster);     // whether the kernel supports the shape
-int fused_clusters(const DecodeParams& p, int cluster);  // clusters that run at once; 0 if not supported
+// The whole step in one kernel, with a cluster of blocks of `warps` warps (8 or 16) per (row, KV head).
+void fused(DecodeParams p, int cluster, int warps, void* stream);
+bool fused_fits(const DecodeParams& p, int cluster, int warps);     // whether the kernel supports the shape
+int fused_clusters(const DecodeParams& p, int cluster, int warps);  // clusters that run at once; 0 if not supported
 int64_t workspace(DecodeParams& p, uint8_t* base);       // assigns p.work; returns its size in bytes
 
 }  // namespace adamas

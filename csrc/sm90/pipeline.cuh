@@ -54,12 +54,13 @@ inline int stage_bytes(const Page& page) { return kStageTokens * (page.head_size
 template <int kStages>
 class StageRing {
  public:
-  // One ring per warp. memory: kStages * bytes, aligned to 16; barriers: kStages.
-  __device__ StageRing(uint8_t* memory, uint64_t* barriers, int bytes)
+  // One ring per warp. memory: kStages * bytes, aligned to 16; barriers: kStages. `fresh`: the barriers are not
+  // initialised yet.
+  __device__ StageRing(uint8_t* memory, uint64_t* barriers, int bytes, bool fresh = true)
       : data_(shared_address(memory)),
         barriers_(shared_address(barriers)),
         bytes_(bytes) {
-    if (threadIdx.x % 32 == 0) {
+    if (fresh && threadIdx.x % 32 == 0) {
       for (int i = 0; i < kStages; ++i) barrier_init(barriers_ + i * 8);
       barrier_init_done();
     }
@@ -71,7 +72,7 @@ class StageRing {
   // Fetches the stage that starts at `token` of a context of `length` tokens. block: from load_stage_block(). All
   // lanes call it, and none may still read the slot.
   __device__ __forceinline__ void fill(int slot, const Page& page, const StageShape& shape, const uint8_t* pages,
-                                       int token, int length, uint32_t block) {
+                                       int token, int length, uint32_t block) const {
     const int parts =
         shape.parts == 1 ? 1 : min(shape.parts, (length - token + shape.part_tokens - 1) / shape.part_tokens);
     fill_parts(slot, page, shape, pages, token + int(threadIdx.x % 32) * shape.part_tokens, parts, block);
@@ -79,7 +80,7 @@ class StageRing {
 
   // Fetches a stage of `parts` parts from anywhere; this lane's one starts at `token`, in `block`.
   __device__ __forceinline__ void fill_parts(int slot, const Page& page, const StageShape& shape, const uint8_t* pages,
-                                             int token, int parts, uint32_t block) {
+                                             int token, int parts, uint32_t block) const {
     const int lane = threadIdx.x % 32;
     const uint32_t barrier = barriers_ + slot * 8;
     if (lane == 0) barrier_expect(barrier, parts * shape.part_bytes);
@@ -99,7 +100,7 @@ class StageRing {
   }
 
   // The same if a stage is one contiguous copy.
-  __device__ __forceinline__ void fill(int slot, const uint8_t* from, int bytes) {
+  __device__ __forceinline__ void fill(int slot, const uint8_t* from, int bytes) const {
     if (threadIdx.x % 32) return;
     barrier_expect(barriers_ + slot * 8, bytes);
     bulk_copy(data(slot), from, bytes, barriers_ + slot * 8);

@@ -4,7 +4,16 @@
 #pragma once
 #include <cuda_runtime.h>
 
+#include "sm90/params.h"
+
 namespace adamas {
+
+// A logit between -cap and cap: cap * tanh(x / cap), with an error of a few 1e-7 of the cap. The approximate divisions
+// save the registers of exact ones.
+__device__ __forceinline__ float soft_cap(float x, float cap) {
+  constexpr float kTwoLog2E = 2.8853900817779268f;
+  return cap - __fdividef(2 * cap, 1 + exp2f(__fdividef(kTwoLog2E * x, cap)));
+}
 
 // The scale of a part with logits up to `top` if `best` is the largest top of all parts. A part without tokens has
 // top -inf and scale 0, even if no part has tokens.
@@ -42,9 +51,12 @@ __device__ __forceinline__ SoftmaxValue merge_parts(const float* from, int parts
   return merged;
 }
 
-// The output value; 0 without tokens.
-__device__ __forceinline__ float softmax_output(float value, float sum, float v_scale) {
-  return sum == 0 ? 0.0f : value / sum * v_scale;
+// The output value of a query head; 0 without tokens. Its learned sink adds to the sum alone: at most infinity, with
+// which the output is 0.
+__device__ __forceinline__ float softmax_output(const DecodeParams& p, int head, const SoftmaxValue& x) {
+  if (x.sum == 0) return 0;
+  const float sum = p.sinks ? x.sum + exp2f(p.sinks[head] * float(kLog2E) - x.top) : x.sum;
+  return x.value / sum * p.page.v_scale;
 }
 
 }  // namespace adamas

@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib.resources import files
 from typing import Any
 
 from vllm_adamas.errors import AdamasError
@@ -182,6 +183,20 @@ class Endpoint:
                 return await response.json()
 
         return await asyncio.wait_for(call(), self.timeout)
+
+    async def book(self) -> list[int]:
+        """The packaged book as token ids of the server's model, for prompts to be cut from.
+
+        Raises:
+            AdamasError: the server has no ``/tokenize``.
+        """
+        text = files("vllm_adamas.evaluate").joinpath("data", "alice.txt").read_text("utf-8")
+        try:
+            return (await self.json("/tokenize", {"prompt": text}))["tokens"]
+        except Exception as error:
+            raise AdamasError(
+                f"{self.url}/tokenize does not answer ({name_of(error)}): give the URL of a vLLM server."
+            ) from None
 
     async def send(self, request: Request, unit: int, history: list | None = None) -> Outcome:
         """Sends a request of a storm; errors of the server are in the outcome and never raised."""

@@ -9,7 +9,6 @@ import random
 import sys
 import time
 from collections import Counter
-from importlib.resources import files
 from pathlib import Path
 
 from vllm_adamas import __version__
@@ -158,13 +157,7 @@ class _Storm:
         if args.oracle:
             async with Endpoint(args.oracle, args.timeout):
                 pass  # it answers
-        book = files("vllm_adamas.evaluate").joinpath("data", "alice.txt").read_text("utf-8")
-        try:
-            text = (await server.json("/tokenize", {"prompt": book}))["tokens"]
-        except Exception as error:
-            raise AdamasError(
-                f"{args.url}/tokenize does not answer ({name_of(error)}): storm a vLLM server."
-            ) from None
+        text = await server.book()
         names = ("block_size", "max_prompt", "max_tokens", "burst", "kinds")
         limits = {name: getattr(args, name) for name in names}
         self.traffic = Traffic(args.seed, text, server.max_model_len, **limits)

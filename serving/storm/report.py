@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -168,7 +168,7 @@ class Report:
         return "\n".join(lines)
 
 
-def _numbers(values: dict[str, float], names: Sequence[str]) -> list[str]:
+def _numbers(values: dict[str, float], names: Iterable[str]) -> list[str]:
     """The named values as table cells; empty if missing."""
     return [f"{values[name]:.6g}" if name in values else "" for name in names]
 
@@ -185,19 +185,24 @@ def _summary(verdict: Verdict) -> dict[str, Any]:
     }
 
 
-PERCENTILES = ("p50", "p99", "max")
+PERCENTILES = {"p50": 0.5, "p99": 0.99, "max": 1.0}
 
 
-def percentiles(values: Sequence[float], scale: float = 1.0) -> dict[str, float]:
-    """p50, p99 and maximum, times ``scale``; empty without values."""
+def percentiles(
+    values: Sequence[float], scale: float = 1.0, shares: Mapping[str, float] = PERCENTILES
+) -> dict[str, float]:
+    """Percentiles by the nearest rank, times ``scale``; empty without values.
+
+    Args:
+        shares: the share of the values that are at most as large, by the percentile's name.
+    """
     if not values:
         return {}
     ordered = sorted(values)
-
-    def at(share: float) -> float:
-        return round(scale * ordered[math.ceil(share * len(ordered)) - 1], 6)
-
-    return dict(zip(PERCENTILES, (at(0.5), at(0.99), at(1.0)), strict=True))
+    return {
+        name: round(scale * ordered[math.ceil(share * len(ordered)) - 1], 6)
+        for name, share in shares.items()
+    }
 
 
 def _listed(values: dict) -> str:

@@ -10,7 +10,9 @@ from vllm_adamas.serving.storm.client import Endpoint, name_of
 START = "process_start_time_seconds"
 BUSY = ("vllm:num_requests_running", "vllm:num_requests_waiting")
 COUNTERS = (
+    "vllm:request_success_total",
     "vllm:num_preemptions_total",
+    "vllm:spec_decode_num_drafts_total",
     "vllm:prefix_cache_hits_total",
     "vllm:prefix_cache_queries_total",
     "vllm:prompt_tokens_total",

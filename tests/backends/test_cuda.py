@@ -7,15 +7,16 @@ import dataclasses
 import pytest
 import targets
 import torch
-from cases import SETS, TOLERANCE, Batch, Case, many, relative_error
-from targets import CLUSTERS, CudaTarget, attend_selected, needs_hopper
+from cases import SETS, SINKS, TOLERANCE, Batch, Case, many, relative_error
+from targets import FORMS, CudaTarget, attend_selected, needs_hopper
 
 from vllm_adamas.backends.base import COUNTERS
 from vllm_adamas.backends.cuda.library import limits
+from vllm_adamas.backends.cuda.policy import MOST_FUSED, THREE, Form
 from vllm_adamas.errors import AdamasError
 
 pytestmark = needs_hopper
-over_clusters = pytest.mark.parametrize("cluster", CLUSTERS)
+over_forms = pytest.mark.parametrize("form", FORMS, ids=str)
 SELECTIONS = pytest.mark.parametrize("selection", SETS)
 over_scores = pytest.mark.parametrize(
     "score, selection",
@@ -30,12 +31,14 @@ def backend():
     return CudaBackend()
 
 
-def check_decode(backend, batch: Batch, cluster: int) -> None:
-    targets.check_decode(CudaTarget(backend, "cuda", {"cluster": cluster}), batch)
+def check_decode(backend, batch: Batch, form: Form) -> None:
+    target = CudaTarget(backend, "cuda", {"form": form})
+    target.skip_unless_fits(batch)
+    targets.check_decode(target, batch)
 
 
-def skip_unless_fits(backend, batch: Batch, cluster: int, longest: int | None = None) -> None:
-    CudaTarget(backend, "cuda", {"cluster": cluster}).skip_unless_fits(batch, longest)
+def skip_unless_fits(backend, batch: Batch, form: Form, longest: int | None = None) -> None:
+    CudaTarget(backend, "cuda", {"form": form}).skip_unless_fits(batch, longest)
 
 
 def append_again(backend, batch: Batch) -> None:
@@ -61,10 +64,10 @@ def mislead(batch: Batch, data: str) -> None:
         key.mul_(0.01).add_(rise.view(-1, 1, 1))
 
 
-@over_clusters
+@over_forms
 @over_scores
 @pytest.mark.parametrize("data", ["normal", *MISLEADING])
-def test_decode_of_any_scores(backend, data: str, score: str, selection: str, cluster: int) -> None:
+def test_decode_of_any_scores(backend, data: str, score: str, selection: str, form: Form) -> None:
     """Long enough for samples; every distribution of scores is exact."""
     plain = data in ("drift", "late", "outliers")
     case = Case(
@@ -78,26 +81,26 @@ def test_decode_of_any_scores(backend, data: str, score: str, selection: str, cl
     if plain:
         mislead(batch, data)
         append_again(backend, batch)
-    check_decode(backend, batch, cluster)
+    check_decode(backend, batch, form)
 
 
-@over_clusters
+@over_forms
 @SELECTIONS
-def test_decode_of_long_contexts(backend, selection: str, cluster: int) -> None:
+def test_decode_of_long_contexts(backend, selection: str, form: Form) -> None:
     """Long contexts, and budgets that the lists of candidates miss."""
     batch = Case(
         (140000, 66000, 20000, 70000), (256, 300, 9000, 1024), heads=(4, 1), **SETS[selection]
     ).build(backend, "cuda")
-    skip_unless_fits(backend, batch, cluster)
-    check_decode(backend, batch, cluster)
+    check_decode(backend, batch, form)
 
 
+@pytest.mark.parametrize("form", [THREE, Form(8, 16)], ids=str)
 @over_scores
-def test_decode_of_a_million_tokens(backend, selection: str, score: str) -> None:
+def test_decode_of_a_million_tokens(backend, selection: str, score: str, form: Form) -> None:
     """The longest context that is served, and an odd one beside it."""
     lengths, budgets = (limits().max_context, 999_999), (256, 4096)
     case = Case(lengths, budgets, heads=(4, 1), score=score, **SETS[selection])
-    check_decode(backend, case.build(backend, "cuda"), cluster=0)
+    check_decode(backend, case.build(backend, "cuda"), form)
 
 
 @pytest.mark.parametrize(
@@ -114,46 +117,80 @@ def test_decode_of_a_million_tokens(backend, selection: str, score: str) -> None
 def test_large_groups_have_long_contexts(backend, group: int, head_size: int, selection) -> None:
     """What a block keeps of the context and of the heads fits its memory together."""
     case = Case((limits().max_context,), 256, (group, 1), head_size, **SETS[selection])
-    check_decode(backend, case.build(backend, "cuda"), cluster=0)
+    check_decode(backend, case.build(backend, "cuda"), form=THREE)
 
 
-@over_clusters
+@over_forms
 @pytest.mark.parametrize("data", ["equal", "late"])
-def test_decode_of_misleading_long_contexts(backend, data: str, cluster: int) -> None:
-    batch = Case((40000, 66000), (256, 300), heads=(4, 1), score="manhattan").build(backend, "cuda")
+def test_decode_of_misleading_long_contexts(backend, data: str, form: Form) -> None:
+    case = Case((40000, 66000), (256, 300), (4, 1), score="manhattan", selection="kv_head")
+    batch = case.build(backend, "cuda")
     if data == "late":
         mislead(batch, data)
     else:
         batch.key.copy_(batch.key[:1].expand_as(batch.key))
     append_again(backend, batch)
-    skip_unless_fits(backend, batch, cluster)
-    check_decode(backend, batch, cluster)
+    check_decode(backend, batch, form)
 
 
-@over_clusters
+@over_forms
 @SELECTIONS
-def test_decode_sinks_and_window(backend, selection: str, cluster: int) -> None:
+def test_decode_sinks_and_window(backend, selection: str, form: Form) -> None:
     case = Case((9000, 300, 64, 37), (256, 64, 40, 37), **SETS[selection], sinks=4, recent=32)
-    check_decode(backend, case.build(backend, "cuda"), cluster)
+    check_decode(backend, case.build(backend, "cuda"), form)
 
 
-@over_clusters
+@over_forms
 @pytest.mark.parametrize("head_size", [64, 96, 128, 192, 256])
 @pytest.mark.parametrize("window", [0, 100])
-def test_decode_dense(backend, head_size: int, window: int, cluster: int) -> None:
+def test_decode_dense(backend, head_size: int, window: int, form: Form) -> None:
     lengths = (5000, 1, 100, 101, 0, 16, 3000)
-    batch = Case(lengths, 1 << 30, (12, 4), head_size, window=window).build(backend, "cuda")
-    skip_unless_fits(backend, batch, cluster)
-    check_decode(backend, batch, cluster)
+    case = Case(lengths, 1 << 30, (12, 4), head_size, window=window, selection="kv_head")
+    batch = case.build(backend, "cuda")
+    check_decode(backend, batch, form)
 
 
-@over_clusters
-def test_decode_dense_and_sparse(backend, cluster: int) -> None:
-    batch = Case((3000, 2000, 200, 9000, 1000), (256, 5000, 200, 128, 999)).build(backend, "cuda")
-    check_decode(backend, batch, cluster)
+SOFTMAX = {
+    "learned-sinks": {"learned_sinks": SINKS},
+    "soft-cap": {"soft_cap": 1.5},
+    "both": {"learned_sinks": SINKS, "soft_cap": 1.5},
+}
 
 
-@over_clusters
+@over_forms
+@SELECTIONS
+@pytest.mark.parametrize("softmax", SOFTMAX.values(), ids=SOFTMAX)
+@pytest.mark.parametrize("fp8", [None, "e4m3"])
+def test_decode_of_every_softmax(backend, fp8, softmax: dict, selection: str, form: Form) -> None:
+    """Sparse rows of one round and of several, forced tokens, and dense rows that blocks share."""
+    lengths, budgets = (9000, 5000, 300, 3000, 0), (256, 2000, 40, 1 << 30, 9)
+    case = Case(lengths, budgets, fp8=fp8, sinks=4, recent=32, **SETS[selection], **softmax)
+    check_decode(backend, case.build(backend, "cuda"), form)
+
+
+@over_forms
+@pytest.mark.parametrize("softmax", SOFTMAX.values(), ids=SOFTMAX)
+@pytest.mark.parametrize("window", [0, 100])
+def test_dense_decode_of_every_softmax(backend, window: int, softmax: dict, form: Form) -> None:
+    lengths = (5000, 1, 100, 101, 0, 16, 3000)
+    case = Case(lengths, 1 << 30, (12, 4), window=window, selection="kv_head", **softmax)
+    check_decode(backend, case.build(backend, "cuda"), form)
+
+
+@pytest.mark.parametrize("softmax", SOFTMAX.values(), ids=SOFTMAX)
+def test_decode_of_every_softmax_in_small_blocks(backend, softmax: dict) -> None:
+    case = dataclasses.replace(many(300, (4, 2)), **softmax)
+    check_decode(backend, case.build(backend, "cuda"), THREE)
+
+
+@over_forms
+def test_decode_dense_and_sparse(backend, form: Form) -> None:
+    lengths, budgets = (3000, 2000, 200, 9000, 1000), (256, 5000, 200, 128, 999)
+    batch = Case(lengths, budgets, selection="kv_head").build(backend, "cuda")
+    check_decode(backend, batch, form)
+
+
+@over_forms
 @pytest.mark.parametrize(
     "rows, heads, head_size, fp8",
     [
@@ -166,16 +203,16 @@ def test_decode_dense_and_sparse(backend, cluster: int) -> None:
         (None, (1, 1), 256, None),  # the largest batch
     ],
 )
-def test_decode_many_rows(backend, rows, heads, head_size: int, fp8, cluster: int) -> None:
+def test_decode_many_rows(backend, rows, heads, head_size: int, fp8, form: Form) -> None:
     """Enough token sets for small blocks, whose rows go through shared memory."""
     rows = rows or limits().max_rows
     g = torch.Generator().manual_seed(3)
     longest = 400 if rows <= 512 else 40
     lengths = tuple(torch.randint(0, longest, (rows,), generator=g).tolist())
     budgets = tuple(torch.randint(1, longest * 3 // 4, (rows,), generator=g).tolist())
-    batch = Case(lengths, budgets, heads, head_size, fp8=fp8).build(backend, "cuda")
-    skip_unless_fits(backend, batch, cluster)
-    check_decode(backend, batch, cluster)
+    case = Case(lengths, budgets, heads, head_size, fp8=fp8, selection="kv_head")
+    batch = case.build(backend, "cuda")
+    check_decode(backend, batch, form)
 
 
 @SELECTIONS
@@ -190,47 +227,51 @@ def test_decode_many_rows_of_long_contexts(backend, selection: str, data: str) -
     if data == "late":
         mislead(batch, data)
         append_again(backend, batch)
-    check_decode(backend, batch, cluster=0)
+    check_decode(backend, batch, form=THREE)
 
 
-@over_clusters
-def test_nan_stays_where_it_is(backend, cluster: int) -> None:
-    """A NaN reaches the heads that see it, and no other row or head."""
-    batch = Case((300, 64, 200), (1000, 1000, 16)).build(backend, "cuda")
-    clean, _ = batch.decode(backend, cluster=cluster)
+@over_forms
+def test_nan_stays_where_it_is(backend, form: Form) -> None:
+    """A NaN reaches the heads that see it, and no other row or head; with one set per KV head it may choose the set."""
+    selection = "query_head" if form == THREE else "kv_head"
+    batch = Case((300, 64, 200), (1000, 1000, 16), selection=selection).build(backend, "cuda")
+    clean, _ = batch.decode(backend, form=form)
     batch.query[1, 3, 7] = torch.nan
     batch.query[2, 5] = torch.nan
     batch.key[10, 0, 0] = torch.nan  # of row 0, KV head 0: query heads 0 to 3
     append_again(backend, batch)
-    output, _ = batch.decode(backend, cluster=cluster)
+    output, _ = batch.decode(backend, form=form)
     seen = torch.zeros(3, 8, dtype=torch.bool, device="cuda")
     seen[0, :4] = seen[1, 3] = seen[2, 5] = True
     assert torch.equal(output[:3].isnan().all(-1), seen)
-    assert torch.equal(output[:3][~seen], clean[:3][~seen])
+    same = ~seen
+    same[2, 4:] = selection == "query_head"
+    same[2, 5] = False
+    assert torch.equal(output[:3][same], clean[:3][same])
 
 
 # graphs and arguments
 
 
-@over_clusters
+@over_forms
 @over_scores
-def test_graph_replay_with_other_rows(backend, cluster: int, selection: str, score: str) -> None:
+def test_graph_replay_with_other_rows(backend, form: Form, selection: str, score: str) -> None:
     """A captured step serves every batch of its size: tables, lengths and budgets are read on the device."""
     longest = 65536  # of the rows to come
     case = Case((9000, 2300, 40), (256, 128, 64), padding=0, **SETS[selection], score=score)
     batch = case.build(backend, "cuda")
     unused = batch.block_table[:, -1:].expand(-1, longest // 64 - batch.block_table.shape[1])
     batch.block_table = torch.cat((batch.block_table, unused), 1)
-    skip_unless_fits(backend, batch, cluster, longest)
+    skip_unless_fits(backend, batch, form, longest)
     output = torch.zeros_like(batch.query)
     stats = torch.zeros(COUNTERS, dtype=torch.int64, device="cuda")
     step = batch.step(max_seq_len=longest, overlap=True)
     args = (batch.bound(backend), batch.query, step, output, stats)
     backend.reserve(batch.params, 3, longest)
-    backend.decode(*args, cluster=cluster)
+    backend.decode(*args, form=form)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        backend.decode(*args, cluster=cluster)
+        backend.decode(*args, form=form)
     for lengths, budgets, order in [
         ((8000, 2000, 0), (64, 3000, 8), (0, 1, 2)),
         ((1, 2300, 33), (4, 100, 32), (0, 1, 2)),
@@ -242,7 +283,7 @@ def test_graph_replay_with_other_rows(backend, cluster: int, selection: str, sco
         output.fill_(float("nan"))
         stats.zero_()
         graph.replay()
-        again, counted = batch.decode(backend, max_seq_len=longest, overlap=True, cluster=cluster)
+        again, counted = batch.decode(backend, max_seq_len=longest, overlap=True, form=form)
         assert torch.equal(output, again)
         assert stats.tolist() == counted
         expected, _ = attend_selected(backend, batch)
@@ -251,14 +292,14 @@ def test_graph_replay_with_other_rows(backend, cluster: int, selection: str, sco
 
 @SELECTIONS
 def test_plans_follow_the_longest_context(backend, selection: str) -> None:
-    """One kernel for short contexts of few rows, three for long ones; one reservation serves them all."""
+    """One reservation serves the plans of all contexts; the longest ones take the three kernels."""
     params = Case(**SETS[selection], heads=(8, 2)).params
     layout = params.layout
     pages = torch.zeros(1, 2, layout.block_size, layout.token_bytes // 2, dtype=layout.dtype)
     layer = backend.bind(params, pages.cuda())
     dtype, longest = torch.bfloat16, limits().max_context
-    assert backend.plan(layer, 1, dtype, 4096).cluster > 0
-    assert backend.plan(layer, 1, dtype, longest).cluster == 0
+    assert backend.plan(layer, 1, dtype, longest).form == THREE
+    assert (backend.plan(layer, 1, dtype, MOST_FUSED).form == THREE) == (selection == "query_head")
     reserved = backend.workspace_bytes(params, 8, longest)
     for rows in (1, 8):
         for tokens in (1, 1000, 5000, 65536, 65537, 300_000, longest):
@@ -279,7 +320,7 @@ def test_a_dropped_cache_is_freed(backend) -> None:
 def test_refusals(backend) -> None:
     batch = Case((64,), 1).build(backend, "cuda")
     with pytest.raises(ValueError, match=r"^cluster: "):
-        batch.decode(backend, cluster=limits().max_cluster + 1)
+        batch.decode(backend, form=Form(limits().max_cluster + 1, 8))
     rows = many(limits().max_rows + 1).build(backend, "cuda")
     with pytest.raises(AdamasError, match=f"{limits().max_rows + 1} rows"):
         rows.decode(backend)
@@ -298,8 +339,9 @@ def test_arguments_on_another_device(backend, name: str) -> None:
         backend.decode(layer, elsewhere.query, elsewhere.step(), output, stats)
 
 
-def test_a_key_mean_on_another_device(backend) -> None:
+@pytest.mark.parametrize(("name", "shape"), [("key_mean", (2, 128)), ("sinks", (8,))])
+def test_parameters_on_another_device(backend, name: str, shape: tuple[int, ...]) -> None:
     batch = Case().build(backend, "cuda")
-    params = dataclasses.replace(batch.params, key_mean=torch.zeros(2, 128))
-    with pytest.raises(ValueError, match=r"^key_mean: expected a tensor on cuda"):
+    params = dataclasses.replace(batch.params, **{name: torch.zeros(shape)})
+    with pytest.raises(ValueError, match=f"^{name}: expected a tensor on cuda"):
         backend.bind(params, batch.kv_cache)

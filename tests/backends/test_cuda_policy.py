@@ -18,7 +18,15 @@ from vllm_adamas.backends.base import COUNTERS, MAX_GROUP
 from vllm_adamas.backends.cuda import backend as cuda
 from vllm_adamas.backends.cuda import policy
 from vllm_adamas.backends.cuda.library import LIBRARY, Limits, limits, load
-from vllm_adamas.backends.cuda.policy import LaunchPlan, candidate_capacity, prefers_fused
+from vllm_adamas.backends.cuda.policy import (
+    MOST_DISTANCES,
+    MOST_FUSED,
+    THREE,
+    Form,
+    LaunchPlan,
+    candidate_capacity,
+    prefers_fused,
+)
 from vllm_adamas.budget import TokenBudget
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.layout import PageLayout
@@ -30,8 +38,8 @@ needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason="the CUDA librar
 # the choice between one kernel and three
 
 
-def recorded() -> list[tuple[str, int, dict, dict]]:
-    """Where both forms ran over Gaussian keys: its name, token sets of a KV head, the cell and its result.
+def recorded() -> list[tuple[str, dict, dict]]:
+    """Where both forms ran over Gaussian keys: its name, the cell and its result.
 
     The policy does not see the keys, so it need not be right for all of them.
     """
@@ -41,43 +49,51 @@ def recorded() -> list[tuple[str, int, dict, dict]]:
         for cell in cells if isinstance(cells, list) else ():
             if cell["keys"] != "gaussian":
                 continue
-            query_heads, kv_heads, _ = map(int, cell["heads"].split("x"))
-            group = query_heads // kv_heads
             for name, result in cell.items():
                 if isinstance(result, dict) and "fused" in result:
-                    sets = group if name.endswith("query_head") else 1
-                    found.append((f"{part}, {name}", sets, cell, result))
+                    found.append((f"{part}, {name}", cell, result))
     return found
 
 
-#: Cells that the policy is known to miss, and by how much: (part and result, launch, rows, budget). In a single
-#: block per KV head the maximum is faster, which the sum is not; and three token sets of head size 64 are
-#: faster in one kernel over Gaussian keys, but not over real ones.
+#: Cells that the policy is known to miss, and by how much: (part and result, launch, context, rows). Summed
+#: distances of contexts far below those of the launch are faster in one kernel.
 MISSED = {
-    ("cells, dot max", 8192, 32, 256): 1.12,
-    ("heads, dot query_head", 131072, 1, 256): 1.29,
+    ("cells, manhattan kv_head", 131072, 8192, 1): 1.39,
+    ("cells, manhattan kv_head", 131072, 8192, 8): 1.21,
+    ("cells, manhattan kv_head", 131072, 32768, 1): 1.11,
 }
 
 
-def test_choice_of_the_fused_kernel_is_the_measured_one() -> None:
+def test_choice_of_the_fused_kernel_is_the_measured_one(recorder) -> None:
     """Of every cell where both forms ran, the policy takes the faster one, or loses little."""
     assert len(recorded()) > 20
-    for name, sets, cell, result in recorded():
-        where = (name, cell["launch"], cell["rows"], cell["budget"])
-        combine = "max" if name.endswith("max") else "sum"
-        cluster = result["fused"]["cluster"]
-        fused = prefers_fused(cluster, cell["launch"], sets, cell["budget"], combine)
+    for name, cell, result in recorded():
+        where = (name, cell["launch"], cell["context"], cell["rows"])
+        form = Form(result["fused"]["cluster"], result["fused"]["warps"])
+        query_heads, kv_heads, _ = map(int, cell["heads"].split("x"))
+        fused = prefers_fused(
+            form,
+            cell["launch"],
+            cell["budget"],
+            summed_distances="manhattan" in name and query_heads > kv_heads,
+        )
         assert result["runs"] == ("fused" if fused else "three"), where
         best = min(result["fused"]["us"], result["three"]["us"])
         assert result[result["runs"]]["us"] <= MISSED.get(where, 1.08) * best, where
 
 
-@pytest.mark.parametrize("budget, fused", [(256, True), (512, False), (0.01, True), (0.5, False)])
-def test_choice_follows_the_budget(budget: int | float, fused: bool) -> None:
-    """The fused kernel lists every score when there are more tokens to select than groups of them."""
-    budget = TokenBudget(budget).most(8192)
-    assert prefers_fused(3, 8192, 1, budget) == fused
-    assert prefers_fused(3, 8192, 1, budget, "max") == (budget <= 1536)
+def test_choice_follows_launch_and_budget(recorder) -> None:
+    """The fused kernel lists up to so many tokens of a budget at once, and scans with a cluster per KV head."""
+    most = INVENTED.most_wanted
+    for distances, longest in ((False, MOST_FUSED), (True, MOST_DISTANCES * 8 * 16)):
+
+        def fused(form: Form, tokens: int, budget: int, distances=distances) -> bool:
+            return prefers_fused(form, tokens, budget, summed_distances=distances)
+
+        assert fused(Form(8, 16), longest, most)
+        assert not fused(Form(8, 16), longest, most + 1)
+        assert not fused(Form(8, 16), longest + 1, most)
+        assert not fused(THREE, 1024, 64)
 
 
 # plans, with a library that computes nothing
@@ -85,12 +101,19 @@ def test_choice_follows_the_budget(budget: int | float, fused: bool) -> None:
 
 MAX_SEQ_LEN = 8  #: its place among the arguments of the library's decode
 INVENTED = Limits(
-    max_context=1 << 20, max_block=96, max_rows=50, max_step=1 << 22, max_group=4, max_cluster=5
+    max_context=1 << 20,
+    max_block=96,
+    max_rows=50,
+    max_step=1 << 22,
+    max_group=4,
+    max_cluster=5,
+    most_wanted=512,
+    max_groups=1 << 10,
 )
 
 
 class Recorder:
-    """Stands for the library: keeps the arguments of every call, and runs 20 clusters of 3 blocks."""
+    """Stands for the library: keeps the arguments of every call, and runs 60 blocks of 8 warps at once, 30 of 16, in clusters of up to 5."""
 
     def __init__(self):
         self.calls: dict[str, list[tuple]] = {}
@@ -102,7 +125,8 @@ class Recorder:
             if name == "workspace_bytes":
                 return args[-2] * args[-1]
             if name == "fused_clusters":
-                return 20 if args[-1] <= 3 else 0
+                cluster, warps = args[-2:]
+                return 480 // warps // cluster if cluster <= INVENTED.max_cluster else 0
             return answers.get(name, 0)
 
         return call
@@ -180,7 +204,7 @@ def test_layers_with_other_budgets_have_other_plans(recorder) -> None:
     pages = bound(backend, Case(heads=(2, 2))).kv_cache
     layers = [backend.bind(kind, pages) for kind in kinds]
     plans = [backend.plan(layer, 1, torch.bfloat16, 4096) for layer in layers]
-    assert [plan.cluster for plan in plans] == [3, 0, 3, 0, 3]
+    assert [plan.form for plan in plans] == [Form(5, 16), THREE, Form(5, 16), THREE, Form(5, 16)]
     assert layers[0].plans is layers[4].plans
     assert len({id(layer.plans) for layer in layers}) == 4
 
@@ -200,24 +224,31 @@ def test_the_bound_of_a_step(recorder) -> None:
 
 
 def test_a_plan_takes_the_form_that_the_policy_prefers(recorder) -> None:
-    """The stand-in runs 20 clusters of up to 3 blocks at once."""
+    """Large blocks first, in one wave: of the stand-in's 60 blocks of 8 or 30 of 16."""
     backend = cuda.CudaBackend()
     layer = bound(backend, Case(heads=(2, 2), selection="kv_head"))
-    for rows, longest, cluster in ((1, 4096, 3), (10, 4096, 3), (11, 4096, 0), (1, 1 << 18, 0)):
-        assert backend.plan(layer, rows, torch.bfloat16, longest).cluster == cluster
+    for rows, longest, form in (
+        (1, 4096, Form(5, 16)),
+        (1, MOST_FUSED, Form(5, 16)),
+        (1, 1 << 18, THREE),
+        (7, 4096, Form(2, 16)),
+        (15, 4096, Form(1, 16)),
+        (16, 4096, Form(1, 8)),
+        (30, 4096, Form(1, 8)),
+        (31, 4096, THREE),
+    ):
+        assert backend.plan(layer, rows, torch.bfloat16, longest).form == form
     assert backend.plan(layer, 1, torch.bfloat16, 1 << 17).sample_bits == 11
-    plan = LaunchPlan(3, 11, 4096, 4096)
+    plan = LaunchPlan(Form(5, 16), 11, 4096, 4096)
     assert backend.plan(layer, 1, torch.bfloat16, 4096) == plan
 
 
-@pytest.mark.parametrize(
-    ("case", "what"),
-    [(Case(learned_sinks=(0, 1)), "learned attention sinks"), (Case(soft_cap=50.0), "soft-capped")],
-)
-def test_a_softmax_that_the_kernels_do_not_compute(recorder, case: Case, what: str) -> None:
-    batch = case.build(REFERENCE)
-    refused(lambda: batch.bound(cuda.CudaBackend()), what, '"kernels": "triton"')
-    assert "bind" not in recorder.calls
+def test_the_library_knows_the_softmax_of_a_layer(recorder) -> None:
+    batch = Case(soft_cap=50.0, learned_sinks=(0, 1)).build(REFERENCE)
+    batch.bound(cuda.CudaBackend())
+    [(_, description, _, sinks)] = recorder.calls["bind"]
+    assert description["logits_soft_cap"] == 50.0
+    assert sinks is batch.params.sinks is not None
 
 
 def test_what_the_kernels_do_not_hold(recorder) -> None:
@@ -291,8 +322,8 @@ ARGUMENTS = {
     "decode": ("query", "output", "block_table", "seq_lens", "budgets", "stats", "work"),
     "gather": ("block_table", "seq_lens", "key", "value"),
 }
-#: Of a decode step: max_seq_len, cluster, sample_bits, capacity, overlap, stages
-LAUNCH = (200, 0, 10, 4096, False, cuda.ALL_STAGES)
+#: Of a decode step: max_seq_len, cluster, warps, sample_bits, capacity, overlap, stages
+LAUNCH = (200, 0, 0, 10, 4096, False, cuda.ALL_STAGES)
 
 
 def call(layer: cuda.CudaLayer, batch: Batch, operation: str, **changes) -> None:
@@ -419,6 +450,19 @@ def test_key_means_that_do_not_fit(layer, batch) -> None:
     for mean in (torch.zeros(2, 64), torch.zeros(2, 128).double(), torch.zeros(128, 2).T):
         params = dataclasses.replace(batch.params, key_mean=mean)
         with pytest.raises(ValueError, match=r"^key_mean: expected contiguous float32"):
+            backend.bind(params, batch.kv_cache)
+
+
+def test_sinks_that_do_not_fit(layer, batch) -> None:
+    heads, backend = batch.params.num_query_heads, cuda.CudaBackend()
+    for sinks in (
+        torch.zeros(heads + 1),
+        torch.zeros(heads).double(),
+        torch.zeros(heads, 1),
+        torch.zeros(2 * heads)[::2],
+    ):
+        params = dataclasses.replace(batch.params, sinks=sinks)
+        with pytest.raises(ValueError, match=r"^sinks: expected contiguous float32 \[Hq\]"):
             backend.bind(params, batch.kv_cache)
 
 

@@ -183,7 +183,13 @@ class Engine:
 
     def __init__(self, monkeypatch, kernels: str = "cpu", layers: int = 2, **options):
         self.context = {}
-        options = {"kernels": kernels, "token_budget": 8, "num_dense_layers": 0, **options}
+        options = {
+            "kernels": kernels,
+            "token_budget": 8,
+            "num_dense_layers": 0,
+            "audit_interval": 0,
+            **options,
+        }
         self.config = SimpleNamespace(
             additional_config={"adamas": options},
             compilation_config=SimpleNamespace(

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from vllm_adamas.backends.reference import signature as sig
 from vllm_adamas.backends.reference.backend import select_tokens
-from vllm_adamas.backends.reference.softmax import soft_cap, softmax
+from vllm_adamas.backends.softmax import soft_cap, softmax
 from vllm_adamas.config import PAPER_THRESHOLD, AdamasConfig, Coding
 from vllm_adamas.layout import HEAD_SIZES, TILE, WORD
 

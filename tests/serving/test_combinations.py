@@ -41,6 +41,8 @@ OPTIONS: Values = {
     "kernels": (["auto", "cpu", "reference"], ["cuda", "triton", "A-100"]),
     "log_interval": ([0, 60, 0.5], [-1]),
     "metrics": ([True, False], ["yes"]),
+    "audit_interval": ([None, 0, 1, 64], [-1]),
+    "audit_threshold": ([0.3, 1.0], [0]),
     "budget": ([], [64]),
 }
 

@@ -14,6 +14,7 @@ import torch
 from common import ROOT, random_gemma, random_llama
 from test_checks import ARGUMENTS, ENVIRONMENT, PARTS
 
+from vllm_adamas.serving.histograms import MEASURES
 from vllm_adamas.serving.launch import Server
 from vllm_adamas.serving.metrics import NAMES
 from vllm_adamas.serving.plugin import register
@@ -233,7 +234,7 @@ def test_more_processes_change_no_answer(models, tokens, args: str) -> None:
         if len(cores) < 2:
             pytest.skip("needs two cores")
         env["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, cores))
-    options = engines.COMMON["additional_config"]["adamas"]
+    options = engines.COMMON["additional_config"]["adamas"] | {"audit_interval": 2}
     sizes = "--dtype float32 --enforce-eager --block-size 64 --max-model-len 2048 --max-num-seqs 8"
     body = {"max_tokens": engines.TOKENS, "temperature": 0, "ignore_eos": True, "logprobs": 0}
     body |= {"return_tokens_as_token_ids": True}
@@ -245,6 +246,10 @@ def test_more_processes_change_no_answer(models, tokens, args: str) -> None:
             for ids in engines.prompts()
         ]
         counted = counters(server, until=expected_counters(models["llama"]))
+        audited = server.metrics()
     found = [[int(token.removeprefix("token_id:")) for token in reply] for reply in replies]
     assert found == tokens["llama", "plain"][: len(found)]
     assert counted == expected_counters(models["llama"])
+    names = [f"vllm:adamas_audit_{name}_count" for name, *_ in MEASURES]
+    assert len({audited[name] for name in names}) == 1
+    assert audited[names[0]] > 0

@@ -5,6 +5,7 @@ float16, whose rounding seldom decides between two tokens. Where steps are cut i
 of K moves codes as well; there logits are compared up to the first token that rounding can decide.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -36,7 +37,7 @@ from vllm.third_party import pynvml
 
 from vllm_adamas import profile as profiles
 from vllm_adamas.serving.launch import Server
-from vllm_adamas.serving.metrics import NAMES, SelectionStats
+from vllm_adamas.serving.metrics import NAMES, Counters
 
 pytestmark = [
     pytest.mark.gpu,
@@ -54,6 +55,8 @@ COMMON = (
 SPARSE = {"token_budget": BUDGET}
 V1_RUNNER = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 CHUNKED = "--max-num-batched-tokens 512"
+NGRAMS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
+DRAFTS = f"--speculative-config {json.dumps(NGRAMS, separators=(',', ':'))} --max-num-seqs 4"
 SPECS = {  # backend, its options, further arguments, environment
     "stock": ("flash_attn", None, "", {}),
     "dense": ("adamas", {"token_budget": 1_000_000}, "", {}),
@@ -62,6 +65,10 @@ SPECS = {  # backend, its options, further arguments, environment
     "no graphs": ("adamas", SPARSE, "-cc.cudagraph_mode=NONE", {}),
     "v1 runner": ("adamas", SPARSE, "", V1_RUNNER),
     "v1 runner, no graphs": ("adamas", SPARSE, "-cc.cudagraph_mode=NONE", V1_RUNNER),
+    "drafts": ("adamas", SPARSE, DRAFTS, {}),
+    "drafts, no graphs": ("adamas", SPARSE, f"{DRAFTS} -cc.cudagraph_mode=NONE", {}),
+    "dense drafts": ("adamas", {"token_budget": 1_000_000}, DRAFTS, {}),
+    "stock drafts": ("flash_attn", None, DRAFTS, {}),
     "chunked": (
         "adamas",
         SPARSE,
@@ -83,6 +90,7 @@ TWO_GPUS = {  # with a model of their own
 REFUSED = {"--dtype float32": "torch.float32"}
 
 PROMPTS = (*SHORT_PROMPTS, *LONG_PROMPTS, harbour_log(180))  # up to 4,400 tokens
+SPECULATED = [f"vllm:spec_decode_num_{what}_tokens_total" for what in ("draft", "accepted")]
 ROUNDING = 0.1  #: by how much rounding may move a log probability
 FP8_ROUNDING = 0.5  #: the same where it can move K and V by a step of fp8
 
@@ -140,7 +148,7 @@ def counters(server: Server) -> tuple[int, ...]:
     step brings the copy that the step before it began. A prompt of several tokens with one token of
     output is prefill alone, and counts nothing."""
     for _ in range(2):
-        time.sleep(1.1 * SelectionStats.COPY_INTERVAL)
+        time.sleep(1.1 * Counters.COPY_INTERVAL)
         complete(server, "Good evening to all of you", 1)
     now = server.metrics()
     return tuple(int(now[f"vllm:adamas_{name}_total"]) for name, _ in NAMES)
@@ -243,6 +251,38 @@ def test_graphs_and_runners_change_no_answer(host, base, name: str) -> None:
         assert answers(server, PROMPTS) == base
     else:
         assert_same_up_to_rounding(steps_of(host["sparse"], PROMPTS), steps_of(server, PROMPTS))
+
+
+@pytest.mark.parametrize(
+    ("plain", "name"),
+    [("sparse", "drafts"), ("sparse", "drafts, no graphs"), ("dense", "dense drafts")],
+)
+def test_drafts_change_no_answer(host, plain: str, name: str) -> None:
+    """Steps of one to four rows per request; requests at once draft different numbers of tokens."""
+    server = host[name]
+    if name == "drafts":
+        assert "FULL_AND_PIECEWISE" in server.log() and "Graph capturing finished" in server.log()
+    alone = steps_of(host[plain], PROMPTS)
+    before = server.metrics()
+    assert_same_up_to_rounding(alone, steps_of(server, PROMPTS))
+    assert_same_up_to_rounding(
+        alone, together([lambda p=p: steps_of(server, [p])[0] for p in PROMPTS])
+    )
+    now = server.metrics()
+    drafted, accepted = (now[name] - before[name] for name in SPECULATED)
+    assert 0 < accepted < drafted
+
+
+def test_drafts_are_accepted_as_by_the_stock_backend(host) -> None:
+    """With a budget above every context, up to the tokens that rounding decides."""
+    rates = []
+    for name in ("stock drafts", "dense drafts"):
+        before = host[name].metrics()
+        answers(host[name], PROMPTS)
+        now = host[name].metrics()
+        drafted, accepted = (now[name] - before[name] for name in SPECULATED)
+        rates.append(accepted / drafted)
+    assert abs(rates[0] - rates[1]) < 0.05, rates
 
 
 @pytest.mark.parametrize(("name", "rounding"), [("sparse", ROUNDING), ("fp8", FP8_ROUNDING)])

@@ -2,8 +2,10 @@
 
 import os
 import signal
+import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from prometheus_client import CollectorRegistry, generate_latest, multiprocess
 from prometheus_client.parser import text_string_to_metric_families
 
 from vllm_adamas.config import AdamasConfig
-from vllm_adamas.serving import export
+from vllm_adamas.serving import export, histograms
 from vllm_adamas.serving.metrics import FOLDER, NAMES
 
 COUNTERS = {0: [1, 2, 3, 4, 5], 1: [10, 20, 30, 40, 50]}
@@ -24,6 +26,8 @@ def source(tmp_path) -> export.Source:
     folder.mkdir()
     for engine, counters in COUNTERS.items():
         np.array(counters).tofile(folder / f"engine-{engine}-0-7-x.i64")
+    table = np.arange(2 * histograms.WIDTH).reshape(2, -1)
+    table.tofile(folder / "audit-1-12-7-x.i64")
     return export.Source(folder, "some/model", export.options(AdamasConfig(token_budget=99)))
 
 
@@ -49,7 +53,26 @@ def labelled(at: int) -> dict:
     }
 
 
+def check_audit(found: dict) -> None:
+    """Those of one engine's two groups of layers, whose counts are 0, 1, 2 ... in their order."""
+    common = {"engine": "1", "model_name": "some/model"}
+    for first, layers in ((0, "0-9"), (histograms.WIDTH, "10-11")):
+        labels = tuple(sorted({**common, "layers": layers}.items()))
+        last = first + histograms.WIDTH - 1
+        assert found["vllm:adamas_audit_exceeded_rows_total"][labels] == last
+        for at, (name, _, bounds) in enumerate(histograms.MEASURES):
+            start = first + at * (histograms.BUCKETS + 1)
+            counts = range(start, start + histograms.BUCKETS)
+            name = f"vllm:adamas_audit_{name}"
+            assert found[f"{name}_count"][labels] == sum(counts)
+            assert found[f"{name}_sum"][labels] == pytest.approx(1e-6 * (counts[-1] + 1))
+            for bucket, bound in enumerate([*map(str, bounds), "+Inf"]):
+                within = tuple(sorted({**dict(labels), "le": bound}.items()))
+                assert found[f"{name}_bucket"][within] == sum(counts[: bucket + 1])
+
+
 def check(found: dict) -> None:
+    check_audit(found)
     for at, (name, _) in enumerate(NAMES):
         assert found[f"vllm:adamas_{name}_total"] == labelled(at)
     ((labels, value),) = found["vllm:adamas_config_info"].items()
@@ -57,7 +80,12 @@ def check(found: dict) -> None:
     labels = dict(labels)
     assert labels["model_name"] == "some/model"
     assert labels["token_budget"] == "99"
-    assert set(AdamasConfig.model_fields) - set(labels) == {"log_interval", "metrics"}
+    assert set(AdamasConfig.model_fields) - set(labels) == {
+        "log_interval",
+        "metrics",
+        "audit_interval",
+        "audit_threshold",
+    }
 
 
 def test_counters_have_the_labels_of_vllm(source) -> None:
@@ -134,3 +162,25 @@ def test_what_a_killed_command_left_is_removed_by_the_next(tmp_path) -> None:
     assert list(live.folder.iterdir())
     live.end()
     assert set(tmp_path.iterdir()) == {mine}
+
+
+def test_links_are_not_followed(tmp_path) -> None:
+    counters = tmp_path / "elsewhere" / "engine-0-0-7-x.i64"
+    counters.parent.mkdir()
+    counters.touch()
+    (tmp_path / f"{export.PREFIX}link").symlink_to(counters.parent)
+    export._make_folder(tmp_path)
+    assert counters.exists()
+
+
+def test_folders_of_other_users_stay(tmp_path, monkeypatch) -> None:
+    """Even those that may be opened: their owner could put a link in their place."""
+    theirs = Path(tempfile.mkdtemp(prefix=export.PREFIX, dir=tmp_path))
+    monkeypatch.setattr(os, "geteuid", lambda: theirs.stat().st_uid + 1)
+    own = export._make_folder(tmp_path)
+    assert set(tmp_path.iterdir()) == {theirs, own}
+    assert stat.S_IMODE(own.stat().st_mode) == 0o700
+    monkeypatch.undo()
+    export._remove(own)
+    assert export._make_folder(tmp_path).is_dir()
+    assert not theirs.exists()

@@ -74,7 +74,7 @@ def group_of(options: dict, micro_batches: int = 1, drafts: int = 0) -> Attentio
     spec = FullAttentionSpec(
         block_size=BLOCK, num_kv_heads=1, head_size=64, head_size_v=64, dtype=torch.bfloat16
     )
-    options = {"metrics": False, "log_interval": 0, **options}
+    options = {"metrics": False, "log_interval": 0, "audit_interval": 0, **options}
     shared = SimpleNamespace(stats=SelectionStats(AdamasConfig.parse(options), "cpu"))
     config = SimpleNamespace(
         additional_config={"adamas": options},

@@ -1,6 +1,7 @@
 """The counters' way from a worker's kernels to a file of its own."""
 
 import os
+import stat
 from pathlib import Path
 
 import numpy as np
@@ -43,6 +44,8 @@ def test_what_kernels_add_is_in_the_file(tmp_path, monkeypatch) -> None:
     stats.counters(dense_layer=False).add_(torch.tensor([1, 0, 80, 8, 1]))
     stats.counters(dense_layer=True).add_(torch.tensor([0, 1, 80, 80, 0]))
     assert read(tmp_path) == {0: [1, 0, 80, 8, 1]}
+    (file,) = tmp_path.iterdir()
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
 
 
 def test_steps_that_warm_up_are_not_counted(tmp_path, monkeypatch) -> None:

@@ -38,8 +38,8 @@ class DelegatingBackend(Backend, Inspectable):
     def gather(self, layer, block_table, seq_lens, key, value):
         self.inner.gather(layer, block_table, seq_lens, key, value)
 
-    def scan(self, layer, query, block_table, seq_lens):
-        return self.inner.scan(layer, query, block_table, seq_lens)
+    def scan(self, layer, query, block_table, seq_lens, longest=None):
+        return self.inner.scan(layer, query, block_table, seq_lens, longest)
 
-    def select(self, params, scores, seq_lens, budgets):
-        return self.inner.select(params, scores, seq_lens, budgets)
+    def select(self, params, scores, seq_lens, budgets, most=None):
+        return self.inner.select(params, scores, seq_lens, budgets, most)

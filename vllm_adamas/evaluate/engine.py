@@ -25,7 +25,7 @@ from vllm_adamas.serving.checks import check_layers, resolve
 
 #: The engine runs in the process that evaluates it.
 ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
-SILENT = {"metrics": False, "log_interval": 0}
+SILENT = {"metrics": False, "log_interval": 0, "audit_interval": 0}
 RECODE_BYTES = 1 << 28  #: bytes of pages that are recoded at a time
 
 

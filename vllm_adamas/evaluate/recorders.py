@@ -7,7 +7,12 @@ from collections import defaultdict
 import torch
 
 from vllm_adamas.backends.base import Backend, Layer
-from vllm_adamas.backends.reference.softmax import soft_cap, softmax
+from vllm_adamas.backends.compare import (
+    chosen_weights,
+    dense_weights,
+    output_error,
+    per_query_head,
+)
 from vllm_adamas.evaluate.delegate import DelegatingBackend
 
 ROWS = 8  #: maximum rows per budget that are compared in a step; they take turns
@@ -16,10 +21,9 @@ ROWS = 8  #: maximum rows per budget that are compared in a step; they take turn
 class MassRecord:
     """Sums over sampled sparse rows, per layer and budget: each value is a float64 tensor ``[Hq]``.
 
-    The attention mass of a set of tokens is the sum of their dense softmax weights, of which a learned
-    sink takes a share; ``oracle`` is that of the tokens with the largest weights. ``error`` is
-    ||output - dense|| / ||dense|| of each head, and ``together`` that of all heads of the layer as one
-    vector, a float64 scalar.
+    The values are those of :mod:`vllm_adamas.backends.compare`. ``mass`` is the kept mass and ``oracle`` that
+    of the tokens with the largest weights. ``error`` is the output error of each head, and ``together`` that
+    of all heads of the layer as one vector, a float64 scalar.
 
     Args:
         budgets: set sizes to measure, in dense rows too, where the output is that of attention over the
@@ -82,34 +86,29 @@ class Shadow(DelegatingBackend):
         shape = (2, length, params.num_kv_heads, params.layout.head_size)
         both = torch.empty(shape, dtype=output.dtype, device=output.device)
         self.inner.gather(layer, table, lens, *both)
-        key, value = both.float().transpose(1, 2)  # [Hkv, L, D]
-        q = query[0].float().unflatten(0, (params.num_kv_heads, params.group))  # [Hkv, G, D]
-        logits = soft_cap(q @ key.transpose(1, 2) * params.softmax_scale, params.logits_soft_cap)
-        sinks = None if params.sinks is None else params.sinks.view(q.shape[:2])  # [Hkv, G]
-        weights = softmax(logits, sinks)  # [Hkv, G, L]
-        dense = (weights @ value).flatten(0, 1)  # [Hq, D]
-        weights = weights.flatten(0, 1)  # [Hq, L]
-        sink = 0.0 if sinks is None else 1 - weights.sum(-1)  # [Hq]
+        value = both[1].float().transpose(0, 1)  # [Hkv, L, D]
+        weights = dense_weights(layer, query, table, lens, length)  # [1, Hq, L]
+        heads = (params.num_kv_heads, params.group)
+        dense = (weights[0].unflatten(0, heads) @ value).flatten(0, 1)  # [Hq, D]
+        sink = 0.0 if params.sinks is None else 1 - weights[0].sum(-1)  # [Hq]
         sizes = record.budgets or (budget,)
         scores = self.inner.scan(layer, query, table, lens)
-        best = weights.topk(min(max(sizes), length), -1).values.cumsum(-1)  # [Hq, K]
+        best = weights[0].topk(min(max(sizes), length), -1).values.cumsum(-1)  # [Hq, K]
         for size in sizes:
             wanted = torch.full_like(lens, size)
-            tokens = self.inner.select(params, scores, lens, wanted)[0].long()  # [sets, K]
-            tokens = tokens.repeat_interleave(params.num_query_heads // len(tokens), 0)  # [Hq, K]
-            at = tokens.clamp_min(0)
-            kept = weights.gather(1, at).masked_fill(tokens < 0, 0.0)  # [Hq, K]
+            tokens = self.inner.select(params, scores, lens, wanted)  # [1, sets, K]
+            kept = chosen_weights(weights, tokens)[0]  # [Hq, K]
             mass = kept.sum(-1)
             if record.budgets:
-                share = torch.zeros_like(weights).scatter_add_(1, at, kept / (mass + sink)[:, None])
-                output = (share.unflatten(0, q.shape[:2]) @ value).flatten(0, 1)  # [Hq, D]
-            off = output.float() - dense
-            error = off.norm(dim=-1) / dense.norm(dim=-1).clamp_min(1e-30)
+                at = per_query_head(tokens, len(mass))[0].clamp_min(0)  # [Hq, K]
+                share = torch.zeros_like(weights[0])
+                share.scatter_add_(1, at, kept / (mass + sink)[:, None])
+                output = (share.unflatten(0, heads) @ value).flatten(0, 1)  # [Hq, D]
             name = 0 if record.pooled else size
             record.rows[number, name] += 1
             record.mass[number, name] += mass.double()
-            record.error[number, name] += error.double()
-            record.together[number, name] += (off.norm() / dense.norm().clamp_min(1e-30)).double()
+            record.error[number, name] += output_error(output, dense, -1).double()
+            record.together[number, name] += output_error(output, dense, (0, 1)).double()
             record.oracle[number, name] += best[:, min(size, length) - 1].double()
 
 

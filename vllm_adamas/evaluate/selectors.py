@@ -12,9 +12,9 @@ from typing import Literal
 import torch
 
 from vllm_adamas.backends.base import Backend
+from vllm_adamas.backends.compare import read_keys, real_values
 from vllm_adamas.backends.inspect import select_tokens
-from vllm_adamas.backends.reference.softmax import soft_cap, softmax
-from vllm_adamas.dtypes import ELEMENTS
+from vllm_adamas.backends.softmax import soft_cap, softmax
 from vllm_adamas.evaluate.delegate import DelegatingBackend
 
 Selector = Literal["oracle", "quest", "streaming_llm"]
@@ -40,14 +40,16 @@ class SelectorBackend(DelegatingBackend):
     def description(self) -> str:
         return f"{self.selector} (PyTorch)"
 
-    def scan(self, layer, query, block_table, seq_lens):
+    def scan(self, layer, query, block_table, seq_lens, longest=None):
         params = layer.params
         rows = query.shape[0]
-        longest = int(seq_lens.max()) if rows else 0
+        if longest is None:
+            longest = int(seq_lens.max()) if rows else 0
         q = query.float().unflatten(1, (params.num_kv_heads, params.group))  # [R, Hkv, G, D]
         position = torch.arange(longest, device=query.device)
         beyond = (position >= seq_lens.view(-1, 1))[:, None]  # [R, 1, L]
-        key = None if self.selector == "streaming_llm" else self._keys(layer, block_table, longest)
+        if self.selector != "streaming_llm":  # pages hold anything past a context's end
+            key = read_keys(layer, block_table, longest).nan_to_num_(0.0, 0.0, 0.0)
         if self.selector == "oracle":
             scores = (q @ key.transpose(-1, -2)).flatten(1, 2)
         elif self.selector == "quest":
@@ -68,8 +70,8 @@ class SelectorBackend(DelegatingBackend):
             scores = recency.expand(len(query), params.num_query_heads, longest)
         return scores.masked_fill(beyond, -torch.inf)
 
-    def select(self, params, scores, seq_lens, budgets):
-        return select_tokens(params, scores, seq_lens, budgets)
+    def select(self, params, scores, seq_lens, budgets, most=None):
+        return select_tokens(params, scores, seq_lens, budgets, most)
 
     def decode(self, layer, query, batch, output, stats):
         params, query = layer.params, query[: len(batch.seq_lens)]
@@ -98,7 +100,7 @@ class SelectorBackend(DelegatingBackend):
         row = torch.arange(len(at), device=query.device)[:, None, None]
         block = block_table[row, at // layout.block_size].long()  # [R, Hq, K]
         k, v = (
-            self._real(params, plane[block, heads[None, :, None], at % layout.block_size]) * scale
+            real_values(params, plane[block, heads[None, :, None], at % layout.block_size]) * scale
             for plane, scale in (
                 (layout.k(kv_cache), params.k_scale),
                 (layout.v(kv_cache), params.v_scale),
@@ -108,15 +110,3 @@ class SelectorBackend(DelegatingBackend):
         logits = soft_cap(logits, params.logits_soft_cap).masked_fill(tokens < 0, -torch.inf)
         weights = softmax(logits, params.sinks)  # [R, Hq, K]
         return (weights.unsqueeze(2) @ v).squeeze(2)
-
-    def _keys(self, layer, block_table, longest):
-        """K of R contexts, float32 ``[R, Hkv, L, D]``; finite past the end of a context."""
-        params = layer.params
-        used = block_table[:, : -(-longest // params.layout.block_size)].long()
-        key = self._real(params, params.layout.k(layer.kv_cache)[used])  # [R, blocks, Hkv, N, D]
-        key = key.transpose(1, 2).flatten(2, 3)[:, :, :longest] * params.k_scale
-        return key.nan_to_num_(0.0, 0.0, 0.0)  # pages hold anything past a context's end
-
-    @staticmethod
-    def _real(params, x):
-        return (x.view(ELEMENTS[params.fp8].values) if params.fp8 else x).float()

@@ -6,44 +6,37 @@
 namespace adamas {
 namespace {
 
-FusedShape fused_shape(const DecodeParams& p, int cluster) {
-  const int sets = p.score_heads_per_kv, head_size = p.page.head_size, chunks = p.page.words <= 4 ? 1 : 2;
-  FusedShape s{cluster, kFusedWarps / sets};
-  s.set_magic = (255 + s.warps_per_set) / s.warps_per_set;
-  s.stage = StageShape(p.page);
-  s.stage_bytes = stage_bytes(p.page);
-  const int64_t round = s.stage.tokens / kQuad * cluster;
-  s.round_magic = uint32_t(((1ll << 32) + round - 1) / round);
-  const int stages = (p.max_seq_len + s.stage.tokens - 1) / s.stage.tokens;
-  // The padding lets heads start in different banks.
-  s.score_stride = (stages + cluster - 1) / cluster * kStageTokens + 8;
-
-  int64_t at = 0;
-  auto take = [&](int64_t bytes) {
-    const int64_t start = at;
+FusedShape fused_shape(const DecodeParams& p, int cluster, int warps) {
+  const int head_size = p.page.head_size, chunks = p.page.words <= 4 ? 1 : 2;
+  FusedShape s{cluster, warps, stage_bytes(p.page), StageShape(p.page)};
+  int at = 0;
+  auto take = [&](int bytes) {
+    const int start = at;
     at += (bytes + 15) / 16 * 16;
-    return int(start);
+    return start;
   };
-  s.states = kTokens * 4;
-  const int candidates = kFusedWarps * kCandidates * 8, states = kFusedWarps * p.group * (head_size + 4) * 4;
-  take(std::max(kFusedWarps * kFusedStages * s.stage_bytes, s.states + std::max(candidates, states)));
-  s.scores = take(std::max(int64_t(sets) * s.score_stride * 4, int64_t(p.group) * chunks * 4 * 32 * 4));
-  s.counts = take(sets * kEdgeWords * 4);
-  s.copies = take(int64_t(cluster) * sets * kEdgeWords * 4);
-  s.ranges = take(cluster * sets * sizeof(FusedRange));
-  s.parts = take(kFusedWarps * 16);
-  s.members = take(sets * kMembers * 8);
+  s.states = kMostWanted * 4;
+  const int states = warps * p.group * (head_size + 4) * 4;
+  take(std::max(warps * kFusedStages * s.stage_bytes, s.states + states));
+  s.scores = take(std::max(warps * kList * 4, p.group * chunks * 4 * 32 * 4));
+  s.indices = take(warps * kList * 2);
+  s.counts = take(kEdgeWords * 4);
+  s.copies = take(cluster * kEdgeWords * 4);
+  s.ranges = take(cluster * int(sizeof(FusedRange)));
+  s.posts = take(warps * 4);
+  s.parts = take((warps + cluster) * 16);
+  s.members = take(kMembers * 8);
   s.planes = take(p.head_quads * kMaxQueryPlanes * chunks * 32 * 4);
   s.bias = take(4 * kMaxHeadQuads * 4);
   const bool summed = p.mode == Mode::dot_max;
-  s.weights = take(summed ? 4 * kMaxHeadQuads * sizeof(HeadWeight) : 0);
+  s.weights = take(summed ? 4 * kMaxHeadQuads * int(sizeof(HeadWeight)) : 0);
   s.tops = take(summed ? 2 * 4 * kMaxHeadQuads * 4 : 0);
   s.partial = take((p.group * head_size + cluster * cluster) * 4);
   s.softmax = take(cluster * p.group * 8);
-  s.barriers = take(kFusedWarps * kFusedStages * 8);
-  s.heads = take(sets * sizeof(FusedHead));
-  s.warps = take((kFusedWarps + 1) * 4);
-  s.bytes = int(std::min(at, int64_t(INT32_MAX)));
+  s.barriers = take(warps * kFusedStages * 8);
+  s.search = take(sizeof(FusedSearch));
+  s.warps = take(warps * 4);
+  s.bytes = at;
   return s;
 }
 
@@ -53,15 +46,23 @@ int run(const DecodeParams& p, const FusedShape& s, void* stream, bool count) {
 
 }  // namespace
 
-bool fused_fits(const DecodeParams& p, int cluster) {
+bool fused_fits(const DecodeParams& p, int cluster, int warps) {
   if ((p.page.head_size != 64 && p.page.head_size != 128) || p.group > kFusedGroup) return false;
-  return cluster > 0 && cluster <= kMaxCluster && fused_shape(p, cluster).bytes <= max_block_memory();
+  if (p.num_rows * p.page.num_kv_heads > kTickets) return false;
+  if (p.score_heads_per_kv > 1 || cluster <= 0 || cluster > kMaxCluster) return false;
+  if (warps != kLeastWarps && warps != kMostWarps) return false;
+  const FusedShape s = fused_shape(p, cluster, warps);
+  const int64_t indexed = int64_t(s.stage.tokens) * warps * cluster * ((1 << 16) / kStageTokens);
+  return p.max_seq_len <= indexed && s.bytes <= max_block_memory();
 }
 
-int fused_clusters(const DecodeParams& p, int cluster) {
-  return fused_fits(p, cluster) ? run(p, fused_shape(p, cluster), nullptr, true) : 0;
+int fused_clusters(const DecodeParams& p, int cluster, int warps) {
+  return fused_fits(p, cluster, warps) ? run(p, fused_shape(p, cluster, warps), nullptr, true) : 0;
 }
 
-void fused(const DecodeParams& p, int cluster, void* stream) { run(p, fused_shape(p, cluster), stream, false); }
+void fused(DecodeParams p, int cluster, int warps, void* stream) {
+  p.work.arrived = p.work.tickets;
+  run(p, fused_shape(p, cluster, warps), stream, false);
+}
 
 }  // namespace adamas

@@ -1,47 +1,104 @@
-// fused: a whole decode step of one (row, KV head) in one cluster of blocks. It is for small batches, where three
-// launches and their chains of dependent loads cost more than reading the data.
+// fused: a whole decode step of one (row, KV head) in one cluster of blocks, where all query heads of the KV head
+// attend to one token set. It takes steps whose clusters run at once; three launches and their chains of dependent
+// loads cost more than reading the data.
 //
-// A block scores its own tokens (score.cuh) and keeps the scores in shared memory. Three exchanges give every block
-// of the cluster the same threshold (threshold.cuh). Each block attends to its own tokens that reach it
-// (attend.cuh), and the blocks that write the output merge the parts (merge.cuh). The step takes five cluster
-// barriers; everything else is local to a block.
+// A block scores its own tokens, and its warps list those that may be selected (score.cuh, list.cuh). Three exchanges
+// give every block of the cluster the same threshold (threshold.cuh). Each block attends to its own tokens that reach
+// it (attend.cuh), and the blocks that write the output merge the parts (merge.cuh). The step takes five cluster
+// barriers; everything else is local to a block. A row that selects more than kMostWanted tokens takes several rounds:
+// each selects among the tokens that rank below the threshold of the round before.
 #pragma once
 #include "sm90/decode_fused/attend.cuh"
 #include "sm90/decode_fused/merge.cuh"
 #include "sm90/decode_fused/score.cuh"
 #include "sm90/decode_fused/threshold.cuh"
+#include "sm90/dense.cuh"
 
 namespace adamas {
 
+// Selects the tokens of a round and attends to them; the round ends with their threshold.
+template <int D, Mode kMode, int kQuads, class Softmax>
+__device__ __forceinline__ void attend_round(const FusedBlock& b, uint8_t* memory, Round& round, RingPlace& place,
+                                             Softmax& softmax) {
+  const FusedSearch& search = b.m.search;
+  const ListState list = list_own_tokens<D <= 128 ? 1 : 2, kMode, kQuads>(b, round, place);
+  if (round.number == 0) {
+    cluster_wait();  // for the arrival at the kernel's start
+    softmax.start(b.p, b.row, b.kv_head * b.p.group, b.p.group);
+  }
+  find_range(b, round.wanted);
+  Listed listed = keep_listed(b, list);
+  if (!search.failed) find_edge(b, listed);  // all blocks agree
+  if (search.failed) narrow_edge(b.p, b.s, memory, listed.count);
+  find_threshold(b, listed);
+  attend_selected(b, listed, softmax);
+  round.score = search.score, round.token = search.token;
+}
+
+// The rounds after the first one. Not inlined, and the softmax state is passed by value, because the state would
+// otherwise take registers while the first round's tokens are scored.
+template <int D, Mode kMode, int kQuads, class Softmax>
+__device__ __noinline__ Softmax attend_more_rounds(const DecodeParams& p, const FusedShape& s, uint8_t* memory,
+                                                   Round round, RingPlace place, Softmax softmax) {
+  const FusedBlock b(p, s, memory);
+  for (int left = b.plan.need - round.wanted; left > 0; left -= round.wanted) {
+    async_copies_follow();
+    __syncthreads();  // every warp has read the tokens and the threshold of the round before
+    reset_round(b);
+    __syncthreads();
+    ++round.number, round.wanted = min(left, kMostWanted);
+    attend_round<D, kMode, kQuads>(b, memory, round, place, softmax);
+  }
+  return softmax;
+}
+
+// Every block works on the dense rows when it has finished its own row. Not inlined, because dense rows are rare in these
+// steps.
+template <class T, class Softmax>
+__device__ __noinline__ void share_dense_rows(const DecodeParams& p, int worker, int workers, uint8_t* memory) {
+  attend_dense<T, Softmax>(p, worker, workers, memory, blockDim.x / 32);
+}
+
 template <int D, class T, bool kFp8, Mode kMode, int kQuads>
-__global__ void __launch_bounds__(kFusedThreads, 2)
+__global__ void __launch_bounds__(kMostWarps * 32)
     fused_kernel(const __grid_constant__ DecodeParams p, const __grid_constant__ FusedShape s) {
   extern __shared__ __align__(16) uint8_t fused_memory[];
+  using Softmax = Attention<D, T, 1, kFp8>;
   const FusedBlock b(p, s, fused_memory);
-  cluster_arrive();  // other blocks may write to this one only when it runs
-  if (b.plan.length <= 0) {
-    b.begin();
-    for (int i = threadIdx.x; b.rank == 0 && i < p.group * D; i += kFusedThreads) b.output<T>(i / D)[i % D] = T(0.0f);
-    cluster_wait();
-    return;
-  }
-  Attention<D, T, 1, kFp8> softmax;
+  if (threadIdx.x == 0) b.m.search.active = 0;
+  cluster_arrive_relaxed();  // other blocks may write to this one only when it runs
+  const bool any_dense = any_dense_row(p);
+  if (threadIdx.x == 0) b.m.search.any_dense = any_dense;  // a register would be spilled
   if (b.plan.sparse) {
-    score_own_tokens<D <= 128 ? 1 : 2, kMode, kQuads>(b);
-    find_range(b);
-    const Candidates candidates(b);
-    if (b.plan.need > 0) {  // all blocks agree on what they need
-      if (!b.m.search_failed()) find_edge(b, candidates);
-      if (b.m.search_failed()) narrow_edge(p, s, fused_memory);
+    Softmax softmax;
+    if (b.plan.need > 0) {
+      RingPlace place;
+      Round round{0, min(b.plan.need, kMostWanted), INFINITY, INT_MAX};
+      attend_round<D, kMode, kQuads>(b, fused_memory, round, place, softmax);
+      if (b.plan.need > kMostWanted)
+        softmax = attend_more_rounds<D, kMode, kQuads>(p, s, fused_memory, round, place, softmax);
+    } else {
+      b.begin();
+      cluster_wait();
+      softmax.start(p, b.row, b.kv_head * p.group, p.group);
     }
-    find_threshold(b, candidates);
-    attend_selected(b, candidates, softmax);
+    if (p.num_sink_tokens + p.recent_window > 0) {
+      attend_range(b, 0, p.num_sink_tokens, softmax);
+      attend_range(b, p.num_sink_tokens + b.plan.middle, b.plan.length, softmax);
+      if (threadIdx.x == 0) b.m.search.active = s.num_warps;
+    }
+    merge_cluster<D, T>(b, softmax);
   } else {
     b.begin();
+    if (b.plan.length <= 0)
+      for (int i = threadIdx.x; b.rank == 0 && i < p.group * D; i += blockDim.x) b.output<T>(i / D)[i % D] = T(0.0f);
     cluster_wait();
-    attend_all(b, softmax);
   }
-  merge_cluster<D, T>(b, softmax);
+  __syncthreads();
+  if (!b.m.search.any_dense) return;
+  const int worker = (b.row * p.page.num_kv_heads + b.kv_head) * s.cluster + b.rank;
+  const int workers = min(p.dense_workers, p.num_rows * p.page.num_kv_heads * s.cluster);
+  if (worker < workers) share_dense_rows<T, Softmax>(p, worker, workers, fused_memory);
 }
 
 // Launches the kernel, or with `count` returns the clusters that the device runs at once.
@@ -52,8 +109,8 @@ int fused_head_size(const DecodeParams& p, const FusedShape& s, void* stream, bo
     constexpr auto* kernel =
         fused_kernel<D, decltype(element), decltype(fp8)::value, decltype(mode)::value, decltype(quads)::value>;
     const dim3 grid(s.cluster, p.page.num_kv_heads, p.num_rows);
-    if (count) clusters = count_clusters(kernel, s.cluster, kFusedThreads, s.bytes, "fused");
-    else launch_clusters(kernel, grid, s.cluster, kFusedThreads, s.bytes, stream, p.overlap, "fused", p, s);
+    if (count) clusters = count_clusters(kernel, s.cluster, s.num_warps * 32, s.bytes, "fused");
+    else launch_clusters(kernel, grid, s.cluster, s.num_warps * 32, s.bytes, stream, p.overlap, "fused", p, s);
   };
   auto run = [&](auto element, auto mode, auto quads) {
     if (p.page.fp8()) launch_it(element, mode, quads, std::true_type());
@@ -63,13 +120,11 @@ int fused_head_size(const DecodeParams& p, const FusedShape& s, void* stream, bo
     using std::integral_constant;
     using One = integral_constant<int, 1>;
     if (p.mode == Mode::manhattan_sum) return run(element, integral_constant<Mode, Mode::manhattan_sum>(), One());
-    auto by_quads = [&](auto mode) {
-      if (p.head_quads == 1) return run(element, mode, One());
-      run(element, mode, integral_constant<int, 2>());
-    };
-    if (p.mode == Mode::dot_max) return by_quads(integral_constant<Mode, Mode::dot_max>());
-    if (p.mode == Mode::dot) return by_quads(integral_constant<Mode, Mode::dot>());
-    by_quads(integral_constant<Mode, Mode::manhattan>());
+    if (p.mode == Mode::dot) return run(element, integral_constant<Mode, Mode::dot>(), One());
+    if (p.mode == Mode::manhattan) return run(element, integral_constant<Mode, Mode::manhattan>(), One());
+    const integral_constant<Mode, Mode::dot_max> mode;
+    if (p.head_quads == 1) return run(element, mode, One());
+    run(element, mode, integral_constant<int, 2>());
   };
   if (p.query.element == Element::bf16) by_mode(__nv_bfloat16());
   else by_mode(__half());

@@ -16,17 +16,15 @@ __device__ __forceinline__ void merge_cluster(const FusedBlock& b, Softmax& soft
   const FusedShape& s = b.s;
   const int rank = b.rank, lane = b.lane;
   softmax.finish();
-  const bool by_set = b.plan.sparse && p.per_query_head;  // a warp holds one head, not the group
-  const int columns = by_set ? 1 : p.group;
-  softmax.share(m.states, 0, columns);
+  softmax.share(m.states, 0, p.group);
   __syncthreads();
   const int outputs = p.group * D, own = (outputs + s.cluster - 1) / s.cluster;
-  for (int i = threadIdx.x; i < outputs; i += kFusedThreads) {
+  const int active = m.search.active;
+  for (int i = threadIdx.x; i < outputs; i += blockDim.x) {
     const int head = i / D, d = i % D;
-    const float* from = m.states + head * (by_set ? b.warps_per_set : 1) * Softmax::kHeadFloats;
-    const int step = columns * Softmax::kHeadFloats, active = m.heads[by_set ? head : 0].active;
-    const SoftmaxValue x =
-        active == 1 ? SoftmaxValue{from[0], from[4 + d], from[1]} : merge_parts(from, active, step, d);
+    const float* from = m.states + head * Softmax::kHeadFloats;
+    const SoftmaxValue x = active == 1 ? SoftmaxValue{from[0], from[4 + d], from[1]}
+                                       : merge_parts(from, active, p.group * Softmax::kHeadFloats, d);
     const int to = i / own;
     remote_store(remote(m.partial + rank * own + i - to * own, to), x.value);
     if (d < s.cluster)  // one thread per receiving block
@@ -36,7 +34,7 @@ __device__ __forceinline__ void merge_cluster(const FusedBlock& b, Softmax& soft
   cluster_sync();
   // Eight lanes merge the parts of a large cluster, one lane those of a small one.
   const int lanes = s.cluster > 4 ? 8 : 1;
-  for (int i = threadIdx.x / lanes; i < (own + 31) / 32 * 32; i += kFusedThreads / lanes) {
+  for (int i = threadIdx.x / lanes; i < (own + 31) / 32 * 32; i += blockDim.x / lanes) {
     const int at = min(rank * own + i, outputs - 1), head = at / D;
     float best = -INFINITY, value = 0, total = 0;
     for (int r = lane % lanes; r < s.cluster; r += lanes) best = fmaxf(best, m.softmax[r * p.group + head].x);
@@ -52,7 +50,7 @@ __device__ __forceinline__ void merge_cluster(const FusedBlock& b, Softmax& soft
       total += __shfl_xor_sync(kFull, total, step);
     }
     if (lane % lanes == 0 && i < own && rank * own + i < outputs)
-      b.output<T>(head)[at % D] = T(softmax_output(value, total, p.page.v_scale));
+      b.output<T>(head)[at % D] = T(softmax_output(p, b.kv_head * p.group + head, {best, value, total}));
   }
 }
 

@@ -1,6 +1,6 @@
-// Stage 1 of the fused kernel: the block scores its own tokens into shared memory.
+// Stage 1 of the fused kernel: the block scores its own tokens, and every warp lists those that may be selected.
 //
-// A warp owns every kFusedWarps-th stage of the block and streams its stages through its ring; a lane scores a token
+// A warp owns every num_warps-th stage of the block and streams its stages through its ring; a lane scores a token
 // quad for one head of four at a time. The first copies are issued as soon as the preceding kernel has finished, and
 // the queries are encoded while they are in flight. Between the barriers before and after it, the loop waits only on
 // the ring.
@@ -9,65 +9,69 @@
 #include <type_traits>
 
 #include "sm90/decode_fused/block.cuh"
+#include "sm90/decode_fused/list.cuh"
 #include "sm90/maximum.cuh"
 #include "sm90/order.cuh"
 #include "sm90/query.cuh"
 
 namespace adamas {
 
-// Merges the best of the warp's scores of each head, and a floor, into the block's range.
+// A round selects `wanted` of the tokens that rank below (score, token): the best ones that are left.
+struct Round {
+  int number, wanted;
+  float score;
+  int token;
+};
+
+// The place in a warp's ring; stages follow each other from round to round.
+struct RingPlace {
+  int slot = 0;
+  uint32_t phase = 0;
+  __device__ __forceinline__ int after(int stages) const {
+    const int at = slot + stages;
+    return at < kFusedStages ? at : at - kFusedStages;
+  }
+  __device__ __forceinline__ void advance() {
+    if (++slot == kFusedStages) slot = 0, phase ^= 1;
+  }
+};
+
+// Merges the range of the warp's listed scores into the block's range: the best one, a floor, the higher one of the floor
+// and of a score that a quarter of 64 groups reach, and the list's pivot.
 //
-// The scores of a head are divided into groups. The floor is the smallest of the groups' maxima, so each group has at
-// least one score at or above it. If there are at least as many groups as tokens needed, no token below the floor is
-// selected. Fewer groups give a higher floor: a group is the scores of several lanes, one lane, or a part of those of a
-// lane. best: the maxima of kParts parts of a lane's scores.
-template <class Scores, int kQuads, int kParts>
-__device__ __forceinline__ void merge_range(const FusedBlock& b, float (&best)[kQuads][kParts]) {
-  constexpr int kLanes = Scores::kSetLanes, kStride = Scores::kSetStride;
+// The scores are divided into groups. The floor is the smallest of the groups' maxima, so each group has at least one
+// score at or above it. If there are at least as many groups as tokens wanted, no token below the floor is selected.
+// Fewer groups give a higher floor: a group is the scores of several lanes, of one lane, or every other one of a lane.
+__device__ __forceinline__ void merge_range(const FusedBlock& b, int wanted, const TokenList& list) {
   const int lane = b.lane;
-  const int warps = min(b.s.cluster * kFusedWarps, b.plan.length / kStageTokens);
-  int per_warp = 2;  // groups of a head
-  while (per_warp < kLanes * kParts && per_warp * warps < b.plan.need) per_warp *= 2;
+  const GroupTops tops(list.scores, list.state.count);
+  const float(&part)[2] = tops.top;
+  const int warps = min(b.s.cluster * b.s.num_warps, b.plan.length / kStageTokens);
+  int per_warp = 2;  // groups
+  while (per_warp < 64 && per_warp * warps < wanted) per_warp *= 2;
+  float top = fmaxf(part[0], part[1]), floor = INFINITY;
+  int groups = 0;
+  if (per_warp <= 32) {
+    float x = top;
 #pragma unroll
-  for (int q = 0; q < kQuads; ++q) {
-    float(&part)[kParts] = best[q];
+    for (int n = 16, step = 1; n >= 2; n /= 2, step *= 2)
+      if (n >= per_warp) x = fmaxf(x, __shfl_xor_sync(kFull, x, step));
+    if (x > -INFINITY) floor = x, groups = (lane & (32 / per_warp - 1)) == 0;
+  } else {
 #pragma unroll
-    for (int n = kParts / 2; n; n /= 2)  // until as many parts are left as a lane has groups
-      if (kLanes * n >= per_warp)
-#pragma unroll
-        for (int i = 0; i < n; ++i) part[i] = fmaxf(part[i], part[i + n]);
-    float top = part[0];
-    float floor = INFINITY;
-    int groups = 0;
-    if (per_warp <= kLanes) {
-      float x = top;
-#pragma unroll
-      for (int n = kLanes / 2, step = kStride; n >= 2; n /= 2, step *= 2)
-        if (n >= per_warp) x = fmaxf(x, __shfl_xor_sync(kFull, x, step));
-      if (x > -INFINITY) floor = x;
-      if (x > -INFINITY && (lane & (kLanes / per_warp - 1) * kStride) == 0) groups = 1;
-    } else {
-#pragma unroll
-      for (int i = 0; i < kParts; ++i) {
-        if (kLanes * i >= per_warp) break;
-        top = fmaxf(top, part[i]);
-        if (part[i] > -INFINITY) floor = fminf(floor, part[i]), ++groups;
-      }
-    }
-#pragma unroll
-    for (int step = kStride; step < 32; step *= 2) {
-      groups += __shfl_xor_sync(kFull, groups, step);
-      floor = fminf(floor, __shfl_xor_sync(kFull, floor, step));
-      top = fmaxf(top, __shfl_xor_sync(kFull, top, step));
-    }
-    const int head = q * kStride + lane;
-    if (lane < kStride && head < b.sets && top > -INFINITY) {
-      FusedRange& to = b.m.heads[head].range;
-      atomicMin(&to.floor, order_key(floor));
-      atomicMax(&to.best, order_key(top));
-      atomicAdd(&to.groups, uint32_t(groups));
-      atomicMax(&to.high_floor, order_key(floor));
-    }
+    for (int i = 0; i < 2; ++i)
+      if (part[i] > -INFINITY) floor = fminf(floor, part[i]), ++groups;
+  }
+  groups = __reduce_add_sync(kFull, groups);
+  const uint32_t low = __reduce_min_sync(kFull, order_key(floor)), high = __reduce_max_sync(kFull, order_key(top));
+  const uint32_t quarter = tops.reached_by(16);
+  if (lane == 0 && groups) {
+    FusedRange& to = b.m.search.range;
+    atomicMax(&to.best, high);
+    atomicMin(&to.floor, low);
+    atomicAdd(&to.groups, uint32_t(groups));
+    atomicMax(&to.high, max(low, quarter));
+    atomicMax(&to.pivot, order_key(list.state.pivot));
   }
 }
 
@@ -75,7 +79,7 @@ __device__ __forceinline__ void merge_range(const FusedBlock& b, float (&best)[k
 // warp has tiles kTilesPerWarp * warp and following of the `tiles` of the sample; `data` is its stage of them. Places past
 // the context occur only in a sample of all tiles, which then follow each other.
 constexpr int kTilesPerWarp = kStageTokens / kTile;
-static_assert(kTilesPerWarp * kFusedWarps == kSampleTiles);
+static_assert(kTilesPerWarp * kLeastWarps == kSampleTiles);
 
 template <int kChunks, int kQuads, class Fill>
 __device__ __forceinline__ void weigh_heads(const FusedBlock& b, QueryFragments<kChunks, Mode::dot_max, kQuads>& query,
@@ -131,13 +135,25 @@ __device__ __forceinline__ void weigh_heads(const FusedBlock& b, QueryFragments<
     const int head = q * 4 + lane % 4;
     if (head < b.p.group) query.weight[q].log_sum = log_sum(from_order_key(b.m.tops[head]), b.m.sums[head]);
   }
+  if (b.warp == 0 && lane < b.p.group)  // for the next round
+    b.m.weights[lane].log_sum = log_sum(from_order_key(b.m.tops[lane]), b.m.sums[lane]);
 }
 
+// Prepares the block's search of a round; the caller synchronises before the first score.
+__device__ __forceinline__ void reset_round(const FusedBlock& b) {
+  if (threadIdx.x < kEdgeWords) b.m.counts[threadIdx.x] = 0;
+  if (int(threadIdx.x) < b.s.num_warps) b.m.posts[threadIdx.x] = 0;
+  if (threadIdx.x == 0) {
+    b.m.search.range = {0, kFull, 0, 0, 0};
+    b.m.search.placed = 0;
+  }
+}
+
+// Returns the state of the warp's list.
 template <int kChunks, Mode kMode, int kQuads>
-__device__ __forceinline__ void score_own_tokens(const FusedBlock& b) {
+__device__ __forceinline__ ListState list_own_tokens(const FusedBlock& b, const Round& round, RingPlace& at) {
   using Reader = StageReader<kChunks, kMode>;
   using Scores = SetScores<kMode, kQuads>;
-  constexpr int kSetQuads = Scores::kSetQuads;
   constexpr bool kSummed = kMode == Mode::dot_max;  // the first slot of the ring holds the sample first
   static_assert(Reader::kSteps == 2);
   const DecodeParams& p = b.p;
@@ -145,118 +161,111 @@ __device__ __forceinline__ void score_own_tokens(const FusedBlock& b) {
   const FusedMemory& m = b.m;
   const RowPlan& plan = b.plan;
   const StageShape& shape = s.stage;
-  const int lane = b.lane, warp = b.warp;
-  StageRing<kFusedStages> ring(m.ring + warp * kFusedStages * s.stage_bytes, m.barriers + warp * kFusedStages,
-                               s.stage_bytes);
+  const int lane = b.lane, warp = b.warp, stride = b.stride();
+  const bool first_round = round.number == 0;
+  const StageRing<kFusedStages> ring(m.ring + warp * kFusedStages * s.stage_bytes, m.barriers + warp * kFusedStages,
+                                     s.stage_bytes, first_round);
   const int32_t* blocks = row_blocks(p, b.row);
   const uint8_t* pages = head_pages(p, b.kv_head);
-  const int stride = kFusedWarps * s.cluster * shape.tokens;  // between consecutive stages of a warp
-  // The row's length is still being loaded, so these are bounded by the longest context.
+  int token = b.first_token();
+  // In the first round the row's length is still being loaded, so these are bounded by the longest context.
   uint32_t block[kFusedStages];
 #pragma unroll
   for (int i = 0; i < kFusedStages; ++i)
-    block[i] = load_stage_block(p, shape, blocks, b.first_token(warp) + i * stride, p.max_seq_len);
-  // The warp's tiles of the sample; this lane's one.
+    block[i] = load_stage_block(p, shape, blocks, token + i * stride, p.max_seq_len);
+  // The warp's tiles of the sample, if it has any; this lane's one.
   const StageShape tile_shape = StageShape::of_tiles(p.page);
-  const int tiles = (plan.length + kTile - 1) / kTile;
-  const int tile_token = sum_tile(min(warp * kTilesPerWarp + lane % kTilesPerWarp, tiles - 1), tiles) * kTile;
+  const int tiles = (plan.length + kTile - 1) / kTile, sampled = min(tiles, kSampleTiles);
+  const int tile_token = sum_tile(min(warp * kTilesPerWarp + lane % kTilesPerWarp, sampled - 1), tiles) * kTile;
+  const QueryMemory queries{m.planes, m.bias, m.weights, m.scores};
+  if (first_round) reset_round(b);
   uint32_t tile_block = 0;
-  if (kSummed) tile_block = __ldg(blocks + block_index(p.page, tile_token / kQuad));
-  QueryMemory queries{m.planes, m.bias, m.weights, m.scores};
-  clear_queries<kChunks, kMode>(p, queries);
-  for (int i = threadIdx.x; i < b.sets * kEdgeWords; i += kFusedThreads) m.counts[i] = 0;
-  if (kSummed && threadIdx.x < 4 * kMaxHeadQuads) m.tops[threadIdx.x] = m.sums[threadIdx.x] = 0;
-  if (int(threadIdx.x) < b.sets) {
-    auto& head = m.heads[threadIdx.x];
-    head.range = {kFull, 0, 0, 0};
-    head.placed = 0;
-  }
-  if (threadIdx.x == 0) m.search_failed() = 1;  // unless exchange 1 finds scores that differ
-  b.begin();
-
   uint16_t raw[kChunks * 4] = {};
-  if (warp < p.group) load_raw(raw, p.query, b.row, b.kv_head * p.group + warp, p.page.words);
+  if (first_round) {
+    if (kSummed) tile_block = __ldg(blocks + block_index(p.page, tile_token / kQuad));
+    clear_queries<kChunks, kMode>(p, queries);
+    if (kSummed && threadIdx.x < 4 * kMaxHeadQuads) m.tops[threadIdx.x] = m.sums[threadIdx.x] = 0;
+    b.begin();
+    if (warp < p.group) load_raw(raw, p.query, b.row, b.kv_head * p.group + warp, p.page.words);
+    if (kSummed) {
+      const int parts = min(max(sampled - warp * kTilesPerWarp, 0), kTilesPerWarp);
+      ring.fill_parts(0, p.page, tile_shape, pages, tile_token, parts, tile_block);
+      at.slot = 1;
+    }
+  }
   auto fill = [&](int slot, int token, uint32_t block) {
     if (token < plan.length) ring.fill(slot, p.page, shape, pages, token, plan.length, block);
   };
-  int token = b.first_token(warp);
-  constexpr int kFirst = kSummed ? 1 : 0;  // slot of the first own stage
-  if (kSummed) {
-    const int parts = min(max(min(tiles, kSampleTiles) - warp * kTilesPerWarp, 0), kTilesPerWarp);
-    ring.fill_parts(0, p.page, tile_shape, pages, tile_token, parts, tile_block);
-  }
+  constexpr int kLast = kFusedStages - 1;
 #pragma unroll
-  for (int i = 0; i < kFusedStages - kFirst; ++i) fill(kFirst + i, token + i * stride, block[i]);
+  for (int i = 0; i < kFusedStages; ++i)
+    if (!(kSummed && i == kLast && first_round)) fill(at.after(i), token + i * stride, block[i]);
   uint32_t next_block = load_stage_block(p, shape, blocks, token + kFusedStages * stride, plan.length);
-  float x[kChunks * 4];
-  widen(x, raw, p.query.element);
-  __syncthreads();
-  encode_queries<kChunks, kMode>(p, x, queries);
+  if (first_round) {
+    float x[kChunks * 4];
+    widen(x, raw, p.query.element);
+    __syncthreads();
+    encode_queries<kChunks, kMode>(p, x, queries);
+  }
   QueryFragments<kChunks, kMode, kQuads> query;
   query.load(m.planes, m.bias, p.head_quads);
   if constexpr (kSummed) {
     query.load_weights(m.weights, p.head_quads);
-    ring.wait(0, 0);
-    const int last = kFusedStages - 1;
-    weigh_heads(b, query, tile_shape, ring.data(0), min(tiles, kSampleTiles),
-                [&] { fill(0, token + last * stride, block[last]); });
+    if (first_round) {
+      ring.wait(0, 0);
+      weigh_heads(b, query, tile_shape, ring.data(0), sampled,
+                  [&] { fill(0, token + kLast * stride, block[kLast]); });
+    }
   }
 
   const Reader reader(shape);
-  constexpr int kParts = Reader::kSteps;  // parts of a lane's scores: those of a step
-  float best[kSetQuads][kParts];
-#pragma unroll
-  for (int q = 0; q < kSetQuads; ++q) {
-#pragma unroll
-    for (int i = 0; i < kParts; ++i) best[q][i] = -INFINITY;
-  }
-  float* to = m.scores + warp * kStageTokens + Scores::set(0) * s.score_stride + lane / 4 * kQuad + Scores::first();
+  const bool fits = token + (kList / kStageTokens) * stride >= plan.length;
+  TokenList list(m, warp, s.num_warps, round.wanted, fits);
+  int index = lane / 4 * kQuad + Scores::first();  // of the lane's first token in the stage
   // Summed distances have the longest code of a step: both steps' signatures at once would spill registers.
   constexpr bool kOneStep = kMode == Mode::manhattan_sum;
+  const bool holds = Scores::set(0) == 0;  // whether the lane's scores are those of the set
   auto score_stage = [&](Signatures<kChunks, kMode>(&signatures)[Reader::kSteps], uint32_t data, auto whole) {
 #pragma unroll
-    for (int q = 0; q < kSetQuads; ++q) {
+    for (int i = 0; i < Reader::kSteps; ++i) {
+      float score[Scores::kScores];
+      if (kOneStep) reader.load(signatures[i], data, i);
+      score_set(query, signatures[i], 0, score);
 #pragma unroll
-      for (int i = 0; i < Reader::kSteps; ++i) {
-        float score[Scores::kScores];
-        if (kOneStep) reader.load(signatures[i], data, i);
-        score_set(query, signatures[i], q, score);
-#pragma unroll
-        for (int j = 0; j < Scores::kScores; ++j) {
-          const bool here =
-              decltype(whole)::value || in_middle(p, plan, token + reader.token[i] + Scores::first() + j);
-          score[j] = here ? score[j] : -INFINITY;
-          best[q][i] = fmaxf(best[q][i], score[j]);
+      for (int j = 0; j < Scores::kScores; ++j) {
+        score[j] = fmaxf(score[j], -FLT_MAX);  // a number, whatever the queries are
+        if (!decltype(whole)::value) {
+          const int own = token + reader.token[i] + Scores::first() + j;
+          const bool left = score[j] < round.score || (score[j] == round.score && own < round.token);
+          if (!left || !in_middle(p, plan, own)) score[j] = -INFINITY;
         }
-        float* at = to + q * 4 * s.score_stride + i * Reader::kStep;
-        if constexpr (Scores::kOne) *at = score[0];
-        else if (Scores::set(q) < b.sets)
-          *reinterpret_cast<float4*>(at) = make_float4(score[0], score[1], score[2], score[3]);
       }
+      list.take(score, holds, index + i * Reader::kStep);
     }
   };
-  // Stages entirely in the middle need no test per token. If the code of a stage is long, one form serves all,
-  // because two would not fit the instruction cache.
+  // Stages entirely in the middle need no test per token in the first round. If the code of a stage is long, one form
+  // serves all, because two would not fit the instruction cache.
   constexpr bool kTwoForms = kMode != Mode::manhattan_sum;
-  const int last_whole = shape.tokens == kStageTokens ? p.num_sink_tokens + plan.middle - kStageTokens : INT_MIN;
-  int slot = kFirst;
-  uint32_t phase = 0;
-  for (; token < plan.length; token += stride, to += kFusedWarps * kStageTokens) {
-    ring.wait(slot, phase);
+  const int last_whole = shape.tokens == kStageTokens && first_round
+                             ? p.num_sink_tokens + plan.middle - kStageTokens : INT_MIN;
+  for (; token < plan.length; token += stride, index += kStageTokens) {
+    ring.wait(at.slot, at.phase);
     Signatures<kChunks, kMode> signatures[Reader::kSteps];
 #pragma unroll
-    for (int i = 0; !kOneStep && i < Reader::kSteps; ++i) reader.load(signatures[i], ring.data(slot), i);
+    for (int i = 0; !kOneStep && i < Reader::kSteps; ++i) reader.load(signatures[i], ring.data(at.slot), i);
     if (kTwoForms && token >= p.num_sink_tokens && token <= last_whole)
-      score_stage(signatures, ring.data(slot), std::true_type());
+      score_stage(signatures, ring.data(at.slot), std::true_type());
     else
-      score_stage(signatures, ring.data(slot), std::false_type());
+      score_stage(signatures, ring.data(at.slot), std::false_type());
     __syncwarp();  // every lane has read the slot
-    fill(slot, token + kFusedStages * stride, next_block);
+    fill(at.slot, token + kFusedStages * stride, next_block);
     next_block = load_stage_block(p, shape, blocks, token + (kFusedStages + 1) * stride, plan.length);
-    if (++slot == kFusedStages) slot = 0, phase ^= 1;
+    at.advance();
+    list.end_stage(index / kStageTokens + 1);
   }
-  merge_range<Scores>(b, best);
+  merge_range(b, round.wanted, list);
   __syncthreads();
+  return list.state;
 }
 
 }  // namespace adamas

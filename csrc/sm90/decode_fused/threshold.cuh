@@ -1,63 +1,89 @@
-// Stage 2 of the fused kernel: every block of the cluster finds the k-th best score and its token for each token set,
-// in three exchanges through distributed shared memory.
+// Stage 2 of the fused kernel: every block of the cluster finds the k-th best score and its token, in three exchanges
+// through distributed shared memory.
 //
 //   1. the range of the scores                         find_range
 //   2. a histogram over it, the bin of the k-th best   find_edge
 //   3. the members of that edge bin, ranked            find_threshold
 //
 // A block writes its part to every block, so that each of them computes the same result locally; a cluster barrier
-// ends each exchange. Tokens below the floor of the range cannot be selected, so warps list the others once
-// (Candidates) and process nothing else. If the edge bin is too full for exchange 3, as with equal scores, further
-// histograms within it narrow it down (narrow_edge).
+// ends each exchange. Listed tokens below the low end of the range are not selected and leave the list. If the edge bin
+// is too full for exchange 3, as with equal scores, further histograms within it narrow it down (narrow_edge).
 #pragma once
 #include <cfloat>
 #include <climits>
 
 #include "sm90/decode_fused/block.cuh"
+#include "sm90/decode_fused/list.cuh"
 #include "sm90/histogram.cuh"
 #include "sm90/order.cuh"
 
 namespace adamas {
 
+// The listed tokens of a warp that may be selected, `count` of them. Calls visit(score, index, whether there is a token)
+// in order, with all lanes converged.
+struct Listed {
+  const float* scores;
+  const uint16_t* indices;
+  int count;
+
+  __device__ Listed(const FusedBlock& b, int count)
+      : scores(b.m.scores + b.warp * kList), indices(b.m.indices + b.warp * kList), count(count) {}
+
+  template <class Visit>
+  __device__ __forceinline__ void each(Visit visit) const {
+    for (int first = 0; first < count; first += 32) {
+      const int i = first + threadIdx.x % 32;
+      const bool here = i < count;
+      visit(here ? scores[i] : -INFINITY, here ? int(indices[i]) : 0, here);
+    }
+  }
+};
+
 // -- exchange 1: the range --
 
-// The bins span the floor to the best score, or to a few times the distance from the floor to the largest floor of a warp,
-// so that outliers do not stretch them; better scores share the last bin. If there are too few groups for a floor,
-// or if all scores that may be selected are equal, there are no bins.
-__device__ __forceinline__ void find_range(const FusedBlock& b) {
+// The bins span the low end, which enough tokens reach, to the best score, or to a few times the distance from there to
+// the highest floor or quarter of a warp (merge_range), so that outliers do not stretch them; better scores share the last
+// bin.
+// There are no bins if no low end is known, or if all scores that may be selected are equal.
+__device__ __forceinline__ void find_range(const FusedBlock& b, int wanted) {
   constexpr float kReach = 4.0f;
   const FusedMemory& m = b.m;
-  const int sets = b.sets;
-  cluster_wait();  // for the arrival at the kernel's start: the other blocks run and accept stores
-  if (b.lane < sets)
-    for (int r = b.warp; r < b.s.cluster; r += kFusedWarps) {
-      const FusedRange& own = m.heads[b.lane].range;
-      remote_store16(remote(m.ranges + b.rank * sets + b.lane, r),
-                     make_uint4(own.floor, own.best, own.groups, own.high_floor));
-    }
+  if (int(threadIdx.x) < b.s.cluster) {
+    const FusedRange& own = m.search.range;
+    const uint32_t to = remote(m.ranges + b.rank, threadIdx.x);
+    remote_store16(to, make_uint4(own.best, own.floor, own.groups, own.high));
+    remote_store16(to + 16, make_uint4(own.pivot, 0, 0, 0));
+  }
   cluster_sync();
-  if (b.warp < sets) {  // one block per lane
-    FusedRange range{kFull, 0, 0, 0};
-    if (b.lane < b.s.cluster) range = m.ranges[b.lane * sets + b.warp];
-    const uint32_t floor = __reduce_min_sync(kFull, range.floor), top = __reduce_max_sync(kFull, range.best);
-    const uint32_t groups = __reduce_add_sync(kFull, range.groups), high = __reduce_max_sync(kFull, range.high_floor);
+  if (b.warp == 0) {  // one block per lane
+    FusedRange range{0, kFull, 0, 0, 0};
+    if (b.lane < b.s.cluster) range = m.ranges[b.lane];
+    const uint32_t top = __reduce_max_sync(kFull, range.best), floor = __reduce_min_sync(kFull, range.floor);
+    const uint32_t groups = __reduce_add_sync(kFull, range.groups), high = __reduce_max_sync(kFull, range.high);
+    const uint32_t pivot = __reduce_max_sync(kFull, range.pivot);
     if (b.lane == 0) {
-      auto& head = m.heads[b.warp];
-      const bool bounded = groups >= uint32_t(b.plan.need);
-      const float low = bounded && groups ? from_order_key(floor) : -FLT_MAX, best = from_order_key(top);
-      const float reach = high > floor ? fminf(best - low, kReach * (from_order_key(high) - low)) : best - low;
+      auto& search = m.search;
+      const uint32_t bottom = max(pivot, groups >= uint32_t(wanted) ? floor : 0);
+      const float low = bottom ? from_order_key(bottom) : -FLT_MAX, best = from_order_key(top);
+      const float reach = high > bottom ? fminf(best - low, kReach * (from_order_key(high) - low)) : best - low;
       const float scale = __fdividef(kEdgeBins - 1, reach);
-      head.low = low;
-      head.exact = !(bounded && floor < top && scale > 0.0f && scale < 3e38f);
-      head.scale = head.exact ? 0.0f : scale;
-      head.size = INT_MAX, head.wanted = b.plan.need;
+      search.low = low;
+      search.exact = !(low > -FLT_MAX && bottom < top && scale > 0.0f && scale < 3e38f);
+      search.scale = search.exact ? 0.0f : scale;
+      search.size = INT_MAX, search.wanted = wanted;
       const int bits = token_bits(b.plan.length);
-      head.from = uint64_t(order_key(low)) << bits;
-      head.to = uint64_t(top) << bits | (b.plan.length - 1);
-      if (!head.exact) m.search_failed() = 0;
+      search.from = uint64_t(order_key(low)) << bits;
+      search.to = uint64_t(top) << bits | (b.plan.length - 1);
+      search.failed = search.exact;
     }
   }
   __syncthreads();
+}
+
+// Drops the tokens below the low end.
+__device__ __forceinline__ Listed keep_listed(const FusedBlock& b, const ListState& list) {
+  const int own = b.warp * kList;
+  return Listed(b, keep_from(b.m.search.low, b.m.scores + own, b.m.indices + own, list));
 }
 
 // A score's bin; it is monotonic in the score. Each operation is rounded separately, so that the compiler cannot
@@ -66,58 +92,7 @@ __device__ __forceinline__ int edge_bin(float x, float low, float scale) {
   return min(int(__fmul_rn(__fsub_rn(x, low), scale)), kEdgeBins - 1);
 }
 
-// Tokens that a warp may have to select: those at or above the floor, and those that are always kept, with score inf.
-// The order of the list depends on the scores alone. If the list cannot hold them all, each() passes over all scores
-// again.
-struct Candidates {
-  const FusedBlock& b;
-  int count;
-
-  __device__ __forceinline__ explicit Candidates(const FusedBlock& b) : b(b) {
-    const float low = b.set < b.sets ? b.m.heads[b.set].low : 0;
-    const bool any_kept = b.p.num_sink_tokens + b.p.recent_window > 0;
-    uint2* list = b.m.candidates + b.warp * kCandidates;
-    int listed = 0;
-    b.each_quad([&](float(&x)[4], int index, bool here) {
-      const int first = any_kept ? b.token(index) : 0;
-#pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        if (any_kept && here && x[j] == -INFINITY && b.always_kept(first + j)) x[j] = INFINITY;
-        const bool take = here && x[j] >= low && x[j] > -INFINITY;
-        const uint32_t takers = __ballot_sync(kFull, take);
-        const int at = listed + __popc(takers & ((1u << b.lane) - 1));
-        if (take && at < kCandidates) list[at] = make_uint2(__float_as_uint(x[j]), uint32_t(index + j));
-        listed += __popc(takers);
-      }
-    });
-    count = listed;
-    __syncwarp();
-  }
-
-  // Calls visit(score, index, whether it is a candidate) in order, with all lanes converged.
-  template <class Visit>
-  __device__ __forceinline__ void each(Visit visit) const {
-    if (count <= kCandidates) {
-      const uint2* list = b.m.candidates + b.warp * kCandidates;
-      for (int i = 0; i < count; i += 32) {
-        const bool here = i + b.lane < count;
-        const uint2 entry = list[here ? i + b.lane : 0];
-        visit(__uint_as_float(entry.x), int(entry.y), here);
-      }
-    } else {
-      const float low = b.m.heads[b.set].low;
-      b.each_quad([&](float(&x)[4], int index, bool here) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          if (here && x[j] == -INFINITY && b.always_kept(b.token(index) + j)) x[j] = INFINITY;
-          visit(x[j], index + j, here && x[j] >= low && x[j] > -INFINITY);
-        }
-      });
-    }
-  }
-};
-
-// -- exchange 2: the histogram, and the bin of each token set's k-th best --
+// -- exchange 2: the histogram, and the bin of the k-th best --
 
 __device__ __forceinline__ void count_bin(uint32_t* counts, int bin, uint32_t number = 1) {
   atomicAdd(counts + bin / 2, number << 16 * (bin % 2));
@@ -137,56 +112,58 @@ __device__ __forceinline__ void count_bins(uint32_t* counts, bool takes, int bin
   count_bin(counts, bin, __popc(same));
 }
 
-// Sends the block's histograms to all blocks. The caller waits until they have arrived.
+// Sends the block's histogram to all blocks. The caller waits until it has arrived.
 __device__ __forceinline__ void send_counts(const FusedBlock& b) {
-  const int words = b.sets * kEdgeWords;
-  for (int r = b.warp; r < b.s.cluster; r += kFusedWarps) {
-    const uint32_t to = remote(b.m.copies + b.rank * words, r);
-    for (int i = b.lane; i < words / 4; i += 32)
-      remote_store16(to + i * 16, reinterpret_cast<const uint4*>(b.m.counts)[i]);
-  }
+  for (int r = b.warp; r < b.s.cluster; r += b.s.num_warps)
+    if (b.lane < kEdgeWords / 4)
+      remote_store16(remote(b.m.copies + b.rank * kEdgeWords, r) + b.lane * 16,
+                     reinterpret_cast<const uint4*>(b.m.counts)[b.lane]);
 }
 
-// The edge bin of the warp's set, from the histograms of all blocks: its index, members, members to select, and the
-// place of the block's own members after those of the blocks with lower rank. One lane writes them.
-__device__ __forceinline__ void find_bin(const FusedBlock& b, FusedHead& head) {
-  const int lane = b.lane, words = b.sets * kEdgeWords;
+// The edge bin, from the histograms of all blocks: its index, members, members to select, and the place of the block's
+// own members after those of the blocks with lower rank. One warp calls it, and one lane writes them.
+__device__ __forceinline__ void find_bin(const FusedBlock& b, FusedSearch& search) {
+  const int lane = b.lane;
   uint32_t count[4] = {0, 0, 0, 0};  // a lane has four bins, summed over the blocks
-  const uint32_t* from = b.m.copies + b.warp * kEdgeWords;
+  const uint32_t* from = b.m.copies;
 #pragma unroll 4
   for (int r = 0; r < b.s.cluster; ++r) {
-    const uint2 x = *reinterpret_cast<const uint2*>(from + r * words + kEdgeWords - 2 - 2 * lane);
+    const uint2 x = *reinterpret_cast<const uint2*>(from + r * kEdgeWords + kEdgeWords - 2 - 2 * lane);
     count[0] += x.y >> 16, count[1] += x.y & 0xffff, count[2] += x.x >> 16, count[3] += x.x & 0xffff;
   }
-  const uint32_t wanted = head.wanted;
+  const uint32_t wanted = search.wanted;
   const LaneBin own = find_lane_bin(count, wanted);
   const int owner = __ffs(__ballot_sync(kFull, own.sum >= wanted)) - 1;
   const int edge = __shfl_sync(kFull, int(own.bin.index), owner);
-  const uint32_t theirs = lane < b.rank ? from[lane * words + edge / 2] >> 16 * (edge % 2) & 0xffff : 0;
+  const uint32_t theirs = lane < b.rank ? from[lane * kEdgeWords + edge / 2] >> 16 * (edge % 2) & 0xffff : 0;
   const uint32_t base = __reduce_add_sync(kFull, theirs);
   __syncwarp();  // every lane has read `wanted`
-  if (lane == owner) head.edge = edge, head.size = own.bin.size, head.wanted = wanted - own.bin.before, head.base = base;
+  if (lane == owner)
+    search.edge = edge, search.size = own.bin.size, search.wanted = wanted - own.bin.before, search.base = base;
   __syncwarp();
 }
 
-__device__ __forceinline__ void find_edge(const FusedBlock& b, const Candidates& candidates) {
+// Long lists, of keys whose scores come in clusters, then drop the tokens below that bin.
+__device__ __forceinline__ void find_edge(const FusedBlock& b, Listed& listed) {
+  constexpr int kLong = 128;
   const FusedMemory& m = b.m;
-  if (b.set < b.sets && !m.heads[b.set].exact) {
-    const float low = m.heads[b.set].low, scale = m.heads[b.set].scale;
-    uint32_t* counts = m.counts + b.set * kEdgeWords;
-    candidates.each([&](float x, int, bool here) {
-      if (here && x != INFINITY) count_bin(counts, edge_bin(x, low, scale));
-    });
-  }
+  const float low = m.search.low, scale = m.search.scale;
+  listed.each([&](float x, int, bool here) {
+    if (here) count_bin(m.counts, edge_bin(x, low, scale));
+  });
   __syncthreads();
   send_counts(b);
   cluster_sync();
-  if (b.warp < b.sets) {
-    FusedHead& head = m.heads[b.warp];
-    if (!head.exact) find_bin(b, head);
-    if (b.lane == 0 && head.size > kMembers) m.search_failed() = 1;
+  if (b.warp == 0) {
+    find_bin(b, m.search);
+    if (b.lane == 0) m.search.failed = m.search.size > kMembers;
   }
   __syncthreads();
+  if (listed.count > kLong) {
+    const int own = b.warp * kList, edge = m.search.edge;
+    listed.count = keep_if([=](float x) { return edge_bin(x, low, scale) >= edge; }, m.scores + own, m.indices + own,
+                           ListState{listed.count, low, true});
+  }
 }
 
 // The smallest order key in [first, last] whose score is in bin `edge` or a higher one; last + 1 if there is none.
@@ -205,151 +182,123 @@ __device__ __forceinline__ uint32_t first_key(uint32_t first, uint32_t last, int
   }
 }
 
-// Narrows edge bins that have too many members. A bin is now a range of ranks: (score, token) as one integer
+// Narrows an edge bin that has too many members. The bin is now a range of ranks: (score, token) as one integer
 // (rank_key). The range shrinks to the members' own scores, or to the best one if enough members have it. Then a
 // histogram of equal parts narrows it, by their tokens if the scores are equal. Not inlined, because it would raise the
 // register count of the kernel.
-inline __device__ __noinline__ void narrow_edge(const DecodeParams& p, const FusedShape& s, uint8_t* memory) {
+inline __device__ __noinline__ void narrow_edge(const DecodeParams& p, const FusedShape& s, uint8_t* memory, int count) {
   const FusedBlock b(p, s, memory);
   const FusedMemory& m = b.m;
-  const int lane = b.lane, warp = b.warp, sets = b.sets;
+  const Listed listed(b, count);
+  const int lane = b.lane, warp = b.warp;
   const int bits = token_bits(b.plan.length);
-  const uint64_t last_token = b.plan.length - 1;
-  FusedHead& own = m.heads[min(b.set, sets - 1)];   // the set whose scores this warp looks at
-  FusedHead& found = m.heads[min(warp, sets - 1)];  // the set that it decides on
-  const bool decides = warp < sets && found.size > kMembers;
-  if (decides && !found.exact) {
-    const uint32_t bottom = uint32_t(found.from >> bits), top = uint32_t(found.to >> bits);
-    const uint32_t first = first_key(bottom, top, found.edge, found.low, found.scale);
+  FusedSearch& search = m.search;
+  if (warp == 0 && !search.exact) {
+    const uint32_t bottom = uint32_t(search.from >> bits), top = uint32_t(search.to >> bits);
+    const uint32_t first = first_key(bottom, top, search.edge, search.low, search.scale);
     const uint32_t next =
-        found.edge < kEdgeBins - 1 ? first_key(first, top, found.edge + 1, found.low, found.scale) : top + 1;
+        search.edge < kEdgeBins - 1 ? first_key(first, top, search.edge + 1, search.low, search.scale) : top + 1;
     __syncwarp();
-    if (lane == 0) found.from = uint64_t(first) << bits, found.to = (uint64_t(next) << bits) - 1;
+    if (lane == 0) search.from = uint64_t(first) << bits, search.to = (uint64_t(next) << bits) - 1;
   }
-  if (decides && lane == 0) {
-    found.exact = true;
+  __syncwarp();  // the first warp has read `exact`
+  if (threadIdx.x == 0) {
+    search.exact = true;
     if (b.rank == 0) count_search(p);
   }
   __syncthreads();
-  for (;;) {
-    bool shrink = false;
-    for (int i = 0; i < sets; ++i)
-      shrink |= m.heads[i].size > kMembers && m.heads[i].from >> bits != m.heads[i].to >> bits;
-    const bool wide = own.size > kMembers;
-    // Calls visit(rank, whether it is in the set's range), with all lanes converged.
+  do {
+    // Calls visit(rank, whether it is in the range), with all lanes converged.
     auto each_rank = [&](auto visit) {
-      const uint64_t from = own.from, to = own.to;
-      b.each_quad([&](float(&x)[4], int index, bool) {
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-          const uint64_t rank = rank_key(order_key(x[j]), b.token(index + j), bits);
-          visit(rank, wide && x[j] > -INFINITY && rank >= from && rank <= to);
-        }
+      const uint64_t from = search.from, to = search.to;
+      listed.each([&](float x, int index, bool here) {
+        const uint64_t rank = rank_key(order_key(x), b.token(index), bits);
+        visit(rank, here && rank >= from && rank <= to);
       });
     };
-    if (shrink) {  // all blocks agree
-      uint32_t least = kFull, most = 0, count = 0;  // order keys, and members with the largest one
+    if (search.from >> bits != search.to >> bits) {  // all blocks agree
+      uint32_t least = kFull, most = 0, number = 0;  // order keys, and members with the largest one
       each_rank([&](uint64_t rank, bool here) {
         const uint32_t key = uint32_t(rank >> bits);
         if (!here) return;
-        count = key > most ? 1 : count + (key == most);
+        number = key > most ? 1 : number + (key == most);
         least = min(least, key), most = max(most, key);
       });
-      const uint32_t top = __reduce_max_sync(kFull, most);
-      least = __reduce_min_sync(kFull, least);
-      count = __reduce_add_sync(kFull, most == top ? count : 0);
-      if (lane == 0) m.parts[warp] = make_uint4(least, top, count, 0);
+      // The range of several parts, one per lane, in every lane.
+      auto merge = [](uint4 part) {
+        const uint32_t top = __reduce_max_sync(kFull, part.y);
+        return make_uint4(__reduce_min_sync(kFull, part.x), top, __reduce_add_sync(kFull, part.y == top ? part.z : 0), 0);
+      };
+      const uint4 nothing = make_uint4(kFull, 0, 0, 0);
+      const uint4 own = merge(make_uint4(least, most, number, 0));
+      if (lane == 0) m.parts[warp] = own;
       cluster_sync();  // every block has read the previous ranges
-      if (lane < sets) {  // a set's warps are neighbours
-        uint4 range = make_uint4(kFull, 0, 0, 0);
-        for (int w = lane * b.warps_per_set; w < (lane + 1) * b.warps_per_set; ++w) {
-          const uint4 x = m.parts[w];
-          range = make_uint4(min(range.x, x.x), max(range.y, x.y),
-                             x.y > range.y ? x.z : range.z + (x.y == range.y ? x.z : 0), 0);
-        }
-        for (int r = warp; r < s.cluster; r += kFusedWarps)
-          remote_store16(remote(m.ranges + b.rank * sets + lane, r), range);
+      if (warp == 0) {
+        const uint4 range = merge(lane < s.num_warps ? m.parts[lane] : nothing);
+        if (lane < s.cluster) remote_store16(remote(m.parts + s.num_warps + b.rank, lane), range);
       }
       cluster_sync();
-      if (decides && found.size > kMembers) {
-        uint4 range = make_uint4(kFull, 0, 0, 0);
-        if (lane < s.cluster) range = reinterpret_cast<const uint4*>(m.ranges)[lane * sets + warp];
-        least = __reduce_min_sync(kFull, range.x), most = __reduce_max_sync(kFull, range.y);
-        count = __reduce_add_sync(kFull, range.y == most ? range.z : 0);
-        if (int(count) >= found.wanted) least = most;
-        __syncwarp();
+      if (warp == 0) {
+        const uint4 range = merge(lane < s.cluster ? m.parts[s.num_warps + lane] : nothing);
         if (lane == 0) {
-          found.from = max(found.from, uint64_t(least) << bits);
-          found.to = min(found.to, uint64_t(most) << bits | last_token);
+          const uint32_t bottom = int(range.z) >= search.wanted ? range.y : range.x;
+          search.from = max(search.from, uint64_t(bottom) << bits);
+          search.to = min(search.to, uint64_t(range.y) << bits | (b.plan.length - 1));
         }
       }
       __syncthreads();
     }
     cluster_arrive();  // this block has read the previous histograms
-    for (int i = threadIdx.x; i < sets * kEdgeWords; i += kFusedThreads) m.counts[i] = 0;
+    if (threadIdx.x < kEdgeWords) m.counts[threadIdx.x] = 0;
     __syncthreads();
-    const uint64_t from = own.from;
-    const int own_shift = range_shift(own);
-    each_rank([&](uint64_t rank, bool here) {
-      count_bins(m.counts + b.set * kEdgeWords, here, here ? int((rank - from) >> own_shift) : 0);
-    });
+    const uint64_t from = search.from;
+    const int shift = range_shift(search);
+    each_rank([&](uint64_t rank, bool here) { count_bins(m.counts, here, here ? int((rank - from) >> shift) : 0); });
     __syncthreads();
     cluster_wait();
     send_counts(b);
     cluster_sync();
-    if (decides && found.size > kMembers) {
-      const int shift = range_shift(found);
-      find_bin(b, found);
+    if (warp == 0) {
+      find_bin(b, search);
       if (lane == 0) {
-        found.from += uint64_t(found.edge) << shift;
-        found.to = min(found.to, found.from + (uint64_t(1) << shift) - 1);
+        search.from += uint64_t(search.edge) << shift;
+        search.to = min(search.to, search.from + (uint64_t(1) << shift) - 1);
       }
-      __syncwarp();
     }
-    if (!__syncthreads_or(decides && found.size > kMembers)) break;
-  }
+    __syncthreads();
+  } while (search.size > kMembers);
 }
 
 // -- exchange 3: the members of the edge bin, and the k-th best among them --
 
-// A token is selected if its score is above head.score, or equal to it and the token is not older than head.token.
-__device__ __forceinline__ void find_threshold(const FusedBlock& b, const Candidates& candidates) {
+// A token is selected if its score is above search.score, or equal to it and the token is not older than search.token.
+__device__ __forceinline__ void find_threshold(const FusedBlock& b, const Listed& listed) {
   const FusedMemory& m = b.m;
-  if (b.plan.need == 0) {
-    if (int(threadIdx.x) < b.sets) m.heads[threadIdx.x].score = FLT_MAX, m.heads[threadIdx.x].token = INT_MAX;
-    __syncthreads();
-    return;
-  }
+  FusedSearch& search = m.search;
   const int bits = token_bits(b.plan.length);
-  if (b.set < b.sets) {
-    auto& head = m.heads[b.set];
-    const float low = head.low, scale = head.scale;
-    const int edge = head.edge;
-    const bool exact = head.exact;
-    const uint64_t from = head.from, to = head.to;
-    candidates.each([&](float x, int index, bool here) {
-      if (!here || x == INFINITY) return;
-      const uint64_t rank = rank_key(order_key(x), b.token(index), bits);
-      if (exact ? rank < from || rank > to : edge_bin(x, low, scale) != edge) return;
-      const uint32_t at = head.base + atomicAdd(&head.placed, 1u);
-      for (int r = 0; r < b.s.cluster; ++r)
-        remote_store8(remote(m.members + b.set * kMembers + at, r), make_uint2(uint32_t(rank), uint32_t(rank >> 32)));
-    });
-  }
+  const float low = search.low, scale = search.scale;
+  const int edge = search.edge;
+  const bool exact = search.exact;
+  const uint64_t from = search.from, to = search.to;
+  listed.each([&](float x, int index, bool here) {
+    if (!here) return;
+    if (!exact && edge_bin(x, low, scale) != edge) return;
+    const uint64_t rank = rank_key(order_key(x), b.token(index), bits);
+    if (exact && (rank < from || rank > to)) return;
+    const uint32_t at = search.base + atomicAdd(&search.placed, 1u);
+    for (int r = 0; r < b.s.cluster; ++r)
+      remote_store8(remote(m.members + at, r), make_uint2(uint32_t(rank), uint32_t(rank >> 32)));
+  });
   cluster_sync();
-  if (b.set < b.sets) {
-    auto& head = m.heads[b.set];
-    const uint64_t* members = m.members + b.set * kMembers;
-    const int size = head.size, last = head.wanted - 1;
-    for (int i = b.sub * 32 + b.lane; i < size; i += b.warps_per_set * 32) {
-      const uint64_t rank = members[i];
-      int better = 0;
+  const int size = search.size, last = search.wanted - 1;
+  for (int i = threadIdx.x; i < size; i += blockDim.x) {
+    const uint64_t rank = m.members[i];
+    int better = 0;
 #pragma unroll 4
-      for (int j = 0; j < size; ++j) better += members[j] > rank;
-      if (better != last) continue;
-      head.score = from_order_key(uint32_t(rank >> bits));
-      head.token = int(rank & ((1ull << bits) - 1));
-    }
+    for (int j = 0; j < size; ++j) better += m.members[j] > rank;
+    if (better != last) continue;
+    search.score = from_order_key(uint32_t(rank >> bits));
+    search.token = int(rank & ((1ull << bits) - 1));
   }
   __syncthreads();
 }

@@ -23,6 +23,7 @@ int64_t workspace(DecodeParams& p, uint8_t* base) {
     pointer = reinterpret_cast<std::decay_t<decltype(pointer)>>(base + at);
     at += (count * int64_t(sizeof(*pointer)) + 127) / 128 * 128;
   };
+  take(p.work.tickets, kTickets);  // first, so that no other step has anything else there
   take(p.work.planes, groups * p.head_quads * query_planes(p.mode) * chunks * 32);
   take(p.work.bias, groups * p.head_quads * 4);
   take(p.work.weights, p.mode == Mode::dot_max ? groups * p.head_quads * 4 : 0);

@@ -1,12 +1,12 @@
 // attend, the last of the three kernels: computes the output from candidates.
 //
 // Each block first selects and attends for one (row, token set) (sparse.cuh). The first blocks then share the tokens
-// of the dense rows as workers (dense.cuh). Which rows are dense depends on budgets on the device, so the grid is the
+// of the dense rows as workers (sm90/dense.cuh). Which rows are dense depends on budgets on the device, so the grid is the
 // same for every step of a shape.
 #pragma once
 #include <algorithm>
 
-#include "sm90/decode_split/dense.cuh"
+#include "sm90/dense.cuh"
 #include "sm90/decode_split/sparse.cuh"
 #include "sm90/launch.cuh"
 
@@ -20,12 +20,8 @@ __global__ void __launch_bounds__(kThreads, D <= 128 && kTiles == 1 ? 512 / kThr
   launch_dependents();
   if (int(blockIdx.x) < sets) attend_sparse<Shape>(p, blockIdx.x, attend_memory);
   if (int(blockIdx.x) >= p.dense_workers) return;
-  bool dense = false;
-  for (int row = threadIdx.x; row < p.num_rows; row += kThreads) {
-    const RowPlan plan(p, row);
-    dense |= plan.length > 0 && !plan.sparse;
-  }
-  if (__syncthreads_or(dense)) attend_dense<Shape>(p, blockIdx.x, attend_memory);
+  if (any_dense_row(p))
+    attend_dense<T, typename Shape::Softmax>(p, blockIdx.x, p.dense_workers, attend_memory, Shape::kWarps);
 }
 
 // Few token sets get large blocks. Many sets get small ones, some of which select while others attend.

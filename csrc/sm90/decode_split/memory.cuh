@@ -2,6 +2,7 @@
 #pragma once
 #include "sm90/attention.cuh"
 #include "sm90/bitmap.cuh"
+#include "sm90/dense.cuh"
 #include "sm90/histogram.cuh"
 
 namespace adamas {
@@ -12,7 +13,6 @@ struct AttendShape {
   using Softmax = Attention<D, T, kTiles, kFp8>;
   static constexpr int kHeadSize = D, kNumThreads = kThreads, kWarps = kThreads / 32;
   static constexpr int kRowBytes = Softmax::kRowBytes;
-  static constexpr int kStateFloats = Softmax::kFloats * 32;  // per warp
 
   // For a token set, in this order: sums of each_set_bit; bins and kept candidates, or staged K and V rows; addresses
   // of selected tokens; the bitmap. The final merge of the warps reuses the memory of all but the sums and the bitmap.
@@ -38,8 +38,8 @@ struct AttendShape {
   }
 
   static int shared_bytes(const DecodeParams& p) {
-    const int bitmap = (bitmap_words(p.max_seq_len) + 3) / 4 * 16, rows = (p.num_rows + 1) * 8;
-    const int sparse = kSums + scratch_bytes(p) + bitmap, dense = rows + 32 + merge_bytes(p);
+    const int bitmap = (bitmap_words(p.max_seq_len) + 3) / 4 * 16, dense = dense_bytes<Softmax>(p, kWarps);
+    const int sparse = kSums + scratch_bytes(p) + bitmap;
     return sparse > dense ? sparse : dense;
   }
 };

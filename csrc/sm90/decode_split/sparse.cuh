@@ -108,20 +108,18 @@ __device__ void attend_sparse(const DecodeParams& p, int set, uint8_t* memory) {
         }
         wait_for_async_copies();
         __syncwarp();
-        softmax.template step<true>([&](int slot) { return staged + min(slot, slots - 1) * Shape::kStagedRow; },
-                                    kChunk * Shape::kStagedRow, 0, slots, p.softmax_scale);
+        softmax.template step<true>(p, [&](int slot) { return staged + min(slot, slots - 1) * Shape::kStagedRow; },
+                                    kChunk * Shape::kStagedRow, 0, slots);
       } else {
-        softmax.step([&](int slot) { return pages + offsets[min(chunk + slot, here - 1)]; }, p.page.v_offset, 0,
-                     here - chunk, p.softmax_scale);
+        softmax.step(p, [&](int slot) { return pages + offsets[min(chunk + slot, here - 1)]; }, p.page.v_offset, 0,
+                     here - chunk);
       }
     }
     if (round + kList >= total) break;
     __syncthreads();
   }
   softmax.finish();
-  softmax.template write_merged<kWarps>(reinterpret_cast<float*>(memory + Shape::kSums),
-                                        head_vector<T>(p.output, row, first_head), p.output.head_stride, heads,
-                                        p.page.v_scale);
+  softmax.write_merged(p, kWarps, reinterpret_cast<float*>(memory + Shape::kSums), row, first_head, heads);
 }
 
 }  // namespace adamas

@@ -1,0 +1,213 @@
+// A warp's list of the tokens that may be selected, in the order of their indices (FusedBlock::token).
+//
+// As long as the warp's tokens fit, they all have a place, which is their index. When they no longer do, the list becomes
+// indexed: tokens below its pivot leave, and only tokens that reach it join, with their indices. At least as many tokens
+// as the round selects reach a pivot, so the list holds every token that the round may select, whatever the scores are
+// and however many there are. Tokens that must not be selected have score -inf.
+//
+// A pivot comes from all warps of the block: each posts a score that its share of the wanted tokens reach, and the least
+// of these scores is reached by as many as are wanted. If that leaves the list too full, because the warps' scores differ
+// or are equal, the pivot rises to a score that enough tokens of the list itself reach.
+#pragma once
+#include <cfloat>
+
+#include "sm90/decode_fused/memory.cuh"
+#include "sm90/order.cuh"
+
+namespace adamas {
+
+struct ListState {
+  int count = 0;  // places in use
+  float pivot = -FLT_MAX;
+  bool indexed = false;
+};
+
+// Keeps the listed tokens whose score stays(score), in their order, all with their indices. Returns their number.
+template <class Stays>
+__device__ __forceinline__ int keep_if(Stays stays, float* scores, uint16_t* indices, const ListState& list) {
+  const int lane = threadIdx.x % 32;
+  int to = 0;
+  for (int first = 0; first < list.count; first += 32 * 4) {
+    const int at = first + lane * 4;
+    float4 x = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
+    if (at < list.count) x = *reinterpret_cast<const float4*>(scores + at);
+    const float score[4] = {x.x, x.y, x.z, x.w};
+    uint32_t masks[4], all = 0;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      masks[j] = __ballot_sync(kFull, at + j < list.count && stays(score[j]));
+      all |= masks[j];
+    }
+    if (!all) continue;
+    ushort4 own = make_ushort4(at, at + 1, at + 2, at + 3);
+    if (list.indexed && at < list.count) own = *reinterpret_cast<const ushort4*>(indices + at);
+    const uint16_t index[4] = {own.x, own.y, own.z, own.w};
+    __syncwarp();  // every lane has read its places
+    int place = to;
+#pragma unroll
+    for (int j = 0; j < 4; ++j) place += __popc(masks[j] & ((1u << lane) - 1)), to += __popc(masks[j]);
+#pragma unroll
+    for (int j = 0; j < 4; ++j)
+      if (masks[j] >> lane & 1) scores[place] = score[j], indices[place] = index[j], ++place;
+  }
+  __syncwarp();
+  return to;
+}
+
+__device__ __forceinline__ int keep_from(float low, float* scores, uint16_t* indices, const ListState& list) {
+  return keep_if([=](float x) { return x >= low; }, scores, indices, list);
+}
+
+// Makes room in a list that is nearly full. The best `wanted` tokens that reach its pivot stay; at most
+// (wanted + kList) / 2 tokens do. Not inlined, because it would raise the register count of the loop.
+inline __device__ __noinline__ ListState shorten_list(float* scores, uint16_t* indices, ListState list, int wanted) {
+  constexpr int kPerLane = kList / 32;
+  const int lane = threadIdx.x % 32;
+  const uint32_t lower_lanes = (1u << lane) - 1;
+  const int enough = (wanted + kList) / 2;
+  list = {keep_from(list.pivot, scores, indices, list), list.pivot, true};
+  if (list.count <= enough) return list;
+  uint32_t key[kPerLane], low = kFull, high = 0;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const bool here = i * 32 + lane < list.count;
+    key[i] = here ? order_key(scores[i * 32 + lane]) : 0;
+    low = here ? min(low, key[i]) : low, high = max(high, key[i]);
+  }
+  __syncwarp();  // every lane has read its scores
+  low = __reduce_min_sync(kFull, low), high = __reduce_max_sync(kFull, high) + 1;
+  int reach = list.count;  // tokens that reach `low`; always as many as are wanted, and fewer reach `high`
+  while (reach > enough && high - low > 1) {
+    const uint32_t middle = low + (high - low) / 2;
+    int n = 0;
+#pragma unroll
+    for (int i = 0; i < kPerLane; ++i) n += key[i] >= middle;
+    n = __reduce_add_sync(kFull, n);
+    if (n >= wanted) low = middle, reach = n;
+    else high = middle;
+  }
+  // If the scores differ there are few enough now. Of equal ones the most recent stay.
+  int drop = reach > enough ? reach - wanted : 0;
+  int to = 0;
+#pragma unroll
+  for (int i = 0; i < kPerLane; ++i) {
+    const int at = i * 32 + lane;
+    const uint16_t index = at < list.count ? indices[at] : 0;
+    const uint32_t equal = __ballot_sync(kFull, key[i] == low);
+    const bool dropped = key[i] == low && __popc(equal & lower_lanes) < drop;
+    const uint32_t stay = __ballot_sync(kFull, key[i] >= low && !dropped);
+    __syncwarp();  // every lane has read its index
+    if (stay >> lane & 1) {
+      const int place = to + __popc(stay & lower_lanes);
+      scores[place] = from_order_key(key[i]);
+      indices[place] = index;
+    }
+    to += __popc(stay), drop = max(0, drop - __popc(equal));
+    __syncwarp();
+  }
+  return {to, from_order_key(low), true};
+}
+
+// The largest scores of 64 groups of the listed tokens, two per lane.
+struct GroupTops {
+  float top[2] = {-INFINITY, -INFINITY};
+
+  __device__ __forceinline__ GroupTops(const float* scores, int count) {
+    for (int i = threadIdx.x % 32; i < count; i += 64) {
+      top[0] = fmaxf(top[0], scores[i]);
+      if (i + 32 < count) top[1] = fmaxf(top[1], scores[i + 32]);
+    }
+  }
+
+  // An order key that `groups` of them reach, or 0 if there are fewer tokens; its upper half suffices.
+  __device__ __forceinline__ uint32_t reached_by(int groups) const {
+    const uint32_t a = order_key(top[0]), b = order_key(top[1]);
+    uint32_t reached = 0;
+#pragma unroll
+    for (uint32_t bit = 1u << 31; bit > 0xffff; bit /= 2) {
+      const uint32_t key = reached | bit;
+      if (__popc(__ballot_sync(kFull, a >= key)) + __popc(__ballot_sync(kFull, b >= key)) >= groups) reached = key;
+    }
+    return reached > order_key(-FLT_MAX) ? reached : 0;
+  }
+};
+
+// Posts an order key that `share` of the warp's tokens reach, or 0; returns the pivot that follows from all posts, or
+// the present one if it is higher. posts: [warps].
+inline __device__ __noinline__ float post_pivot(const float* scores, int count, float pivot, int share,
+                                                uint32_t* posts, int warps, int warp) {
+  const int lane = threadIdx.x % 32;
+  const uint32_t reached = GroupTops(scores, count).reached_by(share);
+  if (lane == 0) atomicMax(posts + warp, reached);
+  __syncwarp();
+  // Other warps may post meanwhile: an atomic operation reads, too.
+  const uint32_t least = __reduce_min_sync(kFull, lane < warps ? atomicOr(posts + lane, 0u) : uint32_t(kFull));
+  return least ? fmaxf(pivot, from_order_key(least)) : pivot;
+}
+
+// A warp's list while it is filled. `fits`: all of the warp's tokens have a place.
+struct TokenList {
+  const FusedMemory& m;
+  float* scores;
+  uint16_t* indices;
+  const int warp, warps, wanted;
+  const bool fits;
+  ListState state;
+
+  __device__ TokenList(const FusedMemory& m, int warp, int warps, int wanted, bool fits)
+      : m(m), scores(m.scores + warp * kList), indices(m.indices + warp * kList), warp(warp), warps(warps),
+        wanted(wanted), fits(fits) {}
+
+  // Takes the neighbouring tokens of a lane that `holds` any, the first of which has index `index`. All lanes call it, in
+  // the order of their indices.
+  template <int kScores>
+  __device__ __forceinline__ void take(const float (&score)[kScores], bool holds, int index) {
+    if (state.indexed) {
+      join(score, holds, index);
+    } else if (holds) {
+      if constexpr (kScores == 4)
+        *reinterpret_cast<float4*>(scores + index) = make_float4(score[0], score[1], score[2], score[3]);
+      else
+        for (int j = 0; j < kScores; ++j) scores[index + j] = score[j];
+    }
+  }
+
+  // Ends a stage, the `number`th one, and makes room for another.
+  __device__ __forceinline__ void end_stage(int number) {
+    if (!state.indexed) state.count += kStageTokens;
+    if (fits) return;
+    if (number >= kFirstPost && (number & (number - 1)) == 0)
+      state.pivot =
+          post_pivot(scores, state.count, state.pivot, (wanted + warps - 1) / warps, m.posts, warps, warp);
+    if (state.count > kList - kStageTokens) state = shorten_list(scores, indices, state, wanted);
+  }
+
+ private:
+  static constexpr int kFirstPost = 8;
+
+  template <int kScores>
+  __device__ __forceinline__ void join(const float (&score)[kScores], bool holds, int index) {
+    const uint32_t lower_lanes = (1u << threadIdx.x % 32) - 1;
+    float best = score[0];
+#pragma unroll
+    for (int j = 1; j < kScores; ++j) best = fmaxf(best, score[j]);
+    if (!__any_sync(kFull, holds && best >= state.pivot)) return;
+    bool joins[kScores];
+    int before = 0, all = 0;
+#pragma unroll
+    for (int j = 0; j < kScores; ++j) {
+      joins[j] = holds && score[j] >= state.pivot;
+      const uint32_t mask = __ballot_sync(kFull, joins[j]);
+      before += __popc(mask & lower_lanes), all += __popc(mask);
+    }
+    int at = state.count + before;
+#pragma unroll
+    for (int j = 0; j < kScores; ++j) {
+      if (joins[j]) scores[at] = score[j], indices[at] = uint16_t(index + j);
+      at += joins[j];
+    }
+    state.count += all;
+  }
+};
+
+}  // namespace adamas
