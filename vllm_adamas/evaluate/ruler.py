@@ -131,7 +131,10 @@ def _niah(
     elif hay == "noise":
         lines = [NOISE] * size
     else:  # needles that nobody asks for
-        lines = [fact(key(rng), KINDS[kind](rng)) for _ in range(size)]
+        lines = []
+        while len(lines) < size:
+            if (other := key(rng)) not in names:
+                lines.append(fact(other, KINDS[kind](rng)))
     depths = sorted(rng.sample(range(DEPTHS), len(needles)))
     for depth, needle in reversed(list(zip(depths, needles, strict=True))):
         lines.insert(round(size * depth / (DEPTHS - 1)), needle)
