@@ -95,9 +95,9 @@ def test_the_smallest_budget_that_loses_nothing_is_named(tmp_path: Path) -> None
     made = verdict(tmp_path, dense=GOOD, default_64=BAD, default_128=GOOD, default_256=GOOD)
     (said,) = made.findings
     assert said.startswith(
-        "default-128 loses nothing measurable: 0.0 points [-1.3, +1.3] over 150 prompts"
+        "default-128 loses nothing measurable: 0.0 points [-1.3, +1.3] over 150 prompts at 100 tokens"
     )
-    assert "below 2 points" in said
+    assert any("below 2 points" in note for note in made.notes)
     (table,) = made.tables
     assert table.headers == ["task", "samples", "dense", "default-64", "default-128", "default-256"]
     assert table.rows[0][:4] == ["vt", "150", "100.0 [96.9, 100.0]", "90.0 [-14.8, -5.0]"]
@@ -110,6 +110,65 @@ def test_a_budget_does_not_pass_where_a_larger_one_fails(tmp_path: Path) -> None
     made = verdict(tmp_path, dense=GOOD, default_64=GOOD, default_128=BAD, default_256=BAD)
     assert made.findings[0].startswith("No budget of default is shown to lose nothing")
     assert "default-256 loses 10.0 points" in made.findings[0]
+
+
+def test_a_mean_of_zero_shows_nothing_where_the_interval_is_wide(tmp_path: Path) -> None:
+    """As many answers are better as are worse; the same mean with equal answers passes."""
+    swapped = [1.0] * 10 + [0.0] * 10 + [1.0] * 130
+    dense = [0.0] * 10 + [1.0] * 140
+    made = verdict(tmp_path, dense=dense, default_64=swapped)
+    assert made.values["vt at 100"]["default-64"]["loss"]["mean"] == 0
+    assert made.findings == [
+        "No budget of default is shown to lose nothing: default-64 loses 0.0 points [-5.9, +5.9] over 150 prompts "
+        "at 100 tokens."
+    ]
+    assert verdict(tmp_path, dense=dense, default_64=dense).findings[0].startswith("default-64 ")
+
+
+def test_a_small_loss_that_is_certain_does_not_pass(tmp_path: Path) -> None:
+    """Below the bound, but the interval does not reach zero."""
+    small = [0.99] * 1000
+    made = verdict(tmp_path, dense=[1.0] * 1000, default_64=small)
+    lost = made.values["vt at 100"]["default-64"]["loss"]
+    assert 0 < lost["low"] < lost["high"] < 0.02
+    assert made.findings[0].startswith("No budget of default is shown to lose nothing")
+
+
+def test_a_loss_at_one_length_or_in_one_task_counts(tmp_path: Path) -> None:
+    """Though it disappears in the mean of all."""
+
+    def told(lost: dict[tuple, list[float]], of_dense: dict[tuple, list[float]]) -> list[str]:
+        lines = []
+        for task, length in [(t, n) for t in ("vt", "cwe", "fwe", "qa_1", "qa_2") for n in (1, 2)]:
+            lines += answers("dense", of_dense.get((task, length), GOOD), task, length)
+            lines += answers("default-64", lost.get((task, length), GOOD), task, length)
+        return findings.record(ledger(tmp_path / "r.jsonl", lines), {}, 0.02).findings
+
+    assert told({}, {}) == [
+        "default-64 loses nothing measurable: 0.0 points [-0.3, +0.3] over 750 prompts at 1 tokens, "
+        "0.0 points [-0.3, +0.3] over 750 prompts at 2 tokens."
+    ]
+    (said,) = told({("vt", 2): BAD, ("cwe", 2): BAD}, {})
+    assert said.endswith("default-64 loses 4.0 points [+2.6, +5.4] over 750 prompts at 2 tokens.")
+    (said,) = told({("vt", 2): BAD}, {("cwe", 2): BAD})
+    assert said.endswith("loses 10.0 points [+5.0, +14.8] over 150 prompts of vt at 2 tokens.")
+
+
+def test_a_budget_without_answers_to_a_task_is_not_judged_by_the_others(tmp_path: Path) -> None:
+    lines = [*answers("dense", GOOD), *answers("dense", GOOD, "cwe")]
+    lines += [*answers("default-64", GOOD), *answers("default-64", GOOD, "cwe")]
+    lines += answers("default-128", GOOD)
+    made = findings.record(ledger(tmp_path / "r.jsonl", lines), {}, 0.02)
+    assert made.findings[0].endswith("default-128 has no answers to cwe at 100 tokens.")
+    (table,) = made.tables
+    assert table.headers[3:] == ["default-64", "default-128"], "256 was never asked"
+
+
+def test_dense_answers_alone_show_nothing_yet(tmp_path: Path) -> None:
+    """A run that was killed left the answers of dense to a task that is not asked again."""
+    lines = [*answers("dense", GOOD), *answers("default-64", GOOD), *answers("dense", GOOD, "cwe")]
+    made = findings.record(ledger(tmp_path / "r.jsonl", lines), {}, 0.02)
+    assert made.findings[0].startswith("default-64 loses nothing measurable")
 
 
 def test_few_samples_show_nothing(tmp_path: Path) -> None:
@@ -220,6 +279,24 @@ def test_the_page_needs_no_other_file_and_escapes_what_it_shows() -> None:
     for shown in ("speed <fast>", "It is <b>fast</b>.", "r<1>", "x & y", "l1", "tokens"):
         assert shown in tags.text
     assert text.count("<circle") == 3, "two points and the legend"
+
+
+def test_names_and_answers_of_a_model_cannot_change_the_page(tmp_path: Path) -> None:
+    evil = "<script>alert(1)</script><img src=x onerror=alert(1)>\"'&"
+    lines = [
+        {**line, "answer": evil}
+        for arm in ("dense", "default-64")
+        for line in answers(arm, GOOD, task=evil)
+    ]
+    path = ledger(tmp_path / "r.jsonl", lines, model=evil, texts={evil: "00"}, dtype=evil)
+    record = findings.record(path, {evil: evil}, 0.02)
+    text = page.put([record], tmp_path).read_text()
+    assert evil not in text
+    assert not re.search("<script|<img", text)
+    tags = Tags()
+    tags.feed(text)
+    assert not tags.open
+    assert tags.text.count(evil) >= 5, "it is shown as it is: in title, setting, table and notes"
 
 
 def test_points_lie_where_they_belong() -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.resources import files
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -87,11 +88,9 @@ def _scores(head: dict, arms: dict, answers: list[dict], bound: float) -> Record
         scores.setdefault(key, {})[answer["sample"]] = answer["score"]
     cells = sorted(dict.fromkeys(key[:2] for key in scores), key=lambda cell: cell[1])
     lengths = list(dict.fromkeys(length for _, length in cells))
-    able = [cell for cell in cells if _mean(scores[(*cell, DENSE)]) >= FLOOR]
-    unable = [f"{task} at {length}" for task, length in cells if (task, length) not in able]
 
     def loss(name: str, some: Sequence[tuple]) -> Estimate | None:
-        """Of a configuration: dense less its own scores, in pairs."""
+        """Of a configuration: dense less its own scores, in pairs; None without any."""
         pairs = [
             dense - scores[(*cell, name)][number]
             for cell in some
@@ -100,6 +99,9 @@ def _scores(head: dict, arms: dict, answers: list[dict], bound: float) -> Record
         ]
         return Estimate.of(pairs, OF_DIFFERENCES) if pairs else None
 
+    arms = {name: arm for name, arm in arms.items() if loss(name, cells)}
+    compared = [cell for cell in cells if any(loss(name, [cell]) for name in arms)]
+    able = [cell for cell in compared if _mean(scores[(*cell, DENSE)]) >= FLOOR]
     tables, values = [], {}
     for length in lengths:
         groups = {task: [(task, length)] for task, at in cells if at == length}
@@ -147,6 +149,8 @@ def _scores(head: dict, arms: dict, answers: list[dict], bound: float) -> Record
     notes = [
         "dense: vLLM's stock backend; in brackets the 95 % interval of its score. Others: adamas; in brackets the 95 % "
         "interval of the difference to dense, paired by prompt.",
+        "A budget loses nothing measurable if at each length the interval of its mean loss reaches zero and ends below "
+        f"{100 * bound:g} points, the interval of no task lies above that, and the same holds for every larger budget.",
     ]
     if suite == "ruler":
         notes.append(
@@ -156,7 +160,7 @@ def _scores(head: dict, arms: dict, answers: list[dict], bound: float) -> Record
     return Record(
         title=f"{suite}: {model}",
         setting=_setting(head),
-        findings=_verdict({n: (a, loss(n, able)) for n, a in arms.items()}, able, unable, bound),
+        findings=_verdict(arms, able, loss, bound) + _not_counted(compared, able),
         tables=[*tables, *published],
         charts=charts,
         notes=notes,
@@ -164,44 +168,62 @@ def _scores(head: dict, arms: dict, answers: list[dict], bound: float) -> Record
     )
 
 
-def _verdict(losses: dict, able: Sequence, unable: Sequence[str], bound: float) -> list[str]:
+def _verdict(
+    arms: dict[str, dict], cells: Sequence[tuple], loss: Callable, bound: float
+) -> list[str]:
     """Which budget loses nothing measurable, per family of configurations.
 
     Args:
-        losses: the line of each configuration and its loss over the tasks that dense is able to do.
+        cells: tasks and lengths that dense is able to do.
+        loss: ``loss(configuration, cells)``; None without answers.
     """
-    rule = f"loss's 95 % interval reaches zero and ends below {100 * bound:g} points"
-    said = []
-    if not able:
-        said.append(
+    if not cells:
+        return [
             f"No budget is shown to lose nothing: dense itself stays below {100 * FLOOR:g} of 100 in every task, so "
             "there is nothing to lose."
-        )
-    for family in dict.fromkeys(arm["family"] for arm, _ in losses.values()) if able else ():
-        found = sorted(
-            (arm["budget"], name, loss)
-            for name, (arm, loss) in losses.items()
-            if arm["family"] == family and loss
-        )
-        passing = []
-        for _, name, loss in reversed(found):  # a budget passes if the larger ones do
-            if not (loss.low <= 0 and loss.high < bound):
-                break
-            passing.append((name, loss))
+        ]
+    at = {length: [cell for cell in cells if cell[1] == length] for _, length in cells}
+
+    def fault(name: str) -> str | None:
+        """What keeps a configuration from losing nothing."""
+        for length, some in at.items():
+            tasks = {task: loss(name, [(task, length)]) for task, _ in some}
+            for task, found in tasks.items():
+                if found is None:
+                    return f"has no answers to {task} at {length} tokens"
+            mean = loss(name, some)
+            if not (mean.low <= 0 and mean.high < bound):
+                return f"loses {_lost(mean)} at {length} tokens"
+            for task, found in tasks.items():
+                if found.low > bound:
+                    return f"loses {_lost(found)} of {task} at {length} tokens"
+        return None
+
+    said = []
+    for family in dict.fromkeys(arm["family"] for arm in arms.values()):
+        names = [name for name, arm in arms.items() if arm["family"] == family]
+        names.sort(key=lambda name: arms[name]["budget"], reverse=True)
+        passing = list(takewhile(lambda name: fault(name) is None, names))
         if passing:
-            name, loss = passing[-1]
-            said.append(f"{name} loses nothing measurable: {_lost(loss)} ({rule}).")
-        elif found:
-            _, name, loss = found[-1]
+            name = passing[-1]
+            lost = (f"{_lost(loss(name, some))} at {length} tokens" for length, some in at.items())
+            said.append(f"{name} loses nothing measurable: {', '.join(lost)}.")
+        else:
             said.append(
-                f"No budget of {family} is shown to lose nothing ({rule}): {name} loses {_lost(loss)}."
+                f"No budget of {family} is shown to lose nothing: {names[0]} {fault(names[0])}."
             )
-    if able and unable:
-        said.append(
-            f"Not counted there, because dense stays below {100 * FLOOR:g} of 100 and could hardly lose anything: "
-            f"{', '.join(unable)}."
-        )
     return said
+
+
+def _not_counted(compared: Sequence[tuple], able: Sequence[tuple]) -> list[str]:
+    """Which tasks a verdict leaves out."""
+    unable = [f"{task} at {length}" for task, length in compared if (task, length) not in able]
+    if not (able and unable):
+        return []
+    return [
+        f"Not counted there, because dense stays below {100 * FLOOR:g} of 100 and could hardly lose anything: "
+        f"{', '.join(unable)}."
+    ]
 
 
 def _lost(loss: Estimate) -> str:
