@@ -1,4 +1,4 @@
-"""Suites without an engine: what is asked, what is kept, what is asked again; and mistakes at the command line."""
+"""Suites: what is asked, what is kept, what is asked again, mistakes at the command line, and the real engines."""
 
 import json
 import signal
@@ -9,11 +9,12 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from common import MODEL, is_one_sentence, refused
+from common import MODEL, ROOT, is_one_sentence, refused
 
 from vllm_adamas.cli import main
 from vllm_adamas.errors import AdamasError
-from vllm_adamas.evaluate import longbench, suites, texts
+from vllm_adamas.evaluate import longbench, page, process, suites, texts
+from vllm_adamas.evaluate.process import EngineProcess
 from vllm_adamas.evaluate.ruler import TASKS
 from vllm_adamas.evaluate.samples import Sample
 from vllm_adamas.evaluate.study import Arm
@@ -35,7 +36,7 @@ class FakeEngine:
     last: int | None
     capacity = 1000
 
-    def __init__(self, model, max_model_len, *, stock, **engine_options):
+    def __init__(self, model, max_model_len, arms, *, stock, **engine_options):
         self.stock = stock
 
     def __enter__(self):
@@ -43,9 +44,6 @@ class FakeEngine:
 
     def __exit__(self, *error):
         pass
-
-    def check(self, arms) -> None:
-        assert not self.stock
 
     def answers(self, arm, prompts, tokens, stops):
         assert (arm is None) == self.stock
@@ -307,6 +305,81 @@ def test_mistakes_end_in_one_sentence(capsys, tmp_path, monkeypatch, args: str, 
     assert not list(tmp_path.iterdir())
 
 
+def test_a_report_of_something_else_is_refused_before_an_engine_starts(
+    capsys, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(suites, "EngineProcess", None)
+    (tmp_path / "report.json").write_text("[]")
+    assert main(["eval", str(MODEL), "--suite", "ruler", "--output", str(tmp_path)]) == 2
+    assert "report.json is not a report of this release" in capsys.readouterr().err
+
+
+def test_an_interrupt_says_where_the_command_goes_on(
+    engine, capsys, tmp_path: Path, monkeypatch
+) -> None:
+    asked = ["eval", str(MODEL), "--suite", "ruler", "--tasks", "niah_single_1", "--lengths"]
+    asked += ["600", "--prompts", "3", "--budgets", "64", "--output", str(tmp_path)]
+    monkeypatch.setattr(engine, "answers", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert main(asked) == 130
+    path = tmp_path / "ruler.jsonl"
+    assert capsys.readouterr().err.endswith(f"interrupted: the same command goes on from {path}\n")
+    assert not page.held(tmp_path), "there is no report of a part"
+    monkeypatch.setattr(engine, "answers", lambda *given: [[7] * given[-2]] * len(given[2]))
+    assert main(asked) == 0
+    assert len(read(path)[2]) == 6
+    assert list(page.held(tmp_path)) == ["ruler: SmolLM2-135M-Instruct"]
+
+
+# the process of an engine
+
+
+@pytest.fixture
+def started(tmp_path: Path, monkeypatch):
+    """``started(script)``: an EngineProcess whose process runs a script of Python instead."""
+
+    def start(script: str) -> EngineProcess:
+        program = tmp_path / "program"
+        program.write_text(f"#!{sys.executable}\nimport sys, time\n{script}\n")
+        program.chmod(0o755)
+        monkeypatch.setattr(process, "sys", SimpleNamespace(executable=str(program)))
+        return EngineProcess("m", 100, ARMS, stock=True, dtype="auto")
+
+    return start
+
+
+def test_a_process_is_asked_in_lines(started) -> None:
+    script = """
+asked = eval(input(), {"true": True})
+assert asked["engine"] == {"model": "m", "max_model_len": 100, "dtype": "auto"}
+assert [options["token_budget"] for options in asked["check"]] == [64, 128]
+print('{"capacity": 7}', flush=True)
+assert eval(input(), {"null": None, "true": True})["prompts"] == [[1, 2]]
+print('{"tokens": [[3]]}', flush=True)
+sys.exit(0 if sys.stdin.read() == "" else 1)
+"""
+    with started(script) as engine:
+        assert engine.capacity == 7
+        assert engine.answers(None, [(1, 2)], 4, True) == [[3]]
+    assert engine._process.returncode == 0
+
+
+def test_what_a_process_refuses_is_refused(started) -> None:
+    refused(lambda: started("""print('{"problem": "no such thing."}')"""), "no such thing")
+
+
+@pytest.mark.parametrize("script", ["sys.exit(3)", "input(); print('{'); sys.exit(3)"])
+def test_a_process_that_ends_is_told_with_its_status(started, script: str) -> None:
+    with pytest.raises(RuntimeError, match="status 3"):
+        started(script)
+
+
+def test_a_process_does_not_outlive_an_interrupt(started) -> None:
+    engine = started("""print('{"capacity": 7}', flush=True); time.sleep(3600)""")
+    with pytest.raises(KeyboardInterrupt), engine:
+        raise KeyboardInterrupt
+    assert engine._process.returncode == -signal.SIGKILL
+
+
 # the real engines
 
 
@@ -316,6 +389,36 @@ def command(suite: str, output: Path, *others: str) -> list[str]:
         *("--output", str(output), "--budgets", "64,256", "--prompts", "2", *others),
         *("--max-num-seqs", "4", "--kv-cache-gib", "0.25"),
     ]
+
+
+def test_a_suite_from_end_to_end(tmp_path: Path) -> None:
+    """The least that has every part: one prompt, one budget, the two engines and the report."""
+    asked = command("ruler", tmp_path, "--lengths", "512", "--tasks", "niah_single_1")
+    asked += ["--budgets", "64", "--prompts", "1"]
+    here = [sys.executable, str(ROOT / "tests" / "suite_here.py"), *asked[asked.index("eval") :]]
+    done = subprocess.run(here, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    _, arms, answers = read(tmp_path / "ruler.jsonl")
+    assert list(arms) == ["default-64"]
+    assert [answer["arm"] for answer in answers] == ["dense", "default-64"]
+    assert answers[0]["prompt"] == answers[1]["prompt"]
+    assert all(answer["answer"] for answer in answers)
+    (record,) = page.held(tmp_path).values()
+    assert record.findings[0].startswith("No budget "), "one prompt shows nothing"
+    assert record.findings[0] in done.stdout
+    assert record.findings[0] in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.slow
+def test_a_configuration_that_cannot_be_served_is_refused_before_any_answer(tmp_path: Path) -> None:
+    wrong = ("--config", '{"layer_budgets": {"99": 64}}')
+    asked = command("ruler", tmp_path, "--lengths", "640", "--tasks", "niah_single_1", *wrong)
+    done = subprocess.run(asked, capture_output=True, text=True)
+    assert done.returncode == 2
+    message = done.stderr.splitlines()[-1].removeprefix("vllm-adamas: ")
+    assert is_one_sentence(message), message
+    assert "layer 99" in message
+    assert not read(tmp_path / "ruler.jsonl")[2]
 
 
 @pytest.mark.slow

@@ -25,6 +25,7 @@ QUICK = {"context": 2048, "windows": 8, "steps": 48, "prompts": 6, "stride": 8, 
 #: KV cache bytes for --quick unless the user gives --kv-cache-gib: enough for its prompts.
 QUICK_CACHE = 2 << 30
 
+INTERRUPTED = 130  #: exit status after Ctrl-C, as a shell has it
 SUITES = ("ruler", "longbench", "agreement")
 SUITE_BUDGETS, SUITE_LENGTHS, SUITE_BOUND = (128, 256, 512, 1024), (4096,), 2.0
 SUITE_DEFAULTS = {"prompts": 20, "seed": 0, "steps": 256}
@@ -106,6 +107,7 @@ def suite(args, configs: list[dict], engine_options: dict) -> int:
         check_names(names, ("agreement",))
         chosen = suites.agreement(tokenizer, sources, values["steps"], seed)
     folder, weights = Path(args.output), model_folder(model)
+    page.held(folder)  # refuses what the report could not be written to
     settings = {
         "suite": args.suite,
         "model": Path(model).name,
@@ -122,7 +124,11 @@ def suite(args, configs: list[dict], engine_options: dict) -> int:
     run = suites.Run(
         chosen, model, tokenizer, arms, lengths, values["prompts"], batch, engine_options
     )
-    run.into(ledger)
+    try:
+        run.into(ledger)
+    except KeyboardInterrupt:
+        print(f"interrupted: the same command goes on from {ledger.path}", file=sys.stderr)
+        return INTERRUPTED
     found = findings.record(ledger.path, chosen.left_out, bound / 100)
     print("\n".join([*page.text(found), "", f"report: {page.put([found], folder)}"]))
     return 0

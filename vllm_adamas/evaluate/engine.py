@@ -290,18 +290,33 @@ class Engine(StockEngine):
         self._layers, self._builders = {}, []  # they hold the workspace
 
 
-def check_length(model: str, max_model_len: int) -> None:
-    """
+def check(model: str, max_model_len: int, configurations: Sequence[dict], **engine_options) -> None:
+    """Refuses, without reading weights, what an engine or one of the configurations would refuse.
+
+    Args:
+        configurations: options of the backend, of each.
+        model, max_model_len, engine_options: as of :class:`StockEngine`.
+
     Raises:
-        AdamasError: the model's contexts are shorter.
+        AdamasError: the model's contexts are shorter, or it cannot be served with these options.
     """
     from vllm.engine.arg_utils import EngineArgs
 
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     longest = EngineArgs(model=model).create_model_config().max_model_len
     if max_model_len > longest:
         raise AdamasError(
             f"the length {max_model_len} is beyond the {longest} tokens of {Path(model).name}: lower --lengths."
         )
+    for options in configurations:
+        with _adamas_errors():
+            EngineArgs(
+                model=model,
+                max_model_len=max_model_len,
+                attention_backend=compat.NAME,
+                additional_config={"adamas": {**SILENT, **options}},
+                **engine_options,
+            ).create_engine_config()
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from vllm_adamas.evaluate.tasks import check_names
 PREFIX, EVEN = "longbench_", "_e"  #: names in lm-eval; those of LongBench-E end with the second
 #: Tasks whose prompts are texts to be continued: LongBench gives them without a chat template.
 CONTINUED = ("trec", "triviaqa", "samsum", "lsht", "lcc", "repobench-p")
-INSTALL = 'pip install "lm_eval[longbench]"'
+INSTALL = 'pip install "lm_eval[longbench]>=0.4.13"'
 
 
 def suite(tokenizer, names: Sequence[str]) -> Suite:

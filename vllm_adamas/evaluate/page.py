@@ -1,7 +1,7 @@
 """A report of measurements: records as JSON, and the same as one HTML page that needs no other file.
 
-A command puts its records into a folder with :func:`put`. Records of other commands stay, so the measurements of a
-model come together on one page.
+A suite puts its record into a folder with :func:`put`. Records of other suites stay, so the measurements of a model
+come together on one page.
 """
 
 from __future__ import annotations
@@ -86,6 +86,16 @@ def load(path: Path) -> list[Record]:
     raise AdamasError(f"{path} is not a report of this release: give another --output.")
 
 
+def held(folder: Path) -> dict[str, Record]:
+    """The records of a folder by title.
+
+    Raises:
+        AdamasError: its report.json is something else.
+    """
+    path = folder / f"{NAME}.json"
+    return {record.title: record for record in load(path)} if path.exists() else {}
+
+
 def put(records: Sequence[Record], folder: Path) -> Path:
     """Writes report.json and report.html with the folder's records and these, which replace those of their titles.
 
@@ -93,18 +103,17 @@ def put(records: Sequence[Record], folder: Path) -> Path:
         The path of the page.
 
     Raises:
-        AdamasError: the folder's report.json is something else.
+        AdamasError: as :func:`held` does.
     """
-    source, page = folder / f"{NAME}.json", folder / f"{NAME}.html"
-    held = {record.title: record for record in load(source)} if source.exists() else {}
-    held |= {record.title: record for record in records}
-    data = [record.model_dump() for record in held.values()]
+    every = held(folder) | {record.title: record for record in records}
+    data = [record.model_dump() for record in every.values()]
+    text = json.dumps({"format": FORMAT, "version": VERSION, "records": data}, indent=1) + "\n"
+    page = folder / f"{NAME}.html"
     folder.mkdir(parents=True, exist_ok=True)
-    source.write_text(
-        json.dumps({"format": FORMAT, "version": VERSION, "records": data}, indent=1) + "\n",
-        encoding="utf-8",
-    )
-    page.write_text(html(list(held.values())), encoding="utf-8")
+    for path, content in ((page.with_suffix(".json"), text), (page, html(list(every.values())))):
+        partial = path.with_suffix(".partial")  # a killed command leaves the file of before
+        partial.write_text(content, encoding="utf-8")
+        partial.replace(path)
     return page
 
 

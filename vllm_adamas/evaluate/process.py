@@ -1,6 +1,7 @@
 """An engine in a process of its own, which ends with it: the stock backend first, and adamas after it.
 
 The processes exchange lines of JSON. If the one that asks is killed, the engine's sees the end of its input and ends.
+Ctrl-C reaches the one that asks alone, which then kills the other.
 """
 
 from __future__ import annotations
@@ -10,37 +11,49 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.evaluate.study import Arm
 
 
 class EngineProcess:
-    """A context manager; the arguments are those of :class:`~vllm_adamas.evaluate.engine.Engine`.
+    """A context manager.
 
     Args:
+        arms: configurations of the whole run. They are checked first, for the stock backend too, so that a
+            mistake does not wait for its answers.
         stock: whether it has the attention backend that vLLM chooses instead of adamas.
+        model, max_model_len, engine_options: as of :class:`~vllm_adamas.evaluate.engine.StockEngine`.
 
     Raises:
-        AdamasError: the model or an option cannot be served.
+        AdamasError: the model, an option or one of the configurations cannot be served.
         RuntimeError: the process ended or failed; what it said is on standard error.
     """
 
-    def __init__(self, model: str, max_model_len: int, *, stock: bool, **engine_options):
+    def __init__(
+        self, model: str, max_model_len: int, arms: Sequence[Arm], *, stock: bool, **engine_options
+    ):
         command = [sys.executable, "-m", __name__]
-        self._process = subprocess.Popen(command, stdin=-1, stdout=-1, text=True, bufsize=1)
+        self._process = subprocess.Popen(
+            command, stdin=-1, stdout=-1, text=True, bufsize=1, start_new_session=True
+        )
         try:
-            given = {"model": model, "max_model_len": max_model_len, "stock": stock}
+            engine = {"model": model, "max_model_len": max_model_len, **engine_options}
+            asked = {"engine": engine, "check": [arm.options for arm in arms], "stock": stock}
             #: Tokens that the KV cache holds.
-            self.capacity: int = self._ask({**given, **engine_options})["capacity"]
+            self.capacity: int = self._ask(asked)["capacity"]
         except BaseException:
+            self._process.kill()
             self._end()
             raise
 
     def __enter__(self) -> EngineProcess:
         return self
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, kind, *error) -> None:
+        if kind is not None:
+            self._process.kill()
         self._end()
 
     def answers(
@@ -51,13 +64,6 @@ class EngineProcess:
         asked = {"arm": how, "prompts": list(map(list, prompts)), "tokens": tokens, "stops": stops}
         return self._ask(asked)["tokens"]
 
-    def check(self, arms: Sequence[Arm]) -> None:
-        """
-        Raises:
-            AdamasError: the model cannot be served with the options of an arm.
-        """
-        self._ask({"check": [arm.options for arm in arms]})
-
     def _ask(self, question: dict) -> dict:
         try:
             self._process.stdin.write(json.dumps(question) + "\n")
@@ -65,12 +71,13 @@ class EngineProcess:
         except (ValueError, OSError):
             status = self._process.wait()
             raise RuntimeError(f"the engine's process ended with status {status}") from None
-        if "refused" in answer:
-            raise AdamasError(answer["refused"])
+        if problem := answer.get("problem"):
+            raise AdamasError(problem)
         return answer
 
     def _end(self) -> None:
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
 
@@ -87,23 +94,19 @@ def _serve() -> None:
     engine = None
     for line in sys.stdin:
         asked = json.loads(line)
-        found: dict = {}
         try:
             if engine is None:
-                engines.check_length(asked["model"], asked["max_model_len"])
-                kind = engines.StockEngine if asked.pop("stock") else engines.Engine
-                engine = kind(**asked)
+                engines.check(configurations=asked["check"], **asked["engine"])
+                kind = engines.StockEngine if asked["stock"] else engines.Engine
+                engine = kind(**asked["engine"])
                 found = {"capacity": engine.capacity}
-            elif "check" in asked:
-                for options in asked["check"]:
-                    engine.check(options)
             else:
                 if asked["arm"] is not None:
                     use(engine, asked["arm"]["options"], asked["arm"]["selector"])
                 given = asked["prompts"], asked["tokens"], asked["stops"]
                 found = {"tokens": engine.answers(*given)}
         except AdamasError as error:
-            found = {"refused": str(error)}
+            found = {"problem": str(error)}
         out.write(json.dumps(found) + "\n")
     if engine is not None:
         engine.close()

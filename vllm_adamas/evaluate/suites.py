@@ -228,19 +228,18 @@ class Run:
         """
         arms = [*self.arms, WHOLE] if self.suite.control else list(self.arms)
         ledger.check(arms)
-        parts = [(True, [None]), (False, arms)]
-        todo = {stock: self._missing(ledger, some) for stock, some in parts}
+        todo = {
+            stock: self._missing(ledger, some) for stock, some in ((True, [None]), (False, arms))
+        }
         for task, length in dict.fromkeys(key[:2] for part in todo.values() for key in part):
-            self.suite.samples(
-                task, length, 1
-            )  # refuses what is impossible before an engine starts
+            self.suite.samples(task, length, 1)  # refuses what is impossible
         if not any(todo.values()):
             return
         tokens = sum(length for part in todo.values() for _, length, _, _ in part)
         with _bar(tokens) as bar, ledger.writing() as add:
-            for stock, some in parts:
-                if todo[stock]:
-                    self._part(stock, some, set(todo[stock]), ledger, add, bar)
+            for stock, missing in todo.items():
+                if missing:
+                    self._part(stock, arms, missing, ledger, add, bar)
 
     def _missing(self, ledger: Ledger, arms: Sequence[Arm | None]) -> list[tuple]:
         return [
@@ -253,32 +252,28 @@ class Run:
             )
         ]
 
-    def _part(self, stock: bool, arms, todo: set[tuple], ledger: Ledger, add, bar) -> None:
-        cells = list(
-            dict.fromkeys((task, length) for length in self.lengths for task in self.suite.tasks)
-        )
-        with EngineProcess(
-            self.model, max(self.lengths), stock=stock, **self.engine_options
-        ) as engine:
+    def _part(
+        self, stock: bool, arms: Sequence[Arm], missing: list[tuple], ledger: Ledger, add, bar
+    ) -> None:
+        """The answers of one engine, of which the keys of ``missing`` tell."""
+        longest, wanted = max(self.lengths), set(missing)
+        with EngineProcess(self.model, longest, arms, stock=stock, **self.engine_options) as engine:
             if not stock:
-                engine.check(arms)
                 new = {arm.name: _told(arm) for arm in arms if arm.name not in ledger.arms}
                 add(list(new.values()))
                 ledger.arms |= new
-            for task, length in cells:
-                if not any((task, length) == key[:2] for key in todo):
-                    continue
+            for task, length in dict.fromkeys(key[:2] for key in missing):
                 samples = self.suite.samples(task, length, self.count)
                 self._compare(ledger, task, length, samples)
                 batch = max(1, min(self.batch, engine.capacity // length))
                 for first in range(0, len(samples), batch):
                     numbers = range(first, min(first + batch, len(samples)))
-                    for arm in (
-                        arms
-                    ):  # one after another, so that the prompts are still in the prefix cache
-                        asked = [n for n in numbers if (task, length, _name(arm), n) in todo]
+                    # One after another, so that the prompts are still in the prefix cache.
+                    for arm in [None] if stock else arms:
+                        name = _name(arm)
+                        asked = [n for n in numbers if (task, length, name, n) in wanted]
                         if asked:
-                            bar.set_description(f"{self.suite.name} {length} {task}, {_name(arm)}")
+                            bar.set_description(f"{self.suite.name} {length} {task}, {name}")
                             lines = self._answer(engine, arm, task, length, samples, asked)
                             add(lines)
                             ledger.answers |= {key_of(line): line for line in lines}
