@@ -12,7 +12,7 @@ from vllm_adamas import __version__, tables
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.doctor import host
 from vllm_adamas.errors import AdamasError
-from vllm_adamas.identity import Heads, text_config
+from vllm_adamas.identity import Heads, count_of, text_config
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -294,7 +294,7 @@ def _model_shape(args, model: dict) -> dict:
     try:
         heads = Heads.of(model)
         shape["head_size"], shape["num_kv_heads"] = heads.size, heads.kv
-        shape["num_layers"] = model["num_hidden_layers"]
+        shape["num_layers"] = count_of(model, "num_hidden_layers")
     except KeyError as missing:
         raise AdamasError(
             f"{args.model}/config.json has no {missing}: give --head-size, --num-kv-heads and --num-layers instead of --model."
