@@ -16,7 +16,7 @@ from common import RESULTS, update_document
 
 from vllm_adamas import profile
 from vllm_adamas.config import AdamasConfig
-from vllm_adamas.evaluate import page, report
+from vllm_adamas.evaluate import report
 from vllm_adamas.evaluate.command import profile_table
 from vllm_adamas.evaluate.study import DEFAULT, FAMILIES, PERPLEXITY
 from vllm_adamas.tables import markdown
@@ -213,14 +213,6 @@ def layer_0(result: dict) -> list[str]:
     return [head, "", *markdown(headers, lines), ""]
 
 
-def suite(record: page.Record) -> list[str]:
-    """The record of a suite as a section."""
-    lines = [f"### {record.title}", "", record.setting, ""]
-    for table in record.tables:
-        lines += [f"**{table.title}**", "", *markdown(table.headers, table.rows), ""]
-    return [*lines, *(line for text in (*record.notes, *record.findings) for line in (text, ""))]
-
-
 def render() -> list[str]:
     found = {path: json.loads(path.read_text()) for path in RESULTS.glob("quality_*.json")}
     by_model = {
@@ -248,9 +240,6 @@ def render() -> list[str]:
             lines += by_default(result)
         else:
             lines += [f"![plot](../benchmarks/results/{path.stem}.png)", ""]
-    for path in sorted(RESULTS.glob("suites_*/report.json")):
-        for record in page.load(path):
-            lines += suite(record)
     for path in sorted(profile.SHIPPED.glob("*.json")):
         table = profile_table(profile.load(path.stem))
         lines += [f"### The shipped profile `{path.stem}`", "", "```text", table, "```", ""]
