@@ -120,7 +120,7 @@ def test_a_mean_of_zero_shows_nothing_where_the_interval_is_wide(tmp_path: Path)
     assert made.values["vt at 100"]["default-64"]["loss"]["mean"] == 0
     assert made.findings == [
         "No budget of default is shown to lose nothing: default-64 loses 0.0 points [-5.9, +5.9] over 150 prompts "
-        "at 100 tokens."
+        "at 100 tokens, an interval that more --prompts would narrow."
     ]
     assert verdict(tmp_path, dense=dense, default_64=dense).findings[0].startswith("default-64 ")
 

@@ -192,8 +192,11 @@ def _verdict(
                 if found is None:
                     return f"has no answers to {task} at {length} tokens"
             mean = loss(name, some)
-            if not (mean.low <= 0 and mean.high < bound):
+            if mean.low > 0:
                 return f"loses {_lost(mean)} at {length} tokens"
+            if mean.high >= bound:
+                wide = "an interval that more --prompts would narrow"
+                return f"loses {_lost(mean)} at {length} tokens, {wide}"
             for task, found in tasks.items():
                 if found.low > bound:
                     return f"loses {_lost(found)} of {task} at {length} tokens"
