@@ -314,6 +314,14 @@ def test_a_report_of_something_else_is_refused_before_an_engine_starts(
     assert "report.json is not a report of this release" in capsys.readouterr().err
 
 
+def test_a_model_without_a_tokenizer_is_refused(capsys, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    assert main(["eval", str(tmp_path), "--suite", "ruler"]) == 2
+    message = capsys.readouterr().err.splitlines()[-1].removeprefix("vllm-adamas: ")
+    assert is_one_sentence(message)
+    assert f"{tmp_path} has no tokenizer" in message
+
+
 def test_an_interrupt_says_where_the_command_goes_on(
     engine, capsys, tmp_path: Path, monkeypatch
 ) -> None:

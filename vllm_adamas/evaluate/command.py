@@ -96,7 +96,12 @@ def suite(args, configs: list[dict], engine_options: dict) -> int:
     if not 0 < bound <= 100:
         raise AdamasError(f"--bound {bound:g} is impossible: give points above 0, at most 100.")
     arms = _arms(args, configs, max(lengths))
-    tokenizer = AutoTokenizer.from_pretrained(model)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model)
+    except (OSError, ValueError):
+        raise AdamasError(
+            f"{model} has no tokenizer that transformers can read: give the folder or the hub name of a model."
+        ) from None
     sources = _sources(args) if args.suite in OWNERS["text"] else []
     seed, names = values["seed"], _split(args.tasks)
     if args.suite == "ruler":
