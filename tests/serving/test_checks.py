@@ -387,7 +387,7 @@ def with_flash_attention(monkeypatch, version: int) -> None:
 
 
 def test_a_model_without_layers_has_no_budget_for_one(vllm_config) -> None:
-    config = with_text(vllm_config, {}, get_total_num_hidden_layers=lambda: 0)
+    config = with_text(vllm_config, {"num_hidden_layers": 0})
     assert checks.check_config(config).layer_budgets == {}
 
 
