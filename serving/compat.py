@@ -288,9 +288,7 @@ def hides_requests(vllm_config) -> tuple[str, str] | None:
     if not vllm_config.use_v2_model_runner:
         if vllm_config.speculative_config is not None:  # it has no custom logits processors then
             return "speculative decoding by Model Runner V1", "drop --speculative-config"
-    elif (
-        vllm_config.parallel_config.pipeline_parallel_size > 1
-    ):  # the last rank alone has a sampler
+    elif vllm_config.parallel_config.pipeline_parallel_size > 1:  # its last rank alone samples
         return "pipeline parallelism", "drop --pipeline-parallel-size"
     elif vllm_config.model_config.return_sampling_mask:  # it allows no custom logits processors
         return "--return-sampling-mask", "drop --return-sampling-mask"

@@ -76,11 +76,12 @@ def raise_budgets(requested: torch.Tensor, seq_lens: torch.Tensor, out: torch.Te
     """Raises the budgets of rows to what their requests ask for, on the rows' device and without a host sync.
 
     Args:
-        requested: int32 on the host, tokens that a row's request asks for, 0 for none. It may be shorter
-            than R, as ``prefilling`` of :func:`row_budgets`.
+        requested: int32 on the host, tokens that a row's request asks for, 0 for none. It may have another
+            length than R: padding is left out, and the audit of a GPU knows one length per request.
         seq_lens, out: int32 ``[R]``.
     """
-    rows, wanted = len(requested), requested.to(out.device, non_blocking=True)
+    rows = min(len(requested), len(out))
+    wanted = requested[:rows].to(out.device, non_blocking=True)
     torch.maximum(out[:rows], torch.minimum(wanted, seq_lens[:rows]), out=out[:rows])
 
 
