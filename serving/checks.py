@@ -55,7 +55,7 @@ def resolve(model, config: AdamasConfig) -> AdamasConfig:
     undecided = config.combine is None and config.profile is None
     return config.resolved(
         qk_norm=undecided and identity.has_qk_norm(model),
-        budgeted=getattr(model.hf_text_config, "num_hidden_layers", None) != 0
+        budgeted=model.get_total_num_hidden_layers() > 0
         and _kinds_of_layers(model).get(0) not in WITHOUT_BUDGET,
     )
 

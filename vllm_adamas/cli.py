@@ -12,7 +12,7 @@ from vllm_adamas import __version__, tables
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.doctor import host
 from vllm_adamas.errors import AdamasError
-from vllm_adamas.identity import Heads, text_config
+from vllm_adamas.identity import Heads, count_of, text_config
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -100,9 +100,16 @@ def _add_eval(commands) -> None:
         "eval",
         help="quality of sparse decode against dense, through the real engine",
         description="Runs tasks under several configurations and writes results.json, report.md and "
-        "report.png; an interrupted run resumes where it stopped.",
+        "report.png; with --suite published tasks beside vLLM's stock backend, and report.html. An interrupted run "
+        "resumes where it stopped.",
     )
     command.add_argument("model", metavar="MODEL", help="folder or hub name")
+    command.add_argument(
+        "--suite",
+        metavar="NAME",
+        help="ruler, longbench or agreement: published tasks, or long greedy texts, answered by vLLM's stock backend "
+        "and by adamas",
+    )
     command.add_argument("--output", metavar="DIR", default="adamas-eval")
     command.add_argument(
         "--quick", action="store_true", help="a few minutes on a CPU: short contexts, few samples"
@@ -110,7 +117,7 @@ def _add_eval(commands) -> None:
     command.add_argument("--tasks", help="comma-separated; default: all")
     command.add_argument(
         "--arms",
-        help="comma-separated configurations besides dense, such as dot or quest; default: all",
+        help="comma-separated configurations besides dense, such as dot or quest; default: all, or default in a suite",
     )
     command.add_argument("--budgets", help="comma-separated, in tokens")
     command.add_argument(
@@ -134,11 +141,26 @@ def _add_eval(commands) -> None:
     for name, what in (
         ("context", "tokens per window or prompt"),
         ("windows", "maximum number of text windows"),
-        ("steps", "scored tokens per window"),
-        ("prompts", "prompts per retrieval task"),
-        ("seed", "seed of the retrieval tasks"),
+        ("steps", "scored tokens per window; in the suite agreement, generated tokens per prompt"),
+        ("prompts", "prompts per retrieval task; in a suite, per task and length"),
+        ("seed", "seed of the retrieval tasks and of the suites"),
     ):
         command.add_argument(f"--{name}", type=int, metavar="N", help=what)
+    command.add_argument(
+        "--lengths",
+        metavar="N,...",
+        help="in a suite: tokens of a prompt with its answer; default: 4096",
+    )
+    command.add_argument(
+        "--bound",
+        type=float,
+        metavar="POINTS",
+        help="in a suite: largest loss, of 100 points, that counts as none; default: 2",
+    )
+    command.add_argument("--squad", metavar="FILE", help="data of RULER's qa_1: dev-v2.0.json")
+    command.add_argument(
+        "--hotpotqa", metavar="FILE", help="data of RULER's qa_2: hotpot_dev_distractor_v1.json"
+    )
     _add_engine(command)
     command.set_defaults(run=_eval)
 
@@ -252,7 +274,13 @@ def _resolved(args, model: dict, config: AdamasConfig) -> AdamasConfig:
     if not model:
         return config.resolved()
     text = SimpleNamespace(**{"model_type": "", **model})
-    return resolve(SimpleNamespace(model=args.model, revision=None, hf_text_config=text), config)
+    read = SimpleNamespace(
+        model=args.model,
+        revision=None,
+        hf_text_config=text,
+        get_total_num_hidden_layers=lambda: model.get("num_hidden_layers", 1),
+    )
+    return resolve(read, config)
 
 
 def _model_shape(args, model: dict) -> dict:
@@ -272,7 +300,7 @@ def _model_shape(args, model: dict) -> dict:
     try:
         heads = Heads.of(model)
         shape["head_size"], shape["num_kv_heads"] = heads.size, heads.kv
-        shape["num_layers"] = model["num_hidden_layers"]
+        shape["num_layers"] = count_of(model, "num_hidden_layers")
     except KeyError as missing:
         raise AdamasError(
             f"{args.model}/config.json has no {missing}: give --head-size, --num-kv-heads and --num-layers instead of --model."

@@ -67,9 +67,11 @@ class Heads(NamedTuple):
         Raises:
             KeyError: the configuration does not tell them.
         """
-        query = text["num_attention_heads"]
-        size = text.get("head_dim") or text["hidden_size"] // query
-        return cls(query, text.get("num_key_value_heads") or query, size)
+        query = count_of(text, "num_attention_heads")
+        kv = count_of(text, "num_key_value_heads") if text.get("num_key_value_heads") else query
+        if text.get("head_dim"):
+            return cls(query, kv, count_of(text, "head_dim"))
+        return cls(query, kv, count_of(text, "hidden_size") // query)
 
     @property
     def group(self) -> int:
@@ -84,15 +86,32 @@ def text_config(folder: str) -> dict[str, Any]:
     """The config.json in a model's folder, that of its text part above all.
 
     Raises:
-        AdamasError: the folder has none.
+        AdamasError: the folder has none, or it is not a model's.
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
         raise AdamasError(
             f"{path} does not exist: give --model the folder of a Hugging Face model."
         )
-    model = json.loads(path.read_text())
-    return {**model, **model.get("text_config", {})}
+    try:
+        model = json.loads(path.read_text())
+        text = {**model, **model.get("text_config", {})}
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError):
+        raise AdamasError(
+            f"{path} is not a model's configuration: give --model the folder of a Hugging Face model."
+        ) from None
+    return text
+
+
+def count_of(text: dict[str, Any], name: str) -> int:
+    """A number of a model's configuration, from :func:`text_config`.
+
+    Raises:
+        KeyError: it is not there, or is not a positive integer.
+    """
+    if type(text[name]) is not int or text[name] <= 0:
+        raise KeyError(name)
+    return text[name]
 
 
 def identify(model_config) -> ModelIdentity:

@@ -1,6 +1,7 @@
 """The `vllm-adamas` command."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -85,5 +86,35 @@ def test_mistakes_give_one_sentence(capsys, args: list[str], named: str) -> None
     out, err = capsys.readouterr()
     assert out == ""
     assert err.startswith("vllm-adamas: ")
+    assert named in err
+    assert is_one_sentence(err.removeprefix("vllm-adamas: ").rstrip("\n")), err
+
+
+NO_MODEL, NO_HEADS = "is not a model's configuration", "has no 'num_attention_heads'"
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"{", NO_MODEL),
+        (b"\xff", NO_MODEL),
+        (b"[1, 2]", NO_MODEL),
+        (b"7", NO_MODEL),
+        (b'{"text_config": 3}', NO_MODEL),
+        (b"[" * 100_000, NO_MODEL),
+        (b'{"num_attention_heads": "8", "hidden_size": 512}', NO_HEADS),
+        (b'{"num_attention_heads": 0, "hidden_size": 512}', NO_HEADS),
+        (b'{"num_attention_heads": true, "hidden_size": 512}', NO_HEADS),
+        (b'{"num_attention_heads": [8, 8], "hidden_size": 512}', NO_HEADS),
+        (b'{"num_attention_heads": 8, "head_dim": 64, "num_hidden_layers": "2"}', "layers"),
+    ],
+)
+def test_what_is_no_configuration_of_a_model(
+    capsys, tmp_path: Path, content: bytes, named: str
+) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    assert main(["info", "--model", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
     assert named in err
     assert is_one_sentence(err.removeprefix("vllm-adamas: ").rstrip("\n")), err

@@ -101,6 +101,7 @@ def test_links_of_the_site_lead_to_what_is_on_it(document):
     }
     links = re.findall(r"\]\((?!https?://|#)([^)#]+)", text)
     assert {(here.parent / link).as_posix() for link in links} <= on_it
+    assert "README.md#" not in document.read_text(), "the site has docs/index.md in its place"
 
 
 @pytest.mark.parametrize(

@@ -376,6 +376,11 @@ def with_flash_attention(monkeypatch, version: int) -> None:
     monkeypatch.setattr(name, lambda **about: version)
 
 
+def test_a_model_without_layers_has_no_budget_for_one(vllm_config) -> None:
+    config = with_text(vllm_config, {}, get_total_num_hidden_layers=lambda: 0)
+    assert checks.check_config(config).layer_budgets == {}
+
+
 @pytest.mark.parametrize("changes", SINKS.values(), ids=SINKS)
 def test_models_with_sinks(vllm_config, monkeypatch, changes: dict) -> None:
     for kernels in ("auto", "cpu", "reference"):

@@ -66,69 +66,106 @@ class Run:
     log_probs: torch.Tensor | None
 
 
-class Engine:
-    """
+class StockEngine:
+    """An engine with the attention backend that vLLM chooses.
+
     Args:
         model: folder or hub name.
         max_model_len: longest prompt with its continuation, in tokens.
         max_num_seqs: maximum number of requests in one step.
-        options: options common to all configurations, such as a profile or kernels.
         engine_options: further arguments of vLLM's LLM.
 
     Raises:
         AdamasError: the model or an option cannot be served.
     """
 
-    def __init__(
-        self,
-        model: str,
-        max_model_len: int,
-        *,
-        max_num_seqs: int = 16,
-        options: dict | None = None,
-        **engine_options,
-    ):
+    def __init__(self, model: str, max_model_len: int, *, max_num_seqs: int = 16, **engine_options):
         os.environ.update(ENVIRONMENT)
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         compat.require_supported_vllm()
         from vllm import LLM
         from vllm.platforms import current_platform
 
-        from vllm_adamas.evaluate.forcing import ForcedContinuation
-
         if current_platform.is_cpu():
             engine_options.setdefault("distributed_executor_backend", "uni")
         elif "kv_cache_memory_bytes" in engine_options:
             # vLLM then sizes nothing by it, but still requires that share of the GPU to be free.
             engine_options.setdefault("gpu_memory_utilization", 0.05)
-        self.options = dict(options or {})
-        self.forcing = ForcedContinuation
         with _adamas_errors():
             self.llm = LLM(
                 model=str(model),
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
-                attention_backend=compat.NAME,
-                additional_config={"adamas": {**SILENT, **self.options}},
                 enforce_eager=True,
                 enable_prefix_caching=True,
                 async_scheduling=False,
-                logits_processors=[ForcedContinuation],
                 disable_log_stats=True,
                 **engine_options,
             )
         self.tokenizer = self.llm.get_tokenizer()
+
+    @property
+    def model_config(self):
+        """vLLM's ModelConfig."""
+        return self.llm.llm_engine.vllm_config.model_config
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the KV cache holds."""
+        cache = self.llm.llm_engine.vllm_config.cache_config
+        return cache.num_gpu_blocks * cache.block_size
+
+    def answers(
+        self, prompts: Sequence[Sequence[int]], tokens: int, stops: bool = True
+    ) -> list[list[int]]:
+        """Greedy continuations of prompts of token ids, in their order.
+
+        Args:
+            tokens: largest number of tokens of a continuation.
+            stops: whether a continuation ends at the model's end-of-sequence token, which it then includes.
+        """
+        from vllm import SamplingParams
+
+        params = SamplingParams(
+            temperature=0, max_tokens=tokens, ignore_eos=not stops, detokenize=False
+        )
+        sent = [{"prompt_token_ids": list(prompt)} for prompt in prompts]
+        outputs = self.llm.generate(sent, params, use_tqdm=False)
+        return [list(output.outputs[0].token_ids) for output in outputs]
+
+    def close(self) -> None:
+        """Frees the engine."""
+        with contextlib.suppress(Exception):
+            self.llm.llm_engine.engine_core.shutdown()
+
+
+class Engine(StockEngine):
+    """An engine with the adamas backend, whose configuration can change between runs.
+
+    Args:
+        options: options common to all configurations, such as a profile or kernels.
+        others: as of :class:`StockEngine`.
+    """
+
+    def __init__(self, model: str, max_model_len: int, *, options: dict | None = None, **others):
+        self.options = dict(options or {})
+        super().__init__(
+            model,
+            max_model_len,
+            attention_backend=compat.NAME,
+            additional_config={"adamas": {**SILENT, **self.options}},
+            logits_processors=["vllm_adamas.evaluate.forcing:ForcedContinuation"],
+            **others,
+        )
+        from vllm_adamas.evaluate.forcing import ForcedContinuation
+
+        self.forcing = ForcedContinuation
         ((self._layers, self._builders, self._extra_args),) = self.llm.collective_rpc(
             compat.adamas_parts
         )
         for builder in self._builders:
             builder.set_budgets = partial(self._set_budgets, builder, builder.set_budgets)
         self._coding: tuple | None = None
-
-    @property
-    def model_config(self):
-        """vLLM's ModelConfig."""
-        return self.llm.llm_engine.vllm_config.model_config
 
     def check(self, options: dict) -> AdamasConfig:
         """The configuration with these options, and with its defaults for the model.
@@ -249,10 +286,37 @@ class Engine:
         return Run(tokens, record.nll.cpu(), record.kl_or_none(), record.log_probs)
 
     def close(self) -> None:
-        """Frees the engine."""
-        with contextlib.suppress(Exception):
-            self.llm.llm_engine.engine_core.shutdown()
+        super().close()
         self._layers, self._builders = {}, []  # they hold the workspace
+
+
+def check(model: str, max_model_len: int, configurations: Sequence[dict], **engine_options) -> None:
+    """Refuses, without reading weights, what an engine or one of the configurations would refuse.
+
+    Args:
+        configurations: options of the backend, of each.
+        model, max_model_len, engine_options: as of :class:`StockEngine`.
+
+    Raises:
+        AdamasError: the model's contexts are shorter, or it cannot be served with these options.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    longest = EngineArgs(model=model).create_model_config().max_model_len
+    if max_model_len > longest:
+        raise AdamasError(
+            f"the length {max_model_len} is beyond the {longest} tokens of {Path(model).name}: lower --lengths."
+        )
+    for options in configurations:
+        with _adamas_errors():
+            EngineArgs(
+                model=model,
+                max_model_len=max_model_len,
+                attention_backend=compat.NAME,
+                additional_config={"adamas": {**SILENT, **options}},
+                **engine_options,
+            ).create_engine_config()
 
 
 @contextlib.contextmanager

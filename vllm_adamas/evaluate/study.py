@@ -108,6 +108,14 @@ class Arm:
         return self.budget == 0 or self.budget > forced
 
 
+def without_folders(options: dict) -> dict:
+    """Options as results name them: a profile by its file's name, because folders of this host stay out."""
+    return {
+        key: Path(value).name if key == "profile" and value else value
+        for key, value in options.items()
+    }
+
+
 @dataclass(frozen=True)
 class Settings:
     """Settings shared by all cells of a results file.
@@ -166,10 +174,7 @@ class Study:
         )
         tasks.check_names(settings.tasks, TASKS)
         known = {"model": Path(settings.model).name}  # folders of this host stay out of the results
-        known["options"] = {
-            key: Path(value).name if key == "profile" else value
-            for key, value in settings.options.items()
-        }
+        known["options"] = without_folders(settings.options)
         wanted = json.loads(json.dumps({**asdict(settings), **known}))
         self.result = {
             "format": FORMAT,
@@ -240,9 +245,7 @@ class Study:
         return self.result
 
     def _cell(self, arm: Arm) -> dict:
-        options = dict(arm.options)
-        if options.get("profile"):
-            options["profile"] = Path(options["profile"]).name
+        options = without_folders(arm.options)
         empty = {"family": arm.family, "budget": arm.budget, "options": options, "tasks": {}}
         return self.result["cells"].setdefault(arm.name, empty)
 
@@ -254,7 +257,7 @@ class Study:
             return {}
         is_dense = group[0].name == DENSE
         if forced and self._reference is None and not is_dense:
-            _use(engine, Arm.dense())
+            use(engine, Arm.dense().options)
             dense = engine.run(windows, keep=True, progress=f"{title}: dense first")
             self._reference = dense.log_probs
         requests = [replace(w, budget=arm.own_budget()) for arm in forced for w in windows]
@@ -265,7 +268,8 @@ class Study:
         ]
         record = MassRecord(pooled=not group[0].batched)
         shadow = partial(Shadow, record=record, stride=self.settings.stride)
-        _use(engine, _largest(group), shadow if forced and not is_dense else None)
+        arm = _largest(group)
+        use(engine, arm.options, arm.selector, shadow if forced and not is_dense else None)
         run = engine.run(requests, reference=self._reference, keep=is_dense, progress=title)
         if is_dense:
             self._reference = run.log_probs
@@ -310,7 +314,8 @@ class Study:
         ]
         if not asked:
             return {}
-        _use(engine, _largest(group))
+        arm = _largest(group)
+        use(engine, arm.options, arm.selector)
         run = engine.run(
             [Request(p.ids, tokens=s.answer_tokens, budget=a.own_budget()) for a, _, p in asked],
             progress=title,
@@ -341,13 +346,15 @@ def _largest(group: list[Arm]) -> Arm:
     return max(group, key=lambda arm: arm.budget)
 
 
-def _use(engine: Engine, arm: Arm, shadow=None) -> None:
+def use(engine: Engine, options: dict, selector: str | None = None, shadow=None) -> None:
+    """Serves with the options of an arm from now on, and with its selector; recorders wrap its backends."""
+
     def wrap(backend, number):
-        if arm.selector:
-            backend = SelectorBackend(backend, arm.selector)
+        if selector:
+            backend = SelectorBackend(backend, selector)
         return shadow(backend, number) if shadow else backend
 
-    engine.use(arm.options, wrap)
+    engine.use(options, wrap)
 
 
 def load(path: Path) -> dict:
