@@ -46,6 +46,7 @@ def check_config(vllm_config) -> AdamasConfig:
     _check_kernels(vllm_config, config)
     if model is None:
         return config
+    _admit_budgets(vllm_config, config)
     return _pin(vllm_config, _with_pinned_profile(model, resolve(model, config)))
 
 
@@ -82,6 +83,19 @@ def _pin(vllm_config, config: AdamasConfig) -> AdamasConfig:
         options = {**(adamas_options(vllm_config) or {}), **pinned}
         vllm_config.additional_config = {**(additional or {}), "adamas": options}
     return config
+
+
+def _admit_budgets(vllm_config, config: AdamasConfig) -> None:
+    """Lets requests ask for token budgets, if the operator does."""
+    if config.max_token_budget is None:
+        return
+    if hidden := compat.hides_requests(vllm_config):
+        what, way_out = hidden
+        _refuse(f"max_token_budget with {what}", f"{way_out}, or leave max_token_budget out")
+    from vllm_adamas.serving import request_budgets
+
+    runner = compat.model_runner(vllm_config)
+    compat.add_logits_processor(vllm_config, request_budgets.processor(runner, config))
 
 
 def warnings(vllm_config, config: AdamasConfig) -> list[str]:

@@ -17,7 +17,7 @@ from packaging.version import InvalidVersion, Version
 from vllm_adamas.errors import AdamasError
 
 if TYPE_CHECKING:
-    from vllm.v1.attention.backend import AttentionLayer
+    from vllm.v1.attention.backend import AttentionLayer, CommonAttentionMetadata
 
 NAME = "ADAMAS"
 BACKEND_PATH = "vllm_adamas.serving.backend.AdamasBackend"
@@ -268,6 +268,42 @@ def max_prefill_tokens(vllm_config) -> int:
     """Tokens of the longest context or of the largest step, whichever is more."""
     step = vllm_config.scheduler_config.max_num_batched_tokens
     return max(vllm_config.model_config.max_model_len, step)
+
+
+def add_logits_processor(vllm_config, name: str) -> None:
+    """Adds a logits processor, ``module:class``, as ``--logits-processors`` does; once."""
+    model = vllm_config.model_config
+    if name not in (model.logits_processors or ()):
+        model.logits_processors = [*(model.logits_processors or ()), name]
+
+
+def model_runner(vllm_config) -> str:
+    """The model runner that serves a configuration, ``V1`` or ``V2``."""
+    return "V2" if vllm_config.use_v2_model_runner else "V1"
+
+
+def hides_requests(vllm_config) -> tuple[str, str] | None:
+    """What keeps a model runner from telling logits processors or metadata builders about requests, and the
+    way out; None if nothing does."""
+    if not vllm_config.use_v2_model_runner:
+        if vllm_config.speculative_config is not None:  # it has no custom logits processors then
+            return "speculative decoding by Model Runner V1", "drop --speculative-config"
+    elif vllm_config.parallel_config.pipeline_parallel_size > 1:  # its last rank alone samples
+        return "pipeline parallelism", "drop --pipeline-parallel-size"
+    elif vllm_config.model_config.return_sampling_mask:  # it allows no custom logits processors
+        return "--return-sampling-mask", "drop --return-sampling-mask"
+    elif vllm_config.model_config.is_hybrid:  # its metadata have no request_slots
+        return "models with state-space or linear-attention layers", "serve another model"
+    return None
+
+
+def request_slots(common_attn_metadata: CommonAttentionMetadata, rows: int) -> list[int]:
+    """Where the runner keeps the requests of the first rows; the padding of a graph may be left out.
+
+    Model Runner V2 names them. V1 keeps requests in the order of the batch.
+    """
+    slots = common_attn_metadata.req_idx
+    return list(range(rows)) if slots is None else slots[:rows].tolist()
 
 
 def captures_decode(vllm_config) -> bool:

@@ -72,6 +72,19 @@ def row_budgets(
         out[:rows] = torch.where(whole, seq_lens[:rows], out[:rows])
 
 
+def raise_budgets(requested: torch.Tensor, seq_lens: torch.Tensor, out: torch.Tensor) -> None:
+    """Raises the budgets of rows to what their requests ask for, on the rows' device and without a host sync.
+
+    Args:
+        requested: int32 on the host, tokens that a row's request asks for, 0 for none. It may have another
+            length than R: padding is left out, and the audit of a GPU knows one length per request.
+        seq_lens, out: int32 ``[R]``.
+    """
+    rows = min(len(requested), len(out))
+    wanted = requested[:rows].to(out.device, non_blocking=True)
+    torch.maximum(out[:rows], torch.minimum(wanted, seq_lens[:rows]), out=out[:rows])
+
+
 def require_supported(common: CommonAttentionMetadata) -> None:
     """
     Raises:
@@ -97,7 +110,8 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         config = read_config(vllm_config)
-        self.stats = compat.layers_of(vllm_config)[layer_names[0]].impl.shared.stats
+        shared = compat.layers_of(vllm_config)[layer_names[0]].impl.shared
+        self.stats, self._requested = shared.stats, shared.requested
         # Once per builder and not per layer, because it reads the model's files.
         for warning in warnings(vllm_config, config):
             logger.warning_once(warning)
@@ -125,24 +139,38 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
         """Writes the configured budgets; an evaluation replaces this method to set a budget per request."""
         row_budgets(budget, seq_lens, prefilling, out)
 
+    def _fill(self, budget: TokenBudget, seq_lens, prefilling, requested, out) -> None:
+        """Writes the budgets of the rows of a step."""
+        self.set_budgets(budget, seq_lens, prefilling, out)
+        if requested is not None:
+            raise_budgets(requested, seq_lens, out)
+
     def _rows(
         self, common: CommonAttentionMetadata, num_decodes: int, num_rows: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """Rows of the decode requests, on their device and without a host sync.
 
         Returns:
             int32 ``[R]`` context lengths and int32 ``[R, blocks]`` block tables, both with zero lengths for
             the padding of a captured graph; and on the host which rows belong to a prompt, None if
-            vLLM does not say it.
+            vLLM does not say it, and int32 the tokens that their requests ask for, None if none asks.
         """
         seq_lens, tables = common.seq_lens[:num_decodes], common.block_table_tensor[:num_decodes]
         prefilling = common.is_prefilling
         prefilling = None if prefilling is None else prefilling[:num_decodes]
+        requested = None
+        if self._requested:
+            slots = compat.request_slots(common, num_decodes)
+            requested = torch.tensor(
+                [self._requested.get(slot, 0) for slot in slots], dtype=torch.int32, device="cpu"
+            )
         if self.reorder_batch_threshold == 1 or not num_decodes:
-            return seq_lens, tables, prefilling
-        if prefilling is not None:
-            query_lens = common.query_start_loc_cpu.diff()[: len(prefilling)]
-            prefilling = prefilling.repeat_interleave(query_lens)
+            return seq_lens, tables, prefilling, requested
+        query_lens = common.query_start_loc_cpu.diff()
+        prefilling, requested = (
+            None if each is None else each.repeat_interleave(query_lens[: len(each)])
+            for each in (prefilling, requested)
+        )
         tokens, ends = self._starts[:num_rows], common.query_start_loc[1 : num_decodes + 1]
         requests = torch.searchsorted(ends, tokens, right=True).clamp_(max=num_decodes - 1)
         later = ends[requests] - 1 - tokens  # query tokens of the same request behind a row's own
@@ -153,6 +181,7 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
             torch.mul(own, tokens < ends[-1], out=self._seq_lens[:num_rows]),  # 0 for padding
             torch.index_select(tables, 0, requests, out=self._block_table[:num_rows]),
             prefilling,
+            requested,
         )
 
     def build(
@@ -166,11 +195,11 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
         num_decodes, num_prefills, num_decode_tokens, num_prefill_tokens = (
             split_decodes_and_prefills(common, decode_threshold=self.reorder_batch_threshold)
         )
-        seq_lens, block_table, prefilling = self._rows(common, num_decodes, num_decode_tokens)
+        seq_lens, block_table, *hosted = self._rows(common, num_decodes, num_decode_tokens)
         rows, decode = len(seq_lens), {}
         for budget, buffer in self._budgets.items():
             budgets = buffer[:rows]
-            self.set_budgets(budget, seq_lens, prefilling, budgets)
+            self._fill(budget, seq_lens, *hosted, budgets)
             decode[budget] = DecodeBatch(
                 block_table=block_table,
                 seq_lens=seq_lens,
@@ -199,7 +228,7 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
             query_start_loc=self._starts[: rows + 1],
             prefill=plan,
             slot_mapping=common.slot_mapping,
-            audit=self._audited(common, decode, seq_lens, prefilling),
+            audit=self._audited(common, decode, seq_lens, hosted),
         )
 
     def _audited(
@@ -207,7 +236,7 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
         common: CommonAttentionMetadata,
         decode: dict[TokenBudget, DecodeBatch],
         seq_lens: torch.Tensor,
-        prefilling: torch.Tensor | None,
+        hosted: list[torch.Tensor | None],
     ) -> Audit | None:
         """The audit, if this step is audited."""
         if self.audit is None:
@@ -218,12 +247,12 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
             lens = seq_lens.new_empty(0, device="cpu")
         else:  # one row for each request
             lens = common.seq_lens_cpu_upper_bound[: len(seq_lens)]
-        return self.audit.step(decode, lens, partial(self._sparse_rows, lens, prefilling))
+        return self.audit.step(decode, lens, partial(self._sparse_rows, lens, hosted))
 
     def _sparse_rows(
-        self, seq_lens: torch.Tensor, prefilling: torch.Tensor | None, budget: TokenBudget
+        self, seq_lens: torch.Tensor, hosted: list[torch.Tensor | None], budget: TokenBudget
     ) -> list[int]:
         """The rows of a step that a budget makes sparse, from int32 ``[R]`` lengths on the host."""
         budgets = torch.empty_like(seq_lens)
-        self.set_budgets(budget, seq_lens, prefilling, budgets)
+        self._fill(budget, seq_lens, *hosted, budgets)
         return (budgets < seq_lens).nonzero().flatten().tolist()

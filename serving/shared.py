@@ -29,6 +29,8 @@ class Shared:
         self._backends: dict[str, Backend] = {}
         self._prepared = False
         self.dense: DenseAttention = get_dense_attention(device_type)
+        #: Budgets of the requests that ask for one, by slot: see ``request_budgets.py``.
+        self.requested: dict[int, int] = {}
 
     @classmethod
     def among(cls, layers: Iterable, config: AdamasConfig, device_type: str, engine: int) -> Shared:
@@ -37,9 +39,14 @@ class Shared:
         Args:
             engine: index of the engine in a data-parallel server.
         """
+        return cls.find(layers) or cls(config, device_type, engine)
+
+    @classmethod
+    def find(cls, layers: Iterable) -> Shared | None:
+        """The object of these layers, None if no layer has the adamas backend."""
         impls = (getattr(layer, "impl", None) for layer in layers)
         found = (impl.shared for impl in impls if isinstance(getattr(impl, "shared", None), cls))
-        return next(found, None) or cls(config, device_type, engine)
+        return next(found, None)
 
     def backend(self, kernels: str) -> Backend:
         """The engine's instance of the backend for a value of the option ``kernels``."""

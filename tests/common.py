@@ -84,3 +84,13 @@ def random_gpt_oss(folder: Path) -> Path:
     return _random(
         folder, "GptOss", change, sliding_window=256, layer_types=kinds, pad_token_id=0, **experts
     )
+
+
+class Changed:
+    """An object with some attributes replaced; the rest is the real one's."""
+
+    def __init__(self, real, **changes):
+        self._real, self._changes = real, changes
+
+    def __getattr__(self, name: str):
+        return self._changes[name] if name in self._changes else getattr(self._real, name)

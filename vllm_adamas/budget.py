@@ -14,11 +14,13 @@ class TokenBudget:
         tokens: a number of tokens, or a fraction of the context (0 < f <= 1).
         floor: minimum number of tokens when ``tokens`` is a fraction.
         min_context: contexts shorter than this are attended densely.
+        ceiling: number of tokens that a request may raise the budget to; 0 if requests have no say.
     """
 
     tokens: int | float
     floor: int = 1
     min_context: int = 0
+    ceiling: int = 0
     # A field, because 1 token and the whole context, 1.0, would be equal without it.
     is_fraction: bool = field(init=False)
 
@@ -51,7 +53,7 @@ class TokenBudget:
 
         Launches are sized for it. ``min_context`` is ignored, since it only makes rows dense.
         """
-        return TokenBudget(self.tokens, self.floor).of(seq_len)
+        return max(TokenBudget(self.tokens, self.floor).of(seq_len), min(self.ceiling, seq_len))
 
     def __str__(self) -> str:
         if self.is_fraction:

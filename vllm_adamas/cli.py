@@ -274,7 +274,13 @@ def _resolved(args, model: dict, config: AdamasConfig) -> AdamasConfig:
     if not model:
         return config.resolved()
     text = SimpleNamespace(**{"model_type": "", **model})
-    return resolve(SimpleNamespace(model=args.model, revision=None, hf_text_config=text), config)
+    read = SimpleNamespace(
+        model=args.model,
+        revision=None,
+        hf_text_config=text,
+        get_total_num_hidden_layers=lambda: model.get("num_hidden_layers", 1),
+    )
+    return resolve(read, config)
 
 
 def _model_shape(args, model: dict) -> dict:

@@ -88,6 +88,12 @@ class AdamasConfig(BaseModel):
     min_token_budget: Tokens = Field(
         64, ge=1, description="Floor in tokens when token_budget is a fraction."
     )
+    max_token_budget: Tokens | None = Field(
+        None,
+        ge=1,
+        description="Most tokens that a request may raise its budget to, with adamas_token_budget in vllm_xargs "
+        "(default: requests have no say).",
+    )
     selection: Literal["query_head", "kv_head"] = Field(
         "kv_head", description="One set of tokens per KV head, or one per query head (the paper)."
     )
@@ -158,6 +164,12 @@ class AdamasConfig(BaseModel):
         self._check_budget("token_budget", self.token_budget)
         for layer, budget in self.layer_budgets.items():
             self._check_budget(f"layer_budgets[{layer}]", budget)
+        if self.max_token_budget is not None and self.max_token_budget < self.least_requested:
+            least = self.least_requested
+            raise ValueError(
+                f"max_token_budget={self.max_token_budget} is below the {least} tokens that every request "
+                f"has: give a whole number of at least {least}, or remove it"
+            )
         if self.profile is not None and self.score == "manhattan":
             raise ValueError(
                 "profile belongs to score='dot': a distance between codes is not kept by shifting and "
@@ -297,13 +309,20 @@ class AdamasConfig(BaseModel):
         return self._budget(self.layer_budgets.get(layer, self.token_budget))
 
     @property
+    def least_requested(self) -> int:
+        """The least budget that a request may ask for; it has as much anyway."""
+        is_fraction = isinstance(self.token_budget, float)
+        return self.min_token_budget if is_fraction else self.token_budget
+
+    @property
     def budgets(self) -> list[TokenBudget]:
         """The distinct budgets of all layers, :attr:`budget` first."""
         own = map(self._budget, self.layer_budgets.values())
         return list(dict.fromkeys([self.budget, *own]))
 
     def _budget(self, tokens: int | float) -> TokenBudget:
-        return TokenBudget(tokens, self.min_token_budget, self.min_context)
+        most = self.max_token_budget or 0
+        return TokenBudget(tokens, self.min_token_budget, self.min_context, ceiling=most)
 
 
 def _sentence(err: ValidationError) -> str:

@@ -9,6 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from vllm_adamas.backends.registry import get_backend
+from vllm_adamas.budget import TokenBudget
 from vllm_adamas.config import (
     MAX_LAYERS,
     MAX_SECONDS,
@@ -26,6 +27,7 @@ DEFAULTS = {
     "score": "dot",
     "token_budget": 256,
     "min_token_budget": 64,
+    "max_token_budget": None,
     "selection": "kv_head",
     "combine": None,
     "num_dense_layers": None,
@@ -48,6 +50,8 @@ VALID = [
     ("token_budget", 0.001),
     ("token_budget", 1.0),
     ("min_token_budget", 1),
+    ("max_token_budget", 256),
+    ("max_token_budget", MAX_TOKENS),
     ("selection", "query_head"),
     ("combine", "max"),
     ("combine", "sum"),
@@ -103,6 +107,15 @@ INVALID = [
         {"layer_budgets": {"3": 0.5}, "recent_window": 64},
         ("min_token_budget=64", "recent_window"),
     ),
+    ({"max_token_budget": 255}, ("max_token_budget=255", "256 tokens", "remove")),
+    (
+        {"max_token_budget": 63, "token_budget": 0.5},
+        ("max_token_budget=63", "64 tokens", "remove"),
+    ),
+    *[
+        ({"max_token_budget": x}, ("max_token_budget", "vllm_xargs"))
+        for x in (0, -1, 0.5, True, "9")
+    ],
     ({"score": "cosine"}, ("score='cosine'", "'dot'", "'manhattan'")),
     ({"selection": "head"}, ("selection='head'", "'query_head'", "'kv_head'")),
     ({"combine": "mean"}, ("combine='mean'", "'sum'", "'max'")),
@@ -117,7 +130,13 @@ INVALID = [
     ({"num_dense_layers": "2"}, ("num_dense_layers='2'", "integer")),
     *[
         ({key: MAX_TOKENS + 1}, (f"{key}={MAX_TOKENS + 1}", f"equal to {MAX_TOKENS}"))
-        for key in ("min_token_budget", "num_sink_tokens", "recent_window", "min_context")
+        for key in (
+            "min_token_budget",
+            "max_token_budget",
+            "num_sink_tokens",
+            "recent_window",
+            "min_context",
+        )
     ],
     ({"num_dense_layers": MAX_LAYERS + 1}, ("num_dense_layers=65537", f"equal to {MAX_LAYERS}")),
     *[
@@ -276,6 +295,17 @@ def test_kernels_of_another_device_are_refused(name: str, device: str) -> None:
     with pytest.raises(AdamasError, match=f"{name!r}.*{device}") as error:
         get_backend(name, device)
     assert is_one_sentence(str(error.value))
+
+
+@pytest.mark.parametrize("tokens", [100, 0.25])
+def test_launches_are_sized_for_what_requests_may_ask_for(tokens) -> None:
+    """Their own budgets are what they were."""
+    budget = AdamasConfig(token_budget=tokens, max_token_budget=700).budget
+    assert [budget.of(n) for n in (60, 600, 1000, 4000)] == [
+        TokenBudget(tokens, 64).of(n) for n in (60, 600, 1000, 4000)
+    ]
+    assert [budget.most(n) for n in (60, 600, 1000)] == [60, 600, 700]
+    assert budget.most(4000) == max(700, budget.of(4000))
 
 
 def test_layers_by_the_numbers_of_a_json_object() -> None:

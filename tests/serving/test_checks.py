@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from common import MODEL, refused
+from common import MODEL, Changed, refused
 
 from vllm_adamas.backends import registry
 from vllm_adamas.backends.cuda import library
@@ -15,16 +15,6 @@ from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.serving import checks, compat
 from vllm_adamas.serving.plugin import register
-
-
-class Changed:
-    """An object with some attributes replaced; the rest is the real one's."""
-
-    def __init__(self, real, **changes):
-        self._real, self._changes = real, changes
-
-    def __getattr__(self, name: str):
-        return self._changes[name] if name in self._changes else getattr(self._real, name)
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ OPTIONS: Values = {
     "score": (["dot", "manhattan"], ["cosine"]),
     "token_budget": ([64, 256, 1 << 30, 0.05, 1.0], [1, 0, -3, 1.5, "64", None]),
     "min_token_budget": ([16, 64, 1 << 30], [1, 0]),
+    "max_token_budget": ([None, 1 << 30], [0, 1, True, "64"]),
     "selection": (["kv_head", "query_head"], ["head"]),
     "combine": (["sum", None], ["max", "mean"]),
     "num_dense_layers": ([0, 1, 30, 65536, None], [-1]),

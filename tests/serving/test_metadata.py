@@ -1,6 +1,6 @@
 """AdamasMetadata from batches as vLLM itself describes them, through the code of both model runners."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,11 +36,16 @@ RUNNERS = ("v1", "v2")
 
 @dataclass(frozen=True)
 class Request:
-    """A request in one step: prompt tokens, tokens in the cache before the step, tokens of the step."""
+    """A request in one step: prompt tokens, tokens in the cache before the step, tokens of the step.
+
+    Args:
+        wanted: the token budget that it asks for, 0 for none.
+    """
 
     prompt: int
     computed: int
     new: int = 1
+    wanted: int = 0
 
     @property
     def context(self) -> int:
@@ -75,7 +80,7 @@ def group_of(options: dict, micro_batches: int = 1, drafts: int = 0) -> Attentio
         block_size=BLOCK, num_kv_heads=1, head_size=64, head_size_v=64, dtype=torch.bfloat16
     )
     options = {"metrics": False, "log_interval": 0, "audit_interval": 0, **options}
-    shared = SimpleNamespace(stats=SelectionStats(AdamasConfig.parse(options), "cpu"))
+    shared = SimpleNamespace(stats=SelectionStats(AdamasConfig.parse(options), "cpu"), requested={})
     config = SimpleNamespace(
         additional_config={"adamas": options},
         compilation_config=SimpleNamespace(
@@ -99,6 +104,17 @@ def group_of(options: dict, micro_batches: int = 1, drafts: int = 0) -> Attentio
         for _ in range(micro_batches)
     ]
     return AttentionGroup(AdamasBackend, ["layer"], spec, 0, metadata_builders=builders)
+
+
+def ask(group: AttentionGroup, requests: list[Request], slots: list[int]) -> None:
+    """What logits processors have noted of the requests and of those that had other slots before."""
+    layers = group.get_metadata_builder().vllm_config.compilation_config.static_forward_context
+    budgets = layers["layer"].impl.shared.requested
+    budgets.clear()
+    wanted = [request.wanted for request in requests]
+    if any(wanted):
+        budgets.update(dict.fromkeys(set(range(MAX_ROWS)) - set(slots), 333))
+        budgets.update({slot: n for slot, n in zip(slots, wanted, strict=True) if n})
 
 
 def in_order(requests: list[Request], drafts: int = 0) -> list[Request]:
@@ -139,6 +155,7 @@ def build_v1(
     padded = padded_tokens(group, requests, rows, capture)
     stale = [Request(prompt=2000, computed=9)] * MAX_ROWS  # of requests that have ended
     known = (requests + stale)[:MAX_ROWS]
+    ask(group, requests, list(range(number)))
     starts = torch.from_numpy(starts_of(requests, MAX_ROWS))
     lens = torch.tensor([request.context for request in requests] + [0] * (MAX_ROWS - number))
     lens = lens.to(torch.int32)
@@ -193,6 +210,8 @@ def build_v2(
     batch.seq_lens_cpu_upper_bound = batch.seq_lens.clone()
     batch.num_scheduled_tokens = np.diff(starts)[:number]
     batch.is_prefilling_np = np.array([request.prefilling for request in requests])
+    batch.idx_mapping_np = (np.arange(number) * 7 + 3) % MAX_ROWS
+    ask(group, requests, batch.idx_mapping_np.tolist())
     batch.num_reqs_after_padding = rows
     batch.num_tokens_after_padding = padded_tokens(group, requests, rows, capture)
     state = SimpleNamespace(
@@ -245,7 +264,10 @@ def check(
     longest = max((request.context for request in requests), default=0)
     tables = block_tables(rows)
     for budget, batch in metadata.decode.items():
-        budgets = [context if x.prefilling else budget.of(context) for _, x, context in live]
+        budgets = [
+            context if x.prefilling else max(budget.of(context), min(x.wanted, context))
+            for _, x, context in live
+        ]
         assert batch.seq_lens.tolist() == contexts
         assert batch.budgets.tolist() == budgets + padding
         assert longest <= batch.max_seq_len <= MAX_MODEL_LEN
@@ -303,8 +325,13 @@ OPTIONS = [
     {"token_budget": BUDGET, "layer_budgets": {"0": 700, "2": 0.5, "5": BUDGET}},
     {"token_budget": 1, "layer_budgets": {"0": 1.0}},
 ]
+WANTED = st.sampled_from([0, 0, BUDGET + 1, 900])
 REQUESTS = st.one_of(
-    st.integers(2, MAX_MODEL_LEN).map(decoding),
+    st.builds(
+        lambda context, wanted: replace(decoding(context), wanted=wanted),
+        st.integers(2, MAX_MODEL_LEN),
+        WANTED,
+    ),
     st.integers(2, MAX_MODEL_LEN).map(remainder),
     st.just(Request(prompt=1, computed=0)),
     st.builds(chunk, computed=st.integers(0, 2000), new=st.integers(2, 40)),
@@ -330,7 +357,12 @@ def test_any_batch(runner: str, options: dict, requests: list[Request], padding:
 @given(
     requests=st.lists(
         st.one_of(
-            st.builds(decoding, st.integers(2, MAX_MODEL_LEN - 4), st.integers(0, 4)),
+            st.builds(
+                lambda context, drafts, wanted: replace(decoding(context, drafts), wanted=wanted),
+                st.integers(2, MAX_MODEL_LEN - 4),
+                st.integers(0, 4),
+                WANTED,
+            ),
             st.builds(chunk, computed=st.integers(1, 2000), new=st.integers(1, 8)),
             REQUESTS,
         ),
@@ -356,6 +388,22 @@ def test_drafts_have_contexts_of_their_own(runner: str) -> None:
     assert batch.seq_lens.tolist() == [99, 100, 101, 300, 201, 202, 203]
     assert batch.budgets.tolist() == [99, 100, 100, BUDGET, 201, 202, 203]
     assert torch.equal(batch.block_table, block_tables(3)[[0, 0, 0, 1, 2, 2, 2]])
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_requests_raise_their_budgets(runner: str) -> None:
+    """Beside one that asks for nothing, one beyond its context, and a prompt's last token; in all layers."""
+    options = {"token_budget": BUDGET, "layer_budgets": {"0": 400}, "max_token_budget": 1000}
+    requests = [
+        replace(decoding(300), wanted=200),
+        decoding(900),
+        replace(decoding(600), wanted=1000),
+        replace(decoding(900), wanted=700),
+        replace(remainder(641), wanted=200),
+    ]
+    usual, first = build(runner, options, requests, rows=8).decode.values()
+    assert usual.budgets.tolist() == [200, BUDGET, 600, 700, 641, 0, 0, 0]
+    assert first.budgets.tolist() == [300, 400, 600, 700, 641, 0, 0, 0]
 
 
 def test_micro_batches_have_their_own_rows() -> None:
