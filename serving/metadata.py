@@ -77,12 +77,29 @@ def raise_budgets(requested: torch.Tensor, seq_lens: torch.Tensor, out: torch.Te
 
     Args:
         requested: int32 on the host, tokens that a row's request asks for, 0 for none. It may have another
-            length than R: padding is left out, and the audit of a GPU knows one length per request.
+            length than R: either may lack the padding of a captured graph.
         seq_lens, out: int32 ``[R]``.
     """
     rows = min(len(requested), len(out))
     wanted = requested[:rows].to(out.device, non_blocking=True)
     torch.maximum(out[:rows], torch.minimum(wanted, seq_lens[:rows]), out=out[:rows])
+
+
+def draft_rows(
+    tokens: torch.Tensor, ends: torch.Tensor, seq_lens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The requests and context lengths of query tokens, without a host sync.
+
+    Args:
+        tokens: ``[R]`` indices of query tokens.
+        ends: ``[requests]`` the number of query tokens up to each request's last one.
+        seq_lens: int32 ``[requests]`` context lengths at each request's last query token.
+
+    Returns:
+        ``[R]`` requests and ``[R]`` lengths; those of tokens past the last request's have no meaning.
+    """
+    requests = torch.searchsorted(ends, tokens, right=True).clamp_(max=len(ends) - 1)
+    return requests, seq_lens[requests] - (ends[requests] - 1 - tokens)
 
 
 def require_supported(common: CommonAttentionMetadata) -> None:
@@ -166,15 +183,13 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
             )
         if self.reorder_batch_threshold == 1 or not num_decodes:
             return seq_lens, tables, prefilling, requested
+        tokens, ends = self._starts[:num_rows], common.query_start_loc[1 : num_decodes + 1]
+        requests, own = draft_rows(tokens, ends, seq_lens)
         query_lens = common.query_start_loc_cpu.diff()
         prefilling, requested = (
             None if each is None else each.repeat_interleave(query_lens[: len(each)])
             for each in (prefilling, requested)
         )
-        tokens, ends = self._starts[:num_rows], common.query_start_loc[1 : num_decodes + 1]
-        requests = torch.searchsorted(ends, tokens, right=True).clamp_(max=num_decodes - 1)
-        later = ends[requests] - 1 - tokens  # query tokens of the same request behind a row's own
-        own = seq_lens[requests] - later
         if self._block_table is None:
             self._block_table = tables.new_zeros(len(self._seq_lens), tables.shape[1])
         return (
@@ -228,26 +243,36 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
             query_start_loc=self._starts[: rows + 1],
             prefill=plan,
             slot_mapping=common.slot_mapping,
-            audit=self._audited(common, decode, seq_lens, hosted),
+            audit=self._audited(common, decode, num_decodes, hosted),
         )
 
     def _audited(
         self,
         common: CommonAttentionMetadata,
         decode: dict[TokenBudget, DecodeBatch],
-        seq_lens: torch.Tensor,
+        num_decodes: int,
         hosted: list[torch.Tensor | None],
     ) -> Audit | None:
         """The audit, if this step is audited."""
         if self.audit is None:
             return None
-        if seq_lens.device.type == "cpu":
-            lens = seq_lens
-        elif common.seq_lens_cpu_upper_bound is None:  # requests that vLLM has made up
-            lens = seq_lens.new_empty(0, device="cpu")
-        else:  # one row for each request
-            lens = common.seq_lens_cpu_upper_bound[: len(seq_lens)]
+        lens = self._lens_on_host(common, num_decodes)
         return self.audit.step(decode, lens, partial(self._sparse_rows, lens, hosted))
+
+    def _lens_on_host(self, common: CommonAttentionMetadata, num_decodes: int) -> torch.Tensor:
+        """int32 upper bounds of the rows' lengths, without padding; none of requests that vLLM has made up."""
+        lens = (
+            common.seq_lens
+            if common.seq_lens.device.type == "cpu"
+            else common.seq_lens_cpu_upper_bound
+        )
+        if lens is None:
+            return torch.empty(0, dtype=torch.int32)
+        lens = lens[:num_decodes]
+        if self.reorder_batch_threshold == 1 or not num_decodes:
+            return lens
+        ends = common.query_start_loc_cpu[1 : num_decodes + 1]
+        return draft_rows(torch.arange(int(ends[-1]), dtype=ends.dtype), ends, lens)[1]
 
     def _sparse_rows(
         self, seq_lens: torch.Tensor, hosted: list[torch.Tensor | None], budget: TokenBudget

@@ -419,6 +419,28 @@ def test_micro_batches_have_their_own_rows() -> None:
     assert torch.equal(second.prefill.block_table, block_tables(4)[3:])
 
 
+@pytest.mark.parametrize("drafts", [0, 2])
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_the_audit_knows_the_length_of_every_row(runner: str, drafts: int) -> None:
+    """Upper bounds on the host, one per row: a draft's context is its own. Padding and prompts are not audited."""
+    group, seen = group_of({"token_budget": BUDGET}, drafts=drafts), []
+    builder = group.get_metadata_builder()
+    builder.audit = SimpleNamespace(
+        reset=lambda: None,
+        step=lambda decode, lens, sparse_rows: seen.extend(
+            [lens.tolist(), sparse_rows(next(iter(decode)))]
+        ),
+    )
+    requests = in_order(
+        [decoding(BUDGET + 1, drafts), decoding(50, drafts), decoding(300, drafts)], drafts
+    )
+    BUILD[runner](group, requests, 4)
+    contexts = [request.computed + n + 1 for request in requests for n in range(request.new)]
+    assert seen[0][: len(contexts)] == contexts
+    assert not any(seen[0][len(contexts) :])
+    assert seen[1] == [row for row, context in enumerate(contexts) if context > BUDGET]
+
+
 @pytest.mark.parametrize("runner", RUNNERS)
 @pytest.mark.parametrize("rows", [1, 2, 8, MAX_ROWS])
 @pytest.mark.parametrize("drafts", [0, 3])
