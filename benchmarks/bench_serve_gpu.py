@@ -61,7 +61,7 @@ def parse_args():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--tokenizer", default=str(MODEL), help="folder with a small tokenizer")
     parser.add_argument(
-        "--loads", nargs="*", default=["32000x1", "32000x8"], help="CONTEXTxREQUESTS"
+        "--loads", nargs="*", default=["1000x64", "32000x1", "32000x8"], help="CONTEXTxREQUESTS"
     )
     parser.add_argument(
         "--big-loads", nargs="*", default=["32000x22", "128000x5"], help="one GPU per server"
@@ -283,7 +283,7 @@ class Bench:
     def start(
         self, names: tuple[str, ...], kv_bytes: str, devices: list[str] | None, stack: ExitStack
     ) -> dict[str, Server]:
-        extra = ["--load-format", "dummy", "--block-size", "64", "--max-num-seqs", "32"]
+        extra = ["--load-format", "dummy", "--block-size", "64", "--max-num-seqs", "64"]
         extra += ["--gpu-memory-utilization", "0.45", "--kv-cache-memory-bytes", kv_bytes]
         extra += ["--max-model-len", str(MAX_MODEL_LEN)]
 

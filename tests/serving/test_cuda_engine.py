@@ -17,6 +17,7 @@ import extension
 import pytest
 import torch
 from common import MODEL, is_one_sentence, random_llama
+from test_audit import audited
 from test_serve import (
     ATTENDED,
     BUDGET,
@@ -38,6 +39,7 @@ from vllm.third_party import pynvml
 from vllm_adamas import profile as profiles
 from vllm_adamas.serving.launch import Server
 from vllm_adamas.serving.metrics import NAMES, Counters
+from vllm_adamas.serving.request_budgets import ARGUMENT
 
 pytestmark = [
     pytest.mark.gpu,
@@ -53,6 +55,9 @@ COMMON = (
     "--cudagraph-capture-sizes 1 2 4 8 16 --gpu-memory-utilization 0.1 --kv-cache-memory-bytes 1G "
 )
 SPARSE = {"token_budget": BUDGET}
+AUDITED = {**SPARSE, "audit_interval": 3}
+MOST = 8192  #: that a request may ask for
+RAISED = {**AUDITED, "max_token_budget": MOST}
 V1_RUNNER = {"VLLM_USE_V2_MODEL_RUNNER": "0"}
 CHUNKED = "--max-num-batched-tokens 512"
 NGRAMS = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 4}
@@ -62,11 +67,12 @@ SPECS = {  # backend, its options, further arguments, environment
     "dense": ("adamas", {"token_budget": 1_000_000}, "", {}),
     "sparse": ("adamas", SPARSE, "", {}),  # FULL graphs for decode, PIECEWISE ones for the rest
     "piecewise": ("adamas", SPARSE, "-cc.cudagraph_mode=PIECEWISE", {}),
-    "no graphs": ("adamas", SPARSE, "-cc.cudagraph_mode=NONE", {}),
-    "v1 runner": ("adamas", SPARSE, "", V1_RUNNER),
+    "no graphs": ("adamas", AUDITED, "-cc.cudagraph_mode=NONE", {}),
+    "v1 runner": ("adamas", RAISED, "", V1_RUNNER),
+    "raised": ("adamas", RAISED, "", {}),
     "v1 runner, no graphs": ("adamas", SPARSE, "-cc.cudagraph_mode=NONE", V1_RUNNER),
-    "drafts": ("adamas", SPARSE, DRAFTS, {}),
-    "drafts, no graphs": ("adamas", SPARSE, f"{DRAFTS} -cc.cudagraph_mode=NONE", {}),
+    "drafts": ("adamas", AUDITED, DRAFTS, {}),
+    "drafts, no graphs": ("adamas", AUDITED, f"{DRAFTS} -cc.cudagraph_mode=NONE", {}),
     "dense drafts": ("adamas", {"token_budget": 1_000_000}, DRAFTS, {}),
     "stock drafts": ("flash_attn", None, DRAFTS, {}),
     "chunked": (
@@ -283,6 +289,33 @@ def test_drafts_are_accepted_as_by_the_stock_backend(host) -> None:
         drafted, accepted = (now[name] - before[name] for name in SPECULATED)
         rates.append(accepted / drafted)
     assert abs(rates[0] - rates[1]) < 0.05, rates
+
+
+@pytest.mark.parametrize(
+    "name", ["no graphs", "v1 runner", "raised", "drafts", "drafts, no graphs"]
+)
+def test_audited_rows_agree_with_dense_attention(host, name: str) -> None:
+    """Rows of a replayed graph, and those of drafts, are compared with their own contexts."""
+    server = host[name]
+    answers(server, LONG_PROMPTS)
+    for group in audited(server).values():
+        assert group["rows"] > 0
+        assert 0.0 < group["output_error"] < 0.6
+        assert 0.4 < group["kept_mass"] < group["oracle_mass"] <= 1.001
+
+
+@pytest.mark.parametrize("name", ["v1 runner", "raised"])
+def test_a_request_raises_its_own_budget_alone(host, name: str) -> None:
+    server, asked = host[name], ({}, {"vllm_xargs": {ARGUMENT: MOST}})
+    found = together(
+        [
+            lambda p=p, o=options: complete(server, p, logprobs=2, **o)["logprobs"]
+            for options in asked
+            for p in LONG_PROMPTS
+        ]
+    )
+    expected = steps_of(host["sparse"], LONG_PROMPTS) + steps_of(host["dense"], LONG_PROMPTS)
+    assert_same_up_to_rounding(expected, found)
 
 
 @pytest.mark.parametrize(("name", "rounding"), [("sparse", ROUNDING), ("fp8", FP8_ROUNDING)])
