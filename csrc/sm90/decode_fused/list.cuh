@@ -181,10 +181,11 @@ struct TokenList {
   __device__ __forceinline__ void end_stage(int number) {
     if (!state.indexed) state.count += kStageTokens;
     if (fits) return;
-    if (number >= kFirstPost && (number & (number - 1)) == 0)
+    const bool full = state.count > kList - kStageTokens;
+    if (full || (number >= kFirstPost && (number & (number - 1)) == 0))
       state.pivot =
           post_pivot(scores, state.count, state.pivot, (wanted + warps - 1) / warps, m.posts, warps, warp);
-    if (state.count > kList - kStageTokens) state = shorten_list(scores, indices, state, wanted);
+    if (full) state = shorten_list(scores, indices, state, wanted);
   }
 
  private:
