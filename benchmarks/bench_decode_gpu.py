@@ -106,6 +106,12 @@ PARTS = {
         selections=("kv_head", "max"),
     ),
     "budgets": Part(FEW, keys=BOTH, budgets=(64, 128, 512, 1024)),
+    "large_budgets": Part(
+        (*(cell for cell in CELLS if cell not in FEW), (1024 * K, 1)),
+        keys=BOTH,
+        budgets=(512, 1024),
+        selections=("kv_head", "max"),
+    ),
     "contexts": Part(tuple((n * K, 1) for n in (4, 16, 64, 256, 512, 1024))),
     "heads": Part(FEW, heads=tuple(map(Heads.parse, SHAPES)), keys=BOTH),
     "mha": Part(tuple((n * K, 1) for n in (8, 16, 32)), heads=(Heads(32, 32, 128),)),

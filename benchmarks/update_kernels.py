@@ -179,7 +179,7 @@ def both_kernels(result: dict) -> list[str]:
 
 def part(result: dict, name: str) -> list[str]:
     """A part's cells, with the column that tells them apart besides the context and the rows."""
-    column = {"budgets": "budget", "heads": "heads"}.get(name)
+    column = {"budgets": "budget", "large_budgets": "budget", "heads": "heads"}.get(name)
     rows, measured = [], names(result[name], "dot")
     for cell in served(result[name]):
         start = [place(cell), cell[column]] if column else [place(cell)]
@@ -237,6 +237,7 @@ def render(result: dict, environment: Environment) -> list[str]:
     ]
     titles = {
         "budgets": "Token budgets, dot:",
+        "large_budgets": "Large token budgets in the other cells, dot:",
         "contexts": "Other contexts, one row, dot:",
         "heads": "Other layers (query heads x KV heads x head size), dot:",
         "mha": "Multi-head attention (32 query and 32 KV heads), one row, dot:",

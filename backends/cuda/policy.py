@@ -18,6 +18,8 @@ from vllm_adamas.errors import AdamasError
 LEAST_CANDIDATES, MOST_CANDIDATES = 4096, 32768  #: per token set
 WARPS = (16, 8)  #: of a block of the fused kernel; a multiprocessor runs one of 16 or two of 8
 CLUSTERS = (16, *range(8, 0, -1))  #: blocks; 9 to 15 exchange more than they gain over 8
+#: Tokens of a budget per warp of a block; pivots are loose for more (post_pivot of csrc/sm90/decode_fused/list.cuh).
+MOST_PER_WARP = 64
 #: Tokens of a launch for the fused kernel. The three kernels divide longer contexts of few rows over the whole GPU.
 MOST_FUSED = 1 << 17
 #: Tokens per warp of the fused kernel if distances are summed; their arithmetic needs the whole GPU sooner.
@@ -78,7 +80,8 @@ def prefers_fused(form: Form, max_seq_len: int, budget: int, *, summed_distances
     most = MOST_FUSED
     if summed_distances:
         most = min(most, MOST_DISTANCES * form.cluster * form.warps)
-    return form != THREE and max_seq_len <= most and budget <= limits().most_wanted
+    most_wanted = min(limits().most_wanted, MOST_PER_WARP * form.warps)
+    return form != THREE and max_seq_len <= most and budget <= most_wanted
 
 
 def fused_form(groups: int, clusters_at_once: Callable[[Form], int]) -> Form:

@@ -18,7 +18,7 @@ constexpr int kMaxGroup = kQuad * kMaxHeadQuads;  // query heads per KV head
 // context, whose stages scan counts in 32 bits.
 constexpr int kMaxContext = 1 << 20, kMaxBlock = 1 << 16, kMaxRows = 8192, kMaxCluster = 16;
 // Tokens that a round of the fused kernel selects, and (row, KV head)s that may share dense rows there.
-constexpr int kMostWanted = 512, kTickets = 1024;
+constexpr int kMostWanted = 1024, kTickets = 1024;
 constexpr int64_t kMaxStep = int64_t(1) << 37;
 // Planes of an encoded query: 2 with two bits each (dot) or 3 thermometer planes (manhattan).
 constexpr int kMaxQueryPlanes = 3;

@@ -21,6 +21,7 @@ from vllm_adamas.backends.cuda.library import LIBRARY, Limits, limits, load
 from vllm_adamas.backends.cuda.policy import (
     MOST_DISTANCES,
     MOST_FUSED,
+    MOST_PER_WARP,
     THREE,
     Form,
     LaunchPlan,
@@ -94,6 +95,8 @@ def test_choice_follows_launch_and_budget(recorder) -> None:
         assert not fused(Form(8, 16), longest, most + 1)
         assert not fused(Form(8, 16), longest + 1, most)
         assert not fused(THREE, 1024, 64)
+        assert fused(Form(2, 8), 1024, MOST_PER_WARP * 8)
+        assert not fused(Form(2, 8), 1024, MOST_PER_WARP * 8 + 1)
 
 
 # plans, with a library that computes nothing

@@ -108,25 +108,30 @@ inline __device__ __noinline__ ListState shorten_list(float* scores, uint16_t* i
   return {to, from_order_key(low), true};
 }
 
-// The largest scores of 64 groups of the listed tokens, two per lane.
+// The largest scores of 32 * kPerLane groups of the listed tokens.
+template <int kPerLane>
 struct GroupTops {
-  float top[2] = {-INFINITY, -INFINITY};
+  float top[kPerLane];
 
   __device__ __forceinline__ GroupTops(const float* scores, int count) {
-    for (int i = threadIdx.x % 32; i < count; i += 64) {
-      top[0] = fmaxf(top[0], scores[i]);
-      if (i + 32 < count) top[1] = fmaxf(top[1], scores[i + 32]);
-    }
+#pragma unroll
+    for (int j = 0; j < kPerLane; ++j) top[j] = -INFINITY;
+    for (int first = threadIdx.x % 32; first < count; first += 32 * kPerLane)
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j)
+        if (first + j * 32 < count) top[j] = fmaxf(top[j], scores[first + j * 32]);
   }
 
   // An order key that `groups` of them reach, or 0 if there are fewer tokens; its upper half suffices.
   __device__ __forceinline__ uint32_t reached_by(int groups) const {
-    const uint32_t a = order_key(top[0]), b = order_key(top[1]);
     uint32_t reached = 0;
 #pragma unroll
     for (uint32_t bit = 1u << 31; bit > 0xffff; bit /= 2) {
       const uint32_t key = reached | bit;
-      if (__popc(__ballot_sync(kFull, a >= key)) + __popc(__ballot_sync(kFull, b >= key)) >= groups) reached = key;
+      int number = 0;
+#pragma unroll
+      for (int j = 0; j < kPerLane; ++j) number += __popc(__ballot_sync(kFull, order_key(top[j]) >= key));
+      if (number >= groups) reached = key;
     }
     return reached > order_key(-FLT_MAX) ? reached : 0;
   }
@@ -137,7 +142,7 @@ struct GroupTops {
 inline __device__ __noinline__ float post_pivot(const float* scores, int count, float pivot, int share,
                                                 uint32_t* posts, int warps, int warp) {
   const int lane = threadIdx.x % 32;
-  const uint32_t reached = GroupTops(scores, count).reached_by(share);
+  const uint32_t reached = GroupTops<4>(scores, count).reached_by(share);
   if (lane == 0) atomicMax(posts + warp, reached);
   __syncwarp();
   // Other warps may post meanwhile: an atomic operation reads, too.
@@ -176,10 +181,11 @@ struct TokenList {
   __device__ __forceinline__ void end_stage(int number) {
     if (!state.indexed) state.count += kStageTokens;
     if (fits) return;
-    if (number >= kFirstPost && (number & (number - 1)) == 0)
+    const bool full = state.count > kList - kStageTokens;
+    if (full || (number >= kFirstPost && (number & (number - 1)) == 0))
       state.pivot =
           post_pivot(scores, state.count, state.pivot, (wanted + warps - 1) / warps, m.posts, warps, warp);
-    if (state.count > kList - kStageTokens) state = shorten_list(scores, indices, state, wanted);
+    if (full) state = shorten_list(scores, indices, state, wanted);
   }
 
  private:

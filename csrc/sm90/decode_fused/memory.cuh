@@ -10,7 +10,7 @@ constexpr int kFusedGroup = kLeastWarps;  // most query heads per KV head: one w
 constexpr int kFusedStages = 3;           // stages of a warp's ring
 constexpr int kEdgeBins = 128, kEdgeWords = kEdgeBins / 2;  // two 16-bit counts per word
 constexpr int kMembers = 256;                               // most members of the edge bin
-constexpr int kList = 2 * kMostWanted + kStageTokens;       // places of a warp's list
+constexpr int kList = kMostWanted + 2 * kStageTokens;       // places of a warp's list
 
 // The range of a block's scores, as order keys.
 struct alignas(16) FusedRange {

@@ -44,7 +44,7 @@ struct RingPlace {
 // Fewer groups give a higher floor: a group is the scores of several lanes, of one lane, or every other one of a lane.
 __device__ __forceinline__ void merge_range(const FusedBlock& b, int wanted, const TokenList& list) {
   const int lane = b.lane;
-  const GroupTops tops(list.scores, list.state.count);
+  const GroupTops<2> tops(list.scores, list.state.count);
   const float(&part)[2] = tops.top;
   const int warps = min(b.s.cluster * b.s.num_warps, b.plan.length / kStageTokens);
   int per_warp = 2;  // groups
