@@ -15,6 +15,7 @@ QUERY_BITS = 4  #: bits of a query element in the dot score
 QUERY_MAX = 2 ** (QUERY_BITS - 1) - 1
 FP16_MAX = 65504.0
 SAMPLE_TILES = 32  #: tiles of a context that a head's log-sum-exp is estimated from
+SAMPLE_BITS = 9  #: log2 of their tokens
 LARGEST_FACTOR = 1e25  #: of logits, which stay finite: a dot score is below 4e8
 FRACTION_BITS = 18  #: of a power of two in fixed point; SAMPLE_TILES * TILE of them fit 32 bits
 LEAST_EXPONENT = -20  #: of a term of the sum of powers of two; smaller ones are 0 in fixed point
@@ -126,7 +127,10 @@ def sampled_tokens(length: int) -> torch.Tensor:
 
 
 def log_sum(logits: torch.Tensor) -> torch.Tensor:
-    """log2(sum(2^logits)) of the last dimension, ``[..., L] -> [..., 1]``, within 0.09.
+    """log2(sum(2^logits) / 2^SAMPLE_BITS) of the last dimension, ``[..., L] -> [..., 1]``, within 0.09.
+
+    The divisor is the same for all heads, so it decides nothing. With it, small logits less this number are small,
+    too, and float32 does not round them to equal scores.
 
     Powers and logarithm are interpolated linearly between powers of two, and terms are added in fixed
     point, so the result does not depend on the order of additions.
@@ -137,7 +141,7 @@ def log_sum(logits: torch.Tensor) -> torch.Tensor:
     terms = ((1 + (x - exponent)) * 2**FRACTION_BITS).int() >> (-exponent).int()
     total = terms.sum(-1, keepdim=True, dtype=torch.int32).float()  # [..., 1]
     mantissa, exponent = total.frexp()  # 0.5 <= mantissa < 1
-    return top + ((exponent - 1 - FRACTION_BITS) + (2 * mantissa - 1))
+    return top + ((exponent - 1 - FRACTION_BITS - SAMPLE_BITS) + (2 * mantissa - 1))
 
 
 def manhattan_score(q_codes: torch.Tensor, codes: torch.Tensor) -> torch.Tensor:

@@ -33,6 +33,7 @@ ROUND = tl.constexpr(12582912.0)  #: 1.5 * 2^23: adding it rounds to an integer
 
 # As in the reference's signature.py.
 SAMPLE_TILES = tl.constexpr(32)
+SAMPLE_BITS = tl.constexpr(9)
 LARGEST_FACTOR = tl.constexpr(1e25)
 FRACTION_BITS = tl.constexpr(18)
 FRACTION_ONE = tl.constexpr(2.0**18)
@@ -220,7 +221,7 @@ def sample_kernel(
                 term = term >> (-exponent).to(tl.int32)
                 total += tl.sum(tl.where(inside[None, :], term, 0), 1)
     bits = total.to(tl.float32).to(tl.int32, bitcast=True)
-    exponent = ((bits >> 23) - (FRACTION_BITS + 127)).to(tl.float32)
+    exponent = ((bits >> 23) - (FRACTION_BITS + SAMPLE_BITS + 127)).to(tl.float32)
     mantissa = ((bits & 0x7FFFFF) | 0x3F800000).to(tl.float32, bitcast=True)
     tl.store(log_sum + unit, top + (exponent + (mantissa - 1)))
 

@@ -8,6 +8,7 @@ constexpr int kQueryMax = (1 << (kQueryBits - 1)) - 1;
 
 // Estimate of a query head's log-sum-exp (backends/reference/signature.py, log_sum).
 constexpr int kSampleTiles = 32;
+constexpr int kSampleBits = 9;  // log2 of their tokens
 constexpr int kFractionBits = 18;
 constexpr int kLeastExponent = -20;
 constexpr float kLargestFactor = 1e25f;

@@ -268,7 +268,7 @@ static inline void scan_tile(const Tile& tile, const QueryCode* codes, int count
   }
 }
 
-// log2(sum(2^x)) of the first `count` of n values, n a multiple of kLanes; the rest is overwritten. Powers and
+// log2(sum(2^x) / 2^kSampleBits) of the first `count` of n values, n a multiple of kLanes; the rest is overwritten. Powers and
 // logarithm are interpolated linearly, and terms are added in fixed point, in which their order does not matter.
 static inline float log_sum(float* x, int count, int n) {
   for (int i = count; i < n; ++i) x[i] = -__builtin_inff();
@@ -286,7 +286,7 @@ static inline float log_sum(float* x, int count, int n) {
   }
   const uint32_t bits = float_to_bits(float(hsum(sums)));
   const float mantissa = bits_to_float((bits & 0x7fffffu) | 0x3f800000u);
-  return top + (float(int(bits >> 23) - 127 - kFractionBits) + (mantissa - 1.0f));
+  return top + (float(int(bits >> 23) - 127 - kFractionBits - kSampleBits) + (mantissa - 1.0f));
 }
 
 template <int D>

@@ -27,11 +27,11 @@ __device__ __forceinline__ uint32_t sum_term(float logit, float top) {
   return uint32_t(__fmul_rn(mantissa, float(1 << kFractionBits))) >> int(-exponent);
 }
 
-// log2 of a sum of terms, interpolated likewise.
+// log2 of a sum of terms over the tokens of a whole sample, interpolated likewise.
 __device__ __forceinline__ float log_sum(float top, uint32_t sum) {
   const int exponent = 31 - __clz(int(sum));
   const float mantissa = __fmul_rn(__uint2float_rn(sum), __int_as_float((127 - exponent) << 23));  // [1, 2]
-  return __fadd_rn(top, __fadd_rn(float(exponent - kFractionBits), __fsub_rn(mantissa, 1.0f)));
+  return __fadd_rn(top, __fadd_rn(float(exponent - kFractionBits - kSampleBits), __fsub_rn(mantissa, 1.0f)));
 }
 
 }  // namespace adamas
