@@ -30,7 +30,7 @@ QUALITY = "quality_SmolLM2-135M-Instruct"
 
 #: Results shown in README.md: loads (context, requests) of the GPU server, a cell of the kernels (context,
 #: rows), and the context of the CPU server.
-LOADS = ((32000, 1), (32000, 8), (128000, 5))
+LOADS = ((32000, 1), (32000, 8), (32000, 22))
 CELL = (32768, 32)
 CPU_CONTEXT = 8000
 
