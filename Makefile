@@ -24,7 +24,7 @@ export VLLM_CPU_KVCACHE_SPACE ?= 2
 export ADAMAS_BUILD_CUDA ?= $(if $(wildcard /proc/driver/nvidia/version),auto,0)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native model demo serve test test-slow test-models test-gpu sanitize-cpu sanitize-gpu bench-cpu bench-gpu storm lint lint-images dist release-check docs \
+.PHONY: help setup native model demo serve test test-slow test-models test-gpu sanitize-cpu sanitize-gpu bench-cpu bench-gpu storm lint lint-images test-alerts dist release-check docs \
 	vllm-names vllm-tests clean
 
 help: ## list the targets
@@ -110,6 +110,12 @@ lint: $(READY) ## check style
 
 lint-images: $(READY) ## check the Dockerfiles of serving/deploy
 	@PATH="$(abspath $(dir $(PYTHON))):$$PATH" hadolint serving/deploy/*.Dockerfile
+
+test-alerts: ## test the alerts of serving/deploy with promtool
+	@command -v promtool > /dev/null || { echo "promtool is not installed: \`apt-get install prometheus\` brings it," \
+		"and so does every release of Prometheus." >&2; exit 1; }
+	@promtool check rules serving/deploy/alerts.yaml
+	@promtool test rules serving/deploy/alerts_test.yaml
 
 # nvcc needs no GPU, so unlike the other targets this one compiles the CUDA kernels everywhere.
 dist: $(READY) ## build what a release publishes from the committed tree into dist (CUDA=0: without CUDA kernels)
