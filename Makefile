@@ -25,7 +25,7 @@ export ADAMAS_BUILD_CUDA ?= $(if $(wildcard /proc/driver/nvidia/version),auto,0)
 
 .DEFAULT_GOAL := help
 .PHONY: help setup native model demo serve test test-slow test-models test-gpu sanitize-cpu sanitize-gpu bench-cpu bench-gpu storm lint lint-images test-alerts dist release-check docs \
-	vllm-names vllm-tests clean
+	screenshots vllm-names vllm-tests clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -135,6 +135,9 @@ $(DOCS_VENV)/.setup-done: pyproject.toml
 # Not --quiet, which drops the warnings that --strict counts.
 docs: $(DOCS_VENV)/.setup-done ## build the documentation site in build/site; a broken link is an error
 	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict
+
+screenshots: $(READY) ## take the pictures of reports that the documents show (Chromium)
+	@$(PYTHON) scripts/screenshot.py
 
 vllm-names: $(READY) ## check the vLLM names in use against a vLLM and record the result (WHEEL)
 	@$(PYTHON) scripts/check_vllm_names.py $(WHEEL) --record
