@@ -24,8 +24,8 @@ export VLLM_CPU_KVCACHE_SPACE ?= 2
 export ADAMAS_BUILD_CUDA ?= $(if $(wildcard /proc/driver/nvidia/version),auto,0)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native model demo serve test test-slow test-models test-gpu sanitize-cpu sanitize-gpu bench-cpu bench-gpu storm lint lint-images dist release-check docs \
-	vllm-names vllm-tests clean
+.PHONY: help setup native model demo serve test test-slow test-models test-gpu sanitize-cpu sanitize-gpu bench-cpu bench-gpu storm lint lint-images test-alerts dist release-check docs \
+	screenshots vllm-names vllm-tests clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
@@ -111,6 +111,12 @@ lint: $(READY) ## check style
 lint-images: $(READY) ## check the Dockerfiles of serving/deploy
 	@PATH="$(abspath $(dir $(PYTHON))):$$PATH" hadolint serving/deploy/*.Dockerfile
 
+test-alerts: ## test the alerts of serving/deploy with promtool
+	@command -v promtool > /dev/null || { echo "promtool is not installed: \`apt-get install prometheus\` brings it," \
+		"and so does every release of Prometheus." >&2; exit 1; }
+	@promtool check rules serving/deploy/alerts.yaml
+	@promtool test rules serving/deploy/alerts_test.yaml
+
 # nvcc needs no GPU, so unlike the other targets this one compiles the CUDA kernels everywhere.
 dist: $(READY) ## build what a release publishes from the committed tree into dist (CUDA=0: without CUDA kernels)
 	@ADAMAS_BUILD_CUDA=$(CUDA) $(PYTHON) scripts/dist.py $(ARGS)
@@ -129,6 +135,9 @@ $(DOCS_VENV)/.setup-done: pyproject.toml
 # Not --quiet, which drops the warnings that --strict counts.
 docs: $(DOCS_VENV)/.setup-done ## build the documentation site in build/site; a broken link is an error
 	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/python -m mkdocs build --strict
+
+screenshots: $(READY) ## take the pictures of reports that the documents show (Chromium)
+	@$(PYTHON) scripts/screenshot.py
 
 vllm-names: $(READY) ## check the vLLM names in use against a vLLM and record the result (WHEEL)
 	@$(PYTHON) scripts/check_vllm_names.py $(WHEEL) --record

@@ -18,14 +18,23 @@ from vllm_adamas.environment import Environment
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.identity import model_folder, text_config
 from vllm_adamas.serving.launch import Server
+from vllm_adamas.serving.loadtest import aiperf
 from vllm_adamas.serving.loadtest.drive import Run
 from vllm_adamas.serving.loadtest.reconcile import Layers, options_in_force
 from vllm_adamas.serving.loadtest.record import ADAMAS, Results
 from vllm_adamas.serving.loadtest.report import as_html, as_markdown, ratios
-from vllm_adamas.serving.loadtest.scenario import Scenario, check_fits, load, shipped
+from vllm_adamas.serving.loadtest.scenario import (
+    Agents,
+    Scenario,
+    Soak,
+    check_fits,
+    load,
+    shipped,
+)
 from vllm_adamas.tables import plain
 
 STOCK = {"cpu": "cpu_attn", "cuda": "flash_attn"}  #: vLLM's backend by the type of the device
+CLIENTS = ("vllm", "aiperf")
 #: Arguments of `vllm serve` that the load test gives itself, or that would hide the server or its counters.
 RESERVED = ("--attention-backend", "--additional-config", "--host", "--port", "--uds", "--api-key")
 RESERVED += ("--ssl-keyfile", "--ssl-certfile", "--root-path", "--headless", "--disable-log-stats")
@@ -38,6 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("model", metavar="MODEL", help="folder or hub name")
     add("--config", default="{}", metavar="JSON", help="the options you would give under 'adamas'")
     add("--stock", metavar="BACKEND", help="what to compare with; default: cpu_attn or flash_attn")
+    add("--client", choices=CLIENTS, default=CLIENTS[0], help="sends requests without state")
     add("--scale", type=float, default=1.0, help="factor on the lengths of prompts")
     add("--load", type=float, default=1.0, help="factor on requests, their rate and concurrency")
     add("--repeats", type=int, help="servers of each backend; default: the scenario's")
@@ -60,6 +70,7 @@ def loadtest(args, options: dict[str, Any]) -> int:
         AdamasError: an argument or the scenario is not valid.
     """
     scenario = _scenario(args)
+    client = aiperf.program() if args.client == "aiperf" else None
     folder = Path(args.output)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -71,7 +82,7 @@ def loadtest(args, options: dict[str, Any]) -> int:
     status = 1
     with _interruptible():
         try:
-            _run(args, results, folder)
+            _run(args, results, folder, client)
         except KeyboardInterrupt:
             results.ended, status = "interrupted; no server is left", INTERRUPTED
         except AdamasError:
@@ -98,6 +109,11 @@ def _scenario(args) -> Scenario:
     if args.stock and args.stock.lower() == ADAMAS:
         raise AdamasError(f"--stock {args.stock} would compare adamas with itself: leave it out.")
     scenario = load(args.scenario).scaled(args.scale, args.load)
+    if args.client != CLIENTS[0] and isinstance(scenario.traffic, Agents | Soak):
+        raise AdamasError(
+            f"--client {args.client} cannot send traffic of kind {scenario.traffic.kind}: leave --client out, "
+            "since this kind has a client of its own."
+        )
     server_args = (*scenario.server_args, *args.server_args)
     for argument in server_args:
         if (name := argument.partition("=")[0].replace("_", "-")) in RESERVED:
@@ -130,14 +146,19 @@ def _results(args, scenario: Scenario, options: dict[str, Any]) -> Results:
         "options": options,
         "scale": args.scale,
         "load": args.load,
+        "client": args.client,
         "environment": environment.record(),
     }
     stock = args.stock or STOCK["cuda" if environment.gpu else "cpu"]
     return Results(facts, scenario, stock)
 
 
-def _run(args, results: Results, folder: Path) -> None:
-    """Runs the servers one after another; what is written after each survives the next one's end."""
+def _run(args, results: Results, folder: Path, client: str | None) -> None:
+    """Runs the servers one after another; what is written after each survives the next one's end.
+
+    Args:
+        client: path of aiperf, if it sends the requests.
+    """
     scenario = results.scenario
     # adamas first: what it refuses is refused before anything has run.
     order = [(name, n) for n in range(scenario.repeats) for name in (ADAMAS, results.stock)]
@@ -153,7 +174,8 @@ def _run(args, results: Results, folder: Path) -> None:
             timeout=args.start_limit,
         ) as server:
             print(f"{name}: started", file=sys.stderr, flush=True)
-            run = Run(scenario, server, name, folder, scenario.seed + repeat, args.limit)
+            seed = scenario.seed + repeat
+            run = Run(scenario, server, name, folder, seed, args.limit, client)
             outcome = asyncio.run(run.drive())
             layers, remark = _layers(server) if backend == ADAMAS else (None, "")
         results.add(backend, outcome, layers, remark)

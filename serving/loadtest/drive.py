@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_adamas.serving.launch import LOG_LINES, Server
+from vllm_adamas.serving.loadtest import aiperf
 from vllm_adamas.serving.loadtest.measure import Sample
 from vllm_adamas.serving.loadtest.scenario import Agents, Scenario, Soak, check_fits
 from vllm_adamas.serving.loadtest.traffic import chunk_tokens, lines
@@ -62,6 +64,7 @@ class Run:
         folder: where the logs of the clients go.
         seed: of the traffic.
         limit: seconds for the traffic.
+        aiperf: path of the program aiperf, which then sends requests without state in place of `vllm bench serve`.
     """
 
     scenario: Scenario
@@ -70,6 +73,7 @@ class Run:
     folder: Path
     seed: int
     limit: float
+    aiperf: str | None = None
 
     async def drive(self) -> Outcome:
         """Warms the server up, sends the traffic and reads the counters.
@@ -79,7 +83,7 @@ class Run:
             AdamasError: the longest context does not fit, or the server does not answer.
         """
         traffic, outcome = self.scenario.traffic, Outcome()
-        client: Callable[[Outcome], Awaitable[None]] = self._bench
+        client: Callable[[Outcome], Awaitable[None]] = self._aiperf if self.aiperf else self._bench
         if isinstance(traffic, Agents):
             client = self._agents
         elif isinstance(traffic, Soak):
@@ -195,6 +199,31 @@ class Run:
                 file.unlink(missing_ok=True)
         outcome.samples = samples(found, [line.output_length for line in wanted])
         outcome.seconds = found["duration"]
+
+    async def _aiperf(self, outcome: Outcome) -> None:
+        """Requests without state: aiperf sends them, their bodies made here."""
+        traffic = self.scenario.traffic
+        wanted = lines(traffic, self.seed)
+        vocabulary = sorted(set(await self._endpoint.book()))
+        made = aiperf.bodies(
+            wanted, chunk_tokens(traffic), vocabulary, self._endpoint.model, self.seed
+        )
+        with tempfile.TemporaryDirectory(prefix="aiperf-") as folder:
+            trace = Path(folder, "trace.jsonl")
+            trace.write_text("".join(f"{line}\n" for line in made))
+            command = aiperf.command(
+                self.aiperf,
+                self.server.url,
+                self._endpoint.model,
+                self.server.model,
+                trace,
+                traffic.concurrency,
+            )
+            if "--trust-remote-code" in self.scenario.server_args:
+                command.append("--tokenizer-trust-remote-code")
+            await self._subprocess("aiperf", command, {"TMPDIR": folder, **aiperf.ENVIRONMENT})
+            records = Path(folder, aiperf.RECORDS).read_text().splitlines()
+        outcome.samples, outcome.seconds = aiperf.samples(records, wanted)
 
     async def _soak(self, outcome: Outcome) -> None:
         traffic = self.scenario.traffic

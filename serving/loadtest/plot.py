@@ -31,7 +31,7 @@ def chart(
         )
 
     parts = [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" role="img" '
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" overflow="visible" role="img" '
         f'aria-label="{escape(title)}" font-family="sans-serif" font-size="11">',
         _text(LEFT, 14, title, "start", 'font-weight="bold"'),
         _text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 6, x_label, "middle"),

@@ -16,7 +16,7 @@ from vllm_adamas.tables import markdown
 STYLE = (
     "body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto;padding:0 1em;color:#222}"
     "table{border-collapse:collapse;margin:1em 0}td,th{border:1px solid #ccc;padding:.2em .6em;"
-    "text-align:right}td:first-child,th:first-child{text-align:left}svg{margin:.5em}"
+    "text-align:right}td:first-child,th:first-child,.facts td{text-align:left}svg{margin:.5em}"
 )
 TIMES = {"ttft": "TTFT", "tpot": "TPOT", "itl": "ITL", "e2e": "end to end"}
 READING = (
@@ -78,8 +78,11 @@ def as_html(record: Mapping[str, Any]) -> str:
         elif isinstance(block, Paragraph):
             body.append(f"<p>{escape(block.text)}</p>")
         elif isinstance(block, Table):
-            rows = [_row("th", block.headers), *(_row("td", row) for row in block.rows)]
-            body.append(f"<table>{''.join(rows)}</table>")
+            rows = [_row("td", row) for row in block.rows]
+            if any(block.headers):
+                body.append(f"<table>{_row('th', block.headers)}{''.join(rows)}</table>")
+            else:
+                body.append(f'<table class="facts">{"".join(rows)}</table>')
         else:
             body.append(block.svg)
     title = f"Load test: {escape(record['name'])}"
@@ -135,6 +138,8 @@ def _facts(record: Mapping[str, Any]) -> Iterator[tuple[str, object]]:
     yield "order of servers", ", ".join(run["backend"] for run in record["runs"])
     yield "options of adamas", json.dumps(record["options"])
     yield "arguments of both servers", " ".join(scenario["server_args"]) or "none"
+    if record["client"] == "aiperf":
+        yield "client", record["client"]
     yield "scale, load", f"{record['scale']:g}, {record['load']:g}"
     traffic = {name: value for name, value in scenario["traffic"].items() if value is not None}
     yield "traffic", ", ".join(f"{name} {json.dumps(value)}" for name, value in traffic.items())

@@ -8,7 +8,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
-from common import refused
+from common import ROOT, refused
 
 from vllm_adamas.evaluate import findings, page, suites
 from vllm_adamas.evaluate.findings import OF_DIFFERENCES, OF_SCORES, Estimate
@@ -330,3 +330,8 @@ def test_records_come_together_in_one_report(tmp_path: Path) -> None:
 def test_a_record_is_printed_too() -> None:
     lines = "\n".join(page.text(RECORD))
     assert all(part in lines for part in ("speed <fast>", "r<1>", "It is <b>fast</b>."))
+
+
+def test_the_recorded_report_is_that_of_its_record() -> None:
+    file = ROOT / "benchmarks" / "results" / "agreement_cpu.json"
+    assert page.html(page.load(file)) == file.with_suffix(".html").read_text()

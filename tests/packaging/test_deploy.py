@@ -17,6 +17,7 @@ from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
 
+import promql_parser
 import pytest
 import yaml
 from common import MODEL, ROOT
@@ -29,12 +30,19 @@ from vllm_adamas.serving.metrics import NAMES
 
 FOLDER = ROOT / "serving" / "deploy"
 RULES = FOLDER / "alerts.yaml"
+RULE_TESTS = FOLDER / "alerts_test.yaml"
 DASHBOARD = json.loads((FOLDER / "dashboard.json").read_text())
 UNIT = FOLDER / "vllm-adamas.service"
 IMAGES = sorted(FOLDER.glob("*.Dockerfile"))
 HADOLINT = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
 CONFIGURATIONS = ("latency", "throughput", "128k")
 DURATION = re.compile(r"[1-9]\d*[smhd]")
+
+
+def test_every_file_is_checked() -> None:
+    checked = {RULES, RULE_TESTS, FOLDER / "dashboard.json", UNIT, *IMAGES, FOLDER / "helm"}
+    checked |= {FOLDER / f"{name}.yaml" for name in CONFIGURATIONS}
+    assert set(FOLDER.iterdir()) == checked
 
 
 def exported() -> set[str]:
@@ -61,29 +69,43 @@ def rules() -> list[dict]:
 
 
 def expressions() -> list[str]:
+    """Of the alerts, the panels and the variables, as Prometheus receives them."""
     shown = [target["expr"] for panel in DASHBOARD["panels"] for target in panel["targets"]]
-    queries = [variable["query"] for variable in DASHBOARD["templating"]["list"]]
-    return [*(rule["expr"] for rule in rules()), *shown, *queries]
+    variables = [
+        re.fullmatch(r"label_values\((.*), \w+\)", variable["query"])[1]
+        for variable in DASHBOARD["templating"]["list"]
+        if variable["type"] == "query"
+    ]
+    sent = [*(rule["expr"] for rule in rules()), *shown, *variables]
+    return [text.replace("$__rate_interval", "1m") for text in sent]
+
+
+def metrics_in(expression: str) -> set[str]:
+    """Names of the metrics; an expression that is not PromQL, types included, is a ValueError."""
+    found = set()
+
+    def visit(node: promql_parser.Expr) -> None:
+        if isinstance(node, promql_parser.VectorSelector):
+            found.add(node.name)
+
+    promql_parser.walk(promql_parser.parse(expression), visit)
+    return found
 
 
 def test_metrics_that_are_named_are_exported() -> None:
-    named = {name for text in expressions() for name in re.findall(r"\bvllm[_:][\w:]+", text)}
+    named = set().union(*map(metrics_in, expressions()))
     assert {f"vllm:adamas_{name}_total" for name, _ in (*NAMES, EXCEEDED)} <= named
     for name, *_ in MEASURES:
         assert any(one.startswith(f"vllm:adamas_audit_{name}") for one in named)
     assert named - exported() == set()
 
 
-def test_expressions_are_balanced() -> None:
-    pairs = {")": "(", "]": "[", "}": "{"}
-    for text in expressions():
-        opened: list[str] = []
-        for sign in re.sub(r'"[^"]*"', "", text):
-            if sign in pairs.values():
-                opened.append(sign)
-            elif sign in pairs:
-                assert opened and opened.pop() == pairs[sign], text
-        assert not opened, text
+@pytest.mark.parametrize("panel", DASHBOARD["panels"], ids=lambda panel: panel["title"])
+def test_a_panel_shows_metrics_of_the_chosen_instances(panel: dict) -> None:
+    assert panel["targets"]
+    for target in panel["targets"]:
+        selectors = re.findall(r"\bvllm:\w+(\{[^}]*\})?", target["expr"])
+        assert set(selectors) == {'{instance=~"$instance"}'}
 
 
 def test_rules_are_complete() -> None:
@@ -99,9 +121,31 @@ def test_rules_are_complete() -> None:
         assert rule["annotations"].keys() == {"summary", "description"}
 
 
+def rule_tests() -> list[dict]:
+    return yaml.safe_load(RULE_TESTS.read_text())["tests"]
+
+
+def test_every_alert_is_shown_to_fire_and_to_wait() -> None:
+    checks = [check for test in rule_tests() for check in test.get("alert_rule_test", ())]
+    fires = {check["alertname"] for check in checks if check.get("exp_alerts")}
+    waits = {check["alertname"] for check in checks if not check.get("exp_alerts")}
+    assert fires == waits == {rule["alert"] for rule in rules()}
+
+
+def test_a_healthy_server_has_every_series_of_the_alerts_and_none_fires() -> None:
+    healthy = rule_tests()[0]
+    planted = set().union(*(metrics_in(one["series"]) for one in healthy["input_series"]))
+    assert planted == set().union(*(metrics_in(rule["expr"]) for rule in rules()))
+    assert [check["expr"] for check in healthy["promql_expr_test"]] == ["ALERTS", "ALERTS"]
+    assert not any("exp_samples" in check for check in healthy["promql_expr_test"])
+
+
 @pytest.mark.skipif(shutil.which("promtool") is None, reason="promtool is not installed")
-def test_prometheus_takes_the_rules() -> None:
-    assert subprocess.run(["promtool", "check", "rules", RULES]).returncode == 0
+@pytest.mark.parametrize("verb", ["check", "test"])
+def test_promtool_takes_the_rules(verb: str) -> None:
+    """Their syntax, and which alerts fire over planted series."""
+    file = {"check": RULES, "test": RULE_TESTS}[verb]
+    assert subprocess.run(["promtool", verb, "rules", file]).returncode == 0
 
 
 def test_panels_stand_beside_each_other() -> None:

@@ -24,6 +24,7 @@ from vllm_adamas.budget import TokenBudget
 from vllm_adamas.cli import main
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.serving.launch import Server
+from vllm_adamas.serving.loadtest import aiperf
 from vllm_adamas.serving.loadtest.command import known_max_model_len
 from vllm_adamas.serving.loadtest.drive import Outcome, Run, samples
 from vllm_adamas.serving.loadtest.measure import Sample, ratios, spread, values
@@ -150,6 +151,7 @@ def test_a_scenario_that_cannot_be_read_is_refused(tmp_path) -> None:
         (["--limit", "nan"], "--limit nan is impossible"),
         (["--repeats", "-1"], "--repeats -1"),
         (["--config", '{"token_budget": "x"}'], "adamas.token_budget"),
+        (["--client", "aiperf"], "--client aiperf needs the program aiperf on PATH"),
         (["--stock", "ADAMAS"], "--stock ADAMAS would compare adamas with itself"),
         (["--", "--port", "80"], "--port cannot be passed to the servers"),
         (["--", "--api_key=x"], "--api-key"),
@@ -160,7 +162,10 @@ def test_a_scenario_that_cannot_be_read_is_refused(tmp_path) -> None:
         (["--scale", "100"], "give a smaller --scale"),
     ],
 )
-def test_mistakes_end_before_a_server_starts(tmp_path, capsys, args, named: str) -> None:
+def test_mistakes_end_before_a_server_starts(
+    tmp_path, capsys, monkeypatch, args, named: str
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
     output = tmp_path / "output"
     command = ["loadtest", written(tmp_path, DOCUMENTS), str(MODEL), "--output", str(output), *args]
     assert main(command) == 2
@@ -168,6 +173,11 @@ def test_mistakes_end_before_a_server_starts(tmp_path, capsys, args, named: str)
     assert named in error
     assert is_one_sentence(error), error
     assert not output.exists()
+
+
+def test_agents_have_their_own_client(tmp_path, capsys) -> None:
+    assert main(["loadtest", written(tmp_path, AGENTS), str(MODEL), "--client", "aiperf"]) == 2
+    assert "cannot send traffic of kind agents" in capsys.readouterr().err
 
 
 def test_a_report_that_has_no_place_ends_before_a_server_starts(tmp_path, capsys) -> None:
@@ -333,6 +343,45 @@ def test_results_of_bench_serve_become_samples() -> None:
     assert short.error == "2 of 4 tokens"
 
 
+def test_bodies_for_aiperf_have_the_tokens_of_the_lines() -> None:
+    sent = lines(scenario().traffic, 0)
+    made = [json.loads(line) for line in aiperf.bodies(sent, CHUNK, range(50, 60), "m", 0)]
+    prompts = [line["payload"]["prompt"] for line in made]
+    assert [len(prompt) for prompt in prompts] == [line.input_length for line in sent]
+    assert {token for prompt in prompts for token in prompt} == set(range(50, 60))
+    assert prompts[0][:64] == prompts[2][:64] != prompts[1][:64]
+    assert prompts[0][64:] != prompts[2][64:]
+    assert [line["payload"]["max_tokens"] for line in made] == [8] * 4
+    assert aiperf.bodies(sent, CHUNK, range(50, 60), "m", 1) != aiperf.bodies(
+        sent, CHUNK, range(50, 60), "m", 0
+    )
+
+
+def record_of_aiperf(number: int, start: int, error: dict | None = None, **metrics) -> str:
+    metadata = {"conversation_id": str(number), "request_start_ns": start}
+    metadata["request_end_ns"] = start + 1_000_000_000
+    values = {name: {"value": value, "unit": ""} for name, value in metrics.items()}
+    record = {"metadata": metadata, "metrics": values}
+    return json.dumps(record | {"error": error} if error else record)
+
+
+def test_records_of_aiperf_become_samples() -> None:
+    sent = lines(scenario().traffic, 0)
+    whole = {"input_sequence_length": 70, "time_to_first_token": 500.0}
+    whole |= {"output_sequence_length": 8, "inter_chunk_latency": [100.0, 200.0]}
+    records = [
+        record_of_aiperf(2, 2_000_000_000, **{**whole, "output_sequence_length": 4}),
+        record_of_aiperf(0, 1_500_000_000, **whole),
+        record_of_aiperf(1, 1_000_000_000, {"message": "late\nTimeoutError: late\n"}),
+    ]
+    (first, failed, short, lost), seconds = aiperf.samples(records, sent)
+    assert first == Sample(0.5, 70, 8, 0.5, [0.1, 0.2])
+    assert (failed.start, failed.error) == (0.0, "TimeoutError: late")
+    assert short.error == "4 of 8 tokens"
+    assert lost.error == "aiperf has no record of it"
+    assert seconds == 2.0
+
+
 # Reconciliation
 
 LAYERS = Layers({TokenBudget(16): 3, TokenBudget(40): 1}, query_heads=2)
@@ -450,6 +499,7 @@ def results(**changes) -> Results:
     from vllm_adamas.environment import Environment
 
     facts = {"name": "mine", "model": "small", "options": {}, "scale": 0.5, "load": 1.0}
+    facts["client"] = "vllm"
     facts["environment"] = Environment.capture().record()
     made = Results(facts, scenario(), "cpu_attn")
     layers = Layers({TokenBudget(16): 3}, 2)
@@ -692,6 +742,27 @@ def test_a_load_test_of_both_backends(llama, tmp_path, capsys) -> None:
     assert record["ratios"]["ttft"]["n"] == 8
     assert Tags((output / "report.html").read_text()).open == []
     assert "Problems" not in (output / "report.md").read_text()
+
+
+@pytest.mark.serve
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("aiperf") is None, reason="aiperf is not installed")
+@pytest.mark.parametrize("pace", [{}, {"rate": 20.0}, {"rate": 20.0, "concurrency": None}])
+def test_counters_reconcile_with_what_aiperf_sent(serve, llama, tmp_path, pace: dict) -> None:
+    """Prompts have their lengths, answers too, and no more than `concurrency` requests are in flight."""
+    server = serve(Spec(llama))
+    test = scenario(output_tokens=24, **pace)
+    run = Run(test, server, "adamas-1", tmp_path, 0, 300.0, shutil.which("aiperf"))
+    found = asyncio.run(run.drive())
+    agrees(server, found)
+    sent = lines(test.traffic, 0)
+    assert [one.prompt_tokens for one in found.samples] == [line.input_length for line in sent]
+    assert [file.name for file in tmp_path.iterdir()] == ["adamas-1.client.log"]
+    flying = [
+        sum(one.start <= at.start < one.start + one.e2e for one in found.samples)
+        for at in found.samples
+    ]
+    assert max(flying) <= (test.traffic.concurrency or 4)
 
 
 def processes_of(model: Path) -> dict[int, list[bytes]]:
