@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
@@ -150,6 +151,19 @@ def _counters() -> dict[str, int]:
     return {name: sum(int(one[i]) for one in engines) for i, (name, _) in enumerate(metrics.NAMES)}
 
 
+def _settle(llm) -> None:
+    """Brings the counters of a GPU into their file: copies are a second apart, and a step brings the one before.
+
+    A prompt of several tokens with one token of output is prefill alone, and counts nothing.
+    """
+    from vllm_adamas.serving.metrics import Counters
+
+    for _ in range(2):
+        time.sleep(1.1 * Counters.COPY_INTERVAL)
+        prompt, how = {"prompt_token_ids": [5, 6, 7]}, _sampling({"max_tokens": 1})
+        llm.generate([prompt], [how], use_tqdm=False)
+
+
 def _beams(llm, request: dict) -> Answer:
     from vllm.sampling_params import BeamSearchParams
 
@@ -160,6 +174,7 @@ def _beams(llm, request: dict) -> Answer:
 
 
 def _build(model: str, arguments: dict, requests: list[dict]) -> dict:
+    import torch
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.lora.request import LoRARequest
@@ -168,8 +183,9 @@ def _build(model: str, arguments: dict, requests: list[dict]) -> dict:
     requests = requests or [{"prompt": ids} for ids in prompts()]
     beams = [request for request in requests if "beams" in request]
     others = [request for request in requests if "beams" not in request]
-    llm = LLM(model=model, **{**COMMON, **arguments})
+    llm = None
     try:
+        llm = LLM(model=model, **{**COMMON, **arguments})
         sent = [{"prompt_token_ids": request["prompt"]} for request in others]
         sampling = [_sampling(request.get("sampling", {})) for request in others]
         loras = [
@@ -183,6 +199,8 @@ def _build(model: str, arguments: dict, requests: list[dict]) -> dict:
         outputs += llm.generate(sent, sampling, lora_request=loras, use_tqdm=False) if sent else []
         answers = [_answer(output) for output in outputs]
         answers += [_beams(llm, request) for request in beams]
+        if torch.cuda.is_available():
+            _settle(llm)
         values = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
     finally:
         del llm
