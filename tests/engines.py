@@ -75,7 +75,7 @@ class EngineError(Exception):
 
 
 class Engines:
-    """The process that builds them, started again after a crash. A context manager."""
+    """The process that builds them, started again after a failure. A context manager."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen | None = None
@@ -87,6 +87,7 @@ class Engines:
         if self._process is not None:
             self._process.stdin.close()
             self._process.wait()
+            self._process = None
 
     def ask(self, model: Path | str, arguments: dict, requests: Sequence[dict] = ()) -> Engine:
         """
@@ -110,6 +111,7 @@ class Engines:
             raise EngineError(f"the engines' process ended with status {self._process.wait()}")
         found = json.loads(line)
         if "error" in found:
+            self.__exit__()  # what is left of the engine would end the next one
             raise EngineError(found["error"])
         found["answers"] = [Answer(*answer) for answer in found["answers"]]
         return Engine(**found)
@@ -183,9 +185,9 @@ def _build(model: str, arguments: dict, requests: list[dict]) -> dict:
     requests = requests or [{"prompt": ids} for ids in prompts()]
     beams = [request for request in requests if "beams" in request]
     others = [request for request in requests if "beams" not in request]
-    llm = None
+    arguments, llm = {**COMMON, **arguments}, None
     try:
-        llm = LLM(model=model, **{**COMMON, **arguments})
+        llm = LLM(model=model, **arguments)
         sent = [{"prompt_token_ids": request["prompt"]} for request in others]
         sampling = [_sampling(request.get("sampling", {})) for request in others]
         loras = [
@@ -199,7 +201,7 @@ def _build(model: str, arguments: dict, requests: list[dict]) -> dict:
         outputs += llm.generate(sent, sampling, lora_request=loras, use_tqdm=False) if sent else []
         answers = [_answer(output) for output in outputs]
         answers += [_beams(llm, request) for request in beams]
-        if torch.cuda.is_available():
+        if arguments["attention_backend"] == "adamas" and torch.cuda.is_available():
             _settle(llm)
         values = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
     finally:
