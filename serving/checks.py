@@ -103,9 +103,12 @@ def warnings(vllm_config, config: AdamasConfig) -> list[str]:
     model, found = vllm_config.model_config, []
     if model is not None and config.profile is None and identity.has_qk_norm(model):
         also = " and score dot" if config.score == "manhattan" else ""
+        better = f"use a calibration profile{also} (`vllm-adamas calibrate`)"
+        if model.is_hybrid:  # which cannot be calibrated
+            better = "raise token_budget"
         found.append(
             "This model normalises its keys (QK-norm), so they share a large mean that 2-bit codes "
-            f"represent badly: use a calibration profile{also} (`vllm-adamas calibrate`)."
+            f"represent badly: {better}."
         )
     return found
 
@@ -313,7 +316,7 @@ def _check_model(vllm_config) -> None:
 
 
 #: Kinds of layers that are dense whatever their budget, or keep no keys, in a model's ``layer_types``.
-WITHOUT_BUDGET = ("sliding_attention", "linear_attention", "mamba", "conv")
+WITHOUT_BUDGET = ("sliding_attention", "linear_attention", "mamba", "conv", "mlp", "moe")
 
 
 def check_layers(model, config: AdamasConfig) -> None:

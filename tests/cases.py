@@ -334,6 +334,7 @@ CASES = {
     "block32": Case(_boundaries(32), block_size=32),
     "block128": Case(_boundaries(128), block_size=128),
     "block48": Case(_boundaries(48), block_size=48),  # not a power of two
+    "block544": Case((1, 543, 545, 0, 700), 500, (16, 2), 256, 544),  # beside recurrent layers
     "mixed": Case(MIXED, MIXED_BUDGETS),
     "mixed-kv_head": Case(MIXED, MIXED_BUDGETS, selection="kv_head"),
     "mixed-manhattan": Case(MIXED, MIXED_BUDGETS, score="manhattan"),

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from random import Random
@@ -74,7 +75,7 @@ class EngineError(Exception):
 
 
 class Engines:
-    """The process that builds them, started again after a crash. A context manager."""
+    """The process that builds them, started again after a failure. A context manager."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen | None = None
@@ -86,6 +87,7 @@ class Engines:
         if self._process is not None:
             self._process.stdin.close()
             self._process.wait()
+            self._process = None
 
     def ask(self, model: Path | str, arguments: dict, requests: Sequence[dict] = ()) -> Engine:
         """
@@ -109,6 +111,7 @@ class Engines:
             raise EngineError(f"the engines' process ended with status {self._process.wait()}")
         found = json.loads(line)
         if "error" in found:
+            self.__exit__()  # what is left of the engine would end the next one
             raise EngineError(found["error"])
         found["answers"] = [Answer(*answer) for answer in found["answers"]]
         return Engine(**found)
@@ -150,6 +153,19 @@ def _counters() -> dict[str, int]:
     return {name: sum(int(one[i]) for one in engines) for i, (name, _) in enumerate(metrics.NAMES)}
 
 
+def _settle(llm) -> None:
+    """Brings the counters of a GPU into their file: copies are a second apart, and a step brings the one before.
+
+    A prompt of several tokens with one token of output is prefill alone, and counts nothing.
+    """
+    from vllm_adamas.serving.metrics import Counters
+
+    for _ in range(2):
+        time.sleep(1.1 * Counters.COPY_INTERVAL)
+        prompt, how = {"prompt_token_ids": [5, 6, 7]}, _sampling({"max_tokens": 1})
+        llm.generate([prompt], [how], use_tqdm=False)
+
+
 def _beams(llm, request: dict) -> Answer:
     from vllm.sampling_params import BeamSearchParams
 
@@ -160,6 +176,7 @@ def _beams(llm, request: dict) -> Answer:
 
 
 def _build(model: str, arguments: dict, requests: list[dict]) -> dict:
+    import torch
     from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.lora.request import LoRARequest
@@ -168,8 +185,9 @@ def _build(model: str, arguments: dict, requests: list[dict]) -> dict:
     requests = requests or [{"prompt": ids} for ids in prompts()]
     beams = [request for request in requests if "beams" in request]
     others = [request for request in requests if "beams" not in request]
-    llm = LLM(model=model, **{**COMMON, **arguments})
+    arguments, llm = {**COMMON, **arguments}, None
     try:
+        llm = LLM(model=model, **arguments)
         sent = [{"prompt_token_ids": request["prompt"]} for request in others]
         sampling = [_sampling(request.get("sampling", {})) for request in others]
         loras = [
@@ -183,6 +201,8 @@ def _build(model: str, arguments: dict, requests: list[dict]) -> dict:
         outputs += llm.generate(sent, sampling, lora_request=loras, use_tqdm=False) if sent else []
         answers = [_answer(output) for output in outputs]
         answers += [_beams(llm, request) for request in beams]
+        if arguments["attention_backend"] == "adamas" and torch.cuda.is_available():
+            _settle(llm)
         values = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
     finally:
         del llm

@@ -384,12 +384,14 @@ def test_keys_that_are_normalised_without_a_profile_are_warned_of(tmp_path: Path
 
     from vllm_adamas.config import AdamasConfig
 
-    def warned(names: list[str], **options) -> list[str]:
+    def warned(names: list[str], hybrid: bool = False, **options) -> list[str]:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
         (folder / "config.json").write_text("{}")
         save_file({name: torch.zeros(2) for name in names}, folder / "model.safetensors")
-        model = SimpleNamespace(model=str(folder), revision=None, hf_text_config=None)
+        model = SimpleNamespace(
+            model=str(folder), revision=None, hf_text_config=None, is_hybrid=hybrid
+        )
         return checks.warnings(SimpleNamespace(model_config=model), AdamasConfig(**options))
 
     normed = ["model.layers.0.self_attn.k_norm.weight", "model.norm.weight"]
@@ -397,6 +399,9 @@ def test_keys_that_are_normalised_without_a_profile_are_warned_of(tmp_path: Path
     assert "score dot" in sentence
     assert "calibrate" in sentence
     assert len(warned(normed)) == 1
+    (sentence,) = warned(normed, hybrid=True)  # which cannot be calibrated
+    assert "calibrat" not in sentence
+    assert "raise token_budget" in sentence
     assert warned(normed, profile="p.json") == []
     assert warned(["model.layers.0.self_attn.k_proj.weight"]) == []
     shutil.rmtree(tmp_path)

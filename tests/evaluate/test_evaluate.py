@@ -367,3 +367,22 @@ def test_mistakes_end_in_one_sentence(capsys, tmp_path, monkeypatch, args: str, 
     assert is_one_sentence(message), message
     assert all(part in message for part in named), message
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("ask", ["calibrate", "suite"])
+def test_models_with_recurrent_layers_end_before_an_engine(tmp_path: Path, ask: str) -> None:
+    """Their states lie in the pages that another configuration would recode."""
+    from transformers import Lfm2Config
+
+    from vllm_adamas.evaluate import engine
+
+    config = Lfm2Config(num_hidden_layers=2, layer_types=["conv", "full_attention"])
+    config.architectures = ["Lfm2ForCausalLM"]
+    config.save_pretrained(tmp_path)
+    asked = {
+        "calibrate": lambda: engine.Engine(str(tmp_path), 512, skip_tokenizer_init=True),
+        "suite": lambda: engine.check(str(tmp_path), 512, [{}]),
+    }
+    refused(
+        asked[ask], tmp_path.name, "state-space or linear-attention layers", "without a profile"
+    )

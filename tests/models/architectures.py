@@ -218,6 +218,70 @@ SPARSE_LAYERS = {
     "Gemma-3n-E2B": 3,
 }
 
+#: Recurrent layers beside full attention. Heads and states have their published sizes, because vLLM fits pages
+#: of attention to the states; Jamba has a quarter of its width. Every token takes all experts, so rounding chooses
+#: no others.
+HYBRIDS = {
+    "Qwen3-Next-80B-A3B": {
+        "model_type": "qwen3_next",
+        **_heads(16, 2, 256),
+        "num_experts": 4,
+        "num_experts_per_tok": 4,
+        "moe_intermediate_size": 128,
+        "shared_expert_intermediate_size": 128,
+        "num_hidden_layers": 8,
+        "layer_types": _kinds("linear", "linear", "linear", "full") * 2,
+    },
+    "Qwen3.5-9B": {
+        "model_type": "qwen3_5_text",
+        **_heads(16, 4, 256),
+        "mamba_ssm_dtype": "float32",
+        "layer_types": _kinds("linear", "linear", "linear", "full"),
+    },
+    "Granite-4.0-H-Tiny": {
+        "model_type": "granitemoehybrid",
+        "num_attention_heads": 12,
+        "num_key_value_heads": 4,
+        "hidden_size": 1536,
+        "shared_intermediate_size": 128,
+        "intermediate_size": 128,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 4,
+        "embedding_multiplier": 12.0,
+        "attention_multiplier": 0.0078125,
+        "residual_multiplier": 0.22,
+        "logits_scaling": 6.0,
+        "mamba_n_heads": 48,
+        "mamba_d_state": 128,
+        "layer_types": _kinds("linear", "linear", "full", "linear"),
+    },
+    "Nemotron-H-8B": {
+        "model_type": "nemotron_h",
+        **_heads(32, 8, 128),
+        "layers_block_type": ["linear_attention", "mlp", "linear_attention", "full_attention"],
+    },
+    "LFM2-1.2B": {
+        "model_type": "lfm2",
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "hidden_size": 2048,
+        "block_dim": 2048,
+        "conv_dim": 2048,
+        "block_auto_adjust_ff_dim": False,
+        "layer_types": ["conv", "conv", "full_attention", "conv"],
+    },
+    "Jamba-1.5-Mini": {
+        "model_type": "jamba",
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "hidden_size": 1024,
+        "num_experts": 4,
+        "num_experts_per_tok": 4,
+        "attn_layer_period": 4,
+        "attn_layer_offset": 2,
+    },
+}
+
 
 def digest(config: dict) -> str:
     """Tells a record of a configuration from one of another."""

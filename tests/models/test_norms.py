@@ -6,16 +6,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from architectures import SERVED
+from architectures import HYBRIDS, SERVED
 from checkpoints import write_model
 
 from vllm_adamas.identity import QK_NORM_TYPES, has_qk_norm
 
 
-@pytest.mark.parametrize("name", SERVED)
+@pytest.mark.parametrize("name", [*SERVED, *HYBRIDS])
 def test_a_model(tmp_path: Path, name: str) -> None:
-    kind = SERVED[name]["model_type"]
-    folder = write_model(tmp_path, SERVED[name])
+    made = {**SERVED, **HYBRIDS}[name]
+    kind, folder = made["model_type"], write_model(tmp_path, made)
     config = SimpleNamespace(model_type=kind)
     named = has_qk_norm(SimpleNamespace(model=folder, revision=None, hf_text_config=config))
     assert named == (kind in QK_NORM_TYPES)

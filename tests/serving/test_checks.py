@@ -112,8 +112,17 @@ def test_layers_of_the_model_may_have_budgets(vllm_config, layer: int) -> None:
     [
         (None, 30, ("layer 30", "0 to 29")),
         (["sliding_attention", "full_attention"] * 15, 2, ("layer 2", "sliding_attention")),
+        (["linear_attention", "full_attention"] * 15, 2, ("layer 2", "linear_attention")),
+        (["conv", "full_attention"] * 15, 2, ("layer 2", "conv")),
+        (["mlp", "full_attention"] * 15, 2, ("layer 2", "mlp")),
     ],
-    ids=["no such layer", "sliding window"],
+    ids=[
+        "no such layer",
+        "sliding window",
+        "linear attention",
+        "short convolution",
+        "no attention",
+    ],
 )
 def test_layers_that_have_no_budget(vllm_config, kinds, layer: int, named: tuple) -> None:
     model = vllm_config.model_config

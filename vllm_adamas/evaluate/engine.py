@@ -80,9 +80,7 @@ class StockEngine:
     """
 
     def __init__(self, model: str, max_model_len: int, *, max_num_seqs: int = 16, **engine_options):
-        os.environ.update(ENVIRONMENT)
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        compat.require_supported_vllm()
+        _prepare_vllm()
         from vllm import LLM
         from vllm.platforms import current_platform
 
@@ -145,10 +143,18 @@ class Engine(StockEngine):
     Args:
         options: options common to all configurations, such as a profile or kernels.
         others: as of :class:`StockEngine`.
+
+    Raises:
+        AdamasError: as :class:`StockEngine` does, or the model has recurrent layers.
     """
 
     def __init__(self, model: str, max_model_len: int, *, options: dict | None = None, **others):
         self.options = dict(options or {})
+        _prepare_vllm()
+        from vllm.engine.arg_utils import EngineArgs
+
+        with _adamas_errors():
+            _refuse_hybrids(EngineArgs(model=str(model), **others).create_model_config())
         super().__init__(
             model,
             max_model_len,
@@ -303,8 +309,9 @@ def check(model: str, max_model_len: int, configurations: Sequence[dict], **engi
     from vllm.engine.arg_utils import EngineArgs
 
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    longest = EngineArgs(model=model).create_model_config().max_model_len
-    if max_model_len > longest:
+    model_config = EngineArgs(model=model).create_model_config()
+    _refuse_hybrids(model_config)
+    if max_model_len > (longest := model_config.max_model_len):
         raise AdamasError(
             f"the length {max_model_len} is beyond the {longest} tokens of {Path(model).name}: lower --lengths."
         )
@@ -317,6 +324,25 @@ def check(model: str, max_model_len: int, configurations: Sequence[dict], **engi
                 additional_config={"adamas": {**SILENT, **options}},
                 **engine_options,
             ).create_engine_config()
+
+
+def _prepare_vllm() -> None:
+    os.environ.update(ENVIRONMENT)
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    compat.require_supported_vllm()
+
+
+def _refuse_hybrids(model_config) -> None:
+    """Refuses a ModelConfig with recurrent layers, whose states lie in the pages that are recoded.
+
+    Raises:
+        AdamasError: the model has such layers.
+    """
+    if model_config.is_hybrid:
+        raise AdamasError(
+            f"{Path(model_config.model).name} has state-space or linear-attention layers, beside which "
+            "configurations cannot be compared yet: serve it without a profile."
+        )
 
 
 @contextlib.contextmanager
