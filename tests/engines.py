@@ -58,12 +58,14 @@ class Engine(NamedTuple):
     Args:
         counters: by how much it has raised those of :mod:`vllm_adamas.serving.metrics`.
         drafted, accepted: tokens of speculative decoding.
+        stored: tokens of the blocks that KV events told of, if they were asked for.
     """
 
     answers: list[Answer]
     counters: dict[str, int]
     drafted: int
     accepted: int
+    stored: list[list[int]]
 
     @property
     def tokens(self) -> list[list[int]]:
@@ -75,7 +77,7 @@ class EngineError(Exception):
 
 
 class Engines:
-    """The process that builds them, started again after a failure. A context manager."""
+    """The process that builds them, started again after a crash. A context manager."""
 
     def __init__(self) -> None:
         self._process: subprocess.Popen | None = None
@@ -87,7 +89,6 @@ class Engines:
         if self._process is not None:
             self._process.stdin.close()
             self._process.wait()
-            self._process = None
 
     def ask(self, model: Path | str, arguments: dict, requests: Sequence[dict] = ()) -> Engine:
         """
@@ -111,7 +112,6 @@ class Engines:
             raise EngineError(f"the engines' process ended with status {self._process.wait()}")
         found = json.loads(line)
         if "error" in found:
-            self.__exit__()  # what is left of the engine would end the next one
             raise EngineError(found["error"])
         found["answers"] = [Answer(*answer) for answer in found["answers"]]
         return Engine(**found)
@@ -166,6 +166,25 @@ def _settle(llm) -> None:
         llm.generate([prompt], [how], use_tqdm=False)
 
 
+def _stored(llm) -> list[list[int]]:
+    import msgspec
+    from vllm.distributed.kv_events import BlockStored, KVEventBatch, ZmqEventPublisher
+
+    publisher = llm.llm_engine.engine_core.engine_core.scheduler.kv_event_publisher
+    if not isinstance(publisher, ZmqEventPublisher):
+        return []
+    publisher._event_queue.join()  # what was published is kept for subscribers that come late
+    batches = [msgspec.msgpack.decode(sent, type=KVEventBatch) for _, sent in publisher._buffer]
+    events = [
+        event for batch in batches for event in batch.events if isinstance(event, BlockStored)
+    ]
+    return [
+        event.token_ids[start : start + event.block_size]
+        for event in events
+        for start in range(0, len(event.token_ids), event.block_size)
+    ]
+
+
 def _beams(llm, request: dict) -> Answer:
     from vllm.sampling_params import BeamSearchParams
 
@@ -185,9 +204,9 @@ def _build(model: str, arguments: dict, requests: list[dict]) -> dict:
     requests = requests or [{"prompt": ids} for ids in prompts()]
     beams = [request for request in requests if "beams" in request]
     others = [request for request in requests if "beams" not in request]
-    arguments, llm = {**COMMON, **arguments}, None
+    llm = None
     try:
-        llm = LLM(model=model, **arguments)
+        llm = LLM(model=model, **{**COMMON, **arguments})
         sent = [{"prompt_token_ids": request["prompt"]} for request in others]
         sampling = [_sampling(request.get("sampling", {})) for request in others]
         loras = [
@@ -201,9 +220,10 @@ def _build(model: str, arguments: dict, requests: list[dict]) -> dict:
         outputs += llm.generate(sent, sampling, lora_request=loras, use_tqdm=False) if sent else []
         answers = [_answer(output) for output in outputs]
         answers += [_beams(llm, request) for request in beams]
-        if arguments["attention_backend"] == "adamas" and torch.cuda.is_available():
+        if torch.cuda.is_available():
             _settle(llm)
         values = {metric.name: getattr(metric, "value", 0) for metric in llm.get_metrics()}
+        stored = _stored(llm)
     finally:
         del llm
         gc.collect()
@@ -213,7 +233,7 @@ def _build(model: str, arguments: dict, requests: list[dict]) -> dict:
         name: values.get(f"vllm:spec_decode_num_{kind}_tokens", 0)
         for name, kind in (("drafted", "draft"), ("accepted", "accepted"))
     }
-    return {"answers": answers, "counters": counters, **drafts}
+    return {"answers": answers, "counters": counters, "stored": stored, **drafts}
 
 
 def _serve() -> None:

@@ -162,17 +162,22 @@ def models(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture(scope="module")
-def tokens(models) -> dict[tuple[str, str], list[list[int]]]:
-    """What the engine of each case says."""
+def said(models) -> dict[tuple[str, str], engines.Engine]:
+    """By the engine of each case."""
     cases = {("llama", name): arguments for name, arguments in LLAMA.items()}
     cases |= {("gemma", name): arguments for name, arguments in GEMMA.items()}
     if FP8:
         cases |= {("llama", name): arguments for name, arguments in TWO_SIZES.items()}
     with engines.Engines() as process:
         return {
-            (model, name): process.ask(models[model], arguments).tokens
+            (model, name): process.ask(models[model], arguments)
             for (model, name), arguments in cases.items()
         }
+
+
+@pytest.fixture(scope="module")
+def tokens(said) -> dict[tuple[str, str], list[list[int]]]:
+    return {case: engine.tokens for case, engine in said.items()}
 
 
 @pytest.mark.serve
@@ -180,6 +185,21 @@ def tokens(models) -> dict[tuple[str, str], list[list[int]]]:
 @pytest.mark.parametrize("name", list(LLAMA)[1:])
 def test_bookkeeping_changes_no_answer(tokens, name: str) -> None:
     assert tokens["llama", name] == tokens["llama", "plain"]
+
+
+@pytest.mark.serve
+@pytest.mark.slow
+def test_kv_events_tell_of_every_full_block(said) -> None:
+    """Of prompts and answers; the last token of an answer is never computed."""
+    engine, size = said["llama", "bookkeeping"], engines.COMMON["block_size"]
+    texts = [
+        (prompt + tokens)[:-1]
+        for prompt, tokens in zip(2 * engines.prompts(), engine.tokens, strict=True)
+    ]
+    full = {
+        tuple(text[end - size : end]) for text in texts for end in range(size, len(text) + 1, size)
+    }
+    assert full == set(map(tuple, engine.stored))
 
 
 @pytest.mark.serve
