@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vllm_adamas import page, tables
 from vllm_adamas import profile as profiles
-from vllm_adamas import tables
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
-from vllm_adamas.evaluate import findings, longbench, page, report, ruler, suites, texts
+from vllm_adamas.evaluate import findings, longbench, report, ruler, suites, texts
 from vllm_adamas.evaluate.calibrate import calibrate as make_profile
 from vllm_adamas.evaluate.engine import local_model
 from vllm_adamas.evaluate.study import DEFAULT, FAMILIES, TASKS, Arm, Settings, Study
@@ -112,7 +112,7 @@ def suite(args, configs: list[dict], engine_options: dict) -> int:
         check_names(names, ("agreement",))
         chosen = suites.agreement(tokenizer, sources, values["steps"], seed)
     folder, weights = Path(args.output), model_folder(model)
-    page.held(folder)  # refuses what the report could not be written to
+    page.held(folder, Path(model).name)  # refuses what the report could not be written to
     settings = {
         "suite": args.suite,
         "model": Path(model).name,
@@ -135,7 +135,7 @@ def suite(args, configs: list[dict], engine_options: dict) -> int:
         print(f"interrupted: the same command goes on from {ledger.path}", file=sys.stderr)
         return INTERRUPTED
     found = findings.record(ledger.path, chosen.left_out, bound / 100)
-    print("\n".join([*page.text(found), "", f"report: {page.put([found], folder)}"]))
+    print("\n".join([*page.text(found), "", f"report: {page.put(found, folder)}"]))
     return 0
 
 
