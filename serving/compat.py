@@ -316,6 +316,15 @@ def layers_of(vllm_config) -> dict:
     return vllm_config.compilation_config.static_forward_context
 
 
+def attention_backends(vllm_config) -> list[str]:
+    """The names of the attention backends that an engine's layers have."""
+    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+
+    layers = layers_of(vllm_config).values()
+    found = [x.get_attn_backend().get_name() for x in layers if isinstance(x, AttentionLayerBase)]
+    return sorted(set(found))
+
+
 def engine_index(vllm_config) -> int:
     """Index of an engine among those of a data-parallel server, the label ``engine`` of its metrics."""
     return vllm_config.parallel_config.data_parallel_index
