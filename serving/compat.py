@@ -318,11 +318,14 @@ def layers_of(vllm_config) -> dict:
 
 def attention_backends(vllm_config) -> list[str]:
     """The names of the attention backends that an engine's layers have."""
-    from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
-
-    layers = layers_of(vllm_config).values()
-    found = [x.get_attn_backend().get_name() for x in layers if isinstance(x, AttentionLayerBase)]
-    return sorted(set(found))
+    layers = layers_of(vllm_config).values()  # others than attention are among them
+    return sorted(
+        {
+            layer.get_attn_backend().get_name()
+            for layer in layers
+            if hasattr(layer, "get_attn_backend")
+        }
+    )
 
 
 def engine_index(vllm_config) -> int:

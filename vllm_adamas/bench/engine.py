@@ -154,7 +154,6 @@ class TimedEngine(engines.StockEngine):
 
     def _round(self, prompts: list[list[int]], tokens: int) -> list[float]:
         from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
 
         engine = self.llm.llm_engine
         for prompt in prompts:
@@ -163,7 +162,6 @@ class TimedEngine(engines.StockEngine):
                 max_tokens=tokens,
                 ignore_eos=True,
                 detokenize=False,
-                output_kind=RequestOutputKind.DELTA,
             )
             self._asked += 1
             engine.add_request(str(self._asked), {"prompt_token_ids": prompt}, params)
