@@ -16,7 +16,6 @@ from vllm_adamas import page
 from vllm_adamas.bench import command, findings, results
 from vllm_adamas.bench.engine import Facts, TimedEngine, reason
 from vllm_adamas.cli import main
-from vllm_adamas.errors import AdamasError
 from vllm_adamas.identity import Heads
 
 CELLS = [(512, 1), (512, 4), (2048, 1), (2048, 4)]
@@ -448,16 +447,3 @@ def test_a_killed_command_goes_on_and_reports(tmp_path: Path) -> None:
     data = held(tmp_path)
     assert [entry["configuration"] for entry in data["end to end"]] == ["dense", "adamas 256"]
     assert "End to end, 2 requests" in done.stdout
-
-
-@pytest.mark.slow
-def test_an_engine_that_does_not_start_is_told_in_one_sentence(tmp_path: Path) -> None:
-    asked = [sys.executable, "-m", "vllm_adamas.cli", "bench", str(MODEL), "--no-attention"]
-    asked += ["--output", str(tmp_path), *SMALL[:-1], "0.01"]
-    done = subprocess.run(asked, capture_output=True, text=True)
-    assert done.returncode == 2, done.stderr[-3000:]
-    text = done.stderr.splitlines()[-1].removeprefix("vllm-adamas: ")
-    assert text.startswith("the engine does not start")
-    assert is_one_sentence(text), text
-    with pytest.raises(AdamasError):
-        results.load(tmp_path / "bench.json")
