@@ -40,6 +40,7 @@ from vllm_adamas.backends.base import COUNTERS, DecodeBatch, Layer, Params
 from vllm_adamas.backends.cuda.backend import CudaBackend
 from vllm_adamas.backends.cuda.policy import THREE
 from vllm_adamas.config import AdamasConfig
+from vllm_adamas.doctor.crossover import captured
 from vllm_adamas.environment import Environment
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.layout import PageLayout
@@ -147,21 +148,6 @@ def _read_planes(
     result = tl.sum(total)
     if result == 123456789:
         tl.store(out, result)
-
-
-def captured(calls) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of calls, each of which has run once before."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())  # until tables and queries are ready
-    with torch.cuda.stream(side):
-        for call in calls:
-            call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return graph
 
 
 def timed(calls, replays: int = REPLAYS) -> dict:

@@ -316,6 +316,18 @@ def layers_of(vllm_config) -> dict:
     return vllm_config.compilation_config.static_forward_context
 
 
+def attention_backends(vllm_config) -> list[str]:
+    """The names of the attention backends that an engine's layers have."""
+    layers = layers_of(vllm_config).values()  # others than attention are among them
+    return sorted(
+        {
+            layer.get_attn_backend().get_name()
+            for layer in layers
+            if hasattr(layer, "get_attn_backend")
+        }
+    )
+
+
 def engine_index(vllm_config) -> int:
     """Index of an engine among those of a data-parallel server, the label ``engine`` of its metrics."""
     return vllm_config.parallel_config.data_parallel_index

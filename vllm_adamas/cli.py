@@ -41,6 +41,7 @@ def main(argv: list[str] | None = None) -> int:
     info.set_defaults(run=_info)
     _add_eval(commands)
     _add_calibrate(commands)
+    _add_bench(commands)
     _add_storm(commands)
     _add_loadtest(commands)
     _add_doctor(commands)
@@ -100,8 +101,8 @@ def _add_eval(commands) -> None:
         "eval",
         help="quality of sparse decode against dense, through the real engine",
         description="Runs tasks under several configurations and writes results.json, report.md and "
-        "report.png; with --suite published tasks beside vLLM's stock backend, and report.html. An interrupted run "
-        "resumes where it stopped.",
+        "report.png; with --suite published tasks beside vLLM's stock backend. Both write report.html, which `bench` "
+        "shares. An interrupted run resumes where it stopped.",
     )
     command.add_argument("model", metavar="MODEL", help="folder or hub name")
     command.add_argument(
@@ -186,6 +187,20 @@ def _add_calibrate(commands) -> None:
     command.set_defaults(run=_calibrate)
 
 
+def _add_bench(commands) -> None:
+    from vllm_adamas.bench import command as benchmark
+
+    command = commands.add_parser(
+        "bench",
+        help="speed of adamas against vLLM's own attention, with your model on this device",
+        description="Times a decode step of one layer, then the tokens of engines with each backend, and writes "
+        "bench.json and report.html, which `eval` shares. An interrupted run resumes where it stopped.",
+    )
+    benchmark.add_arguments(command)
+    _add_dtype_and_cache(command)
+    command.set_defaults(run=lambda args: benchmark.bench(args, _options(args.config)))
+
+
 def _add_storm(commands) -> None:
     from vllm_adamas.serving.storm import command as storm
 
@@ -227,8 +242,12 @@ def _add_doctor(commands) -> None:
 
 
 def _add_engine(command) -> None:
-    command.add_argument("--dtype", default="auto", help="as vLLM's --dtype")
     command.add_argument("--max-num-seqs", type=int, default=16, help="requests in one step")
+    _add_dtype_and_cache(command)
+
+
+def _add_dtype_and_cache(command) -> None:
+    command.add_argument("--dtype", default="auto", help="as vLLM's --dtype")
     command.add_argument(
         "--kv-cache-gib", type=float, help="memory for the KV cache; default: vLLM's choice"
     )

@@ -3,6 +3,8 @@
 from reprlib import Repr
 from typing import Any
 
+INTERRUPTED = 130  #: exit status of a command after Ctrl-C, as a shell has it
+
 
 class AdamasError(RuntimeError):
     """A constraint that the user's request does not meet.

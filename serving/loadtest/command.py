@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_adamas.environment import Environment
-from vllm_adamas.errors import AdamasError
+from vllm_adamas.errors import INTERRUPTED, AdamasError
 from vllm_adamas.identity import model_folder, text_config
 from vllm_adamas.serving.launch import Server
 from vllm_adamas.serving.loadtest import aiperf
@@ -38,7 +38,6 @@ CLIENTS = ("vllm", "aiperf")
 #: Arguments of `vllm serve` that the load test gives itself, or that would hide the server or its counters.
 RESERVED = ("--attention-backend", "--additional-config", "--host", "--port", "--uds", "--api-key")
 RESERVED += ("--ssl-keyfile", "--ssl-certfile", "--root-path", "--headless", "--disable-log-stats")
-INTERRUPTED = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

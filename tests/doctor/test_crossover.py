@@ -26,7 +26,7 @@ def times(context: int, stock: float, dense: float, sparse: float) -> Timing:
 
 def layer(longest: int) -> OneLayer:
     heads, config = Heads(4, 2, 64), AdamasConfig(token_budget=100)
-    return OneLayer(CpuBackend(), CpuStock, config, heads, "cpu", longest)
+    return OneLayer(CpuBackend(), CpuStock, {"sparse": config}, heads, "cpu", longest)
 
 
 @on_cpu

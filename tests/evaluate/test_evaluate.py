@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from vllm_adamas.cli import main
 from vllm_adamas.config import Coding
 from vllm_adamas.evaluate import report, tasks, texts
+from vllm_adamas.evaluate.command import write_report
 from vllm_adamas.evaluate.study import (
     DEFAULT,
     DENSE,
@@ -27,6 +28,7 @@ from vllm_adamas.evaluate.study import (
     load,
     merge,
 )
+from vllm_adamas.page import Record, held, put
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +178,24 @@ def test_the_report_states_differences_and_sample_sizes() -> None:
     dot = ["+0.1000 [+0.1000, +0.1000]", "0.1000 [0.1000, 0.1000]", "0.800", "0.900", "0.100"]
     assert ["dot-64", *dot, "4.0 [3.0, 5.0]"] in rows
     assert ["quest-64", "50.0 [-100.0, +0.0]"] in rows
+
+
+def test_the_report_that_other_measurements_share_has_the_tables(tmp_path: Path) -> None:
+    put(Record(title="bench: m", model="some-model", setting="s"), tmp_path)
+    assert write_report(results(), tmp_path) == 0
+    bench, quality = held(tmp_path, "some-model").values()
+    assert bench.title == "bench: m"
+    assert [table.title for table in quality.tables] == ["Text", "Retrieval"]
+    assert quality.tables[0].rows[0][:2] == ["dot-64", "+0.1000 [+0.1000, +0.1000]"]
+    (chart,) = quality.charts
+    assert {name: [(p.x, p.y) for p in line] for name, line in chart.lines.items()} == {
+        "dot": [(64, pytest.approx(0.1))],
+        "quest": [(64, pytest.approx(0.5))],
+    }
+    text = (tmp_path / "report.html").read_text()
+    assert text.count("<section>") == 2
+    assert "+0.1000 [+0.1000, +0.1000]" in text
+    assert "+0.1000 [+0.1000, +0.1000]" in (tmp_path / "report.md").read_text()
 
 
 def test_the_plot_is_drawn(tmp_path: Path) -> None:

@@ -10,9 +10,10 @@ from random import Random
 import pytest
 from common import ROOT, refused
 
-from vllm_adamas.evaluate import findings, page, suites
+from vllm_adamas import page
+from vllm_adamas.evaluate import findings, suites
 from vllm_adamas.evaluate.findings import OF_DIFFERENCES, OF_SCORES, Estimate
-from vllm_adamas.evaluate.page import Chart, Point, Record, Table
+from vllm_adamas.page import Chart, Point, Record, Table
 
 # intervals
 
@@ -232,6 +233,7 @@ def test_agreement_counts_tokens(tmp_path: Path) -> None:
 
 RECORD = Record(
     title="speed <fast>",
+    model="m",
     setting="x & y",
     findings=["It is <b>fast</b>."],
     tables=[Table(title="T", headers=["a", "b"], rows=[["r<1>", "2"], ["r2", "3"]])],
@@ -290,7 +292,7 @@ def test_names_and_answers_of_a_model_cannot_change_the_page(tmp_path: Path) -> 
     ]
     path = ledger(tmp_path / "r.jsonl", lines, model=evil, texts={evil: "00"}, dtype=evil)
     record = findings.record(path, {evil: evil}, 0.02)
-    text = page.put([record], tmp_path).read_text()
+    text = page.put(record, tmp_path).read_text()
     assert evil not in text
     assert not re.search("<script|<img", text)
     tags = Tags()
@@ -312,10 +314,10 @@ def test_points_lie_where_they_belong() -> None:
 
 
 def test_records_come_together_in_one_report(tmp_path: Path) -> None:
-    page.put([RECORD], tmp_path)
+    page.put(RECORD, tmp_path)
     other = RECORD.model_copy(update={"title": "bench", "tables": []})
-    page.put([other], tmp_path)
-    page.put([RECORD.model_copy(update={"findings": ["again"]})], tmp_path)
+    page.put(other, tmp_path)
+    page.put(RECORD.model_copy(update={"findings": ["again"]}), tmp_path)
     assert [record.title for record in page.load(tmp_path / "report.json")] == [
         "speed <fast>",
         "bench",
@@ -323,8 +325,11 @@ def test_records_come_together_in_one_report(tmp_path: Path) -> None:
     assert page.load(tmp_path / "report.json")[0].findings == ["again"]
     text = (tmp_path / "report.html").read_text()
     assert text.count("<section>") == 2
+    refused(
+        lambda: page.put(RECORD.model_copy(update={"model": "n"}), tmp_path), "about m", "--output"
+    )
     (tmp_path / "report.json").write_text("{}")
-    refused(lambda: page.put([RECORD], tmp_path), "report.json", "--output")
+    refused(lambda: page.put(RECORD, tmp_path), "report.json", "--output")
 
 
 def test_a_record_is_printed_too() -> None:

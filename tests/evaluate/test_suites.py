@@ -11,9 +11,10 @@ from types import SimpleNamespace
 import pytest
 from common import MODEL, ROOT, is_one_sentence, refused
 
+from vllm_adamas import page, worker
 from vllm_adamas.cli import main
 from vllm_adamas.errors import AdamasError
-from vllm_adamas.evaluate import longbench, page, process, suites, texts
+from vllm_adamas.evaluate import longbench, suites, texts
 from vllm_adamas.evaluate.process import EngineProcess
 from vllm_adamas.evaluate.ruler import TASKS
 from vllm_adamas.evaluate.samples import Sample
@@ -331,11 +332,11 @@ def test_an_interrupt_says_where_the_command_goes_on(
     assert main(asked) == 130
     path = tmp_path / "ruler.jsonl"
     assert capsys.readouterr().err.endswith(f"interrupted: the same command goes on from {path}\n")
-    assert not page.held(tmp_path), "there is no report of a part"
+    assert not page.held(tmp_path, MODEL.name), "there is no report of a part"
     monkeypatch.setattr(engine, "answers", lambda *given: [[7] * given[-2]] * len(given[2]))
     assert main(asked) == 0
     assert len(read(path)[2]) == 6
-    assert list(page.held(tmp_path)) == ["ruler: SmolLM2-135M-Instruct"]
+    assert list(page.held(tmp_path, MODEL.name)) == ["ruler: SmolLM2-135M-Instruct"]
 
 
 # the process of an engine
@@ -349,7 +350,7 @@ def started(tmp_path: Path, monkeypatch):
         program = tmp_path / "program"
         program.write_text(f"#!{sys.executable}\nimport sys, time\n{script}\n")
         program.chmod(0o755)
-        monkeypatch.setattr(process, "sys", SimpleNamespace(executable=str(program)))
+        monkeypatch.setattr(worker, "sys", SimpleNamespace(executable=str(program)))
         return EngineProcess("m", 100, ARMS, stock=True, dtype="auto")
 
     return start
@@ -411,7 +412,7 @@ def test_a_suite_from_end_to_end(tmp_path: Path) -> None:
     assert [answer["arm"] for answer in answers] == ["dense", "default-64"]
     assert answers[0]["prompt"] == answers[1]["prompt"]
     assert all(answer["answer"] for answer in answers)
-    (record,) = page.held(tmp_path).values()
+    (record,) = page.held(tmp_path, MODEL.name).values()
     assert record.findings[0].startswith("No budget "), "one prompt shows nothing"
     assert record.findings[0] in done.stdout
     assert record.findings[0] in (tmp_path / "report.html").read_text()

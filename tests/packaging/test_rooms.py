@@ -14,12 +14,12 @@ ROOMS = {"vllm_adamas": "vllm_adamas", "backends": "vllm_adamas.backends"}
 ROOMS |= {"serving": "vllm_adamas.serving"}
 #: Floors from the bottom: a module imports its own floor and those below.
 FLOORS = (
-    r"vllm_adamas(\.(config|layout|errors|dtypes|budget|profile|identity|environment|tables))?",
+    r"vllm_adamas(\.(config|layout|errors|dtypes|budget|profile|identity|environment|tables|page|worker))?",
     r"vllm_adamas\.backends\b.*",
     r"vllm_adamas\.serving\b.*",
-    r"vllm_adamas\.(evaluate\b.*|doctor\b.*|cli)",
+    r"vllm_adamas\.(evaluate\b.*|doctor\b.*|bench\b.*|cli)",
 )
-MEETS_VLLM = r"vllm_adamas\.(serving\b.*|evaluate\.(engine|forcing))"
+MEETS_VLLM = r"vllm_adamas\.(serving\b.*|evaluate\.(engine|forcing)|bench\.engine)"
 
 
 def module_name(folder: str, file: Path) -> str:

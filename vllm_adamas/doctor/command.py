@@ -140,7 +140,9 @@ def timed(backend: Backend, options: dict[str, Any], heads: Heads, device: str) 
         return {
             "left out": f"the budget ({config.budget}) reaches all contexts up to {longest} tokens"
         }
-    layer = crossover.OneLayer(backend, STOCK[device], config, heads, device, contexts[-1])
+    layer = crossover.OneLayer(
+        backend, STOCK[device], {"sparse": config}, heads, device, contexts[-1]
+    )
     timings = crossover.measure(layer, contexts, crossover.Stopwatch(device), crossover.SECONDS)
     return {
         "heads": heads._asdict(),

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vllm_adamas.backends.base import COUNTERS, Backend, DecodeBatch, Params
+from vllm_adamas.backends.base import COUNTERS, Backend, DecodeBatch, Layer, Params
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.identity import Heads
 from vllm_adamas.layout import PageLayout
@@ -49,9 +49,7 @@ class Timing:
 
     def gain(self, over: str) -> tuple[float, float, float]:
         """Time of ``stock`` or ``dense`` over that of ``sparse``: lower quartile, median, upper quartile."""
-        ratios = [a / b for a, b in zip(getattr(self, over), self.sparse, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-        return low, middle, high
+        return gain(getattr(self, over), self.sparse)
 
     def record(self) -> dict[str, Any]:
         """Medians, and the gain over ``stock`` with its quartiles."""
@@ -64,79 +62,137 @@ class Timing:
         return {"context": self.context, **medians, "gain": gain}
 
 
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+    """Lower quartile, median, upper quartile."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, middle, high
+
+
+def gain(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
+    """The ratios of times of the same rounds, as :func:`quartiles`; above 1 ``after`` is faster."""
+    return quartiles([a / b for a, b in zip(before, after, strict=True)])
+
+
 class OneLayer:
-    """One context of random keys and values in the pages of one layer and in the stock cache; it grows.
+    """Random keys and values in the pages of one layer and in the stock cache; the contexts grow.
 
     Args:
         stock: class of the device's stock attention.
-        config: of the layer.
-        longest: tokens that it can hold.
+        configs: of the layer, by the names of their calls; they differ in their budgets alone.
+        longest: tokens that a context can hold.
+        rows: requests of a decode step, with contexts of one length.
+        copies: steps that share no page and no query.
+        launch: tokens of the longest context that a step is launched for, as a captured graph is; 0 launches for
+            that of the step.
+        dtype: of queries, keys and values.
 
     Attributes:
-        output: ``[1, Hq, D]``, what the last call wrote.
+        output: ``[rows, Hq, D]``, what the last call wrote.
     """
 
     def __init__(
         self,
         backend: Backend,
         stock: type[Stock],
-        config: AdamasConfig,
+        configs: Mapping[str, AdamasConfig],
         heads: Heads,
         device: str,
         longest: int,
+        *,
+        rows: int = 1,
+        copies: int = 1,
+        launch: int = 0,
+        dtype: torch.dtype = DTYPE,
     ):
-        self._backend, self._heads, self._length = backend, heads, 0
-        self._budget = config.budget
-        layout = PageLayout(heads.size, BLOCK_SIZE[device], DTYPE)
-        params = Params.of(
-            config,
-            layout,
-            num_query_heads=heads.query,
-            num_kv_heads=heads.kv,
-            softmax_scale=heads.size**-0.5,
-        )
+        self._backend, self._heads, self._length, self._dtype = backend, heads, 0, dtype
+        self._budgets = {name: config.budget for name, config in configs.items()}
+        self._launch = launch
+        layout = PageLayout(heads.size, BLOCK_SIZE[device], dtype)
         self._g = torch.Generator(device).manual_seed(0)
-        blocks = -(-longest // layout.block_size)
-        shape = (blocks, heads.kv, layout.block_size, layout.token_bytes // DTYPE.itemsize)
-        self._pages = torch.zeros(shape, dtype=DTYPE, device=device)
+        used = -(-longest // layout.block_size)
+        blocks = copies * rows * used
+        shape = (blocks, heads.kv, layout.block_size, layout.token_bytes // dtype.itemsize)
+        self._pages = torch.zeros(shape, dtype=dtype, device=device)
         backend.prepare(self._pages)
-        self._layer = backend.bind(params, self._pages)
+        self._layers = {}
+        for name, config in configs.items():
+            params = Params.of(
+                config,
+                layout,
+                num_query_heads=heads.query,
+                num_kv_heads=heads.kv,
+                softmax_scale=heads.size**-0.5,
+            )
+            backend.reserve(params, rows, max(launch, longest))
+            self._layers[name] = backend.bind(params, self._pages)
+        self._layer = next(iter(self._layers.values()))
         self.stock = stock(self._layer)
-        self._table = torch.randperm(blocks, generator=self._g, device=device).to(torch.int32)[None]
-        self._query = self._random(1, heads.query)
-        self.output = torch.empty_like(self._query)
+        order = torch.randperm(blocks, generator=self._g, device=device).to(torch.int32)
+        columns = max(used, -(-launch // layout.block_size))
+        self._table = order.new_zeros(copies, rows, columns)
+        self._table[..., :used] = order.view(copies, rows, used)
+        self._query = self._random(copies, rows, heads.query)
+        self.output = torch.empty_like(self._query[0])
         self._stats = torch.zeros(COUNTERS, dtype=torch.int64, device=device)
 
     def _random(self, *shape: int) -> torch.Tensor:
         shape = (*shape, self._heads.size)
-        return torch.randn(shape, generator=self._g, device=self._g.device).to(DTYPE)
+        return torch.randn(shape, generator=self._g, device=self._g.device).to(self._dtype)
 
     def grow(self, context: int) -> None:
-        """Appends tokens until there are ``context``."""
-        size, table = self._layer.params.layout.block_size, self._table[0].long()
-        for first in range(self._length, context, CHUNK):
-            token = torch.arange(first, min(first + CHUNK, context), device=table.device)
-            slots = table[token // size] * size + token % size
-            key, value = (self._random(len(token), self._heads.kv) for _ in range(2))
-            self._backend.append(self._layer, key, value, slots)
-            self.stock.append(key, value, slots)
+        """Appends tokens until every context has ``context``."""
+        size = self._layer.params.layout.block_size
+        for table in self._table.flatten(0, 1).long():
+            for first in range(self._length, context, CHUNK):
+                token = torch.arange(first, min(first + CHUNK, context), device=table.device)
+                slots = table[token // size] * size + token % size
+                key, value = (self._random(len(token), self._heads.kv) for _ in range(2))
+                self._backend.append(self._layer, key, value, slots)
+                self.stock.append(key, value, slots)
         self._length = context
 
-    def calls(self) -> dict[str, Callable[[], None]]:
-        """Decode of one row over the whole context, by the names of :class:`Timing`."""
-        lens = torch.full((1,), self._length, dtype=torch.int32, device=self._table.device)
-        budgets = torch.full_like(lens, self._budget.most(self._length))
-        sparse = DecodeBatch(self._table, lens, budgets, max_seq_len=self._length)
-        dense = sparse.dense
+    def calls(self, copy: int = 0) -> dict[str, Callable[[], None]]:
+        """Decode of the rows of a copy: ``stock``, ``dense`` over every token by our kernels, and each configuration."""
+        table, query = self._table[copy], self._query[copy]
+        lens = torch.full((len(table),), self._length, dtype=torch.int32, device=table.device)
+        launch = max(self._launch, self._length)
 
-        def decode(batch: DecodeBatch) -> None:
-            self._backend.decode(self._layer, self._query, batch, self.output, self._stats)
+        def decode(layer: Layer, batch: DecodeBatch) -> Callable[[], None]:
+            return lambda: self._backend.decode(layer, query, batch, self.output, self._stats)
 
-        return {
-            "stock": self.stock.attention(self._query, dense, self.output),
-            "dense": lambda: decode(dense),
-            "sparse": lambda: decode(sparse),
+        sparse = {
+            name: DecodeBatch(
+                table,
+                lens,
+                torch.full_like(lens, budget.most(self._length)),
+                max_seq_len=launch,
+                overlap=self._launch > 0,  # projections precede decode in a captured step
+            )
+            for name, budget in self._budgets.items()
         }
+        dense = next(iter(sparse.values())).dense
+        return {
+            "stock": self.stock.attention(query, dense, self.output),
+            "dense": decode(self._layer, dense),
+            **{name: decode(self._layers[name], batch) for name, batch in sparse.items()},
+        }
+
+
+def captured(calls: Sequence[Callable[[], object]]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of calls, each of which has run once before, when kernels are compiled and tables made."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())  # until tables and queries are ready
+    with torch.cuda.stream(side):
+        for call in calls:
+            call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    return graph
 
 
 class Stopwatch:
@@ -193,11 +249,16 @@ def measure(layer: OneLayer, contexts: Iterable[int], watch: Watch, seconds: flo
 
 def gains_from(timings: list[Timing], over: str) -> int | None:
     """The shortest context from which on sparse is faster than ``over`` in three quarters of the rounds."""
+    return faster_from([(timing.context, timing.gain(over)[0]) for timing in timings])
+
+
+def faster_from(gains: Sequence[tuple[int, float]]) -> int | None:
+    """The shortest context from which on the lower quartile of the gain is above 1; contexts ascend."""
     found = None
-    for timing in reversed(timings):
-        if timing.gain(over)[0] <= 1:
+    for context, low in reversed(gains):
+        if low <= 1:
             break
-        found = timing.context
+        found = context
     return found
 
 

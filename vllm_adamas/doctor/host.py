@@ -175,6 +175,12 @@ def memory_problems(
     return found
 
 
+def available_memory(file: Path = Path("/proc/meminfo")) -> int:
+    """Bytes of this host that a process can take without swapping."""
+    lines = dict(line.split(":") for line in file.read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) << 10
+
+
 def _memory(node: Path, cgroup: Path) -> tuple[int, int]:
     """Bytes that a node has and that are available, as vLLM counts them."""
     kib = {}

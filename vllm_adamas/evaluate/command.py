@@ -7,11 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from vllm_adamas import page, tables
 from vllm_adamas import profile as profiles
-from vllm_adamas import tables
 from vllm_adamas.config import AdamasConfig
-from vllm_adamas.errors import AdamasError
-from vllm_adamas.evaluate import findings, longbench, page, report, ruler, suites, texts
+from vllm_adamas.errors import INTERRUPTED, AdamasError
+from vllm_adamas.evaluate import findings, longbench, report, ruler, suites, texts
 from vllm_adamas.evaluate.calibrate import calibrate as make_profile
 from vllm_adamas.evaluate.engine import local_model
 from vllm_adamas.evaluate.study import DEFAULT, FAMILIES, TASKS, Arm, Settings, Study
@@ -25,7 +25,6 @@ QUICK = {"context": 2048, "windows": 8, "steps": 48, "prompts": 6, "stride": 8, 
 #: KV cache bytes for --quick unless the user gives --kv-cache-gib: enough for its prompts.
 QUICK_CACHE = 2 << 30
 
-INTERRUPTED = 130  #: exit status after Ctrl-C, as a shell has it
 SUITES = ("ruler", "longbench", "agreement")
 SUITE_BUDGETS, SUITE_LENGTHS, SUITE_BOUND = (128, 256, 512, 1024), (4096,), 2.0
 SUITE_DEFAULTS = {"prompts": 20, "seed": 0, "steps": 256}
@@ -71,6 +70,7 @@ def evaluate(args, configs: list[dict], engine_options: dict) -> int:
     if args.quick:
         engine_options.setdefault("kv_cache_memory_bytes", QUICK_CACHE)
     sources, folder = _sources(args), Path(args.output)
+    page.held(folder, Path(model).name)  # refuses what the report could not be written to
     study = Study(settings, sources, folder / "results.json")
     result = study.run(arms, **engine_options)
     return write_report(result, folder)
@@ -112,7 +112,7 @@ def suite(args, configs: list[dict], engine_options: dict) -> int:
         check_names(names, ("agreement",))
         chosen = suites.agreement(tokenizer, sources, values["steps"], seed)
     folder, weights = Path(args.output), model_folder(model)
-    page.held(folder)  # refuses what the report could not be written to
+    page.held(folder, Path(model).name)  # refuses what the report could not be written to
     settings = {
         "suite": args.suite,
         "model": Path(model).name,
@@ -135,7 +135,7 @@ def suite(args, configs: list[dict], engine_options: dict) -> int:
         print(f"interrupted: the same command goes on from {ledger.path}", file=sys.stderr)
         return INTERRUPTED
     found = findings.record(ledger.path, chosen.left_out, bound / 100)
-    print("\n".join([*page.text(found), "", f"report: {page.put([found], folder)}"]))
+    print("\n".join([*page.text(found), "", f"report: {page.put(found, folder)}"]))
     return 0
 
 
@@ -208,11 +208,12 @@ def _first_given(args, names: Sequence[str]) -> str | None:
     return next((name for name in names if getattr(args, name) not in (None, False)), None)
 
 
-def write_report(result: dict, folder: Path, stem: str = "report") -> int:
-    """Writes ``stem``.md and ``stem``.png into the folder and prints the table; returns exit status 0."""
+def write_report(result: dict, folder: Path) -> int:
+    """Writes report.md, report.png and the record of report.html, and prints the tables; returns exit status 0."""
     table = report.markdown(result)
-    drawn = report.plot(result, folder / f"{stem}.png")
-    (folder / f"{stem}.md").write_text(table + (f"\n![plot]({stem}.png)\n" if drawn else ""))
+    drawn = report.plot(result, folder / "report.png")
+    (folder / "report.md").write_text(table + ("\n![plot](report.png)\n" if drawn else ""))
+    page.put(report.record(result), folder)
     print(table)
     if not drawn:
         print("vllm-adamas: no plot, because matplotlib is not installed.", file=sys.stderr)

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any, ClassVar
 
 import torch
 
@@ -23,8 +24,7 @@ from vllm_adamas.errors import AdamasError
 from vllm_adamas.serving import compat
 from vllm_adamas.serving.checks import check_layers, resolve
 
-#: The engine runs in the process that evaluates it.
-ENVIRONMENT = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_USE_V2_MODEL_RUNNER": "0"}
+IN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  #: the engine runs in the process that asks it
 SILENT = {"metrics": False, "log_interval": 0, "audit_interval": 0}
 RECODE_BYTES = 1 << 28  #: bytes of pages that are recoded at a time
 
@@ -69,6 +69,10 @@ class Run:
 class StockEngine:
     """An engine with the attention backend that vLLM chooses.
 
+    Attributes:
+        environment: variables that it sets.
+        how: arguments of vLLM's LLM, unless others are given.
+
     Args:
         model: folder or hub name.
         max_model_len: longest prompt with its continuation, in tokens.
@@ -79,8 +83,11 @@ class StockEngine:
         AdamasError: the model or an option cannot be served.
     """
 
+    environment: ClassVar[dict[str, str]] = {**IN_PROCESS, "VLLM_USE_V2_MODEL_RUNNER": "0"}
+    how: ClassVar[dict[str, Any]] = {"enforce_eager": True, "async_scheduling": False}
+
     def __init__(self, model: str, max_model_len: int, *, max_num_seqs: int = 16, **engine_options):
-        _prepare_vllm()
+        _prepare_vllm(self.environment)
         from vllm import LLM
         from vllm.platforms import current_platform
 
@@ -94,10 +101,9 @@ class StockEngine:
                 model=str(model),
                 max_model_len=max_model_len,
                 max_num_seqs=max_num_seqs,
-                enforce_eager=True,
                 enable_prefix_caching=True,
-                async_scheduling=False,
                 disable_log_stats=True,
+                **self.how,
                 **engine_options,
             )
         self.tokenizer = self.llm.get_tokenizer()
@@ -150,7 +156,7 @@ class Engine(StockEngine):
 
     def __init__(self, model: str, max_model_len: int, *, options: dict | None = None, **others):
         self.options = dict(options or {})
-        _prepare_vllm()
+        _prepare_vllm(self.environment)
         from vllm.engine.arg_utils import EngineArgs
 
         with _adamas_errors():
@@ -306,28 +312,49 @@ def check(model: str, max_model_len: int, configurations: Sequence[dict], **engi
     Raises:
         AdamasError: the model's contexts are shorter, or it cannot be served with these options.
     """
-    from vllm.engine.arg_utils import EngineArgs
-
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    model_config = EngineArgs(model=model).create_model_config()
-    _refuse_hybrids(model_config)
-    if max_model_len > (longest := model_config.max_model_len):
+    found = model_config(model)
+    _refuse_hybrids(found)
+    longest = found.max_model_len
+    if max_model_len > longest:
         raise AdamasError(
             f"the length {max_model_len} is beyond the {longest} tokens of {Path(model).name}: lower --lengths."
         )
     for options in configurations:
-        with _adamas_errors():
-            EngineArgs(
-                model=model,
-                max_model_len=max_model_len,
-                attention_backend=compat.NAME,
-                additional_config={"adamas": {**SILENT, **options}},
-                **engine_options,
-            ).create_engine_config()
+        adamas_config(model, max_model_len, options, **engine_options)
 
 
-def _prepare_vllm() -> None:
-    os.environ.update(ENVIRONMENT)
+def model_config(model: str):
+    """vLLM's ModelConfig of a model, as it is without further arguments."""
+    from vllm.engine.arg_utils import EngineArgs
+
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    return EngineArgs(model=model).create_model_config()
+
+
+def adamas_config(model: str, max_model_len: int, options: dict, **engine_options):
+    """The VllmConfig of an adamas engine, made without reading weights.
+
+    Args:
+        options: of the backend.
+        model, max_model_len, engine_options: as of :class:`StockEngine`.
+
+    Raises:
+        AdamasError: the model cannot be served with these options.
+    """
+    from vllm.engine.arg_utils import EngineArgs
+
+    with _adamas_errors():
+        return EngineArgs(
+            model=model,
+            max_model_len=max_model_len,
+            attention_backend=compat.NAME,
+            additional_config={"adamas": {**SILENT, **options}},
+            **engine_options,
+        ).create_engine_config()
+
+
+def _prepare_vllm(environment: dict[str, str]) -> None:
+    os.environ.update(environment)
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     compat.require_supported_vllm()
 

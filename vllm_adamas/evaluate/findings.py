@@ -13,9 +13,9 @@ from typing import NamedTuple
 
 from vllm_adamas.environment import Environment
 from vllm_adamas.evaluate import report
-from vllm_adamas.evaluate.page import Chart, Point, Record, Table
 from vllm_adamas.evaluate.study import DENSE
 from vllm_adamas.evaluate.suites import WHOLE, read
+from vllm_adamas.page import Chart, Point, Record, Table
 
 PUBLISHED = "ruler_published.json"
 FLOOR = 0.1  #: dense has to reach this score in a task for the task to tell whether a budget loses anything
@@ -159,6 +159,7 @@ def _scores(head: dict, arms: dict, answers: list[dict], bound: float) -> Record
         )
     return Record(
         title=f"{suite}: {model}",
+        model=model,
         setting=_setting(head),
         findings=_verdict(arms, able, loss, bound) + _not_counted(compared, able),
         tables=[*tables, *published],
@@ -295,6 +296,7 @@ def _agreement(head: dict, arms: dict, answers: list[dict], bound: float) -> Rec
     headers += ["equal tokens, per cent", "equal to the end"]
     return Record(
         title=f"agreement: {head['settings']['model']}",
+        model=head["settings"]["model"],
         setting=_setting(head),
         tables=[
             Table(

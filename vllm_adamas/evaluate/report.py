@@ -6,8 +6,9 @@ import random
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from vllm_adamas import tables
+from vllm_adamas import page, tables
 from vllm_adamas.environment import Environment
 from vllm_adamas.evaluate import tasks
 from vllm_adamas.evaluate.study import AGREEMENT, DENSE, PERPLEXITY
@@ -56,27 +57,29 @@ def summary(result: dict) -> list[dict]:
     return rows
 
 
-def markdown(result: dict) -> str:
-    """The report in Markdown: the setup, a table of text quality and a table of retrieval."""
+class Part(NamedTuple):
+    """A table of the report, and in words what it shows and how."""
+
+    title: str
+    description: str
+    headers: list[str]
+    rows: list[list[str]]
+
+
+def parts(result: dict) -> list[Part]:
+    """A table of text quality and a table of retrieval, as far as they were measured."""
     rows, settings = summary(result), result["settings"]
-    dense = rows[0]
+    dense, found = rows[0], []
     cells = result["cells"][DENSE]["tasks"]
-    lines = [
-        f"# Quality of {result['model']['name']} under sparse decode",
-        "",
-        _setting(result),
-        "",
-    ]
     if "nll" in dense:
         windows, steps = len(cells[PERPLEXITY]["nll"]), cells[PERPLEXITY]["steps"]
-        lines += [
-            f"**Text**, {windows} windows of {settings['context']} tokens, {steps} forced decode steps each: "
+        description = (
+            f"{windows} windows of {settings['context']} tokens, {steps} forced decode steps each: "
             f"{windows * steps} scored tokens. Dense NLL {dense['nll']:.4f}. ΔNLL and KL to dense in nats per "
             "token; mass: attention kept, of the oracle's with as many tokens; error: of the attention output; "
             f"agreement: greedy tokens (of {settings['free_tokens']}) until the first that differs from dense. "
-            "In brackets 95% intervals, paired bootstrap over windows.",
-            "",
-        ]
+            "In brackets 95% intervals, paired bootstrap over windows."
+        )
         quality = [
             [
                 row["name"],
@@ -91,23 +94,59 @@ def markdown(result: dict) -> str:
             if "nll" in row and row["name"] != DENSE
         ]
         headers = ["configuration", "ΔNLL", "KL", "mass", "oracle", "error", "agreement"]
-        lines += [*tables.markdown(headers, quality), ""]
+        found.append(Part("Text", description, headers, quality))
     names = [task for task in tasks.TASKS if task in dense]
     if names:
-        lines += [
-            f"**Retrieval**, {_counts(cells, names)} prompts of up to {settings['context']} tokens, seed "
+        description = (
+            f"{_counts(cells, names)} prompts of up to {settings['context']} tokens, seed "
             f"{settings['seed']}: share of expected strings in the answer, in per cent, and in brackets the "
-            "95% interval of the difference to dense, paired bootstrap over prompts.",
-            "",
-        ]
+            "95% interval of the difference to dense, paired bootstrap over prompts."
+        )
         retrieval = [
             [row["name"], *(_score(row, name) for name in names)]
             for row in rows
             if any(name in row for name in names)
         ]
         headers = ["configuration", *(name.replace("_", " ") for name in names)]
-        lines += [*tables.markdown(headers, retrieval), ""]
+        found.append(Part("Retrieval", description, headers, retrieval))
+    return found
+
+
+def markdown(result: dict) -> str:
+    """The report in Markdown: the setup and the tables."""
+    lines = [
+        f"# Quality of {result['model']['name']} under sparse decode",
+        "",
+        _setting(result),
+        "",
+    ]
+    for part in parts(result):
+        lines += [f"**{part.title}**, {part.description}", ""]
+        lines += [*tables.markdown(part.headers, part.rows), ""]
     return "\n".join(lines)
+
+
+def record(result: dict) -> page.Record:
+    """The record of the report that other measurements of the model share."""
+    lines: dict[str, list[page.Point]] = {}
+    for row in summary(result):
+        if row["budget"] and "dnll" in row:
+            mean, low, high = row["dnll"]
+            point = page.Point(x=row["budget"], y=mean, low=low, high=high)
+            lines.setdefault(row["family"], []).append(point)
+    title = "ΔNLL to dense in nats per token, with 95 % intervals"
+    model, shown = result["model"]["name"], parts(result)
+    return page.Record(
+        title=f"eval: {model}",
+        model=model,
+        setting=_setting(result),
+        tables=[
+            page.Table(title=part.title, headers=part.headers, rows=part.rows) for part in shown
+        ],
+        charts=[page.Chart(title=title, x="token budget", lines=lines)] if lines else [],
+        notes=[f"{part.title}: {part.description}" for part in shown],
+        values={row["name"]: row for row in summary(result)},
+    )
 
 
 def _counts(cells: dict, names: list[str]) -> str:

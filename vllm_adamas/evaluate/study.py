@@ -20,6 +20,7 @@ from vllm_adamas.evaluate.engine import Engine, Request
 from vllm_adamas.evaluate.recorders import MassRecord, Shadow
 from vllm_adamas.evaluate.selectors import SelectorBackend
 from vllm_adamas.identity import identify
+from vllm_adamas.page import write_whole
 
 FORMAT, VERSION = "vllm-adamas-eval", 2
 DENSE = "dense"
@@ -335,10 +336,7 @@ class Study:
         return self._prompts[task]
 
     def _save(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        partial_file = self.path.with_name(f"{self.path.name}.partial")
-        partial_file.write_text(json.dumps(self.result) + "\n")
-        partial_file.replace(self.path)
+        write_whole(self.path, json.dumps(self.result) + "\n")
 
 
 def _largest(group: list[Arm]) -> Arm:

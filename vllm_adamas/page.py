@@ -1,7 +1,7 @@
 """A report of measurements: records as JSON, and the same as one HTML page that needs no other file.
 
-A suite puts its record into a folder with :func:`put`. Records of other suites stay, so the measurements of a model
-come together on one page.
+A command puts its record into a folder with :func:`put`. Records of others stay, so the measurements of a model come
+together on one page.
 """
 
 from __future__ import annotations
@@ -44,11 +44,16 @@ class Point(_Part):
 
 
 class Chart(_Part):
-    """Lines through points by name, over a logarithmic axis of ``x > 0``; the line of ``y = 0`` is drawn."""
+    """Lines through points by name, over a logarithmic axis of ``x > 0``.
+
+    Args:
+        base: the height of nothing gained and nothing lost, which is in the chart and stands out.
+    """
 
     title: str
     x: str
     lines: dict[str, list[Point]]
+    base: float = 0.0
 
 
 class Record(_Part):
@@ -56,6 +61,7 @@ class Record(_Part):
 
     Args:
         title: unique in a report.
+        model: that was measured; a report is about one.
         setting: what was measured, on what and when.
         findings: the sentences to read first.
         notes: how to read the tables, and what is left out.
@@ -63,6 +69,7 @@ class Record(_Part):
     """
 
     title: str
+    model: str
     setting: str
     findings: list[str] = []
     tables: list[Table] = []
@@ -86,18 +93,24 @@ def load(path: Path) -> list[Record]:
     raise AdamasError(f"{path} is not a report of this release: give another --output.")
 
 
-def held(folder: Path) -> dict[str, Record]:
+def held(folder: Path, model: str) -> dict[str, Record]:
     """The records of a folder by title.
 
     Raises:
-        AdamasError: its report.json is something else.
+        AdamasError: its report.json is something else, or about another model.
     """
     path = folder / f"{NAME}.json"
-    return {record.title: record for record in load(path)} if path.exists() else {}
+    records = {record.title: record for record in load(path)} if path.exists() else {}
+    for record in records.values():
+        if record.model != model:
+            raise AdamasError(
+                f"{path} is about {record.model} and not about {model}: give another --output."
+            )
+    return records
 
 
-def put(records: Sequence[Record], folder: Path) -> Path:
-    """Writes report.json and report.html with the folder's records and these, which replace those of their titles.
+def put(record: Record, folder: Path) -> Path:
+    """Writes report.json and report.html with the folder's records and this one, which replaces that of its title.
 
     Returns:
         The path of the page.
@@ -105,16 +118,21 @@ def put(records: Sequence[Record], folder: Path) -> Path:
     Raises:
         AdamasError: as :func:`held` does.
     """
-    every = held(folder) | {record.title: record for record in records}
-    data = [record.model_dump() for record in every.values()]
+    every = held(folder, record.model) | {record.title: record}
+    data = [one.model_dump() for one in every.values()]
     text = json.dumps({"format": FORMAT, "version": VERSION, "records": data}, indent=1) + "\n"
     page = folder / f"{NAME}.html"
-    folder.mkdir(parents=True, exist_ok=True)
-    for path, content in ((page.with_suffix(".json"), text), (page, html(list(every.values())))):
-        partial = path.with_suffix(".partial")  # a killed command leaves the file of before
-        partial.write_text(content, encoding="utf-8")
-        partial.replace(path)
+    write_whole(page.with_suffix(".json"), text)
+    write_whole(page, html(list(every.values())))
     return page
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file in a folder that is made if it is not there; a killed command leaves the file of before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
 
 
 def text(record: Record) -> list[str]:
@@ -184,7 +202,8 @@ COLORS = ("#0b62a4", "#c8501e", "#2f7d32", "#7b3fa0", "#8a6d00", "#00778a")
 
 def _chart(chart: Chart) -> str:
     points = [point for line in chart.lines.values() for point in line]
-    low, high = min(0.0, *(p.low for p in points)), max(0.0, *(p.high for p in points))
+    low = min(chart.base, *(p.low for p in points))
+    high = max(chart.base, *(p.high for p in points))
     margin = 0.05 * (high - low) or 1.0
     low, high = low - margin, high + margin
     first, last = (math.log2(choose(p.x for p in points)) for choose in (min, max))
@@ -198,9 +217,9 @@ def _chart(chart: Chart) -> str:
         )
 
     drawn = []
-    for y in _ticks(low, high):
+    for y in sorted({*_ticks(low, high), chart.base}):
         _, down = at(points[0].x, y)
-        color = "#888" if y == 0 else "#e4e4e4"
+        color = "#888" if y == chart.base else "#e4e4e4"
         drawn.append(
             f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{down}" y2="{down}" stroke="{color}"/>'
             f'<text x="{LEFT - 8}" y="{down + 4}" text-anchor="end">{y:g}</text>'
@@ -238,7 +257,7 @@ def _chart(chart: Chart) -> str:
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Round values between two bounds, zero among them, about five."""
+    """Round values between two bounds, about five; zero is one of them if it lies there."""
     raw = (high - low) / 5
     unit = 10 ** math.floor(math.log10(raw))
     step = next(unit * factor for factor in (1, 2, 5, 10) if unit * factor >= raw)

@@ -1,0 +1,1 @@
+"""Speed on the user's own model and device: the command `vllm-adamas bench`."""
