@@ -64,6 +64,8 @@ MISSED = {
     ("cells, manhattan kv_head", 131072, 8192, 32): 1.21,
     ("cells, manhattan kv_head", 131072, 32768, 1): 1.26,
     ("cells, manhattan kv_head", 131072, 32768, 8): 1.13,
+    ("cells, manhattan kv_head", 8192, 8192, 32): 1.21,
+    ("cells, manhattan kv_head", 32768, 32768, 8): 1.13,
 }
 
 
@@ -112,7 +114,7 @@ INVENTED = Limits(
     max_step=1 << 22,
     max_group=4,
     max_cluster=5,
-    most_wanted=512,
+    most_wanted=1024,
     max_groups=1 << 10,
 )
 
