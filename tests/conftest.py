@@ -7,6 +7,8 @@ from pathlib import Path
 
 # Idle OpenMP threads of one test would spin through the next one's time. Read once, by torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# `eval` and `bench` silence vLLM where nothing is set. Tests of them must not silence those that follow in this process.
+os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
 
 import pytest
 import torch

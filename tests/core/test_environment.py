@@ -8,10 +8,12 @@ import pytest
 import torch
 from common import ROOT
 
-from vllm_adamas import __version__, environment
+from vllm_adamas import __version__, environment, page
 from vllm_adamas.environment import Environment
 
-RESULTS = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+RECORDED = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+#: Without reports, whose records name the host in words (tests/evaluate/test_findings.py).
+RESULTS = [path for path in RECORDED if json.loads(path.read_text()).get("format") != page.FORMAT]
 
 
 @pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)

@@ -256,7 +256,7 @@ OTHER_FILES = {
 def test_files_that_only_bear_the_name_are_left_out_with_a_warning(
     tmp_path: Path, caplog, monkeypatch, content
 ) -> None:
-    monkeypatch.setattr(profile, "logger", logging.getLogger("test"))  # vLLM's does not propagate
+    monkeypatch.setattr(models, "logger", logging.getLogger("test"))  # vLLM's does not propagate
     (tmp_path / "model.safetensors").write_bytes(safetensors({"k_norm.a": TENSOR}, bytes(8)))
     (tmp_path / "config.json").write_text("{}")
     alone = models.fingerprint(tmp_path)
