@@ -6,6 +6,7 @@ size, pad the recurrent states, group the layers and lay out the allocation, as 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -34,11 +35,13 @@ def parallel_state(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     )
 
     group = tmp_path_factory.mktemp("ranks") / "group"
-    with set_current_vllm_config(VllmConfig()):
-        init_distributed_environment(1, 0, f"file://{group}", 0, "gloo")
-        initialize_model_parallel(backend="gloo")
-    yield
-    cleanup_dist_env_and_memory()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "excepthook", sys.excepthook)  # torch's names the rank from here on
+        with set_current_vllm_config(VllmConfig()):
+            init_distributed_environment(1, 0, f"file://{group}", 0, "gloo")
+            initialize_model_parallel(backend="gloo")
+        yield
+        cleanup_dist_env_and_memory()
 
 
 @pytest.mark.usefixtures("parallel_state")
