@@ -83,6 +83,21 @@ class Environment(BaseModel):
         return self.model_dump(exclude_none=True)
 
 
+def different(mine: dict[str, Any], theirs: dict[str, Any]) -> list[str]:
+    """What keeps a run from adding to a results file: settings, or the device and versions, by name.
+
+    Args:
+        mine, theirs: of the run and of the file, each with ``settings`` and an ``environment``.
+    """
+    found = [
+        key for key in mine["settings"] if mine["settings"][key] != theirs["settings"].get(key)
+    ]
+    here, there = (
+        Environment.model_validate(one["environment"]).compared() for one in (mine, theirs)
+    )
+    return found + [key for key in here if here[key] != there[key]]
+
+
 def package_versions(packages: Sequence[str] = ()) -> dict[str, str]:
     """Versions of Python, this package, ``PACKAGES`` and further distributions; absent if not installed."""
     found = {"python": platform.python_version(), "vllm-adamas": __version__}

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from vllm_adamas.environment import Environment
+from vllm_adamas.environment import Environment, different
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.page import write_whole
 
@@ -51,15 +51,9 @@ class Results:
 
     def _load(self) -> None:
         held = load(self.path)
-        mine, theirs = self.record["settings"], held["settings"]
-        different = [key for key in mine if mine[key] != theirs.get(key)]
-        here, there = (
-            Environment.model_validate(one["environment"]).compared() for one in (self.record, held)
-        )
-        different += [key for key in here if here[key] != there[key]]
-        if different:
+        if found := different(self.record, held):
             raise AdamasError(
-                f"{self.path} holds times of other settings ({', '.join(different)}): give another --output or remove "
+                f"{self.path} holds times of other settings ({', '.join(found)}): give another --output or remove "
                 "the file."
             )
         self.record = held

@@ -16,7 +16,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-from vllm_adamas.environment import Environment
+from vllm_adamas.environment import Environment, different
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.evaluate import texts
 from vllm_adamas.evaluate.process import EngineProcess
@@ -108,15 +108,9 @@ class Ledger:
 
     def _load(self) -> None:
         held, arms, answers = read(self.path)
-        mine, theirs = self.head["settings"], held["settings"]
-        different = [key for key in mine if mine[key] != theirs.get(key)]
-        here, there = (
-            Environment.model_validate(head["environment"]).compared() for head in (self.head, held)
-        )
-        different += [key for key in here if here[key] != there[key]]
-        if different:
+        if found := different(self.head, held):
             raise AdamasError(
-                f"{self.path} holds answers of other settings ({', '.join(different)}): give another --output or "
+                f"{self.path} holds answers of other settings ({', '.join(found)}): give another --output or "
                 "remove the file."
             )
         self.head, self.arms = held, arms
