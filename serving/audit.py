@@ -126,7 +126,13 @@ class Audit:
             this object if the step is audited.
         """
         if self._sample is not None:
-            self._compare(*self._sample)
+            try:
+                self._compare(*self._sample)
+            except torch.OutOfMemoryError:  # no reason to end a server
+                logger.warning_once(
+                    "Audit: a comparison was skipped, because the memory for it is not free: pass a smaller "
+                    "--gpu-memory-utilization, or audit_interval=0 to turn the audit off."
+                )
             self._sample = None
             self._rows.zero_()  # a graph of any size may read them in the steps that follow
         self._histograms.copy(time.monotonic())

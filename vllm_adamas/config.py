@@ -47,8 +47,8 @@ Tokens = Annotated[int, Field(le=MAX_TOKENS)]
 #: attends broadly: with 2048 tokens it errs as other layers do with 512 (docs/quality.md).
 FIRST_LAYER_FACTOR = 8
 
-#: Default ``audit_interval`` on CPUs: the audit takes less than 1 % of TPOT then (docs/audit.md).
-CPU_AUDIT_INTERVAL = 128
+#: Default ``audit_interval`` by the type of device: the audit takes less than 1 % of TPOT then (docs/audit.md).
+AUDIT_INTERVALS = {"cpu": 128, "cuda": 1024}
 
 LAYER_NUMBER = re.compile("0|[1-9][0-9]{0,4}")
 
@@ -148,8 +148,8 @@ class AdamasConfig(BaseModel):
         None,
         ge=0,
         le=MAX_STEPS,
-        description="Decode steps from one audited step to the next, 0 for no audit (default 128 on CPUs, 0 on "
-        "GPUs).",
+        description="Decode steps from one audited step to the next, 0 for no audit (default 128 on CPUs, 1024 "
+        "on GPUs).",
     )
     audit_threshold: float = Field(
         0.3,
@@ -281,10 +281,10 @@ class AdamasConfig(BaseModel):
         return 1 if self.score == "dot" else 2
 
     def audited_every(self, device_type: str) -> int:
-        """``audit_interval``, or its default: on a GPU neither the audit nor its cost has been measured yet."""
+        """``audit_interval``, or its default on this type of device."""
         if self.audit_interval is not None:
             return self.audit_interval
-        return CPU_AUDIT_INTERVAL if device_type == "cpu" else 0
+        return AUDIT_INTERVALS[device_type]
 
     def coding(self, head_size: int) -> Coding:
         """The coding of keys (and, for manhattan, of queries) at one head size."""

@@ -18,7 +18,7 @@ from targets import REFERENCE
 
 from vllm_adamas import profile as profiles
 from vllm_adamas.backends.compare import Comparison
-from vllm_adamas.config import CPU_AUDIT_INTERVAL, AdamasConfig
+from vllm_adamas.config import AUDIT_INTERVALS, AdamasConfig
 from vllm_adamas.evaluate import texts
 from vllm_adamas.identity import fingerprint
 from vllm_adamas.serving import audit as audits
@@ -155,6 +155,19 @@ def test_rows_that_were_not_kept_are_not_counted(engine) -> None:
     assert engine.audited() == {"0-9": 0, "10-19": 0}
 
 
+def test_a_lack_of_memory_ends_no_server(engine, monkeypatch, caplog) -> None:
+    def lacking(*_):
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(audits, "compare_rows", lacking)
+        patch.setattr(audits.logger, "propagate", True)
+        assert [engine.step() for _ in range(6)] == [False, False, True] * 2
+    assert ["memory" in text for text in caplog.messages] == [True]
+    engine.step()
+    assert engine.audited() == {"0-9": 4, "10-19": 0}  # the second one
+
+
 def test_steps_of_warming_up_are_forgotten(engine) -> None:
     for _ in range(3):
         engine.step()
@@ -191,10 +204,10 @@ def test_the_log_warns_once_a_minute(
     assert len(caplog.messages) == 2 * warned
 
 
-def test_the_default_is_off_on_gpus() -> None:
-    assert AdamasConfig().audited_every("cpu") == CPU_AUDIT_INTERVAL > 0
-    assert AdamasConfig().audited_every("cuda") == 0
-    assert AdamasConfig(audit_interval=7).audited_every("cuda") == 7
+@pytest.mark.parametrize("device_type", AUDIT_INTERVALS)
+def test_the_default_interval(device_type: str) -> None:
+    assert AdamasConfig().audited_every(device_type) == AUDIT_INTERVALS[device_type] > 0
+    assert AdamasConfig(audit_interval=7).audited_every(device_type) == 7
 
 
 # Live servers, whose every decode step is audited.

@@ -1,7 +1,7 @@
 """Real servers with a real model on a Hopper GPU: CUDA graphs, both model runners, memory.
 
-All servers of one GPU start at once and stay up; each takes 1 GiB of KV cache. They compute in
-float16, whose rounding seldom decides between two tokens. Where steps are cut in another way, rounding
+Servers stay up; each takes 1 GiB of KV cache. Those that the chosen tests are parametrized with start at once, the others
+when a test asks for them. They compute in float16, whose rounding seldom decides between two tokens. Where steps are cut in another way, rounding
 of K moves codes as well; there logits are compared up to the first token that rounding can decide.
 """
 
@@ -54,7 +54,7 @@ COMMON = (
     "--dtype float16 --block-size 64 --max-model-len 8192 --max-num-seqs 16 "
     "--cudagraph-capture-sizes 1 2 4 8 16 --gpu-memory-utilization 0.1 --kv-cache-memory-bytes 1G "
 )
-SPARSE = {"token_budget": BUDGET}
+SPARSE = {"token_budget": BUDGET, "audit_interval": 0}
 AUDITED = {**SPARSE, "audit_interval": 3}
 MOST = 8192  #: that a request may ask for
 RAISED = {**AUDITED, "max_token_budget": MOST}
@@ -111,13 +111,21 @@ def start(spec: tuple, model: Path, log: Path) -> Server:
 class Host:
     """Servers that run side by side; one that did not start fails the tests that ask for it."""
 
-    def __init__(self, specs: dict[str, tuple], model: Path, logs: Path):
+    def __init__(self, specs: dict[str, tuple], model: Path, logs: Path, at_once: set[str]):
         self._pool = ThreadPoolExecutor(max(2, (os.cpu_count() or 2) // 2))
-        self._starts: dict[str, Future] = {
-            name: self._pool.submit(start, spec, model, logs / name) for name, spec in specs.items()
-        }
+        self._specs, self._model, self._logs = specs, model, logs
+        self._starts: dict[str, Future] = {}
+        for name in specs:
+            if name in at_once:
+                self._start(name)
+
+    def _start(self, name: str) -> None:
+        log = self._logs / name
+        self._starts[name] = self._pool.submit(start, self._specs[name], self._model, log)
 
     def __getitem__(self, name: str) -> Server:
+        if name not in self._starts:
+            self._start(name)
         return self._starts[name].result()
 
     def stop(self) -> None:
@@ -128,9 +136,11 @@ class Host:
 
 
 @pytest.fixture(scope="module")
-def host(tmp_path_factory):
+def host(request, tmp_path_factory):
     """The servers of SPECS."""
-    host = Host(SPECS, MODEL, tmp_path_factory.mktemp("servers"))
+    calls = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+    named = {value for params in calls for value in params.values() if isinstance(value, str)}
+    host = Host(SPECS, MODEL, tmp_path_factory.mktemp("servers"), named)
     yield host
     host.stop()
 
@@ -139,7 +149,7 @@ def host(tmp_path_factory):
 def pair(tmp_path_factory):
     """The servers of TWO_GPUS."""
     model = random_llama(tmp_path_factory.mktemp("llama"))
-    host = Host(TWO_GPUS, model, tmp_path_factory.mktemp("pair"))
+    host = Host(TWO_GPUS, model, tmp_path_factory.mktemp("pair"), set(TWO_GPUS))
     yield host
     host.stop()
 
@@ -298,6 +308,7 @@ def test_audited_rows_agree_with_dense_attention(host, name: str) -> None:
     """Rows of a replayed graph, and those of drafts, are compared with their own contexts."""
     server = host[name]
     answers(server, LONG_PROMPTS)
+    counters(server)  # what the last steps counted is exported by then
     for group in audited(server).values():
         assert group["rows"] > 0
         assert 0.0 < group["output_error"] < 0.6
