@@ -211,6 +211,17 @@ __device__ __forceinline__ float maximum_of_heads(const float (&x)[kQuads][4]) {
   return fmaxf(odd ? odd_token : even_token, __shfl_xor_sync(kFull, odd ? even_token : odd_token, 1));
 }
 
+// The same of the heads' logits less their log-sum-exp.
+template <int kChunks, int kQuads>
+__device__ __forceinline__ float weighed_maximum(const QueryFragments<kChunks, Mode::dot_max, kQuads>& query,
+                                                 float (&logit)[kQuads][4]) {
+#pragma unroll
+  for (int h = 0; h < kQuads; ++h)
+#pragma unroll
+    for (int i = 0; i < 4; ++i) logit[h][i] = __fsub_rn(logit[h][i], query.weight[h].log_sum);
+  return maximum_of_heads(logit);
+}
+
 template <int kChunks, Mode kMode, int kQuads, int kScores>
 __device__ __forceinline__ void score_set(const QueryFragments<kChunks, kMode, kQuads>& query,
                                           const Signatures<kChunks, kMode>& s, int q, float (&score)[kScores]) {
@@ -218,12 +229,8 @@ __device__ __forceinline__ void score_set(const QueryFragments<kChunks, kMode, k
   if constexpr (kMode == Mode::dot_max) {
     float logit[kQuads][4];
 #pragma unroll
-    for (int h = 0; h < kQuads; ++h) {
-      logit_quad(query, s, h, logit[h]);
-#pragma unroll
-      for (int i = 0; i < 4; ++i) logit[h][i] = __fsub_rn(logit[h][i], query.weight[h].log_sum);
-    }
-    score[0] = maximum_of_heads(logit);
+    for (int h = 0; h < kQuads; ++h) logit_quad(query, s, h, logit[h]);
+    score[0] = weighed_maximum(query, logit);
   } else {
     score_quad(query, s, q, score);
   }

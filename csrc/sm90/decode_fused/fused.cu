@@ -36,6 +36,7 @@ FusedShape fused_shape(const DecodeParams& p, int cluster, int warps) {
   s.barriers = take(warps * kFusedStages * 8);
   s.search = take(sizeof(FusedSearch));
   s.warps = take(warps * 4);
+  s.sampled = take(summed ? kSampledBins * 4 : 0);
   s.bytes = at;
   return s;
 }

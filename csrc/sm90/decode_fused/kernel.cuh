@@ -5,7 +5,7 @@
 // A block scores its own tokens, and its warps list those that may be selected (score.cuh, list.cuh). Three exchanges
 // give every block of the cluster the same threshold (threshold.cuh). Each block attends to its own tokens that reach
 // it (attend.cuh), and the blocks that write the output merge the parts (merge.cuh). The step takes five cluster
-// barriers; everything else is local to a block. A row that selects more than kMostWanted tokens takes several rounds:
+// barriers, or four if the sample suggests a range; everything else is local to a block. A row that selects more than kMostWanted tokens takes several rounds:
 // each selects among the tokens that rank below the threshold of the round before.
 #pragma once
 #include "sm90/decode_fused/attend.cuh"
@@ -16,9 +16,10 @@
 
 namespace adamas {
 
-// Selects the tokens of a round and attends to them; the round ends with their threshold.
+// Selects the tokens of a round and attends to them; the round ends with their threshold. Returns the number of tokens,
+// which is 0 if the range was guessed and too few tokens reach its low end.
 template <int D, Mode kMode, int kQuads, class Softmax>
-__device__ __forceinline__ void attend_round(const FusedBlock& b, uint8_t* memory, Round& round, RingPlace& place,
+__device__ __forceinline__ int attend_round(const FusedBlock& b, uint8_t* memory, Round& round, RingPlace& place,
                                              Softmax& softmax) {
   const FusedSearch& search = b.m.search;
   const ListState list = list_own_tokens<D <= 128 ? 1 : 2, kMode, kQuads>(b, round, place);
@@ -26,22 +27,26 @@ __device__ __forceinline__ void attend_round(const FusedBlock& b, uint8_t* memor
     cluster_wait();  // for the arrival at the kernel's start
     softmax.start(b.p, b.row, b.kv_head * b.p.group, b.p.group);
   }
-  find_range(b, round.wanted);
-  Listed listed = keep_listed(b, list);
-  if (!search.failed) find_edge(b, listed);  // all blocks agree
+  Listed listed(b, list.count);
+  const bool guessed = kMode == Mode::dot_max && round.number == 0 && search.enough;  // all blocks agree, here and below
+  if (!guessed) find_range(b, round.wanted, list), listed = keep_listed(b, list);
+  if (!search.failed) find_edge(b, listed);
+  if (guessed && !search.enough) return 0;
   if (search.failed) narrow_edge(b.p, b.s, memory, listed.count);
   find_threshold(b, listed);
   attend_selected(b, listed, softmax);
   round.score = search.score, round.token = search.token;
+  return round.wanted;
 }
 
-// The rounds after the first one. Not inlined, and the softmax state is passed by value, because the state would
-// otherwise take registers while the first round's tokens are scored.
+// The rounds after the first one, which has attended to `done` tokens. Not inlined, and the softmax state is passed by
+// value, because the state would otherwise take registers while the first round's tokens are scored.
 template <int D, Mode kMode, int kQuads, class Softmax>
 __device__ __noinline__ Softmax attend_more_rounds(const DecodeParams& p, const FusedShape& s, uint8_t* memory,
-                                                   Round round, RingPlace place, Softmax softmax) {
+                                                   Round round, RingPlace place, int done, Softmax softmax) {
   const FusedBlock b(p, s, memory);
-  for (int left = b.plan.need - round.wanted; left > 0; left -= round.wanted) {
+  if (done == 0 && threadIdx.x == 0 && b.rank == 0) count_search(p);
+  for (int left = b.plan.need - done; left > 0; left -= round.wanted) {
     async_copies_follow();
     __syncthreads();  // every warp has read the tokens and the threshold of the round before
     reset_round(b);
@@ -74,9 +79,9 @@ __global__ void __launch_bounds__(kMostWarps * 32)
     if (b.plan.need > 0) {
       RingPlace place;
       Round round{0, min(b.plan.need, kMostWanted), INFINITY, INT_MAX};
-      attend_round<D, kMode, kQuads>(b, fused_memory, round, place, softmax);
-      if (b.plan.need > kMostWanted)
-        softmax = attend_more_rounds<D, kMode, kQuads>(p, s, fused_memory, round, place, softmax);
+      const int done = attend_round<D, kMode, kQuads>(b, fused_memory, round, place, softmax);
+      if (done < b.plan.need)
+        softmax = attend_more_rounds<D, kMode, kQuads>(p, s, fused_memory, round, place, done, softmax);
     } else {
       b.begin();
       cluster_wait();

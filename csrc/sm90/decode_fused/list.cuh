@@ -7,7 +7,8 @@
 //
 // A pivot comes from all warps of the block: each posts a score that its share of the wanted tokens reach, and the least
 // of these scores is reached by as many as are wanted. If that leaves the list too full, because the warps' scores differ
-// or are equal, the pivot rises to a score that enough tokens of the list itself reach.
+// or are equal, the pivot rises to a score that enough tokens of the list itself reach. Where the sample suggests a range
+// (range.cuh), its low end is the first pivot: a guess, which counting confirms.
 #pragma once
 #include <cfloat>
 
@@ -159,9 +160,9 @@ struct TokenList {
   const bool fits;
   ListState state;
 
-  __device__ TokenList(const FusedMemory& m, int warp, int warps, int wanted, bool fits)
+  __device__ TokenList(const FusedMemory& m, int warp, int warps, int wanted, bool fits, const ListState& start)
       : m(m), scores(m.scores + warp * kList), indices(m.indices + warp * kList), warp(warp), warps(warps),
-        wanted(wanted), fits(fits) {}
+        wanted(wanted), fits(fits), state(start) {}
 
   // Takes the neighbouring tokens of a lane that `holds` any, the first of which has index `index`. All lanes call it, in
   // the order of their indices.

@@ -9,8 +9,14 @@ constexpr int kLeastWarps = 8, kMostWarps = 16;
 constexpr int kFusedGroup = kLeastWarps;  // most query heads per KV head: one warp each
 constexpr int kFusedStages = 3;           // stages of a warp's ring
 constexpr int kEdgeBins = 128, kEdgeWords = kEdgeBins / 2;  // two 16-bit counts per word
+constexpr int kFineBins = 96, kCoarse = 8;                  // of these; the others are so many times as wide (edge_bin)
 constexpr int kMembers = 256;                               // most members of the edge bin
 constexpr int kList = kMostWanted + 2 * kStageTokens;       // places of a warp's list
+
+// With combine=max the scores of the sample are counted in bins of equal width. Scores are logarithms to base 2 there, and 0
+// is the mean of a head's weights.
+constexpr int kSampledBins = 256;
+constexpr float kSampledLow = -36.0f, kSampledWidth = 0.1875f;
 
 // The range of a block's scores, as order keys.
 struct alignas(16) FusedRange {
@@ -26,6 +32,7 @@ struct alignas(16) FusedRange {
 struct FusedSearch {
   FusedRange range;        // of the block
   float low, scale;        // map a score to its bin
+  bool enough;             // as many tokens as are wanted reach `low`
   int size, wanted, edge;  // the edge bin: members, members to select, index
   uint32_t base, placed;   // first place of the block's own members, and members placed
   bool exact;              // the edge bin is the range [from, to] of ranks (score, token)
@@ -50,7 +57,7 @@ struct FusedShape {
   // Offsets in shared memory. When the lists are complete, the selected tokens and the warps' softmax states reuse the
   // memory of the ring. The scratch of query encoding uses the memory of the lists.
   int states, scores, indices, counts, copies, ranges, posts, parts, members, planes, bias, weights, tops, partial, softmax,
-      barriers, search, warps, bytes;
+      barriers, search, warps, sampled, bytes;
 };
 
 struct FusedMemory {
@@ -69,6 +76,7 @@ struct FusedMemory {
   int32_t* bias;       // [kMaxHeadQuads][4]
   HeadWeight* weights;    // [kMaxHeadQuads][4], for dot_max, as are tops and sums
   uint32_t *tops, *sums;  // [kMaxHeadQuads][4] largest logit of the sample as an order key, sum of its terms
+  uint32_t* sampled;      // [kSampledBins] histogram of the sample's scores, for dot_max
   float* partial;      // [block][outputs of this block] weighted V sums
   float2* softmax;     // [block][query head] top, sum
   uint64_t* barriers;
@@ -84,6 +92,7 @@ struct FusedMemory {
         members(reinterpret_cast<uint64_t*>(m + s.members)), planes(reinterpret_cast<uint32_t*>(m + s.planes)),
         bias(reinterpret_cast<int32_t*>(m + s.bias)), weights(reinterpret_cast<HeadWeight*>(m + s.weights)),
         tops(reinterpret_cast<uint32_t*>(m + s.tops)), sums(tops + 4 * kMaxHeadQuads),
+        sampled(reinterpret_cast<uint32_t*>(m + s.sampled)),
         partial(reinterpret_cast<float*>(m + s.partial)), softmax(reinterpret_cast<float2*>(m + s.softmax)),
         barriers(reinterpret_cast<uint64_t*>(m + s.barriers)),
         search(*reinterpret_cast<FusedSearch*>(m + s.search)), warps(reinterpret_cast<int*>(m + s.warps)) {}

@@ -2,16 +2,14 @@
 //
 // A warp owns every num_warps-th stage of the block and streams its stages through its ring; a lane scores a token
 // quad for one head of four at a time. The first copies are issued as soon as the preceding kernel has finished, and
-// the queries are encoded while they are in flight. Between the barriers before and after it, the loop waits only on
-// the ring.
+// the queries are encoded while they are in flight. The loop waits only on the ring.
 #pragma once
 #include <climits>
 #include <type_traits>
 
 #include "sm90/decode_fused/block.cuh"
-#include "sm90/decode_fused/list.cuh"
+#include "sm90/decode_fused/range.cuh"
 #include "sm90/maximum.cuh"
-#include "sm90/order.cuh"
 #include "sm90/query.cuh"
 
 namespace adamas {
@@ -36,58 +34,20 @@ struct RingPlace {
   }
 };
 
-// Merges the range of the warp's listed scores into the block's range: the best one, a floor, the higher one of the floor
-// and of a score that a quarter of 64 groups reach, and the list's pivot.
-//
-// The scores are divided into groups. The floor is the smallest of the groups' maxima, so each group has at least one
-// score at or above it. If there are at least as many groups as tokens wanted, no token below the floor is selected.
-// Fewer groups give a higher floor: a group is the scores of several lanes, of one lane, or every other one of a lane.
-__device__ __forceinline__ void merge_range(const FusedBlock& b, int wanted, const TokenList& list) {
-  const int lane = b.lane;
-  const GroupTops<2> tops(list.scores, list.state.count);
-  const float(&part)[2] = tops.top;
-  const int warps = min(b.s.cluster * b.s.num_warps, b.plan.length / kStageTokens);
-  int per_warp = 2;  // groups
-  while (per_warp < 64 && per_warp * warps < wanted) per_warp *= 2;
-  float top = fmaxf(part[0], part[1]), floor = INFINITY;
-  int groups = 0;
-  if (per_warp <= 32) {
-    float x = top;
-#pragma unroll
-    for (int n = 16, step = 1; n >= 2; n /= 2, step *= 2)
-      if (n >= per_warp) x = fmaxf(x, __shfl_xor_sync(kFull, x, step));
-    if (x > -INFINITY) floor = x, groups = (lane & (32 / per_warp - 1)) == 0;
-  } else {
-#pragma unroll
-    for (int i = 0; i < 2; ++i)
-      if (part[i] > -INFINITY) floor = fminf(floor, part[i]), ++groups;
-  }
-  groups = __reduce_add_sync(kFull, groups);
-  const uint32_t low = __reduce_min_sync(kFull, order_key(floor)), high = __reduce_max_sync(kFull, order_key(top));
-  const uint32_t quarter = tops.reached_by(16);
-  if (lane == 0 && groups) {
-    FusedRange& to = b.m.search.range;
-    atomicMax(&to.best, high);
-    atomicMin(&to.floor, low);
-    atomicAdd(&to.groups, uint32_t(groups));
-    atomicMax(&to.high, max(low, quarter));
-    atomicMax(&to.pivot, order_key(list.state.pivot));
-  }
-}
-
-// The log-sum-exp of every head's logits over the sample (maximum.cuh), which each block of the cluster computes. The
-// warp has tiles kTilesPerWarp * warp and following of the `tiles` of the sample; `data` is its stage of them. Places past
-// the context occur only in a sample of all tiles, which then follow each other.
+// The log-sum-exp of every head's logits over the sample (maximum.cuh), and the range that the sample's scores suggest
+// (range.cuh). Each block of the cluster computes both. The warp has tiles kTilesPerWarp * warp and following of the `tiles`
+// of the sample; `data` is its stage of them. Places past the context occur only in a sample of all tiles, which then follow
+// each other.
 constexpr int kTilesPerWarp = kStageTokens / kTile;
 static_assert(kTilesPerWarp * kLeastWarps == kSampleTiles);
 
 template <int kChunks, int kQuads, class Fill>
 __device__ __forceinline__ void weigh_heads(const FusedBlock& b, QueryFragments<kChunks, Mode::dot_max, kQuads>& query,
-                                            const StageShape& shape, uint32_t data, int tiles, Fill next) {
+                                            const StageShape& shape, uint32_t data, int tiles, int wanted, Fill next) {
   using Reader = StageReader<kChunks, Mode::dot_max>;
   const Reader reader(shape);
   const int lane = b.lane;
-  float logit[kQuads][Reader::kSteps][4];
+  float logit[Reader::kSteps][kQuads][4];
 #pragma unroll
   for (int i = 0; i < Reader::kSteps; ++i) {
     const int number = b.warp * kTilesPerWarp + reader.token[i] / kTile;
@@ -97,10 +57,10 @@ __device__ __forceinline__ void weigh_heads(const FusedBlock& b, QueryFragments<
     reader.load(signatures, data, i);
 #pragma unroll
     for (int q = 0; q < kQuads; ++q) {
-      logit_quad(query, signatures, q, logit[q][i]);
+      logit_quad(query, signatures, q, logit[i][q]);
 #pragma unroll
       for (int j = 0; j < 4; ++j)
-        if (j >= here) logit[q][i][j] = -INFINITY;
+        if (j >= here) logit[i][q][j] = -INFINITY;
     }
   }
   __syncwarp();  // every lane has read the slot
@@ -111,7 +71,7 @@ __device__ __forceinline__ void weigh_heads(const FusedBlock& b, QueryFragments<
 #pragma unroll
     for (int i = 0; i < Reader::kSteps; ++i)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) top = max(top, order_key(logit[q][i][j]));
+      for (int j = 0; j < 4; ++j) top = max(top, order_key(logit[i][q][j]));
 #pragma unroll
     for (int step = 4; step < 32; step *= 2) top = max(top, __shfl_xor_sync(kFull, top, step));
     if (lane < 4) atomicMax(b.m.tops + q * 4 + lane, top);
@@ -124,7 +84,7 @@ __device__ __forceinline__ void weigh_heads(const FusedBlock& b, QueryFragments<
 #pragma unroll
     for (int i = 0; i < Reader::kSteps; ++i)
 #pragma unroll
-      for (int j = 0; j < 4; ++j) sum += logit[q][i][j] > -INFINITY ? sum_term(logit[q][i][j], top) : 0;
+      for (int j = 0; j < 4; ++j) sum += logit[i][q][j] > -INFINITY ? sum_term(logit[i][q][j], top) : 0;
 #pragma unroll
     for (int step = 4; step < 32; step *= 2) sum += __shfl_xor_sync(kFull, sum, step);
     if (lane < 4) atomicAdd(b.m.sums + q * 4 + lane, sum);
@@ -135,8 +95,16 @@ __device__ __forceinline__ void weigh_heads(const FusedBlock& b, QueryFragments<
     const int head = q * 4 + lane % 4;
     if (head < b.p.group) query.weight[q].log_sum = log_sum(from_order_key(b.m.tops[head]), b.m.sums[head]);
   }
+#pragma unroll
+  for (int i = 0; i < Reader::kSteps; ++i) {
+    const float score = weighed_maximum(query, logit[i]);
+    if (score > -INFINITY) count_sampled(b, score);
+  }
   if (b.warp == 0 && lane < b.p.group)  // for the next round
     b.m.weights[lane].log_sum = log_sum(from_order_key(b.m.tops[lane]), b.m.sums[lane]);
+  __syncthreads();
+  if (b.warp == 0) guess_range(b, wanted);
+  __syncthreads();
 }
 
 // Prepares the block's search of a round; the caller synchronises before the first score.
@@ -185,6 +153,7 @@ __device__ __forceinline__ ListState list_own_tokens(const FusedBlock& b, const 
     if (kSummed) tile_block = __ldg(blocks + block_index(p.page, tile_token / kQuad));
     clear_queries<kChunks, kMode>(p, queries);
     if (kSummed && threadIdx.x < 4 * kMaxHeadQuads) m.tops[threadIdx.x] = m.sums[threadIdx.x] = 0;
+    if (kSummed && threadIdx.x < kSampledBins) m.sampled[threadIdx.x] = 0;
     b.begin();
     if (warp < p.group) load_raw(raw, p.query, b.row, b.kv_head * p.group + warp, p.page.words);
     if (kSummed) {
@@ -213,14 +182,15 @@ __device__ __forceinline__ ListState list_own_tokens(const FusedBlock& b, const 
     query.load_weights(m.weights, p.head_quads);
     if (first_round) {
       ring.wait(0, 0);
-      weigh_heads(b, query, tile_shape, ring.data(0), sampled,
+      weigh_heads(b, query, tile_shape, ring.data(0), sampled, round.wanted,
                   [&] { fill(0, token + kLast * stride, block[kLast]); });
     }
   }
 
   const Reader reader(shape);
   const bool fits = token + (kList / kStageTokens) * stride >= plan.length;
-  TokenList list(m, warp, s.num_warps, round.wanted, fits);
+  const bool guessed = kSummed && first_round && m.search.enough;
+  TokenList list(m, warp, s.num_warps, round.wanted, fits, guessed ? ListState{0, m.search.low, true} : ListState{});
   int index = lane / 4 * kQuad + Scores::first();  // of the lane's first token in the stage
   // Summed distances have the longest code of a step: both steps' signatures at once would spill registers.
   constexpr bool kOneStep = kMode == Mode::manhattan_sum;
@@ -263,8 +233,6 @@ __device__ __forceinline__ ListState list_own_tokens(const FusedBlock& b, const 
     at.advance();
     list.end_stage(index / kStageTokens + 1);
   }
-  merge_range(b, round.wanted, list);
-  __syncthreads();
   return list.state;
 }
 

@@ -1,21 +1,15 @@
 // Stage 2 of the fused kernel: every block of the cluster finds the k-th best score and its token, in three exchanges
 // through distributed shared memory.
 //
-//   1. the range of the scores                         find_range
+//   1. the range of the scores                         find_range (range.cuh)
 //   2. a histogram over it, the bin of the k-th best   find_edge
 //   3. the members of that edge bin, ranked            find_threshold
 //
 // A block writes its part to every block, so that each of them computes the same result locally; a cluster barrier
-// ends each exchange. Listed tokens below the low end of the range are not selected and leave the list. If the edge bin
-// is too full for exchange 3, as with equal scores, further histograms within it narrow it down (narrow_edge).
+// ends each exchange. Where the range is a guess, the first exchange is left out, and the second tells whether enough tokens
+// reach its low end. Listed tokens below the low end are not selected and leave the list. If the edge bin is too full for exchange 3, as with equal scores, further histograms within it narrow it down (narrow_edge).
 #pragma once
-#include <cfloat>
-#include <climits>
-
-#include "sm90/decode_fused/block.cuh"
-#include "sm90/decode_fused/list.cuh"
-#include "sm90/histogram.cuh"
-#include "sm90/order.cuh"
+#include "sm90/decode_fused/range.cuh"
 
 namespace adamas {
 
@@ -39,57 +33,19 @@ struct Listed {
   }
 };
 
-// -- exchange 1: the range --
-
-// The bins span the low end, which enough tokens reach, to the best score, or to a few times the distance from there to
-// the highest floor or quarter of a warp (merge_range), so that outliers do not stretch them; better scores share the last
-// bin.
-// There are no bins if no low end is known, or if all scores that may be selected are equal.
-__device__ __forceinline__ void find_range(const FusedBlock& b, int wanted) {
-  constexpr float kReach = 4.0f;
-  const FusedMemory& m = b.m;
-  if (int(threadIdx.x) < b.s.cluster) {
-    const FusedRange& own = m.search.range;
-    const uint32_t to = remote(m.ranges + b.rank, threadIdx.x);
-    remote_store16(to, make_uint4(own.best, own.floor, own.groups, own.high));
-    remote_store16(to + 16, make_uint4(own.pivot, 0, 0, 0));
-  }
-  cluster_sync();
-  if (b.warp == 0) {  // one block per lane
-    FusedRange range{0, kFull, 0, 0, 0};
-    if (b.lane < b.s.cluster) range = m.ranges[b.lane];
-    const uint32_t top = __reduce_max_sync(kFull, range.best), floor = __reduce_min_sync(kFull, range.floor);
-    const uint32_t groups = __reduce_add_sync(kFull, range.groups), high = __reduce_max_sync(kFull, range.high);
-    const uint32_t pivot = __reduce_max_sync(kFull, range.pivot);
-    if (b.lane == 0) {
-      auto& search = m.search;
-      const uint32_t bottom = max(pivot, groups >= uint32_t(wanted) ? floor : 0);
-      const float low = bottom ? from_order_key(bottom) : -FLT_MAX, best = from_order_key(top);
-      const float reach = high > bottom ? fminf(best - low, kReach * (from_order_key(high) - low)) : best - low;
-      const float scale = __fdividef(kEdgeBins - 1, reach);
-      search.low = low;
-      search.exact = !(low > -FLT_MAX && bottom < top && scale > 0.0f && scale < 3e38f);
-      search.scale = search.exact ? 0.0f : scale;
-      search.size = INT_MAX, search.wanted = wanted;
-      const int bits = token_bits(b.plan.length);
-      search.from = uint64_t(order_key(low)) << bits;
-      search.to = uint64_t(top) << bits | (b.plan.length - 1);
-      search.failed = search.exact;
-    }
-  }
-  __syncthreads();
-}
-
 // Drops the tokens below the low end.
 __device__ __forceinline__ Listed keep_listed(const FusedBlock& b, const ListState& list) {
   const int own = b.warp * kList;
   return Listed(b, keep_from(b.m.search.low, b.m.scores + own, b.m.indices + own, list));
 }
 
-// A score's bin; it is monotonic in the score. Each operation is rounded separately, so that the compiler cannot
-// contract them in one place and not in another.
+// A score's bin; it is monotonic in the score. Above the fine bins lie wider ones for outliers, and what is better still
+// shares the last bin. Each operation is rounded separately, so that the compiler cannot contract them in one place and
+// not in another.
 __device__ __forceinline__ int edge_bin(float x, float low, float scale) {
-  return min(int(__fmul_rn(__fsub_rn(x, low), scale)), kEdgeBins - 1);
+  constexpr float kOffset = kFineBins - float(kFineBins) / kCoarse;
+  const float at = __fmul_rn(__fsub_rn(x, low), scale);
+  return min(int(fminf(at, __fadd_rn(__fmul_rn(at, 1.0f / kCoarse), kOffset))), kEdgeBins - 1);
 }
 
 // -- exchange 2: the histogram, and the bin of the k-th best --
@@ -121,7 +77,8 @@ __device__ __forceinline__ void send_counts(const FusedBlock& b) {
 }
 
 // The edge bin, from the histograms of all blocks: its index, members, members to select, and the place of the block's
-// own members after those of the blocks with lower rank. One warp calls it, and one lane writes them.
+// own members after those of the blocks with lower rank. One warp calls it, and one lane writes them; if fewer tokens than
+// are wanted were counted, there is none.
 __device__ __forceinline__ void find_bin(const FusedBlock& b, FusedSearch& search) {
   const int lane = b.lane;
   uint32_t count[4] = {0, 0, 0, 0};  // a lane has four bins, summed over the blocks
@@ -133,7 +90,10 @@ __device__ __forceinline__ void find_bin(const FusedBlock& b, FusedSearch& searc
   }
   const uint32_t wanted = search.wanted;
   const LaneBin own = find_lane_bin(count, wanted);
-  const int owner = __ffs(__ballot_sync(kFull, own.sum >= wanted)) - 1;
+  const uint32_t reached = __ballot_sync(kFull, own.sum >= wanted);
+  if (lane == 0) search.enough = reached != 0;
+  if (!reached) return;
+  const int owner = __ffs(reached) - 1;
   const int edge = __shfl_sync(kFull, int(own.bin.index), owner);
   const uint32_t theirs = lane < b.rank ? from[lane * kEdgeWords + edge / 2] >> 16 * (edge % 2) & 0xffff : 0;
   const uint32_t base = __reduce_add_sync(kFull, theirs);
