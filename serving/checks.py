@@ -309,7 +309,10 @@ def _check_connector(vllm_config) -> None:
 def _check_tiers(tiers) -> None:
     """Checks where TieringOffloadingSpec keeps what does not fit into the memory of the host."""
     if not isinstance(tiers, list) or not all(isinstance(tier, dict) for tier in tiers):
-        raise AdamasError("secondary_tiers is not a list of objects: write [{...}, ...].")
+        raise AdamasError(
+            "secondary_tiers in kv_connector_extra_config is not a list of objects: write "
+            '[{"type": "fs", "root_dir": FOLDER}].'
+        )
     for tier in tiers:
         if not compat.offloads_to_files(tier):
             _refuse(
@@ -317,7 +320,9 @@ def _check_tiers(tiers) -> None:
                 "give the type fs, or leave secondary_tiers out",
             )
         if not isinstance(tier.get("root_dir"), str):
-            raise AdamasError("a secondary tier of the type fs has no root_dir: name a folder.")
+            raise AdamasError(
+                "a secondary tier of the type fs has no root_dir: name a folder in its object."
+            )
 
 
 def _separate_files(vllm_config, config: AdamasConfig) -> None:

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from common import MODEL, Changed, refused
+from vllm.config import KVTransferConfig
 
 from vllm_adamas.backends import registry
 from vllm_adamas.backends.cuda import library
@@ -172,11 +173,11 @@ ARGUMENTS = {  # argument of the command -> its value and what else is needed; w
     "--block-size": ("48", ("block_size 48", "--block-size", "32")),
     "--diffusion-config": ('{"canvas_length":32}', ("diffusion", "non-causal", OTHER)),
     "--kv-cache-dtype": ("int8_per_token_head", ("--kv-cache-dtype int8", "fp8_e5m2")),
-    "--kv-offloading-size": ("1", ("KV connectors yet", "--kv-offloading-size")),
+    "--kv-offloading-size": ("1", ("KV connectors on CPUs", "--kv-offloading-size")),
     "--kv-sharing-fast-prefill": ("", ("fast prefill", "--kv-sharing-fast-prefill")),
     "--kv-transfer-config": (
-        '{"kv_connector":"ExampleConnector","kv_role":"kv_both"}',
-        ("KV connectors yet", "--kv-transfer-config"),
+        '{"kv_connector":"OffloadingConnector","kv_role":"kv_both"}',
+        ("KV connectors on CPUs", "--kv-transfer-config"),
     ),
     "--prefill-context-parallel-size": ("2", ("PCP", "--prefill-context-parallel-size")),
     "--spec-method": (
@@ -446,6 +447,130 @@ def test_layers_are_checked_again(vllm_config, monkeypatch) -> None:
         refused(
             lambda: AdamasImpl(9, 64, 0.125, 3, sinks=torch.zeros(9)), "FlashAttention 2", OTHER
         )
+
+
+OFFLOADING = "OffloadingConnector"
+FILES = {"type": "fs", "root_dir": "/pages"}
+TIERS = {"spec_name": "TieringOffloadingSpec", "secondary_tiers": [FILES]}
+
+
+def transferring(
+    vllm_config, name: str | None = OFFLOADING, module=None, size=None, backend="native", **options
+) -> Changed:
+    """A configuration with a connector, with ``--kv-offloading-size``, or with both."""
+    transfer = name and KVTransferConfig(
+        kv_connector=name,
+        kv_role="kv_both",
+        kv_buffer_device="cuda",
+        kv_connector_module_path=module,
+        kv_connector_extra_config=options,
+    )
+    changes = {"kv_offloading_size": size, "kv_offloading_backend": backend}
+    cache = Changed(vllm_config.cache_config, **changes)
+    return Changed(vllm_config, kv_transfer_config=transfer, cache_config=cache)
+
+
+OFFLOADED = {
+    "a connector": {"cpu_bytes_to_use": 1 << 30},
+    "a size": {"name": None, "size": 1.0},
+    "chunks": {"blocks_per_chunk": 4},
+    "host memory by name": {"spec_name": "CPUOffloadingSpec"},
+    "host memory and files": TIERS,
+    "a size, host memory and files": {"size": 1.0, **TIERS},
+    "no connector": {"name": None},
+}
+
+
+@pytest.mark.parametrize("options", OFFLOADED.values(), ids=OFFLOADED)
+def test_whole_pages_are_offloaded_from_gpus(vllm_config, monkeypatch, options: dict) -> None:
+    from vllm_adamas.serving.backend import AdamasBackend
+
+    assert not AdamasBackend.supports_kv_connector()
+    on_gpu(monkeypatch)
+    assert AdamasBackend.supports_kv_connector()
+    checks.check_config(transferring(vllm_config, **options))
+
+
+def test_every_other_connector_is_refused_by_name(vllm_config, monkeypatch) -> None:
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    on_gpu(monkeypatch)
+    others = KVConnectorFactory._registry.keys() - {OFFLOADING}
+    for name in [*others, "NoSuchConnector"]:
+        check_refusal(transferring(vllm_config, name), (repr(name), OFFLOADING))
+    for start in checks.CONNECTORS:
+        assert any(name.startswith(start) for name in others), start
+
+
+TIER = "secondary tier"
+CONNECTORS = {  # what transferring is given -> what the sentence names
+    "another package": ({"module": "my.connectors"}, ("kv_connector_module_path='my.connectors'",)),
+    "a size, another package": ({"module": "mine", "size": 1.0}, ("kv_connector_module_path",)),
+    "lmcache": (
+        {"name": None, "size": 1.0, "backend": "lmcache"},
+        ("LMCacheMPConnector", "K and V alone", "--kv-offloading-backend native"),
+    ),
+    "a size over a name": (
+        {"name": "ExampleConnector", "size": 1.0, "backend": "lmcache"},
+        ("LMCacheMPConnector",),
+    ),
+    "another spec": (
+        {"spec_name": "MySpec", "spec_module_path": "mine"},
+        ("'MySpec'", "CPUOffloadingSpec or TieringOffloadingSpec"),
+    ),
+    "a spec that is none": ({"spec_name": ["x"]}, ("['x']", "CPUOffloadingSpec")),
+    "canonical pages": ({"canonical_layout": True}, ("canonical_layout", "leave it out")),
+    "another tier": (
+        {**TIERS, "secondary_tiers": [FILES, {"type": "p2p"}]},
+        (TIER, "'p2p'", "type fs"),
+    ),
+    "no type": ({**TIERS, "secondary_tiers": [{}]}, (TIER, "None", "type fs")),
+    "no folder": ({**TIERS, "secondary_tiers": [{"type": "fs"}]}, (TIER, "root_dir")),
+    "tiers that are no list": ({**TIERS, "secondary_tiers": FILES}, ("secondary_tiers", "list")),
+    "tiers that are no objects": ({**TIERS, "secondary_tiers": ["fs"]}, ("secondary_tiers", "fs")),
+}
+
+
+@pytest.mark.parametrize(("options", "named"), CONNECTORS.values(), ids=CONNECTORS)
+def test_connectors(vllm_config, monkeypatch, options: dict, named: tuple) -> None:
+    on_gpu(monkeypatch)
+    check_refusal(transferring(vllm_config, **options), named)
+
+
+def test_a_variable_makes_another_connector(vllm_config, monkeypatch) -> None:
+    on_gpu(monkeypatch)
+    monkeypatch.setenv("VLLM_USE_SIMPLE_KV_OFFLOAD", "1")
+    named = ("SimpleCPUOffloadConnector", "without VLLM_USE_SIMPLE_KV_OFFLOAD")
+    check_refusal(transferring(vllm_config, None, size=1.0), named)
+    checks.check_config(transferring(vllm_config))  # the variable is read with the size alone
+
+
+def test_files_of_pages_that_differ_lie_in_different_folders(vllm_config, monkeypatch) -> None:
+    """vLLM names files by the model and the tokens, and not by what the backend writes into a page."""
+    on_gpu(monkeypatch)
+
+    def folder(parallel: int = 1, **options) -> str:
+        config = transferring(vllm_config, **TIERS)
+        ranks = Changed(vllm_config.parallel_config, tensor_parallel_size=parallel)
+        config = Changed(
+            config,
+            parallel_config=ranks,
+            additional_config={"adamas": {"token_budget": 64, **options}},
+        )
+        found = []
+        for _ in range(2):  # the second check changes nothing
+            checks.check_config(config)
+            (tier,) = config.kv_transfer_config.kv_connector_extra_config["secondary_tiers"]
+            assert tier["type"] == "fs"
+            found.append(tier["root_dir"])
+        assert found[0] == found[1]
+        assert Path(found[0]).parent == Path(FILES["root_dir"])
+        return found[0]
+
+    same = {"token_budget": 128, "layer_budgets": {"3": 64}, "kernels": "triton"}
+    assert folder() == folder(**same) == folder(thresholds="rms")
+    others = [{"thresholds": 0.5}, {"score": "manhattan"}, {"profile": MODEL.name}, {"parallel": 3}]
+    assert len({folder(), *(folder(**other) for other in others)}) == 1 + len(others)
 
 
 def test_what_the_cuda_kernels_cannot_hold(vllm_config, monkeypatch) -> None:

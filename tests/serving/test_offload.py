@@ -4,8 +4,8 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 
-import offloading
 import extension
+import offloading
 import pytest
 import torch
 from common import MODEL, ROOT, random_llama
