@@ -252,9 +252,9 @@ def _check_features(vllm_config) -> None:
         )
 
 
-OFFLOADING = "OffloadingConnector"  #: vLLM's connector that is served
+#: Why connectors, specs and tiers without a better reason are not served.
 UNTRIED = "which has not been tried with pages that carry signatures"
-#: Why other connectors of vLLM are not, by how their names begin.
+#: Better reasons, for vLLM's connectors other than OFFLOADING, by how their names begin.
 CONNECTORS = {
     "DecodeBench": "which fills pages with made-up values",
     "HF3FS": "whose files do not say how keys were coded",
@@ -266,10 +266,9 @@ CONNECTORS = {
     "Nixl": "which does not ask whether the other server codes keys alike",
 }
 USE_OFFLOADING = (
-    "name OffloadingConnector, or give --kv-offloading-size with --kv-offloading-backend native and "
+    f"name {compat.OFFLOADING}, or give --kv-offloading-size with --kv-offloading-backend native and "
     "without VLLM_USE_SIMPLE_KV_OFFLOAD"
 )
-SPECS = ("CPUOffloadingSpec", "TieringOffloadingSpec")  #: of OffloadingConnector, that are served
 
 
 def _check_connector(vllm_config) -> None:
@@ -279,7 +278,7 @@ def _check_connector(vllm_config) -> None:
         return
     if compat.on_cpu():
         _refuse(
-            "KV connectors on CPUs, where OffloadingConnector, the one that it serves, does not run",
+            "KV connectors on CPUs, where vLLM does not offload",
             "drop --kv-offloading-size and --kv-transfer-config",
         )
     if connector.module is not None:
@@ -287,23 +286,23 @@ def _check_connector(vllm_config) -> None:
         _refuse(
             f"KV connectors of other packages (kv_connector_module_path={module})", USE_OFFLOADING
         )
-    if connector.name != OFFLOADING:
+    if connector.name != compat.OFFLOADING:
         known = (why for start, why in CONNECTORS.items() if connector.name.startswith(start))
         why = next(known, UNTRIED)
         _refuse(f"the KV connector {shortened(connector.name)}, {why}", USE_OFFLOADING)
-    spec = connector.options.get("spec_name", SPECS[0])
-    if spec not in SPECS:
+    memory, tiered = compat.OFFLOADING_SPECS
+    spec = connector.options.get("spec_name", memory)
+    if spec not in (memory, tiered):
         _refuse(
             f"the offloading spec {shortened(spec)}, {UNTRIED}",
-            f"give {' or '.join(SPECS)} as spec_name",
+            f"give {memory} or {tiered} as spec_name",
         )
     if connector.options.get("canonical_layout"):
         _refuse(
             "canonical_layout, which knows pages of K and V alone",
             "leave it out of kv_connector_extra_config",
         )
-    if spec == SPECS[1]:
-        _check_tiers(connector.options.get("secondary_tiers", []))
+    _check_tiers(connector.options.get("secondary_tiers", []))
 
 
 def _check_tiers(tiers) -> None:
@@ -317,7 +316,7 @@ def _check_tiers(tiers) -> None:
         if not compat.offloads_to_files(tier):
             _refuse(
                 f"the secondary tier {shortened(tier.get('type'))}, {UNTRIED}",
-                "give the type fs, or leave secondary_tiers out",
+                f"give the type {compat.FILES}, or leave secondary_tiers out",
             )
         if not isinstance(tier.get("root_dir"), str):
             raise AdamasError(

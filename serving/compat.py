@@ -213,6 +213,13 @@ def page_spec(spec, content_bytes: int):
     return dataclasses.replace(spec, state_content_bytes=content_bytes)
 
 
+#: vLLM's KV connector that copies pages as whole runs of bytes, and its specs that do: to host memory, and
+#: from there to secondary tiers.
+OFFLOADING = "OffloadingConnector"
+OFFLOADING_SPECS = ("CPUOffloadingSpec", "TieringOffloadingSpec")
+FILES = "fs"  #: the type of secondary tier that is a folder of files
+
+
 class Connector(NamedTuple):
     """A KV connector as a configuration names it.
 
@@ -241,7 +248,7 @@ def kv_connector(vllm_config) -> Connector | None:
             name = "LMCacheMPConnector"
         else:
             simple = envs.environment_variables["VLLM_USE_SIMPLE_KV_OFFLOAD"]()
-            name = "SimpleCPUOffloadConnector" if simple else "OffloadingConnector"
+            name = "SimpleCPUOffloadConnector" if simple else OFFLOADING
     if name is None:
         return None
     if transfer is None:
@@ -251,7 +258,7 @@ def kv_connector(vllm_config) -> Connector | None:
 
 def offloads_to_files(tier: dict) -> bool:
     """Whether a secondary tier of vLLM's ``TieringOffloadingSpec`` is a folder of files."""
-    return tier.get("type") == "fs"
+    return tier.get("type") == FILES
 
 
 def put_offloaded_files_below(vllm_config, folder: str) -> None:

@@ -449,7 +449,7 @@ def test_layers_are_checked_again(vllm_config, monkeypatch) -> None:
         )
 
 
-OFFLOADING = "OffloadingConnector"
+OFFLOADING = compat.OFFLOADING
 FILES = {"type": "fs", "root_dir": "/pages"}
 TIERS = {"spec_name": "TieringOffloadingSpec", "secondary_tiers": [FILES]}
 
@@ -525,6 +525,7 @@ CONNECTORS = {  # what transferring is given -> what the sentence names
         (TIER, "'p2p'", "type fs"),
     ),
     "no type": ({**TIERS, "secondary_tiers": [{}]}, (TIER, "None", "type fs")),
+    "tiers that vLLM would not read": ({"secondary_tiers": 3}, ("secondary_tiers", "list")),
     "no folder": ({**TIERS, "secondary_tiers": [{"type": "fs"}]}, (TIER, "root_dir")),
     "tiers that are no list": ({**TIERS, "secondary_tiers": FILES}, ("secondary_tiers", "list")),
     "tiers that are no objects": ({**TIERS, "secondary_tiers": ["fs"]}, ("secondary_tiers", "fs")),
@@ -535,6 +536,41 @@ CONNECTORS = {  # what transferring is given -> what the sentence names
 def test_connectors(vllm_config, monkeypatch, options: dict, named: tuple) -> None:
     on_gpu(monkeypatch)
     check_refusal(transferring(vllm_config, **options), named)
+
+
+@pytest.mark.parametrize("simple", ["0", "1"])
+@pytest.mark.parametrize("backend", ["native", "lmcache"])
+@pytest.mark.parametrize("name", [None, "ExampleConnector"])
+def test_the_connector_is_the_one_that_vllm_makes(
+    vllm_config, monkeypatch, name, backend: str, simple: str
+) -> None:
+    """vLLM chooses it after it has asked the backend."""
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    monkeypatch.setenv("VLLM_USE_SIMPLE_KV_OFFLOAD", simple)
+    options = {"size": 1.0, "backend": backend, "module": name and "mine", "extra": 1}
+    config = transferring(vllm_config, name, **options)
+    found = compat.kv_connector(config)
+    made = SimpleNamespace(
+        cache_config=config.cache_config, kv_transfer_config=config.kv_transfer_config
+    )
+    VllmConfig._post_init_kv_transfer_config(made)
+    transfer = made.kv_transfer_config
+    assert (found.name, found.module) == (
+        transfer.kv_connector,
+        transfer.kv_connector_module_path,
+    )
+    assert found.name in KVConnectorFactory._registry
+    assert found.options.items() <= transfer.kv_connector_extra_config.items()
+
+
+def test_vllm_has_the_specs_and_tiers_that_are_served() -> None:
+    from vllm.v1.kv_offload.factory import OffloadingSpecFactory
+    from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
+
+    assert set(compat.OFFLOADING_SPECS) == OffloadingSpecFactory._registry.keys()
+    assert compat.FILES in SecondaryTierFactory._registry
 
 
 def test_a_variable_makes_another_connector(vllm_config, monkeypatch) -> None:

@@ -4,11 +4,10 @@ from dataclasses import replace
 from pathlib import Path
 from random import Random
 
-import extension
 import offloading
 import pytest
 import torch
-from common import MODEL, ROOT, random_llama
+from common import MODEL, random_llama
 from vllm.config import KVTransferConfig
 from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheGroupSpec, SlidingWindowSpec
 
@@ -206,8 +205,7 @@ def ask(model: Path, folder: Path, name: str, steps: list, **options) -> list[di
         "additional_config": {"adamas": {"token_budget": 128, "num_dense_layers": 1, **options}},
         "kv_transfer_config": {**named, "kv_connector_extra_config": extra},
     }
-    env = {"PYTHONPATH": extension.with_path(ROOT / "tests")}
-    return offloading.ask(model, arguments, steps, env, folder / "log")
+    return offloading.ask(model, arguments, steps, {}, folder / "log")
 
 
 @pytest.fixture(scope="module")
