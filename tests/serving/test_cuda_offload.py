@@ -13,6 +13,8 @@ import torch
 from common import MODEL
 from test_offload import prompts
 
+from vllm_adamas.layout import token_bytes
+
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(
@@ -23,11 +25,11 @@ pytestmark = [
 ]
 
 TOKENS, BLOCK = 1436, 64  #: of each prompt: full chunks of two blocks, and 28 tokens
-LOADED = TOKENS // BLOCK * BLOCK
-BLOCK_BYTES = 30 * 3 * BLOCK * 274  #: of SmolLM2 in float16: layers, KV heads, bytes of a token
+BLOCKS = TOKENS // BLOCK  #: of a prompt that can be loaded
+BLOCK_BYTES = 30 * 3 * BLOCK * token_bytes(64, torch.float16)  #: in 30 layers of 3 KV heads
 COMMON = {
     "dtype": "float16",
-    "num_gpu_blocks_override": 40,  # one prompt and a half
+    "num_gpu_blocks_override": 40,  # fewer than two prompts
     "gpu_memory_utilization": 0.1,
     "kv_cache_memory_bytes": 1 << 30,
     "cudagraph_capture_sizes": [1, 2, 4],
@@ -60,22 +62,25 @@ class Said:
     """What each engine says; all run at once, in processes of their own."""
 
     def __init__(self, folder):
+        self._folder = folder
         self._pool = ThreadPoolExecutor(len(ENGINES))
         self._runs: dict[str, Future] = {
-            name: self._pool.submit(self._run, name, folder) for name in ENGINES
+            name: self._pool.submit(self._run, name) for name in ENGINES
         }
 
-    @staticmethod
-    def _run(name: str, folder) -> list[dict]:
+    def _run(self, name: str) -> list[dict]:
         arguments, env = json.loads(json.dumps(ENGINES[name]))
         if name == "files":
             extra = arguments["kv_transfer_config"]["kv_connector_extra_config"]
-            extra["secondary_tiers"] = [{"type": "fs", "root_dir": str(folder / "pages")}]
+            extra["secondary_tiers"] = [{"type": "fs", "root_dir": str(self._folder / "pages")}]
         asked, *others = prompts(3, TOKENS)
         steps = [asked, asked, *others, asked]
         if name == "sleep":
             steps = [*steps, ["sleep", 1], *steps, ["sleep", 2], *steps]
-        return offloading.ask(MODEL, {**COMMON, **arguments}, steps, env, folder / f"{name}.log")
+        return offloading.ask(MODEL, {**COMMON, **arguments}, steps, env, self._folder / name)
+
+    def log(self, name: str) -> str:
+        return (self._folder / name).read_text()
 
     def __getitem__(self, name: str) -> list[dict]:
         return self._runs[name].result()
@@ -91,21 +96,24 @@ def said(tmp_path_factory):
     said.stop()
 
 
-def check(steps: list[dict], tokens: int = LOADED) -> None:
+def check(steps: list[dict]) -> None:
     """The answers to the five prompts of :meth:`Said._run`."""
     _, held, *_, evicted, loaded = steps
-    offloading.check_loaded(held, evicted, loaded, tokens)
+    offloading.check_loaded(held, evicted, loaded, BLOCKS * BLOCK)
 
 
 @pytest.mark.parametrize("name", ["size", "v1 runner", "fp8, chunks"])
 def test_an_evicted_prompt_is_loaded_from_host_memory(said, name: str) -> None:
     check(said[name])
     assert said[name][-1]["from files"] == 0
+    log = said.log(name)
+    assert "Graph capturing finished" in log
+    assert ("Using V2 Model Runner" in log) == (name != "v1 runner")
 
 
 def test_what_left_host_memory_is_loaded_from_files(said) -> None:
     check(said["files"])
-    assert said["files"][-1]["from files"] >= LOADED // BLOCK * BLOCK_BYTES
+    assert said["files"][-1]["from files"] >= BLOCKS * BLOCK_BYTES
     assert [step["tokens"] for step in said["files"]] == [step["tokens"] for step in said["size"]]
 
 
