@@ -89,4 +89,4 @@ class AdamasBackend(AttentionBackend):
 
     @classmethod
     def supports_kv_connector(cls) -> bool:
-        return False
+        return not compat.on_cpu()  # which ones, checks.py says

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from difflib import get_close_matches
 
 import torch
 
-from vllm_adamas import identity
+from vllm_adamas import __version__, identity
 from vllm_adamas import profile as profiles
 from vllm_adamas.backends.base import MAX_GROUP, MIN_CAPABILITY
 from vllm_adamas.backends.registry import find_kernels, kernel_names
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.dtypes import KV_CACHE_DTYPES, MODEL_DTYPES, fp8_element
-from vllm_adamas.errors import AdamasError
+from vllm_adamas.errors import AdamasError, shortened
 from vllm_adamas.layout import HEAD_SIZES, TILE
 from vllm_adamas.serving import compat
 
@@ -35,6 +37,7 @@ def check_config(vllm_config) -> AdamasConfig:
         _check_device,
         _check_parallel,
         _check_features,
+        _check_connector,
         _check_speculation,
         _check_model,
         _check_cache,
@@ -47,7 +50,9 @@ def check_config(vllm_config) -> AdamasConfig:
     if model is None:
         return config
     _admit_budgets(vllm_config, config)
-    return _pin(vllm_config, _with_pinned_profile(model, resolve(model, config)))
+    config = _pin(vllm_config, _with_pinned_profile(model, resolve(model, config)))
+    _separate_files(vllm_config, config)
+    return config
 
 
 def resolve(model, config: AdamasConfig) -> AdamasConfig:
@@ -235,10 +240,6 @@ def _check_features(vllm_config) -> None:
         _refuse("non-causal attention", OTHER_BACKEND)
     if vllm_config.diffusion_config is not None:
         _refuse("block diffusion (non-causal attention over a canvas)", OTHER_BACKEND)
-    if vllm_config.kv_transfer_config is not None:
-        _refuse("KV connectors yet", "drop --kv-transfer-config")
-    if cache.kv_offloading_size is not None:  # vLLM later turns it into a connector
-        _refuse("KV connectors yet, and offloading is one", "drop --kv-offloading-size")
     if cache.kv_sharing_fast_prefill:
         # Its metadata present the prompts' last tokens as decode steps, which would be sparse.
         _refuse("the fast prefill of layers that share keys", "drop --kv-sharing-fast-prefill")
@@ -249,6 +250,98 @@ def _check_features(vllm_config) -> None:
             f"the layout VLLM_KV_CACHE_LAYOUT={envs.VLLM_KV_CACHE_LAYOUT}",
             "unset it, or set it to LBHNC",
         )
+
+
+#: Why connectors, specs and tiers without a better reason are not served.
+UNTRIED = "which has not been tried with pages that carry signatures"
+#: Better reasons, for vLLM's connectors other than OFFLOADING, by how their names begin.
+CONNECTORS = {
+    "DecodeBench": "which fills pages with made-up values",
+    "HF3FS": "whose files do not say how keys were coded",
+    "HiSparse": "which is for MLA",
+    "LMCache": "which expects pages of K and V alone",
+    "Mooncake": "which does not ask whether the other server codes keys alike",
+    "MoRIIO": "which does not ask whether the other server codes keys alike",
+    "Multi": "whose parts it cannot check",
+    "Nixl": "which does not ask whether the other server codes keys alike",
+}
+USE_OFFLOADING = (
+    f"name {compat.OFFLOADING}, or give --kv-offloading-size with --kv-offloading-backend native and "
+    "without VLLM_USE_SIMPLE_KV_OFFLOAD"
+)
+
+
+def _check_connector(vllm_config) -> None:
+    """Lets through the connectors that copy pages as whole runs of bytes, signatures included."""
+    connector = compat.kv_connector(vllm_config)
+    if connector is None:
+        return
+    if compat.on_cpu():
+        _refuse(
+            "KV connectors on CPUs, where vLLM does not offload",
+            "drop --kv-offloading-size and --kv-transfer-config",
+        )
+    if connector.module is not None:
+        module = shortened(connector.module)
+        _refuse(
+            f"KV connectors of other packages (kv_connector_module_path={module})", USE_OFFLOADING
+        )
+    if connector.name != compat.OFFLOADING:
+        known = (why for start, why in CONNECTORS.items() if connector.name.startswith(start))
+        why = next(known, UNTRIED)
+        _refuse(f"the KV connector {shortened(connector.name)}, {why}", USE_OFFLOADING)
+    memory, tiered = compat.OFFLOADING_SPECS
+    spec = connector.options.get("spec_name", memory)
+    if spec not in (memory, tiered):
+        _refuse(
+            f"the offloading spec {shortened(spec)}, {UNTRIED}",
+            f"give {memory} or {tiered} as spec_name",
+        )
+    if connector.options.get("canonical_layout"):
+        _refuse(
+            "canonical_layout, which knows pages of K and V alone",
+            "leave it out of kv_connector_extra_config",
+        )
+    _check_tiers(connector.options.get("secondary_tiers", []))
+
+
+def _check_tiers(tiers) -> None:
+    """Checks where TieringOffloadingSpec keeps what does not fit into the memory of the host."""
+    if not isinstance(tiers, list) or not all(isinstance(tier, dict) for tier in tiers):
+        raise AdamasError(
+            "secondary_tiers in kv_connector_extra_config is not a list of objects: write "
+            '[{"type": "fs", "root_dir": FOLDER}].'
+        )
+    for tier in tiers:
+        if not compat.offloads_to_files(tier):
+            _refuse(
+                f"the secondary tier {shortened(tier.get('type'))}, {UNTRIED}",
+                f"give the type {compat.FILES}, or leave secondary_tiers out",
+            )
+        if not isinstance(tier.get("root_dir"), str):
+            raise AdamasError(
+                "a secondary tier of the type fs has no root_dir: name a folder in its object."
+            )
+
+
+def _separate_files(vllm_config, config: AdamasConfig) -> None:
+    """Gives pages in files a folder of their own for all that decides about their bytes.
+
+    Otherwise servers that share a folder could read pages of another backend, or signatures that were
+    coded in another way.
+    """
+    connector, model = compat.kv_connector(vllm_config), vllm_config.model_config
+    if connector is None or not connector.options.get("secondary_tiers"):
+        return
+    parts = (
+        __version__,
+        config.score,
+        str(config.coding(model.get_head_size())),
+        config.profile,
+        vllm_config.parallel_config.tensor_parallel_size,
+    )
+    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:12]
+    compat.put_offloaded_files_below(vllm_config, f"adamas-{digest}")
 
 
 #: Methods of speculative decoding that are served.

@@ -9,7 +9,8 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from packaging.version import InvalidVersion, Version
@@ -210,6 +211,72 @@ def page_spec(spec, content_bytes: int):
     import dataclasses
 
     return dataclasses.replace(spec, state_content_bytes=content_bytes)
+
+
+#: vLLM's KV connector that copies pages as whole runs of bytes, and its specs that do: to host memory, and
+#: from there to secondary tiers.
+OFFLOADING = "OffloadingConnector"
+OFFLOADING_SPECS = ("CPUOffloadingSpec", "TieringOffloadingSpec")
+FILES = "fs"  #: the type of secondary tier that is a folder of files
+
+
+class Connector(NamedTuple):
+    """A KV connector as a configuration names it.
+
+    Args:
+        name: of its class.
+        options: its ``kv_connector_extra_config``.
+        module: where its class is imported from if it is not one of vLLM's.
+    """
+
+    name: str
+    options: dict
+    module: str | None = None
+
+
+def kv_connector(vllm_config) -> Connector | None:
+    """The KV connector that vLLM will make, if any.
+
+    vLLM makes one of ``--kv-offloading-size`` after it has called :func:`check_config_with`'s check.
+    """
+    from vllm import envs
+
+    cache, transfer = vllm_config.cache_config, vllm_config.kv_transfer_config
+    name = None if transfer is None else transfer.kv_connector
+    if cache.kv_offloading_size is not None:
+        if cache.kv_offloading_backend == "lmcache":
+            name = "LMCacheMPConnector"
+        else:
+            simple = envs.environment_variables["VLLM_USE_SIMPLE_KV_OFFLOAD"]()
+            name = "SimpleCPUOffloadConnector" if simple else OFFLOADING
+    if name is None:
+        return None
+    if transfer is None:
+        return Connector(name, {})
+    return Connector(name, transfer.kv_connector_extra_config, transfer.kv_connector_module_path)
+
+
+def offloads_to_files(tier: dict) -> bool:
+    """Whether a secondary tier of vLLM's ``TieringOffloadingSpec`` is a folder of files."""
+    return tier.get("type") == FILES
+
+
+def put_offloaded_files_below(vllm_config, folder: str) -> None:
+    """Adds a folder to the paths of tiers that keep pages in files; once.
+
+    vLLM names these files by the model, the cache's dtype, the layers' names and the tokens. Neither the
+    attention backend nor what it writes into a page is among them.
+    """
+    transfer = vllm_config.kv_transfer_config
+    tiers = transfer.kv_connector_extra_config.get("secondary_tiers", [])
+    tiers = [
+        {**tier, "root_dir": str(Path(tier["root_dir"], folder))}
+        if offloads_to_files(tier) and Path(tier["root_dir"]).name != folder
+        else tier
+        for tier in tiers
+    ]
+    options = transfer.kv_connector_extra_config
+    transfer.kv_connector_extra_config = {**options, "secondary_tiers": tiers}
 
 
 def on_cpu() -> bool:

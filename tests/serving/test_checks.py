@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from common import MODEL, Changed, refused
+from vllm.config import KVTransferConfig
 
 from vllm_adamas.backends import registry
 from vllm_adamas.backends.cuda import library
@@ -172,11 +173,11 @@ ARGUMENTS = {  # argument of the command -> its value and what else is needed; w
     "--block-size": ("48", ("block_size 48", "--block-size", "32")),
     "--diffusion-config": ('{"canvas_length":32}', ("diffusion", "non-causal", OTHER)),
     "--kv-cache-dtype": ("int8_per_token_head", ("--kv-cache-dtype int8", "fp8_e5m2")),
-    "--kv-offloading-size": ("1", ("KV connectors yet", "--kv-offloading-size")),
+    "--kv-offloading-size": ("1", ("KV connectors on CPUs", "--kv-offloading-size")),
     "--kv-sharing-fast-prefill": ("", ("fast prefill", "--kv-sharing-fast-prefill")),
     "--kv-transfer-config": (
-        '{"kv_connector":"ExampleConnector","kv_role":"kv_both"}',
-        ("KV connectors yet", "--kv-transfer-config"),
+        '{"kv_connector":"OffloadingConnector","kv_role":"kv_both"}',
+        ("KV connectors on CPUs", "--kv-transfer-config"),
     ),
     "--prefill-context-parallel-size": ("2", ("PCP", "--prefill-context-parallel-size")),
     "--spec-method": (
@@ -446,6 +447,166 @@ def test_layers_are_checked_again(vllm_config, monkeypatch) -> None:
         refused(
             lambda: AdamasImpl(9, 64, 0.125, 3, sinks=torch.zeros(9)), "FlashAttention 2", OTHER
         )
+
+
+OFFLOADING = compat.OFFLOADING
+FILES = {"type": "fs", "root_dir": "/pages"}
+TIERS = {"spec_name": "TieringOffloadingSpec", "secondary_tiers": [FILES]}
+
+
+def transferring(
+    vllm_config, name: str | None = OFFLOADING, module=None, size=None, backend="native", **options
+) -> Changed:
+    """A configuration with a connector, with ``--kv-offloading-size``, or with both."""
+    transfer = name and KVTransferConfig(
+        kv_connector=name,
+        kv_role="kv_both",
+        kv_buffer_device="cuda",
+        kv_connector_module_path=module,
+        kv_connector_extra_config=options,
+    )
+    changes = {"kv_offloading_size": size, "kv_offloading_backend": backend}
+    cache = Changed(vllm_config.cache_config, **changes)
+    return Changed(vllm_config, kv_transfer_config=transfer, cache_config=cache)
+
+
+OFFLOADED = {
+    "a connector": {"cpu_bytes_to_use": 1 << 30},
+    "a size": {"name": None, "size": 1.0},
+    "chunks": {"blocks_per_chunk": 4},
+    "host memory by name": {"spec_name": "CPUOffloadingSpec"},
+    "host memory and files": TIERS,
+    "a size, host memory and files": {"size": 1.0, **TIERS},
+    "no connector": {"name": None},
+}
+
+
+@pytest.mark.parametrize("options", OFFLOADED.values(), ids=OFFLOADED)
+def test_whole_pages_are_offloaded_from_gpus(vllm_config, monkeypatch, options: dict) -> None:
+    from vllm_adamas.serving.backend import AdamasBackend
+
+    assert not AdamasBackend.supports_kv_connector()
+    on_gpu(monkeypatch)
+    assert AdamasBackend.supports_kv_connector()
+    checks.check_config(transferring(vllm_config, **options))
+
+
+def test_every_other_connector_is_refused_by_name(vllm_config, monkeypatch) -> None:
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    on_gpu(monkeypatch)
+    others = KVConnectorFactory._registry.keys() - {OFFLOADING}
+    for name in [*others, "NoSuchConnector"]:
+        check_refusal(transferring(vllm_config, name), (repr(name), OFFLOADING))
+    for start in checks.CONNECTORS:
+        assert any(name.startswith(start) for name in others), start
+
+
+TIER = "secondary tier"
+CONNECTORS = {  # what transferring is given -> what the sentence names
+    "another package": ({"module": "my.connectors"}, ("kv_connector_module_path='my.connectors'",)),
+    "a size, another package": ({"module": "mine", "size": 1.0}, ("kv_connector_module_path",)),
+    "lmcache": (
+        {"name": None, "size": 1.0, "backend": "lmcache"},
+        ("LMCacheMPConnector", "K and V alone", "--kv-offloading-backend native"),
+    ),
+    "a size over a name": (
+        {"name": "ExampleConnector", "size": 1.0, "backend": "lmcache"},
+        ("LMCacheMPConnector",),
+    ),
+    "another spec": (
+        {"spec_name": "MySpec", "spec_module_path": "mine"},
+        ("'MySpec'", "CPUOffloadingSpec or TieringOffloadingSpec"),
+    ),
+    "a spec that is none": ({"spec_name": ["x"]}, ("['x']", "CPUOffloadingSpec")),
+    "canonical pages": ({"canonical_layout": True}, ("canonical_layout", "leave it out")),
+    "another tier": (
+        {**TIERS, "secondary_tiers": [FILES, {"type": "p2p"}]},
+        (TIER, "'p2p'", "type fs"),
+    ),
+    "no type": ({**TIERS, "secondary_tiers": [{}]}, (TIER, "None", "type fs")),
+    "tiers that vLLM would not read": ({"secondary_tiers": 3}, ("secondary_tiers", "list")),
+    "no folder": ({**TIERS, "secondary_tiers": [{"type": "fs"}]}, (TIER, "root_dir")),
+    "tiers that are no list": ({**TIERS, "secondary_tiers": FILES}, ("secondary_tiers", "list")),
+    "tiers that are no objects": ({**TIERS, "secondary_tiers": ["fs"]}, ("secondary_tiers", "fs")),
+}
+
+
+@pytest.mark.parametrize(("options", "named"), CONNECTORS.values(), ids=CONNECTORS)
+def test_connectors(vllm_config, monkeypatch, options: dict, named: tuple) -> None:
+    on_gpu(monkeypatch)
+    check_refusal(transferring(vllm_config, **options), named)
+
+
+@pytest.mark.parametrize("simple", ["0", "1"])
+@pytest.mark.parametrize("backend", ["native", "lmcache"])
+@pytest.mark.parametrize("name", [None, "ExampleConnector"])
+def test_the_connector_is_the_one_that_vllm_makes(
+    vllm_config, monkeypatch, name, backend: str, simple: str
+) -> None:
+    """vLLM chooses it after it has asked the backend."""
+    from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    monkeypatch.setenv("VLLM_USE_SIMPLE_KV_OFFLOAD", simple)
+    options = {"size": 1.0, "backend": backend, "module": name and "mine", "extra": 1}
+    config = transferring(vllm_config, name, **options)
+    found = compat.kv_connector(config)
+    made = SimpleNamespace(
+        cache_config=config.cache_config, kv_transfer_config=config.kv_transfer_config
+    )
+    VllmConfig._post_init_kv_transfer_config(made)
+    transfer = made.kv_transfer_config
+    assert (found.name, found.module) == (
+        transfer.kv_connector,
+        transfer.kv_connector_module_path,
+    )
+    assert found.name in KVConnectorFactory._registry
+    assert found.options.items() <= transfer.kv_connector_extra_config.items()
+
+
+def test_vllm_has_the_specs_and_tiers_that_are_served() -> None:
+    from vllm.v1.kv_offload.factory import OffloadingSpecFactory
+    from vllm.v1.kv_offload.tiering.factory import SecondaryTierFactory
+
+    assert set(compat.OFFLOADING_SPECS) == OffloadingSpecFactory._registry.keys()
+    assert compat.FILES in SecondaryTierFactory._registry
+
+
+def test_a_variable_makes_another_connector(vllm_config, monkeypatch) -> None:
+    on_gpu(monkeypatch)
+    monkeypatch.setenv("VLLM_USE_SIMPLE_KV_OFFLOAD", "1")
+    named = ("SimpleCPUOffloadConnector", "without VLLM_USE_SIMPLE_KV_OFFLOAD")
+    check_refusal(transferring(vllm_config, None, size=1.0), named)
+    checks.check_config(transferring(vllm_config))  # the variable is read with the size alone
+
+
+def test_files_of_pages_that_differ_lie_in_different_folders(vllm_config, monkeypatch) -> None:
+    """vLLM names files by the model and the tokens, and not by what the backend writes into a page."""
+    on_gpu(monkeypatch)
+
+    def folder(parallel: int = 1, **options) -> str:
+        config = transferring(vllm_config, **TIERS)
+        ranks = Changed(vllm_config.parallel_config, tensor_parallel_size=parallel)
+        config = Changed(
+            config,
+            parallel_config=ranks,
+            additional_config={"adamas": {"token_budget": 64, **options}},
+        )
+        found = []
+        for _ in range(2):  # the second check changes nothing
+            checks.check_config(config)
+            (tier,) = config.kv_transfer_config.kv_connector_extra_config["secondary_tiers"]
+            assert tier["type"] == "fs"
+            found.append(tier["root_dir"])
+        assert found[0] == found[1]
+        assert Path(found[0]).parent == Path(FILES["root_dir"])
+        return found[0]
+
+    same = {"token_budget": 128, "layer_budgets": {"3": 64}, "kernels": "triton"}
+    assert folder() == folder(**same) == folder(thresholds="rms")
+    others = [{"thresholds": 0.5}, {"score": "manhattan"}, {"profile": MODEL.name}, {"parallel": 3}]
+    assert len({folder(), *(folder(**other) for other in others)}) == 1 + len(others)
 
 
 def test_what_the_cuda_kernels_cannot_hold(vllm_config, monkeypatch) -> None:

@@ -48,8 +48,9 @@ OPTIONS: Values = {
 }
 
 
-def _connector(name: str) -> dict[str, str]:
-    return {"kv_connector": name, "kv_role": "kv_both"}
+def _connector(name: str, **options) -> dict[str, Any]:
+    named = {"kv_connector": name, "kv_role": "kv_both"}
+    return {**named, "kv_connector_extra_config": options}
 
 
 _WINDOWS = {"layer_types": ["sliding_attention", "full_attention"] * 15, "sliding_window": 256}
@@ -80,7 +81,10 @@ ARGUMENTS: Values = {  # some of the second are vLLM's to refuse
     "speculative_config": ([None], [{"method": "ngram", "num_speculative_tokens": 2}]),
     "kv_transfer_config": (
         [None],
-        [*map(_connector, ("ExampleConnector", "OffloadingConnector", "NoSuchConnector"))],
+        [
+            *map(_connector, ("ExampleConnector", "OffloadingConnector", "NoSuchConnector")),
+            _connector("OffloadingConnector", spec_name="TieringOffloadingSpec", secondary_tiers=1),
+        ],
     ),
     "attention_config": ([{}], [{"use_non_causal": True}]),
     "compilation_config": ([{"mode": 0}, {"cudagraph_capture_sizes": [1, 8]}], []),
