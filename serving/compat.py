@@ -212,6 +212,12 @@ def page_spec(spec, content_bytes: int):
     return dataclasses.replace(spec, state_content_bytes=content_bytes)
 
 
+def head_sizes(model) -> list[int]:
+    """The head sizes of the layers of a ModelConfig, ascending: more than one in Gemma 4."""
+    layers = model.model_arch_config.per_layer_overrides or ()
+    return sorted({model.get_head_size(), *(layer.get("head_size", 0) for layer in layers)} - {0})
+
+
 def on_cpu() -> bool:
     """Whether vLLM's platform is the CPU."""
     from vllm.platforms import current_platform
