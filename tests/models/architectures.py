@@ -76,10 +76,23 @@ SERVED = {
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
     },
+    "MiniCPM3-4B": {  # its values are padded to the size of its keys, 96
+        "model_type": "minicpm3",
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 64,
+        "q_lora_rank": 128,
+        "kv_lora_rank": 128,
+        "scale_emb": 1,
+        "dim_model_base": 256,
+    },
     "Phi-2": {
         "model_type": "phi",
         "num_attention_heads": 32,
         "hidden_size": 2560,
+        "initializer_range": 0.028,  # as much per dimension as the narrower ones have
         "partial_rotary_factor": 0.4,
     },
     "Phi-3-mini-4k": {

@@ -230,6 +230,18 @@ def test_model_texts(vllm_config, changes: dict, named: tuple) -> None:
     check_refusal(Changed(vllm_config, model_config=model), named)
 
 
+@pytest.mark.parametrize(("size", "served"), [(64, True), (40, False)])
+def test_values_that_a_model_pads(vllm_config, size: int, served: bool) -> None:
+    """Its layers have heads of one size, which its head_dim is not."""
+    changes = {"architectures": ["MiniCPM3ForCausalLM"], "v_head_dim": 64}
+    changes |= {"qk_nope_head_dim": size, "qk_rope_head_dim": 32}
+    config = with_text(vllm_config, changes, get_head_size=lambda: 32)
+    if served:
+        checks.check_config(config)
+    else:
+        check_refusal(config, ("head_size 72", OTHER))
+
+
 @pytest.mark.parametrize(("argument", "rest", "named"), [(a, *c) for a, c in ARGUMENTS.items()])
 def test_arguments(argument: str, rest: str, named: tuple) -> None:
     """Through vLLM's own parser: no argument changes its place on the way to the checks."""
