@@ -1,7 +1,8 @@
 """The operations of every compute backend, and the parameters they share.
 
 Shapes use R rows (one query token each), T tokens, Hq query heads, Hkv KV heads, G = Hq / Hkv,
-D = head_size, N = block_size, L = the longest context of the batch. Larger scores are better.
+D = head_size, S = dimensions of a signature (coded_size), N = block_size, L = the longest context
+of the batch. Larger scores are better.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class Params:
         fp8: ``e4m3`` or ``e5m2`` when the K and V planes hold fp8 bytes.
         k_scale, v_scale: factors from fp8 to real values.
         budget: the layer's configured budget, which launches are sized for; decode obeys the batch's budgets.
-        key_mean: float32 ``[Hkv, D]`` on the device of the pages, the layer's mean key after the
+        key_mean: float32 ``[Hkv, S]`` on the device of the pages, the layer's mean key after the
             Hadamard transform, subtracted from keys before coding. It shifts all scores of a query
             equally, so the exact ranking does not change. None means zero.
         logits_soft_cap: cap of the scaled logits: x becomes cap * tanh(x / cap) before the softmax (Gemma 2).
@@ -249,11 +250,17 @@ class Backend(ABC):
 
     @classmethod  # noqa: B027 (most backends have no limits)
     def check_server(
-        cls, block_size: int | None, num_kv_heads: int, max_rows: int, max_seq_len: int
+        cls,
+        head_sizes: list[int],
+        block_size: int | None,
+        num_kv_heads: int,
+        max_rows: int,
+        max_seq_len: int,
     ) -> None:
         """Checks, without touching a device, that the kernels can serve the largest decode step.
 
         Args:
+            head_sizes: of the model's layers.
             block_size: tokens per block, None if vLLM has not chosen yet.
             num_kv_heads: KV heads on a rank.
             max_rows, max_seq_len: rows and tokens of the longest context in the largest decode step.

@@ -19,6 +19,8 @@ from vllm_adamas.layout import HEAD_SIZES, TILE
 from vllm_adamas.serving import compat
 
 OTHER_BACKEND = "serve this model with another --attention-backend"
+CPU_FP8_MULTIPLE = 32  #: of head sizes, in vLLM's CPU kernel over fp8 pages
+FA_HEAD_SIZE = 256  #: the largest of FlashAttention 2 and 3
 FA3_SINK_HEADS = 64  #: most query heads whose sinks FlashAttention 3 takes
 
 
@@ -109,7 +111,7 @@ def warnings(vllm_config, config: AdamasConfig) -> list[str]:
     if model is not None and config.profile is None and identity.has_qk_norm(model):
         also = " and score dot" if config.score == "manhattan" else ""
         better = f"use a calibration profile{also} (`vllm-adamas calibrate`)"
-        if model.is_hybrid:  # which cannot be calibrated
+        if model.is_hybrid or len(head_sizes(model)) > 1:  # which cannot be calibrated
             better = "raise token_budget"
         found.append(
             "This model normalises its keys (QK-norm), so they share a large mean that 2-bit codes "
@@ -158,15 +160,33 @@ def _check_kernels(vllm_config, config: AdamasConfig) -> None:
     group = model.get_num_attention_heads(parallel) // kv_heads
     if device == "cuda" and group > MAX_GROUP:
         _refuse(f"{group} query heads per KV head on GPUs (at most {MAX_GROUP})", OTHER_BACKEND)
+    sizes = head_sizes(model)
+    _check_prefill(sizes)
     if _uses_sinks(model.hf_text_config):
         num_heads = model.get_num_attention_heads(parallel)
         check_sinks(model.dtype, model.get_head_size(), num_heads)
     kernels.backend_class().check_server(
+        sizes,
         vllm_config.cache_config.block_size,
         kv_heads,
         compat.max_decode_rows(vllm_config),
         model.max_model_len,
     )
+
+
+def _check_prefill(sizes: list[int]) -> None:
+    """Refuses head sizes that vLLM's FlashAttention does not take on this GPU."""
+    if compat.on_cpu() or (size := sizes[-1]) <= FA_HEAD_SIZE:
+        return
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+    version = get_flash_attn_version(head_size=size)
+    if version != 4:
+        _refuse(
+            f"head_size {size} on this GPU (vLLM's prefill kernel, FlashAttention {version}, takes at most "
+            f"{FA_HEAD_SIZE})",
+            OTHER_BACKEND,
+        )
 
 
 def check_sinks(dtype: torch.dtype, head_size: int, num_heads: int) -> None:
@@ -395,17 +415,34 @@ def _check_model(vllm_config) -> None:
     if model.dtype not in dtypes:
         names = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         _refuse(f"dtype {model.dtype} on this device", f"pass --dtype {names}")
-    if model.get_head_size() not in HEAD_SIZES:
-        _refuse(
-            f"head_size {model.get_head_size()} (kernels exist for {', '.join(map(str, HEAD_SIZES))})",
-            OTHER_BACKEND,
-        )
+    for size in head_sizes(model):
+        if size not in HEAD_SIZES:
+            _refuse(
+                f"head_size {size} (kernels exist for {', '.join(map(str, HEAD_SIZES))})",
+                OTHER_BACKEND,
+            )
     value_size = getattr(text, "v_head_dim", None) or getattr(text, "v_channels", None)
-    if value_size not in (None, model.get_head_size()):
+    if value_size not in (None, model.get_head_size()) and not _pads_values(text):
         _refuse(
             f"value heads of another size than key heads ({value_size} and {model.get_head_size()})",
             OTHER_BACKEND,
         )
+
+
+#: Architectures that pad their values to the size of the keys, so that layers have heads of one size.
+PADS_VALUES = {"MiniCPM3ForCausalLM"}
+
+
+def _pads_values(text) -> bool:
+    return bool(PADS_VALUES.intersection(getattr(text, "architectures", None) or ()))
+
+
+def head_sizes(model) -> list[int]:
+    """The head sizes of a model's layers, ascending."""
+    text = model.hf_text_config
+    if _pads_values(text):  # its head_dim is that of the rotated part
+        return [text.qk_nope_head_dim + text.qk_rope_head_dim]
+    return compat.head_sizes(model)
 
 
 #: Kinds of layers that are dense whatever their budget, or keep no keys, in a model's ``layer_types``.
@@ -497,8 +534,18 @@ def _check_cache(vllm_config) -> None:
             f"--kv-cache-dtype {kind} with dtype {vllm_config.model_config.dtype}",
             "pass --kv-cache-dtype auto",
         )
-    if fp8_element(kind) and compat.on_cpu() and not compat.cpu_prefills_fp8():
+    if not fp8_element(kind) or not compat.on_cpu():
+        return
+    if not compat.cpu_prefills_fp8():
         _refuse(
             "an fp8 KV cache on this processor (vLLM's prefill kernel needs AVX-512 or AMX)",
             "pass --kv-cache-dtype auto",
         )
+    model = vllm_config.model_config
+    for size in () if model is None else head_sizes(model):
+        if size % CPU_FP8_MULTIPLE:
+            _refuse(
+                f"an fp8 KV cache with head_size {size} on CPUs (vLLM's prefill kernel takes multiples of "
+                f"{CPU_FP8_MULTIPLE})",
+                "pass --kv-cache-dtype auto",
+            )

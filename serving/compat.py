@@ -279,6 +279,12 @@ def put_offloaded_files_below(vllm_config, folder: str) -> None:
     transfer.kv_connector_extra_config = {**options, "secondary_tiers": tiers}
 
 
+def head_sizes(model) -> list[int]:
+    """The head sizes of the layers of a ModelConfig, ascending: more than one in Gemma 4."""
+    layers = model.model_arch_config.per_layer_overrides or ()
+    return sorted({model.get_head_size(), *(layer.get("head_size", 0) for layer in layers)} - {0})
+
+
 def on_cpu() -> bool:
     """Whether vLLM's platform is the CPU."""
     from vllm.platforms import current_platform

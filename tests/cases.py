@@ -233,7 +233,7 @@ class Batch:
         )
 
     def coded_keys(self) -> torch.Tensor:
-        """What becomes codes: transformed keys less their mean, float32 ``[T, Hkv, D]``."""
+        """What becomes codes: transformed keys less their mean, float32 ``[T, Hkv, S]``."""
         x = sig.hadamard(self.key[: sum(self.lengths)])
         return x if self.params.key_mean is None else x - self.params.key_mean
 
@@ -261,7 +261,7 @@ class Batch:
         params = self.params
         q = sig.hadamard(self.query[: len(self.lengths)]).unflatten(
             1, (params.num_kv_heads, params.group)
-        )  # [R, Hkv, G, D]
+        )  # [R, Hkv, G, S]
         if params.score == "dot":
             if params.selection == "kv_head" and params.combine == "sum":
                 q = q.sum(2, keepdim=True)
@@ -355,15 +355,28 @@ CASES = {
     "d96": Case(head_size=96, block_size=32),
     "d96-manhattan": Case(head_size=96, score="manhattan"),
     "d96-max": Case(head_size=96, block_size=32, selection="kv_head", combine="max"),
+    "d32": Case(head_size=32, heads=(4, 1)),
+    "d80": Case(head_size=80, heads=(4, 4)),  # 128 coded dimensions
+    "d80-max": Case(
+        MIXED, MIXED_BUDGETS, (8, 2), 80, 32, selection="kv_head", combine="max", centred=True
+    ),
+    "d112": Case(head_size=112, heads=(7, 1), dtype=torch.float16),
+    "d112-manhattan": Case(head_size=112, score="manhattan", selection="kv_head"),
+    "d160": Case(head_size=160, heads=(2, 1)),
     "d192": Case(head_size=192, heads=(4, 1)),
     "d192-manhattan": Case(head_size=192, score="manhattan", selection="kv_head"),
+    "d224": Case(head_size=224, heads=(4, 1), selection="kv_head"),
     "d256": Case(head_size=256, heads=(8, 1)),
+    "d512-manhattan": Case(head_size=512, heads=(4, 1), score="manhattan"),
+    "d512-max": Case(head_size=512, heads=(4, 2), selection="kv_head", combine="max"),
     "fp16": Case(dtype=torch.float16, heads=(9, 3)),
     "fp16-d64": Case(dtype=torch.float16, head_size=64, score="manhattan"),
     "fp32": Case(dtype=torch.float32),
+    "fp32-d80": Case(dtype=torch.float32, head_size=80, heads=(3, 1)),
     "fp32-d256": Case(dtype=torch.float32, head_size=256, heads=(3, 1)),
     "e4m3": Case(fp8="e4m3"),
     "e4m3-fp16-d96": Case(fp8="e4m3", dtype=torch.float16, head_size=96),
+    "e4m3-d112": Case(fp8="e4m3", head_size=112, heads=(4, 1)),
     "e5m2": Case(fp8="e5m2", heads=(9, 3), head_size=64),
     "e5m2-fp32": Case(fp8="e5m2", dtype=torch.float32, score="manhattan"),
     "equal": Case(MIXED, MIXED_BUDGETS, data="equal"),
@@ -434,7 +447,7 @@ CASES = {
 
 #: Of every kind of page and row some, for what does not depend on the values.
 KINDS = ("plain", "block48", "mixed-kv_head", "mixed-manhattan", "d96", "d192-manhattan", "fp16")
-KINDS += ("fp32", "e4m3", "e5m2", "forced", "sliding", "long")
+KINDS += ("d80", "fp32-d80", "e4m3-d112", "fp32", "e4m3", "e5m2", "forced", "sliding", "long")
 
 
 def many(rows: int, heads: tuple[int, int] = (2, 1)) -> Case:
@@ -457,7 +470,7 @@ def written(batch: Batch, plane: torch.Tensor) -> torch.Tensor:
 
 
 def codes(batch: Batch) -> torch.Tensor:
-    """[T, Hkv, D]"""
+    """[T, Hkv, S]"""
     layout = batch.params.layout
     hi, lo = (
         sig.unpack(

@@ -26,7 +26,7 @@ from cases import (
 from vllm_adamas.backends.base import Backend
 from vllm_adamas.backends.cuda.backend import CudaBackend
 from vllm_adamas.backends.cuda.library import LIBRARY, limits
-from vllm_adamas.backends.cuda.policy import THREE, Form
+from vllm_adamas.backends.cuda.policy import HEAD_SIZES, THREE, Form
 from vllm_adamas.backends.reference import ReferenceBackend
 from vllm_adamas.backends.reference.backend import select_tokens
 from vllm_adamas.dtypes import ELEMENTS
@@ -60,7 +60,13 @@ SMALL_CASES = {
     "group7": Case(SMALL, 8, (7, 1), 64, 128, torch.float32),
     "group16": Case(SMALL, SMALL_BUDGETS, (16, 1), 256, 16),
     "group16-manhattan": Case(SMALL, 8, (16, 1), 64, 16, score="manhattan", selection="kv_head"),
+    "d80-max": Case(
+        SMALL, SMALL_BUDGETS, (4, 2), 80, 16, selection="kv_head", combine="max", centred=True
+    ),
+    "d112-manhattan": Case(SMALL, 8, (2, 1), 112, 32, torch.float16, score="manhattan"),
+    "d512": Case(SMALL, SMALL_BUDGETS, (4, 1), 512, 16, selection="kv_head"),
     "e4m3": Case(SMALL, SMALL_BUDGETS, (3, 1), 64, fp8="e4m3", selection="kv_head"),
+    "e4m3-d80": Case(SMALL, 8, (2, 1), 80, 32, fp8="e4m3"),
     "e5m2": Case(SMALL, SMALL_BUDGETS, (2, 1), 96, 32, torch.float16, fp8="e5m2"),
     "huge-e4m3": Case(SMALL, 8, (2, 1), 64, fp8="e4m3", data="huge"),  # saturates
     "few": Case(SMALL, 20, (4, 2), 64, data="few", selection="kv_head"),
@@ -100,11 +106,11 @@ SMALL_CASES = {
 #: Names that stand in both lists mean the small case.
 TRITON_CASES = {**(CASES if COMPILED else {}), **SMALL_CASES}
 
-#: Queries in fp8 pages' cases are bf16 or fp16, and the kernels have no float32.
+#: Queries in fp8 pages' cases are bf16 or fp16, and the kernels have no float32 and fewer head sizes.
 CUDA_CASES = {
     name: case if case.dtype != torch.float32 else dataclasses.replace(case, dtype=torch.bfloat16)
     for name, case in CASES.items()
-    if case.dtype != torch.float32 or case.fp8
+    if (case.dtype != torch.float32 or case.fp8) and case.head_size in HEAD_SIZES
 } | {
     "block16": Case((1, 15, 16, 17, 700, 0), 30, heads=(6, 1), block_size=16),
     "block144": Case((1, 143, 145, 700), 30, block_size=144),

@@ -330,7 +330,7 @@ def _model_shape(args, model: dict) -> dict:
 def _page(shape: dict) -> dict:
 
     from vllm_adamas.dtypes import ELEMENTS, FP8
-    from vllm_adamas.layout import PageLayout, overhead, token_bytes
+    from vllm_adamas.layout import PageLayout, coded_size, overhead, token_bytes
 
     name = FP8[0] if shape["dtype"] == "fp8" else shape["dtype"]
     if name not in ELEMENTS:
@@ -347,7 +347,7 @@ def _page(shape: dict) -> dict:
     return {
         **shape,
         "K and V": f"{dense} bytes per token and KV head",
-        "signature": f"{size // 4} bytes of codes + 2 bytes of scale",
+        "signature": f"{coded_size(size) // 4} bytes of codes + 2 bytes of scale",
         "total": f"{content} bytes per token and KV head (+{100 * overhead(size, dtype):.1f}%)",
         "per token, all layers": f"{content * tokens / 1024:.1f} KiB",
         "capacity": f"{100 * dense / content:.1f}% of a dense KV cache's tokens",

@@ -18,13 +18,14 @@ from pydantic import (
 
 from vllm_adamas.budget import TokenBudget
 from vllm_adamas.errors import AdamasError, shortened
+from vllm_adamas.layout import coded_size
 
 #: Step of a 4-level uniform quantiser for unit-variance data: thresholds at -t, 0 and t times the
 #: RMS of the transformed key. The Lloyd-Max value for a normal distribution is 0.9816.
 RMS_THRESHOLD = 0.9816
 
 #: The paper's evaluation code has the thresholds (-10, 0, 10) for a Hadamard matrix with entries +-1.
-#: In the orthonormal units used here they are +-10 / sqrt(head_size).
+#: In the orthonormal units used here they are +-10 / sqrt(S), with the S dimensions of a signature.
 PAPER_THRESHOLD = 10.0
 
 #: Bounds of the options. Lengths and budgets are int32 in vLLM and in the kernels: 2^30 tokens exceed
@@ -292,7 +293,7 @@ class AdamasConfig(BaseModel):
         if chosen == "rms":
             return Coding(RMS_THRESHOLD, relative=True)
         if chosen == "paper":
-            return Coding(PAPER_THRESHOLD / math.sqrt(head_size), relative=False)
+            return Coding(PAPER_THRESHOLD / math.sqrt(coded_size(head_size)), relative=False)
         return Coding(float(chosen), relative=False)
 
     def is_dense(self, layer: int) -> bool:

@@ -2,21 +2,21 @@
 
 vLLM passes the KV cache of a layer as ``[num_blocks, num_kv_heads, block_size, C]``. The
 ``(block_size, C)`` interior of each (block, KV head) is one dense run of bytes, divided into planes
-(sizes in bytes, N = block_size, D = head_size, E = bytes of a K or V element):
+(sizes in bytes, N = block_size, D = head_size, E = bytes of a K or V element, S = coded_size(D)):
 
     one (block, KV head)                                            N * token_bytes
     +------------------+------------------+-----------+-----------+---------+-----+
     | K  [N, D]        | V  [N, D]        | hi        | lo        | scale   | pad |
-    | token-major      | token-major      | N*D/8     | N*D/8     | fp16[N] |     |
+    | token-major      | token-major      | N*S/8     | N*S/8     | fp16[N] |     |
     +------------------+------------------+-----------+-----------+---------+-----+
-    0                  N*D*E              2*N*D*E     +N*D/8      +N*D/8    +2*N
+    0                  N*D*E              2*N*D*E     +N*S/8      +N*S/8    +2*N
 
-A signature has two bits per dimension of the transformed key: code = 2*hi + lo, in 0..3, with the
+A signature has two bits per dimension of the transformed key, which has S: code = 2*hi + lo, in 0..3, with the
 levels 2*code - 3 = {-3, -1, 1, 3}; ``scale`` is the factor that fits the levels to the key (only
 the dot score reads it). The planes are stored in tiles of 16 tokens: one 512-bit register holds the
-same 32 dimensions of 16 tokens, and one tile is the 16 x D operand of a binary tensor core.
+same 32 dimensions of 16 tokens, and one tile is the 16 x S operand of a binary tensor core.
 
-    hi, lo:  uint32 [N/16 tiles][D/32 words][16 tokens]     bit i of word w is dimension 32*w + i
+    hi, lo:  uint32 [N/16 tiles][S/32 words][16 tokens]     bit i of word w is dimension 32*w + i
 
 The hi plane alone is a 1-bit signature. For bf16 and D = 128 a token costs 546 bytes instead of
 512: 6.6 % more.
@@ -33,9 +33,10 @@ import torch
 
 from vllm_adamas.errors import AdamasError
 
-HEAD_SIZES = (64, 96, 128, 192, 256)
+HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)  #: those of vLLM's CPU backend
 TILE = 16  #: tokens per signature tile; block sizes are multiples of it
 WORD = 32  #: dimensions per signature word
+WHOLE = 256  #: head size up to which a token is one run; a larger one takes the bytes of several
 
 
 @dataclass(frozen=True)
@@ -68,9 +69,14 @@ class PageLayout:
             )
 
     @property
+    def coded_size(self) -> int:
+        """S, dimensions of the transformed key."""
+        return coded_size(self.head_size)
+
+    @property
     def words(self) -> int:
         """32-bit words of one signature plane per token."""
-        return self.head_size // WORD
+        return self.coded_size // WORD
 
     @property
     def v_offset(self) -> int:
@@ -82,11 +88,11 @@ class PageLayout:
 
     @property
     def lo_offset(self) -> int:
-        return self.hi_offset + self.block_size * self.head_size // 8
+        return self.hi_offset + self.block_size * self.coded_size // 8
 
     @property
     def scale_offset(self) -> int:
-        return self.lo_offset + self.block_size * self.head_size // 8
+        return self.lo_offset + self.block_size * self.coded_size // 8
 
     @cached_property
     def token_bytes(self) -> int:
@@ -133,15 +139,15 @@ class PageLayout:
         return plane.unflatten(2, (self.block_size, self.head_size))
 
     def hi(self, page: torch.Tensor) -> torch.Tensor:
-        """High signature bits, an int32 view ``[num_blocks, num_kv_heads, N/16, D/32, 16]``."""
+        """High signature bits, an int32 view ``[num_blocks, num_kv_heads, N/16, S/32, 16]``."""
         return self._signature(page, self.hi_offset)
 
     def lo(self, page: torch.Tensor) -> torch.Tensor:
-        """Low signature bits, an int32 view ``[num_blocks, num_kv_heads, N/16, D/32, 16]``."""
+        """Low signature bits, an int32 view ``[num_blocks, num_kv_heads, N/16, S/32, 16]``."""
         return self._signature(page, self.lo_offset)
 
     def _signature(self, page: torch.Tensor, offset: int) -> torch.Tensor:
-        plane = self._plane(page, offset, self.block_size * self.head_size // 8, torch.int32)
+        plane = self._plane(page, offset, self.block_size * self.coded_size // 8, torch.int32)
         return plane.unflatten(2, (self.block_size // TILE, self.words, TILE))
 
     def scale(self, page: torch.Tensor) -> torch.Tensor:
@@ -149,11 +155,23 @@ class PageLayout:
         return self._plane(page, self.scale_offset, 2 * self.block_size, torch.float16)
 
 
+def coded_size(head_size: int) -> int:
+    """S, dimensions of a transformed key or query: whole words.
+
+    Zeros pad a head size that is no multiple of 32 to a power of two.
+    """
+    return head_size if head_size % WORD == 0 else 1 << (head_size - 1).bit_length()
+
+
 def token_bytes(head_size: int, dtype: torch.dtype) -> int:
-    """Bytes of one token and KV head: K, V, two signature bits per dimension and the scale."""
-    element = dtype.itemsize
-    signature = head_size // 4 + 2
-    return 2 * head_size * element + -(-signature // element) * element
+    """Bytes of one token and KV head: K, V, two signature bits per dimension and the scale.
+
+    A head of 512 takes as many as two of 256. So layers of both sizes (Gemma 4) can share a pool: vLLM gives the
+    smaller ones blocks of twice as many tokens.
+    """
+    element, parts = dtype.itemsize, -(-head_size // WHOLE)
+    signature = coded_size(head_size) // parts // 4 + 2
+    return 2 * head_size * element + parts * -(-signature // element) * element
 
 
 def overhead(head_size: int, dtype: torch.dtype) -> float:

@@ -7,7 +7,14 @@ import torch
 from vllm_adamas.backends.base import HOPPER, Backend, DecodeBatch, Layer, Params
 from vllm_adamas.backends.cuda import policy
 from vllm_adamas.backends.cuda.library import limits, load
-from vllm_adamas.backends.cuda.policy import THREE, Form, LaunchPlan, check_block, check_step
+from vllm_adamas.backends.cuda.policy import (
+    THREE,
+    Form,
+    LaunchPlan,
+    check_block,
+    check_head_size,
+    check_step,
+)
 from vllm_adamas.backends.inspect import Inspectable
 from vllm_adamas.backends.launch import rounded_context
 from vllm_adamas.backends.workspace import Workspace
@@ -56,8 +63,10 @@ class CudaBackend(Backend, Inspectable):
         self._max_context = limits().max_context
 
     @classmethod
-    def check_server(cls, block_size, num_kv_heads, max_rows, max_seq_len):
+    def check_server(cls, head_sizes, block_size, num_kv_heads, max_rows, max_seq_len):
         limits()  # refuses a missing library
+        for size in head_sizes:
+            check_head_size(size)
         if block_size is not None:
             check_block(block_size)
         check_step(max_rows, num_kv_heads, max_seq_len)
@@ -94,6 +103,7 @@ class CudaBackend(Backend, Inspectable):
             ValueError: the KV cache is not aligned, or ``key_mean`` or ``sinks`` do not fit.
         """
         layout = params.layout
+        check_head_size(layout.head_size)
         check_block(layout.block_size)
         if not params.fp8 and layout.dtype not in MODEL_DTYPES["cuda"]:
             raise AdamasError(

@@ -15,6 +15,7 @@ from vllm_adamas.backends.cuda.library import limits, load
 from vllm_adamas.backends.launch import LEAST_CONTEXT, rounded_context
 from vllm_adamas.errors import AdamasError
 
+HEAD_SIZES = (64, 96, 128, 192, 256)  #: as in csrc/sm90/layer.cu
 LEAST_CANDIDATES, MOST_CANDIDATES = 4096, 32768  #: per token set
 WARPS = (16, 8)  #: of a block of the fused kernel; a multiprocessor runs one of 16 or two of 8
 CLUSTERS = (16, *range(8, 0, -1))  #: blocks; 9 to 15 exchange more than they gain over 8
@@ -124,6 +125,18 @@ def check_context(tokens: int) -> None:
         raise AdamasError(
             f"contexts of {tokens} tokens are longer than the {most} that the CUDA kernels hold: "
             f"pass --max-model-len {most}, or choose kernels=triton."
+        )
+
+
+def check_head_size(size: int) -> None:
+    """
+    Raises:
+        AdamasError: the library has no kernels for it.
+    """
+    if size not in HEAD_SIZES:
+        raise AdamasError(
+            f"head_size {size} has no CUDA kernels, which exist for {', '.join(map(str, HEAD_SIZES))}: choose "
+            "kernels=triton."
         )
 
 

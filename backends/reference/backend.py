@@ -50,12 +50,12 @@ class ReferenceBackend(Backend, Inspectable):
             params, key[keep], params.k_scale
         )  # [T, Hkv, D]
         layout.v(kv_cache)[block, :, offset] = self._to_plane(params, value[keep], params.v_scale)
-        x = sig.hadamard(key[keep])  # [T, Hkv, D]
+        x = sig.hadamard(key[keep])  # [T, Hkv, S]
         if params.key_mean is not None:
             x = x - params.key_mean
         codes = sig.bucketize(x, params.coding)
         tile, lane = offset // TILE, offset % TILE
-        layout.hi(kv_cache)[block, :, tile, :, lane] = sig.pack(codes >> 1)  # [T, Hkv, D/32]
+        layout.hi(kv_cache)[block, :, tile, :, lane] = sig.pack(codes >> 1)  # [T, Hkv, S/32]
         layout.lo(kv_cache)[block, :, tile, :, lane] = sig.pack(codes & 1)
         layout.scale(kv_cache)[block, :, offset] = sig.code_scale(x, codes)  # [T, Hkv]
 
@@ -74,18 +74,18 @@ class ReferenceBackend(Backend, Inspectable):
     def _scan_row(self, params, query, kv_cache, blocks, length):
         layout = params.layout
         used = blocks[: -(-length // layout.block_size)].long()
-        hi = sig.unpack(sig.untile(layout.hi(kv_cache)[used]))  # [blocks, Hkv, N, D]
+        hi = sig.unpack(sig.untile(layout.hi(kv_cache)[used]))  # [blocks, Hkv, N, S]
         lo = sig.unpack(sig.untile(layout.lo(kv_cache)[used]))
-        codes = (2 * hi + lo).transpose(0, 1).flatten(1, 2)[:, :length]  # [Hkv, L, D]
+        codes = (2 * hi + lo).transpose(0, 1).flatten(1, 2)[:, :length]  # [Hkv, L, S]
         scale = layout.scale(kv_cache)[used].transpose(0, 1).flatten(1, 2)[:, :length]  # [Hkv, L]
-        q = sig.hadamard(query).unflatten(0, (params.num_kv_heads, params.group))  # [Hkv, G, D]
+        q = sig.hadamard(query).unflatten(0, (params.num_kv_heads, params.group))  # [Hkv, G, S]
         if params.combine == "max":
             logits = sig.logits(q, codes.unsqueeze(1), scale.unsqueeze(1), params.logit_scale)
             sample = logits[..., sig.sampled_tokens(length)]
             scores = (logits - sig.log_sum(sample)).amax(1, keepdim=True)  # [Hkv, 1, L]
         elif params.score == "dot":
             if params.selection == "kv_head":
-                q = q.sum(1, keepdim=True)  # [Hkv, 1, D]; dot is linear, so queries are summed
+                q = q.sum(1, keepdim=True)  # [Hkv, 1, S]; dot is linear, so queries are summed
             scores = sig.dot_score(q, codes.unsqueeze(1), scale.unsqueeze(1))  # [Hkv, G, L]
         else:
             scores = sig.manhattan_score(sig.bucketize(q, params.coding), codes.unsqueeze(1))

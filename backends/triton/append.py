@@ -20,7 +20,7 @@ FP16_MAX = tl.constexpr(65504.0)
 @triton.jit(do_not_specialize=["tokens"])  # it differs in every step
 def append_kernel(
     key,  # [T, Hkv, D] with the strides key_*
-    mean,  # float32 [Hkv, D] or None
+    mean,  # float32 [Hkv, S] or None
     stored_key,  # elements of the planes, [T, Hkv, D] with the strides stored_*
     stored_value,
     slots,  # int64 [T]
@@ -48,6 +48,7 @@ def append_kernel(
     N: tl.constexpr,
     SIZE: tl.constexpr,
     PADDED: tl.constexpr,
+    CODED: tl.constexpr,
     BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
@@ -70,18 +71,18 @@ def append_kernel(
     at = (token * key_token + head * key_head)[:, None] + dim[None, :]
     x = hadamard(tl.load(key + at, mask=inside, other=0).to(tl.float32), TOKENS, PADDED, BLOCK)
     if mean is not None:
-        x -= tl.load(mean + head * SIZE + dim, mask=dim < SIZE, other=0)[None, :]
-    code = bucketize(x, threshold, RELATIVE, SIZE)
+        x -= tl.load(mean + head * CODED + dim, mask=dim < CODED, other=0)[None, :]
+    code = bucketize(x, threshold, RELATIVE, CODED)
 
     word = tl.arange(0, PADDED // WORD)
-    to = block * sig_block + head * sig_head + signature_offset(offset, SIZE)
+    to = block * sig_block + head * sig_head + signature_offset(offset, CODED)
     to = to[:, None] + (word * TILE)[None, :]
-    whole = kept[:, None] & (word < SIZE // WORD)[None, :]
+    whole = kept[:, None] & (word < CODED // WORD)[None, :]
     tl.store(hi + to, pack(code >> 1, TOKENS, PADDED), mask=whole)
     tl.store(lo + to, pack(code & 1, TOKENS, PADDED), mask=whole)
 
     # The least-squares factor from the levels {-3, -1, 1, 3} to x.
-    level = tl.where((dim < SIZE)[None, :], 2.0 * code.to(tl.float32) - 3.0, 0.0)
+    level = tl.where((dim < CODED)[None, :], 2.0 * code.to(tl.float32) - 3.0, 0.0)
     fit = tl.sum(x * level, 1) / tl.sum(level * level, 1)
     fit = tl.minimum(tl.maximum(tl.where(fit == fit, fit, 0.0), -FP16_MAX), FP16_MAX)
     to = block * scale_block + head * scale_head + offset

@@ -33,6 +33,7 @@ from vllm_adamas.backends.triton.select import select_kernel
 from vllm_adamas.backends.workspace import Workspace
 from vllm_adamas.dtypes import ELEMENTS
 from vllm_adamas.errors import AdamasError
+from vllm_adamas.layout import PageLayout
 
 DTYPES = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float32: tl.float32}
 
@@ -130,7 +131,7 @@ class TritonBackend(Backend, Inspectable):
             *key.stride()[:2], *stored_key.stride()[:2], *stored_value.stride()[:2],
             planes.k, planes.v, planes.hi, planes.lo, planes.scale, *planes.strides,
             params.coding.threshold, RELATIVE=params.coding.relative, N=layout.block_size,
-            **_sizes(layout.head_size), BLOCK=_block(layout.head_size), TOKENS=APPEND_TOKENS,
+            **_sizes(layout.head_size), **_transform(layout), TOKENS=APPEND_TOKENS,
         )  # fmt: skip
 
     def scan(self, layer, query, block_table, seq_lens, longest=None):
@@ -222,13 +223,12 @@ class TritonBackend(Backend, Inspectable):
         encode_kernel[rows, heads](
             query, plan.planes, plan.bias, plan.factor, *query.stride()[:2], params.coding.threshold,
             params.logit_scale, DOT=dot, SUMMED=summed, RELATIVE=params.coding.relative, GROUP=params.group,
-            GROUP_PADDED=_padded(params.group), **_sizes(layout.head_size),
-            BLOCK=_block(layout.head_size),
+            GROUP_PADDED=_padded(params.group), **_sizes(layout.head_size), **_transform(layout),
         )  # fmt: skip
         sizes = {
             "ROWS": 1 if summed else _padded(params.group),
             "N": layout.block_size,
-            "SIZE": layout.head_size,
+            "CODED": layout.coded_size,
             "TOKENS": SCAN_TOKENS,
             "enable_fp_fusion": False,
         }
@@ -372,13 +372,13 @@ def _padded(size: int) -> int:
     return triton.next_power_of_2(size)
 
 
-def _block(size: int) -> int:
-    """Size of a block of the Hadamard transform."""
-    return size & -size
-
-
 def _sizes(size: int) -> dict[str, int]:
     return {"SIZE": size, "PADDED": _padded(size)}
+
+
+def _transform(layout: PageLayout) -> dict[str, int]:
+    """Dimensions of a signature, and the block size of the Hadamard transform."""
+    return {"CODED": layout.coded_size, "BLOCK": layout.coded_size & -layout.coded_size}
 
 
 def _to_fp8(x: torch.Tensor, kind: str, scale: float) -> torch.Tensor:

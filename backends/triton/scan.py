@@ -55,7 +55,7 @@ def _quantize(q):
 @triton.jit
 def encode_kernel(
     query,  # [R, Hq, D]
-    planes,  # int32 [R, Hkv, ROWS, PLANES, D/32]: bits of the encoded queries
+    planes,  # int32 [R, Hkv, ROWS, PLANES, S/32]: bits of the encoded queries
     bias,  # int32 [R, Hkv, ROWS]: -3 sum q
     factor,  # float32 [R, Hkv, ROWS]: from dot scores to logits in base 2
     query_row,
@@ -69,6 +69,7 @@ def encode_kernel(
     GROUP_PADDED: tl.constexpr,
     SIZE: tl.constexpr,
     PADDED: tl.constexpr,
+    CODED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """One program: the query heads of one row and KV head."""
@@ -84,19 +85,19 @@ def encode_kernel(
 
     encoded, word = tl.arange(0, ROWS), tl.arange(0, PADDED // WORD)
     unit = (row * tl.num_programs(1) + head) * ROWS + encoded
-    to = planes + (unit * (PLANES * SIZE // WORD))[:, None] + word[None, :]
-    inside = (word < SIZE // WORD)[None, :]
+    to = planes + (unit * (PLANES * CODED // WORD))[:, None] + word[None, :]
+    inside = (word < CODED // WORD)[None, :]
     if DOT:
         q, step = _quantize(q)
         tl.store(factor + unit, tl.minimum(step * logit_scale, LARGEST_FACTOR))
         for b in tl.static_range(QUERY_BITS):
-            tl.store(to + b * (SIZE // WORD), pack((q >> b) & 1, ROWS, PADDED), mask=inside)
+            tl.store(to + b * (CODED // WORD), pack((q >> b) & 1, ROWS, PADDED), mask=inside)
         tl.store(bias + unit, -3 * tl.sum(q, 1))
     else:
-        a = bucketize(q, threshold, RELATIVE, SIZE)
+        a = bucketize(q, threshold, RELATIVE, CODED)
         for t in tl.static_range(3):
             at_least = (a > t).to(tl.int32)
-            tl.store(to + t * (SIZE // WORD), pack(at_least, ROWS, PADDED), mask=inside)
+            tl.store(to + t * (CODED // WORD), pack(at_least, ROWS, PADDED), mask=inside)
 
 
 @triton.jit
@@ -126,13 +127,13 @@ def _scores(
     inside,
     DOT: tl.constexpr,
     N: tl.constexpr,
-    SIZE: tl.constexpr,
+    CODED: tl.constexpr,
 ):
     """Scores of some tokens of one row with the queries of one KV head, float32 [ROWS, TOKENS]."""
-    WORDS: tl.constexpr = SIZE // WORD
+    WORDS: tl.constexpr = CODED // WORD
     planes += unit * (PLANES * WORDS)
     block = tl.load(block_table + token // N, mask=inside, other=0).to(tl.int64)
-    at = block * sig_block + head * sig_head + signature_offset(token % N, SIZE)
+    at = block * sig_block + head * sig_head + signature_offset(token % N, CODED)
     high, low = (), ()
     for w in tl.static_range(WORDS):
         high_word = tl.load(hi + at + w * TILE, mask=inside, other=0)
@@ -188,7 +189,7 @@ def sample_kernel(
     least,
     ROWS: tl.constexpr,  # as in encode_kernel
     N: tl.constexpr,
-    SIZE: tl.constexpr,
+    CODED: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
     """One program: the query heads of one row and KV head. Sums are in fixed point, so their order does not matter."""
@@ -210,7 +211,7 @@ def sample_kernel(
             inside = (place < sampled * TILE) & (token < length)
             logit = to_logit * _scores(
                 planes, bias, hi, lo, scale, sig_block, sig_head, scale_block, scale_head,
-                block_table, unit, head, token, inside, True, N, SIZE,
+                block_table, unit, head, token, inside, True, N, CODED,
             )  # fmt: skip
             if step == 0:
                 top = tl.maximum(top, tl.max(tl.where(inside[None, :], logit, float("-inf")), 1))
@@ -254,7 +255,7 @@ def scan_kernel(
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,  # as in encode_kernel
     N: tl.constexpr,
-    SIZE: tl.constexpr,
+    CODED: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
     """One program: a part of one row's context, for one KV head."""
@@ -281,7 +282,7 @@ def scan_kernel(
         inside = token < end
         score = _scores(
             planes, bias, hi, lo, scale, sig_block, sig_head, scale_block, scale_head,
-            block_table, unit, head, token, inside, DOT, N, SIZE,
+            block_table, unit, head, token, inside, DOT, N, CODED,
         )  # fmt: skip
         if MAXIMUM:
             score = tl.where(real, score * to_logit - less, float("-inf"))

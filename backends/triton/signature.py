@@ -16,7 +16,7 @@ def hadamard(x, ROWS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
     The order of additions is the reference's, so the result is bit-identical.
     """
     x = tl.reshape(x, (ROWS * PADDED // BLOCK, BLOCK))
-    for i in tl.static_range(8):
+    for i in tl.static_range(9):
         if (2 << i) <= BLOCK:
             pairs = tl.reshape(x, (ROWS * PADDED // BLOCK, BLOCK // (2 << i), 2, 1 << i))
             a, b = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
@@ -26,11 +26,11 @@ def hadamard(x, ROWS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def bucketize(x, threshold, RELATIVE: tl.constexpr, SIZE: tl.constexpr):
-    """Codes 0..3, int32 [ROWS, PADDED], of a transformed vector with SIZE dimensions; NaN gives 0."""
+def bucketize(x, threshold, RELATIVE: tl.constexpr, CODED: tl.constexpr):
+    """Codes 0..3, int32 [ROWS, PADDED], of a transformed vector with CODED dimensions; NaN gives 0."""
     t = threshold
     if RELATIVE:
-        t = threshold * tl.sqrt(tl.sum(x * x, 1) / SIZE)[:, None]
+        t = threshold * tl.sqrt(tl.sum(x * x, 1) / CODED)[:, None]
     return (x >= -t).to(tl.int32) + (x >= 0).to(tl.int32) + (x >= t).to(tl.int32)
 
 
@@ -42,6 +42,6 @@ def pack(bits, ROWS: tl.constexpr, PADDED: tl.constexpr):
 
 
 @triton.jit
-def signature_offset(offset, SIZE: tl.constexpr):
+def signature_offset(offset, CODED: tl.constexpr):
     """Offset of a token's first word in a block's signature plane; its words are TILE apart."""
-    return offset // TILE * (SIZE // WORD * TILE) + offset % TILE
+    return offset // TILE * (CODED // WORD * TILE) + offset % TILE

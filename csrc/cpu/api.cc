@@ -137,8 +137,8 @@ Layer bind(TensorView kv_cache, Map<String, Any> description, Optional<Tensor> k
   layer->per_query_head = flag("per_query_head");
   layer->maximum = flag("maximum");
   const Page& page = layer->page;
-  expect(!key_mean.has_value() || is_floats(key_mean.value(), {page.num_kv_heads, page.head_size}),
-         "key_mean: expected contiguous float32 [Hkv, D]");
+  expect(!key_mean.has_value() || is_floats(key_mean.value(), {page.num_kv_heads, coded_size(page.head_size)}),
+         "key_mean: expected contiguous float32 [Hkv, S], S the dimensions of a signature");
   expect(!sinks.has_value() || is_floats(sinks.value(), {layer->num_query_heads}),
          "sinks: expected contiguous float32 [Hq]");
   layer->key_mean = key_mean;

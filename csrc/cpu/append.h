@@ -16,6 +16,7 @@ static inline void store_plane(uint8_t* to, Element element, const Rows& rows, i
 
 template <int D>
 static void append_token(const AppendParams& p, int64_t token) {
+  constexpr int S = coded_size(D);
   const Page& page = p.page;
   const int64_t slot = p.slots[token];
   if (slot < 0) return;
@@ -28,22 +29,22 @@ static void append_token(const AppendParams& p, int64_t token) {
                    page.v_scale);
     store_plane<D>(run + offset * row_bytes, page.element, p.key, token, head, page.k_scale);
 
-    alignas(64) float x[D];
+    alignas(64) float x[S];
     load_vector<D>(p.key, token, head, x);
     hadamard<D>(x);
-    if (p.key_mean) subtract<D>(x, p.key_mean + int64_t(head) * D);
-    alignas(64) int32_t codes[D];
-    encode<D>(x, outer_threshold<D>(x, p.coding), codes);
-    uint32_t hi[D / kWord], lo[D / kWord];
-    pack_planes<D>(codes, hi, lo);
-    const int64_t at = int64_t(offset / kTile) * (D / kWord) * kTile + offset % kTile;
+    if (p.key_mean) subtract<S>(x, p.key_mean + int64_t(head) * S);
+    alignas(64) int32_t codes[S];
+    encode<S>(x, outer_threshold<S>(x, p.coding), codes);
+    uint32_t hi[S / kWord], lo[S / kWord];
+    pack_planes<S>(codes, hi, lo);
+    const int64_t at = int64_t(offset / kTile) * (S / kWord) * kTile + offset % kTile;
     uint32_t* hi_plane = (uint32_t*)(run + page.hi_offset) + at;
     uint32_t* lo_plane = (uint32_t*)(run + page.lo_offset) + at;
-    for (int w = 0; w < D / kWord; ++w) {
+    for (int w = 0; w < S / kWord; ++w) {
       hi_plane[w * kTile] = hi[w];
       lo_plane[w * kTile] = lo[w];
     }
-    store_scalar(run + page.scale_offset, offset, Element::f16, level_scale<D>(x, codes));
+    store_scalar(run + page.scale_offset, offset, Element::f16, level_scale<S>(x, codes));
   }
 }
 

@@ -9,7 +9,7 @@ constexpr int kStep = 32;
 
 template <Element E, int D>
 static void load_query(const DecodeParams& p, int row, int head, float* query) {
-  alignas(64) float x[D];
+  alignas(64) float x[padded_size(D)] = {};
   load_vector<D>(p.query, row, head, x);
   const float scale = p.softmax_scale * (Convert<E>::bytes == 1 ? p.page.k_scale : 1.0f);
   for (int c = 0; c < D; c += 2 * kLanes)
@@ -30,12 +30,13 @@ static void store_output(const DecodeParams& p, int row, int head, const Partial
     for (int c = 0; c < D; c += 2 * kLanes) {
       const vu even = round_bf16(load<vf>(partial.acc + c) * norm);
       const vu odd = round_bf16(load<vf>(partial.acc + c + kLanes) * norm);
-      store(to + c, odd | even >> 16);
+      const vu pairs = odd | even >> 16;
+      __builtin_memcpy(to + c, &pairs, D - c < 2 * kLanes ? 2 * kLanes : 4 * kLanes);  // a row may end with half of them
     }
     return;
   }
   for (int c = 0; c < D; c += 2 * kLanes)
-    for (int i = 0; i < 2 * kLanes; ++i) {
+    for (int i = 0; i < 2 * kLanes && c + i < D; ++i) {
       const int from = !Convert<E>::interleaved ? i : i % 2 ? kLanes + i / 2 : i / 2;
       store_scalar(p.output.data, at + c + i, p.output.element, partial.acc[c + from] * norm);
     }
@@ -59,7 +60,6 @@ static inline void prefetch_row(const uint8_t* row) {
 template <Element E, int D, int H>
 static inline void attend_step(const uint8_t* const* rows, int n, const uint8_t* const* next,
                                int64_t v_offset, const float* queries, float cap, Partial* partials) {
-  constexpr int kBytes = Convert<E>::bytes;
   alignas(64) float weight[H][kStep];
   for (int group = 0; group < kStep; group += kLanes) {
     vf sums[H][kLanes];
@@ -70,10 +70,11 @@ static inline void attend_step(const uint8_t* const* rows, int n, const uint8_t*
 #pragma GCC unroll 8
       for (int c = 0; c < D; c += 2 * kLanes) {
         vf a, b;
-        Convert<E>::load2(k + c * kBytes, a, b);
+        load_pair<E, D>(k, c, a, b);
 #pragma GCC unroll 4
         for (int h = 0; h < H; ++h) {
-          const vf q0 = load<vf>(queries + h * D + c), q1 = load<vf>(queries + h * D + c + kLanes);
+          const float* query = queries + h * padded_size(D) + c;
+          const vf q0 = load<vf>(query), q1 = load<vf>(query + kLanes);
           s[h] = c ? s[h] + a * q0 : a * q0;
           s[h] += b * q1;
         }
@@ -105,7 +106,7 @@ static inline void attend_step(const uint8_t* const* rows, int n, const uint8_t*
     partials[h].max = new_max;
   }
 
-  constexpr int kVectors = D / kLanes;
+  constexpr int kVectors = (D + 2 * kLanes - 1) / (2 * kLanes) * 2;
   constexpr int kColumns = columns(kVectors, H);
 #pragma GCC unroll 1
   for (int column = 0; column < kVectors; column += kColumns) {
@@ -115,12 +116,12 @@ static inline void attend_step(const uint8_t* const* rows, int n, const uint8_t*
 #pragma GCC unroll 16
       for (int c = 0; c < kColumns; ++c) acc[h][c] = load<vf>(partials[h].acc + (column + c) * kLanes) * decay[h];
     for (int i = 0; i < n; ++i) {
-      const uint8_t* v = rows[i] + v_offset + column * kLanes * kBytes;
+      const uint8_t* v = rows[i] + v_offset;
       if (column == 0) prefetch_row<E, D>(next[i] + v_offset);
 #pragma GCC unroll 16
       for (int c = 0; c < kColumns; c += 2) {
         vf a, b;
-        Convert<E>::load2(v + c * kLanes * kBytes, a, b);
+        load_pair<E, D>(v, (column + c) * kLanes, a, b);
 #pragma GCC unroll 4
         for (int h = 0; h < H; ++h) {
           acc[h][c] += a * weight[h][i];
@@ -158,7 +159,7 @@ static void attend_tokens(const DecodeParams& p, int row, int kv_head, const flo
   for (int h = 0; h < heads; ++h) {
     partials[h].max = -__builtin_inff();
     partials[h].sum = 0;
-    for (int i = 0; i < D; ++i) partials[h].acc[i] = 0;
+    for (int i = 0; i < padded_size(D); ++i) partials[h].acc[i] = 0;
   }
   if (count > 0) {
     locate(0, rows[0]);
@@ -171,12 +172,12 @@ static void attend_tokens(const DecodeParams& p, int row, int kv_head, const flo
     const int n = count - start < kStep ? count - start : kStep;
     int h = 0;
     for (; h + 4 <= heads; h += 4)
-      attend_step<E, D, 4>(now, n, next, page.v_offset, queries + h * D, p.soft_cap, partials + h);
+      attend_step<E, D, 4>(now, n, next, page.v_offset, queries + h * padded_size(D), p.soft_cap, partials + h);
     if (h + 3 == heads) {
-      attend_step<E, D, 3>(now, n, next, page.v_offset, queries + h * D, p.soft_cap, partials + h);
+      attend_step<E, D, 3>(now, n, next, page.v_offset, queries + h * padded_size(D), p.soft_cap, partials + h);
     } else {
       for (; h < heads; ++h)
-        attend_step<E, D, 1>(now, n, next, page.v_offset, queries + h * D, p.soft_cap, partials + h);
+        attend_step<E, D, 1>(now, n, next, page.v_offset, queries + h * padded_size(D), p.soft_cap, partials + h);
     }
   }
 }

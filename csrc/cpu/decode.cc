@@ -55,10 +55,10 @@ struct Scratch {
   Buffer<float> queries, acc;
   Buffer<Partial> partials;
 
-  Partial* heads(int n, int head_size) {
-    float* a = acc.at_least(int64_t(n) * head_size);
+  Partial* heads(int n, int padded_size) {
+    float* a = acc.at_least(int64_t(n) * padded_size);
     Partial* p = partials.at_least(n);
-    for (int i = 0; i < n; ++i) p[i].acc = a + int64_t(i) * head_size;
+    for (int i = 0; i < n; ++i) p[i].acc = a + int64_t(i) * padded_size;
     return p;
   }
 };
@@ -75,14 +75,14 @@ RowPlan plan_row(const DecodeParams& p, int row) {
 }
 
 // Merges the softmax partials of one query head into the first one.
-void merge(Partial* partials, int count, int64_t step, int head_size) {
+void merge(Partial* partials, int count, int64_t step, int padded_size) {
   Partial& to = partials[0];
   for (int i = 1; i < count; ++i) {
     const Partial& from = partials[i * step];
     if (from.sum <= 0) continue;
     const float top = std::max(to.max, from.max);
     const float a = to.sum > 0 ? std::exp(to.max - top) : 0.0f, b = std::exp(from.max - top);
-    for (int d = 0; d < head_size; ++d) to.acc[d] = to.acc[d] * a + from.acc[d] * b;
+    for (int d = 0; d < padded_size; ++d) to.acc[d] = to.acc[d] * a + from.acc[d] * b;
     to.sum = to.sum * a + from.sum * b;
     to.max = top;
   }
@@ -122,9 +122,9 @@ class Group {
   void run(int first_row, int last_row) {
     plan(first_row, last_row);
     float* scores = scores_.at_least(score_floats_);
-    float* acc = acc_.at_least(num_partials_ * p_.page.head_size);
+    float* acc = acc_.at_least(num_partials_ * p_.page.padded_size());
     Partial* partials = partials_.at_least(num_partials_);
-    for (int64_t i = 0; i < num_partials_; ++i) partials[i].acc = acc + i * p_.page.head_size;
+    for (int64_t i = 0; i < num_partials_; ++i) partials[i].acc = acc + i * p_.page.padded_size();
     QueryCode* codes = codes_.at_least(int64_t(rows_.size()) * p_.num_query_heads);
     int64_t attended = 0;
 #pragma omp parallel reduction(+ : attended)
@@ -214,9 +214,9 @@ class Group {
     } else {
       const int kv_head = item % all_heads, chunk = item / all_heads;
       const int first = plan.first + chunk * kAttendChunk, last = std::min(plan.length, first + kAttendChunk);
-      const int head_size = p_.page.head_size;
-      float* queries = scratch.queries.at_least(int64_t(group) * head_size);
-      for (int g = 0; g < group; ++g) kernels_.load_query(p_, row, kv_head * group + g, queries + g * head_size);
+      const int size = p_.page.padded_size();
+      float* queries = scratch.queries.at_least(int64_t(group) * size);
+      for (int g = 0; g < group; ++g) kernels_.load_query(p_, row, kv_head * group + g, queries + g * size);
       kernels_.attend(p_, row, kv_head, queries, group, nullptr, first, last - first,
                       partials + plan.partials + int64_t(chunk) * p_.num_query_heads + kv_head * group);
       attended += int64_t(last - first) * group;
@@ -225,18 +225,18 @@ class Group {
 
   void wave2(int row, const RowPlan& plan, int item, const float* scores, Partial* partials,
              int64_t& attended) {
-    const int head_size = p_.page.head_size;
+    const int size = p_.page.padded_size();
     if (!plan.sparse) {
       const int n = parts(plan.length - plan.first, kAttendChunk);
       if (n == 0) {  // an empty (padded) row
-        Partial* empty = scratch.heads(1, head_size);
+        Partial* empty = scratch.heads(1, size);
         empty->sum = 0;
-        std::fill(empty->acc, empty->acc + head_size, 0.0f);
+        std::fill(empty->acc, empty->acc + size, 0.0f);
         kernels_.store_output(p_, row, item, *empty);
         return;
       }
       Partial* first = partials + plan.partials + item;
-      merge(first, n, p_.num_query_heads, head_size);
+      merge(first, n, p_.num_query_heads, size);
       kernels_.store_output(p_, row, item, *first);
       return;
     }
@@ -245,9 +245,9 @@ class Group {
     int32_t* tokens = scratch.tokens.at_least(int64_t(plan.budget) + kTile);
     const int count = select_row(kernels_, p_, scores + plan.scores + item * padded(plan.length), plan.length,
                                  plan.budget, tokens);
-    float* queries = scratch.queries.at_least(int64_t(heads) * head_size);
-    Partial* out = scratch.heads(heads, head_size);
-    for (int h = 0; h < heads; ++h) kernels_.load_query(p_, row, first_head + h, queries + h * head_size);
+    float* queries = scratch.queries.at_least(int64_t(heads) * size);
+    Partial* out = scratch.heads(heads, size);
+    for (int h = 0; h < heads; ++h) kernels_.load_query(p_, row, first_head + h, queries + h * size);
     kernels_.attend(p_, row, first_head / p_.group(), queries, heads, tokens, 0, count, out);
     for (int h = 0; h < heads; ++h) kernels_.store_output(p_, row, first_head + h, out[h]);
     attended += int64_t(count) * heads;

@@ -20,13 +20,33 @@ namespace {
 #include "cpu/attend.h"
 
 // Runs `call` with the head size as the constant D.
-#define ADAMAS_FOR_HEAD_SIZE(size, call)        \
-  switch (size) {                               \
+#define ADAMAS_FOR_HEAD_SIZE(size, call)              \
+  switch (size) {                                     \
+    case 32: { constexpr int D = 32; call; break; }   \
     case 64: { constexpr int D = 64; call; break; }   \
+    case 80: { constexpr int D = 80; call; break; }   \
     case 96: { constexpr int D = 96; call; break; }   \
+    case 112: { constexpr int D = 112; call; break; } \
     case 128: { constexpr int D = 128; call; break; } \
+    case 160: { constexpr int D = 160; call; break; } \
     case 192: { constexpr int D = 192; call; break; } \
+    case 224: { constexpr int D = 224; call; break; } \
     case 256: { constexpr int D = 256; call; break; } \
+    case 512: { constexpr int D = 512; call; break; } \
+  }
+
+// The same with the dimensions of its signature as the constant S.
+#define ADAMAS_FOR_CODED_SIZE(head_size, call)        \
+  switch (coded_size(head_size)) {                    \
+    case 32: { constexpr int S = 32; call; break; }   \
+    case 64: { constexpr int S = 64; call; break; }   \
+    case 96: { constexpr int S = 96; call; break; }   \
+    case 128: { constexpr int S = 128; call; break; } \
+    case 160: { constexpr int S = 160; call; break; } \
+    case 192: { constexpr int S = 192; call; break; } \
+    case 224: { constexpr int S = 224; call; break; } \
+    case 256: { constexpr int S = 256; call; break; } \
+    case 512: { constexpr int S = 512; call; break; } \
   }
 
 #define ADAMAS_FOR_PAGE(page, call)                                                               \
@@ -45,12 +65,12 @@ void encode_any(const DecodeParams& p, int row, QueryCode* codes) {
   ADAMAS_FOR_HEAD_SIZE(p.page.head_size, encode_queries<D>(p, row, codes))
 }
 void sample_any(const DecodeParams& p, int row, int kv_head, QueryCode* codes) {
-  ADAMAS_FOR_HEAD_SIZE(p.page.head_size, sample_tokens<D>(p, row, kv_head, codes))
+  ADAMAS_FOR_CODED_SIZE(p.page.head_size, sample_tokens<S>(p, row, kv_head, codes))
 }
 void scan_any(const DecodeParams& p, int row, int first_head, int heads, const QueryCode* codes, int count,
               Combine combine, int first, int last, float* scores, int64_t stride) {
-  ADAMAS_FOR_HEAD_SIZE(p.page.head_size, scan_tokens<D>(p, row, first_head, heads, codes, count, combine, first,
-                                                        last, scores, stride))
+  ADAMAS_FOR_CODED_SIZE(p.page.head_size, scan_tokens<S>(p, row, first_head, heads, codes, count, combine, first,
+                                                         last, scores, stride))
 }
 void load_query_any(const DecodeParams& p, int row, int head, float* query) {
   ADAMAS_FOR_PAGE(p.page, (load_query<E, D>(p, row, head, query)))

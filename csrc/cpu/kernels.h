@@ -24,7 +24,7 @@ enum class Combine { none, sum, maximum };
 // Softmax state of one query head over some tokens; acc is in the lane order of the page's element.
 struct Partial {
   float max, sum;
-  float* acc;  // [head_size], not yet divided by sum
+  float* acc;  // [padded_size], not yet divided by sum
 };
 
 // Most KV heads whose signatures are read in an interleaved way. The hardware prefetcher follows a stream only
@@ -54,7 +54,7 @@ struct Kernels {
   // room for k + kTile; scratch has room for 2 * (n + kTile).
   void (*select)(const float* scores, int n, int k, int base, int32_t* out, int32_t* scratch);
 
-  // Query head `head` of `row` as float[head_size], scaled and in lane order.
+  // Query head `head` of `row` as float[padded_size], scaled and in lane order.
   void (*load_query)(const DecodeParams&, int row, int head, float* query);
 
   // Softmax attention of `heads` loaded queries over `count` tokens: tokens[i], or first + i if tokens is

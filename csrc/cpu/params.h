@@ -7,8 +7,10 @@
 
 namespace adamas {
 
-constexpr int kMaxHeadSize = 256;
-constexpr int kMaxWords = kMaxHeadSize / kWord;
+constexpr int kMaxWords = 512 / kWord;
+
+// Floats of a query or an output in lane order: whole pairs of vectors in every instruction set.
+constexpr int padded_size(int head_size) { return (head_size + 31) / 32 * 32; }
 
 // One layer's pages.
 struct Page : PageLayout {
@@ -16,6 +18,7 @@ struct Page : PageLayout {
   int64_t block_stride, head_stride;  // bytes
   int block_size, head_size, num_kv_heads;
 
+  int padded_size() const { return adamas::padded_size(head_size); }
   uint8_t* run(int64_t block, int kv_head) const {
     return base + block * block_stride + kv_head * head_stride;
   }
@@ -25,7 +28,7 @@ struct AppendParams {
   Page page;
   Coding coding;
   Rows key, value;
-  const float* key_mean;  // [num_kv_heads, head_size], transformed; null is zero
+  const float* key_mean;  // [num_kv_heads, coded size], transformed; null is zero
   const int64_t* slots;
   int64_t num_tokens;
 };

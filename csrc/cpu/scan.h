@@ -8,13 +8,16 @@
 // The maximum over a KV head's query heads compares logits less their log-sum-exp, which a sample of the tiles
 // estimates first. Every backend gets the same bits: each operation is rounded on its own.
 
+// Words whose bits are counted before the counts of bytes are summed: a byte holds 24 for each.
+constexpr int kCountable = 8;
+
 // The signatures of kLanes tokens in registers, to be scored with any number of query codes.
-template <int D, bool kDot>
+template <int S, bool kDot>
 struct Signatures;
 
-template <int D>
-struct Signatures<D, false> {
-  static constexpr int W = D / kWord;
+template <int S>
+struct Signatures<S, false> {
+  static constexpr int W = S / kWord;
   vu any[W], hi[W], both[W];
 
   inline Signatures(const uint8_t* hi_plane, const uint8_t* lo_plane) {
@@ -28,14 +31,20 @@ struct Signatures<D, false> {
   }
 
   inline vi score(const QueryCode& q) const {
-    vu distance = {};
+    vu total = {};
+#pragma GCC unroll 2
+    for (int first = 0; first < W; first += kCountable) {
+      const int end = W < first + kCountable ? W : first + kCountable;
+      vu distance = {};
 #pragma GCC unroll 8
-    for (int w = 0; w < W; ++w) {
-      distance += count_bits(any[w] ^ splat_word(q.planes[0][w]));
-      distance += count_bits(hi[w] ^ splat_word(q.planes[1][w]));
-      distance += count_bits(both[w] ^ splat_word(q.planes[2][w]));
+      for (int w = first; w < end; ++w) {
+        distance += count_bits(any[w] ^ splat_word(q.planes[0][w]));
+        distance += count_bits(hi[w] ^ splat_word(q.planes[1][w]));
+        distance += count_bits(both[w] ^ splat_word(q.planes[2][w]));
+      }
+      total += sum_counts(distance);
     }
-    return -(vi)sum_counts(distance);
+    return -(vi)total;
   }
 };
 
@@ -43,11 +52,11 @@ struct Signatures<D, false> {
 // The four bits of a nibble choose among four values of the query, and QueryCode::sums has the sum of every choice.
 // One instruction looks up the nibbles of four dimensions in each byte of 16 tokens: entry 16 * i + nibble for byte
 // i of a word. Another one adds the four sums of a token, times the plane's weight.
-template <int D>
+template <int S>
 static inline void store_query(const int32_t* q, QueryCode* code) {
   vu bits = {};  // word i has the bits of the number i in its bytes
   for (int i = 0; i < kLanes; ++i) bits[i] = (i & 1) | (i & 2) << 7 | (i & 4) << 14 | (i & 8) << 21;
-  for (int i = 0; i < D; i += 4) {
+  for (int i = 0; i < S; i += 4) {
     const uint32_t four = (q[i] & 0xff) | (q[i + 1] & 0xff) << 8 | (q[i + 2] & 0xff) << 16 | uint32_t(q[i + 3]) << 24;
     const __m512i sums = _mm512_dpbusd_epi32(__m512i(), (__m512i)bits, (__m512i)splat_word(four));
     const int nibble = i / 4;
@@ -56,9 +65,9 @@ static inline void store_query(const int32_t* q, QueryCode* code) {
   }
 }
 
-template <int D>
-struct Signatures<D, true> {
-  static constexpr int N = D / kWord * 2;
+template <int S>
+struct Signatures<S, true> {
+  static constexpr int N = S / kWord * 2;
   vu hi[N], lo[N];
 
   inline Signatures(const uint8_t* hi_plane, const uint8_t* lo_plane) {
@@ -87,15 +96,15 @@ struct Signatures<D, true> {
   }
 };
 #else
-template <int D>
+template <int S>
 static inline void store_query(const int32_t* q, QueryCode* code) {
   for (int b = 0; b < kQueryBits; ++b)
-    for (int w = 0; w < D / kWord; ++w) code->planes[b][w] = pack_bits(q + w * kWord, 1 << b);
+    for (int w = 0; w < S / kWord; ++w) code->planes[b][w] = pack_bits(q + w * kWord, 1 << b);
 }
 
-template <int D>
-struct Signatures<D, true> {
-  static constexpr int W = D / kWord;
+template <int S>
+struct Signatures<S, true> {
+  static constexpr int W = S / kWord;
   vu hi[W], lo[W];
 
   inline Signatures(const uint8_t* hi_plane, const uint8_t* lo_plane) {
@@ -110,14 +119,19 @@ struct Signatures<D, true> {
     vu total = {};
 #pragma GCC unroll 4
     for (int b = kQueryBits - 1; b >= 0; --b) {
-      vu h = {}, l = {};
+      vu weighted = {};
+#pragma GCC unroll 2
+      for (int first = 0; first < W; first += kCountable) {
+        const int end = W < first + kCountable ? W : first + kCountable;
+        vu h = {}, l = {};
 #pragma GCC unroll 8
-      for (int w = 0; w < W; ++w) {
-        const vu plane = splat_word(q.planes[b][w]);
-        h += count_bits(hi[w] & plane);
-        l += count_bits(lo[w] & plane);
+        for (int w = first; w < end; ++w) {
+          const vu plane = splat_word(q.planes[b][w]);
+          h += count_bits(hi[w] & plane);
+          l += count_bits(lo[w] & plane);
+        }
+        weighted += sum_counts(h + h + l);
       }
-      const vu weighted = sum_counts(h + h + l);  // a byte is at most 24 * W
       total = b == kQueryBits - 1 ? -weighted : total + total + weighted;
     }
     return (vi)(total + total) + splat_int(q.offset);
@@ -125,11 +139,11 @@ struct Signatures<D, true> {
 };
 #endif
 
-template <int D>
+template <int S>
 static void encode_query(const float* x, const DecodeParams& p, QueryCode* code) {
   if (p.dot) {
     vi tops = {};  // magnitudes have the order of their bits, and NaN is above infinity
-    for (int i = 0; i < D; i += kLanes) {
+    for (int i = 0; i < S; i += kLanes) {
       const vi magnitude = load<vi>(x + i) & 0x7fffffff;
       tops = magnitude > tops ? magnitude : tops;
     }
@@ -138,9 +152,9 @@ static void encode_query(const float* x, const DecodeParams& p, QueryCode* code)
     if (!(step - step == 0)) step = 0.0f;  // NaN or infinite
     float inverse = step > 0 ? 1.0f / step : 0.0f;
     if (!(inverse - inverse == 0)) inverse = 0.0f;  // a step too small to invert
-    alignas(64) int32_t q[D];
+    alignas(64) int32_t q[S];
     vi totals = {};
-    for (int i = 0; i < D; i += kLanes) {
+    for (int i = 0; i < S; i += kLanes) {
       vf scaled = load<vf>(x + i) * inverse;
       scaled = scaled == scaled ? scaled : vf{};
       scaled = scaled > float(kQueryMax) ? splat(kQueryMax) : scaled;
@@ -153,13 +167,13 @@ static void encode_query(const float* x, const DecodeParams& p, QueryCode* code)
     const float factor = step * p.logit_scale;
     code->factor = factor < kLargestFactor ? factor : kLargestFactor;
     code->offset = -3 * hsum(totals);
-    store_query<D>(q, code);
+    store_query<S>(q, code);
   } else {
-    alignas(64) int32_t codes[D];
-    encode<D>(x, outer_threshold<D>(x, p.coding), codes);
-    uint32_t hi[D / kWord], lo[D / kWord];
-    pack_planes<D>(codes, hi, lo);
-    for (int w = 0; w < D / kWord; ++w) {
+    alignas(64) int32_t codes[S];
+    encode<S>(x, outer_threshold<S>(x, p.coding), codes);
+    uint32_t hi[S / kWord], lo[S / kWord];
+    pack_planes<S>(codes, hi, lo);
+    for (int w = 0; w < S / kWord; ++w) {
       code->planes[0][w] = hi[w] | lo[w];
       code->planes[1][w] = hi[w];
       code->planes[2][w] = hi[w] & lo[w];
@@ -169,23 +183,24 @@ static void encode_query(const float* x, const DecodeParams& p, QueryCode* code)
 
 template <int D>
 static void encode_queries(const DecodeParams& p, int row, QueryCode* codes) {
-  alignas(64) float x[D], total[D];
+  constexpr int S = coded_size(D);
+  alignas(64) float x[S], total[S];
   for (int head = 0; head < p.num_query_heads; ++head) {
     load_vector<D>(p.query, row, head, x);
     hadamard<D>(x);
     if (!p.summed()) {
-      encode_query<D>(x, p, codes + head);
+      encode_query<S>(x, p, codes + head);
       continue;
     }
     const int member = head % p.group();
-    for (int i = 0; i < D; ++i) total[i] = member ? total[i] + x[i] : x[i];
-    if (member == p.group() - 1) encode_query<D>(total, p, codes + head / p.group());
+    for (int i = 0; i < S; ++i) total[i] = member ? total[i] + x[i] : x[i];
+    if (member == p.group() - 1) encode_query<S>(total, p, codes + head / p.group());
   }
 }
 
 // Prefetches the signatures of a few KV heads, kAhead tokens or one block before the scan reaches them.
 // The planes of a block are contiguous and are fetched in that order.
-template <int D, bool kDot>
+template <int S, bool kDot>
 class Prefetcher {
  public:
   Prefetcher(const Page& page, const int32_t* blocks, int first_head, int heads, int first, int end)
@@ -214,7 +229,7 @@ class Prefetcher {
   }
 
   static constexpr int kAhead = 128;                     // tokens
-  static constexpr int kBytes = D / 4 + (kDot ? 2 : 0);  // per token
+  static constexpr int kBytes = S / 4 + (kDot ? 2 : 0);  // per token
   const Page& page_;
   const int32_t* blocks_;
   int first_head_, heads_, token_, end_;
@@ -227,16 +242,16 @@ struct Tile {
 };
 
 // The tile of a run that starts at a token of the block.
-template <int D>
+template <int S>
 static inline Tile tile_at(const Page& page, const uint8_t* run, int token) {
-  constexpr int kPlane = D / 8;  // bytes per token and bit plane
+  constexpr int kPlane = S / 8;  // bytes per token and bit plane
   return {run + page.hi_offset + token * kPlane, run + page.lo_offset + token * kPlane,
           run + page.scale_offset + token * 2};
 }
 
-template <int D>
+template <int S>
 static inline void prefetch_tile(const Tile& tile) {
-  for (int i = 0; i < kTile * D / 8; i += kLine) {
+  for (int i = 0; i < kTile * S / 8; i += kLine) {
     __builtin_prefetch(tile.hi + i);
     __builtin_prefetch(tile.lo + i);
   }
@@ -244,11 +259,11 @@ static inline void prefetch_tile(const Tile& tile) {
 }
 
 // Scores of one tile with the query codes of its KV head.
-template <int D, bool kDot>
+template <int S, bool kDot>
 static inline void scan_tile(const Tile& tile, const QueryCode* codes, int count, Combine combine, float* scores,
                              int64_t stride) {
   for (int lane = 0; lane < kTile; lane += kLanes) {
-    const Signatures<D, kDot> signatures(tile.hi + 4 * lane, tile.lo + 4 * lane);
+    const Signatures<S, kDot> signatures(tile.hi + 4 * lane, tile.lo + 4 * lane);
     vf scale = {};
     if (kDot) scale = Convert<Element::f16>::one(tile.scale + 2 * lane);
     vf total = splat(combine == Combine::maximum ? -__builtin_inff() : 0.0f);
@@ -289,7 +304,7 @@ static inline float log_sum(float* x, int count, int n) {
   return top + (float(int(bits >> 23) - 127 - kFractionBits - kSampleBits) + (mantissa - 1.0f));
 }
 
-template <int D>
+template <int S>
 static void sample_tokens(const DecodeParams& p, int row, int kv_head, QueryCode* codes) {
   constexpr int kCodes = 4;  // scored at a time
   constexpr int kAhead = 4;  // tiles
@@ -300,14 +315,14 @@ static void sample_tokens(const DecodeParams& p, int row, int kv_head, QueryCode
   Tile sample[kSampleTiles];
   for (int i = 0; i < sampled; ++i) {
     const int token = int(int64_t(i) * tiles / sampled) * kTile;
-    sample[i] = tile_at<D>(page, page.run(p.blocks(row)[token / page.block_size], kv_head), token % page.block_size);
+    sample[i] = tile_at<S>(page, page.run(p.blocks(row)[token / page.block_size], kv_head), token % page.block_size);
   }
   alignas(64) float logits[kCodes * kRoom];
   for (int first = 0; first < p.group(); first += kCodes) {
     const int count = p.group() - first < kCodes ? p.group() - first : kCodes;
     for (int i = 0; i < sampled; ++i) {
-      if (i + kAhead < sampled) prefetch_tile<D>(sample[i + kAhead]);
-      scan_tile<D, true>(sample[i], codes + first, count, Combine::none, logits + i * kTile, kRoom);
+      if (i + kAhead < sampled) prefetch_tile<S>(sample[i + kAhead]);
+      scan_tile<S, true>(sample[i], codes + first, count, Combine::none, logits + i * kTile, kRoom);
     }
     for (int c = 0; c < count; ++c) {
       QueryCode& code = codes[first + c];
@@ -318,14 +333,14 @@ static void sample_tokens(const DecodeParams& p, int row, int kv_head, QueryCode
   }
 }
 
-template <int D, bool kDot>
+template <int S, bool kDot>
 static void scan_as(const DecodeParams& p, int row, int first_head, int heads, const QueryCode* codes,
                     int count, Combine combine, int first, int last, float* scores, int64_t stride) {
   const Page& page = p.page;
   const int32_t* blocks = p.blocks(row);
   const int sets = combine == Combine::none ? count : 1;
   // Prefetches past the chunk, since this thread most likely scans the next one.
-  Prefetcher<D, kDot> ahead(page, blocks, first_head, heads, first, p.seq_lens[row]);
+  Prefetcher<S, kDot> ahead(page, blocks, first_head, heads, first, p.seq_lens[row]);
   for (int start = first; start < last;) {
     const int offset = start % page.block_size;
     int end = start - offset + page.block_size;
@@ -334,7 +349,7 @@ static void scan_as(const DecodeParams& p, int row, int first_head, int heads, c
     for (int token = start, at = offset; token < end; token += kTile, at += kTile) {
       ahead.next();
       for (int h = 0; h < heads; ++h) {
-        scan_tile<D, kDot>(tile_at<D>(page, run + h * page.head_stride, at), codes + h * count, count, combine,
+        scan_tile<S, kDot>(tile_at<S>(page, run + h * page.head_stride, at), codes + h * count, count, combine,
                            scores + h * sets * stride + token, stride);
       }
     }
@@ -342,13 +357,13 @@ static void scan_as(const DecodeParams& p, int row, int first_head, int heads, c
   }
 }
 
-template <int D>
+template <int S>
 static void scan_tokens(const DecodeParams& p, int row, int first_head, int heads, const QueryCode* codes,
                         int count, Combine combine, int first, int last, float* scores, int64_t stride) {
   const int sets = combine == Combine::none ? count : 1;
   for (int h = 0; h < heads; h += kSideBySide) {
     const int n = heads - h < kSideBySide ? heads - h : kSideBySide;
-    (p.dot ? scan_as<D, true> : scan_as<D, false>)(p, row, first_head + h, n, codes + h * count, count, combine,
+    (p.dot ? scan_as<S, true> : scan_as<S, false>)(p, row, first_head + h, n, codes + h * count, count, combine,
                                                    first, last, scores + h * sets * stride, stride);
   }
 }

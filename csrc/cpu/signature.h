@@ -1,9 +1,11 @@
 // Hadamard transform and 2-bit codes of one vector (arXiv 2510.18413, section 3.1). Per-ISA include.
 
-// Orthonormal and in place; block-diagonal, with blocks of the largest power of two that divides D.
+// Orthonormal and in place, from D dimensions to the S of a signature; block-diagonal, with blocks of the largest
+// power of two that divides S.
 template <int D>
 static inline void hadamard(float* x) {
-  constexpr int block = D & -D;
+  constexpr int S = coded_size(D), block = S & -S;
+  for (int i = D; i < S; ++i) x[i] = 0;
   int step = 1;
 #ifndef __clang__  // clang has no variable shuffle; there the loop below does every step
   for (; step < kLanes && step < block; step *= 2) {
@@ -13,58 +15,58 @@ static inline void hadamard(float* x) {
       partner[lane] = lane ^ step;
       sign[lane] = lane & step ? -1.0f : 1.0f;
     }
-    for (int i = 0; i < D; i += kLanes) {
+    for (int i = 0; i < S; i += kLanes) {
       const vf v = load<vf>(x + i);
       store(x + i, __builtin_shuffle(v, partner) + v * sign);
     }
   }
 #endif
   for (; step < block; step *= 2)
-    for (int i = 0; i < D; i += 2 * step)
+    for (int i = 0; i < S; i += 2 * step)
       for (int j = i; j < i + step; ++j) {
         const float a = x[j], b = x[j + step];
         x[j] = a + b;
         x[j + step] = a - b;
       }
   const float norm = 1.0f / __builtin_sqrtf(float(block));
-  for (int i = 0; i < D; i += kLanes) store(x + i, load<vf>(x + i) * norm);
+  for (int i = 0; i < S; i += kLanes) store(x + i, load<vf>(x + i) * norm);
 }
 
-template <int D>
+template <int S>
 static inline void subtract(float* x, const float* mean) {
-  for (int i = 0; i < D; i += kLanes) store(x + i, load<vf>(x + i) - load<vf>(mean + i));
+  for (int i = 0; i < S; i += kLanes) store(x + i, load<vf>(x + i) - load<vf>(mean + i));
 }
 
-template <int D>
+template <int S>
 static inline float outer_threshold(const float* x, Coding coding) {
   if (!coding.relative) return coding.threshold;
   vf squares = {};
-  for (int i = 0; i < D; i += kLanes) squares += load<vf>(x + i) * load<vf>(x + i);
-  return coding.threshold * __builtin_sqrtf(hsum(squares) / D);
+  for (int i = 0; i < S; i += kLanes) squares += load<vf>(x + i) * load<vf>(x + i);
+  return coding.threshold * __builtin_sqrtf(hsum(squares) / S);
 }
 
 // A code 2 * hi + lo is the number of thresholds -t, 0, t at or below x. NaN compares false: code 0.
-template <int D>
+template <int S>
 static inline void encode(const float* x, float t, int32_t* codes) {
-  for (int i = 0; i < D; i += kLanes) {
+  for (int i = 0; i < S; i += kLanes) {
     const vf v = load<vf>(x + i);
     store(codes + i, -((v >= -t) + (v >= 0.0f) + (v >= t)));  // a true lane is -1
   }
 }
 
-template <int D>
+template <int S>
 static inline void pack_planes(const int32_t* codes, uint32_t* hi, uint32_t* lo) {
-  for (int w = 0; w < D / kWord; ++w) {
+  for (int w = 0; w < S / kWord; ++w) {
     hi[w] = pack_bits(codes + w * kWord, 2);
     lo[w] = pack_bits(codes + w * kWord, 1);
   }
 }
 
 // Least-squares factor from the levels {-3,-1,1,3} to x, clamped to finite fp16 values.
-template <int D>
+template <int S>
 static inline float level_scale(const float* x, const int32_t* codes) {
   vf product = {}, squares = {};
-  for (int i = 0; i < D; i += kLanes) {
+  for (int i = 0; i < S; i += kLanes) {
     const vf level = __builtin_convertvector(2 * load<vi>(codes + i) - 3, vf);
     product += load<vf>(x + i) * level;
     squares += level * level;

@@ -19,6 +19,16 @@ static inline V load(const void* p) {
   return v;
 }
 template <class V>
+static inline V load_half(const void* p) {  // zeros in the upper half
+#ifdef __AVX512F__
+  return (V)_mm512_zextsi256_si512(_mm256_loadu_si256((const __m256i*)p));
+#else
+  V v = {};
+  __builtin_memcpy(&v, p, sizeof(V) / 2);
+  return v;
+#endif
+}
+template <class V>
 static inline void store(void* p, V v) {
   __builtin_memcpy(p, &v, sizeof(V));
 }
@@ -177,9 +187,10 @@ template <>
 struct Convert<Element::f32> {
   static constexpr int bytes = 4;
   static constexpr bool interleaved = false;
+  static inline vf one(const uint8_t* p) { return load<vf>(p); }
   static inline void load2(const uint8_t* p, vf& a, vf& b) {
-    a = load<vf>(p);
-    b = load<vf>(p + 4 * kLanes);
+    a = one(p);
+    b = one(p + 4 * kLanes);
   }
 };
 template <>
@@ -235,6 +246,24 @@ struct Convert<Element::e5m2> {
     b = one(p + kLanes);
   }
 };
+
+// Elements [first, first + 2 * kLanes) of a row of D as two vectors, zeros behind its end. A row ends with a pair or in
+// the middle of one.
+template <Element E, int D>
+static inline void load_pair(const uint8_t* row, int first, vf& a, vf& b) {
+  static_assert(D % kLanes == 0);
+  const uint8_t* p = row + first * Convert<E>::bytes;
+  if (D % (2 * kLanes) == 0 || first + 2 * kLanes <= D) {
+    Convert<E>::load2(p, a, b);
+  } else if constexpr (Convert<E>::interleaved) {
+    const vu w = load_half<vu>(p);
+    a = (vf)(w << 16);
+    b = (vf)(w & 0xffff0000u);
+  } else {
+    a = Convert<E>::one(p);
+    b = vf{};
+  }
+}
 
 // Scalar conversions, used where throughput does not matter.
 static inline float bits_to_float(uint32_t u) {

@@ -1,11 +1,21 @@
 """Where the planes of a page lie."""
 
+import math
+
 import pytest
 import torch
 from common import is_one_sentence
 
 from vllm_adamas.errors import AdamasError
-from vllm_adamas.layout import HEAD_SIZES, TILE, PageLayout, overhead, token_bytes
+from vllm_adamas.layout import (
+    HEAD_SIZES,
+    TILE,
+    WORD,
+    PageLayout,
+    coded_size,
+    overhead,
+    token_bytes,
+)
 
 PLANES = ("k", "v", "hi", "lo", "scale")
 every_layout = pytest.mark.parametrize(
@@ -34,7 +44,22 @@ def test_planes_share_no_byte_and_leave_only_padding(layout: PageLayout) -> None
     end = layout.scale_offset + 2 * layout.block_size
     assert (runs[..., :end] == 1).all()
     assert (runs[..., end:] == 0).all()
-    assert runs.shape[-1] - end < layout.block_size * layout.dtype.itemsize
+    parts = math.ceil(layout.head_size / 256)  # a token of 512 takes as much as two of 256
+    padding = parts * layout.dtype.itemsize + 2 * (parts - 1)
+    assert runs.shape[-1] - end < layout.block_size * padding
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
+def test_two_heads_of_256_take_the_place_of_one_of_512(dtype: torch.dtype) -> None:
+    """So that vLLM can share a pool between layers of both without padding."""
+    assert token_bytes(512, dtype) == 2 * token_bytes(256, dtype)
+
+
+@pytest.mark.parametrize("size", HEAD_SIZES)
+def test_signatures_are_whole_words(size: int) -> None:
+    coded = coded_size(size)
+    assert coded % WORD == 0
+    assert coded == size if size % WORD == 0 else size < coded == 1 << (size - 1).bit_length()
 
 
 def test_a_single_head_may_have_any_stride() -> None:
@@ -49,8 +74,9 @@ def test_a_single_head_may_have_any_stride() -> None:
 @every_layout
 def test_shapes_of_the_planes(layout: PageLayout) -> None:
     page, n, d = empty_page(layout), layout.block_size, layout.head_size
+    bits = (n // TILE, {80: 4, 112: 4}.get(d, d // 32), TILE)
     shapes = [tuple(getattr(layout, name)(page).shape[2:]) for name in PLANES]
-    assert shapes == [(n, d), (n, d), (n // TILE, d // 32, TILE), (n // TILE, d // 32, TILE), (n,)]
+    assert shapes == [(n, d), (n, d), bits, bits, (n,)]
 
 
 def test_planes_are_views_of_their_block_and_head() -> None:
@@ -71,6 +97,9 @@ def test_planes_are_views_of_their_block_and_head() -> None:
         (64, torch.bfloat16, 274, 0.0703),
         (64, torch.float32, 532, 0.0391),  # 530, up to a multiple of the element
         (256, torch.float16, 1090, 0.0645),
+        (80, torch.bfloat16, 354, 0.1063),  # signatures of 128 dimensions
+        (112, torch.bfloat16, 482, 0.0759),
+        (512, torch.bfloat16, 2180, 0.0645),
     ],
 )
 def test_bytes_of_a_token(size: int, dtype: torch.dtype, expected: int, extra: float) -> None:
@@ -80,7 +109,7 @@ def test_bytes_of_a_token(size: int, dtype: torch.dtype, expected: int, extra: f
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [((80, 32), "head_size 80"), ((64, 0), "block_size 0"), ((64, 24), "block_size 24")],
+    [((72, 32), "head_size 72"), ((64, 0), "block_size 0"), ((64, 24), "block_size 24")],
 )
 def test_impossible_layouts_are_refused(arguments: tuple[int, int], named: str) -> None:
     with pytest.raises(AdamasError, match=named) as error:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import statistics
+from functools import partial
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
@@ -387,6 +388,20 @@ def test_mistakes_end_in_one_sentence(capsys, tmp_path, monkeypatch, args: str, 
     assert is_one_sentence(message), message
     assert all(part in message for part in named), message
     assert not list(tmp_path.iterdir())
+
+
+def test_models_with_heads_of_several_sizes_have_no_profile(tmp_path: Path) -> None:
+    from transformers import Gemma4TextConfig
+
+    from vllm_adamas.evaluate.engine import check_profile
+
+    check_profile(str(MODEL))
+    kinds = ["sliding_attention", "full_attention"]
+    config = Gemma4TextConfig(num_hidden_layers=2, layer_types=kinds)
+    config.architectures = ["Gemma4ForCausalLM"]
+    config.save_pretrained(tmp_path)
+    check = partial(check_profile, str(tmp_path), skip_tokenizer_init=True)
+    refused(check, tmp_path.name, "256 and 512", "without a profile")
 
 
 @pytest.mark.parametrize("ask", ["calibrate", "suite"])

@@ -76,6 +76,25 @@ SERVED = {
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
     },
+    "MiniCPM3-4B": {  # its values are padded to the size of its keys, 96
+        "model_type": "minicpm3",
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 64,
+        "q_lora_rank": 128,
+        "kv_lora_rank": 128,
+        "scale_emb": 1,
+        "dim_model_base": 256,
+    },
+    "Phi-2": {
+        "model_type": "phi",
+        "num_attention_heads": 32,
+        "hidden_size": 2560,
+        "initializer_range": 0.028,  # as much per dimension as the narrower ones have
+        "partial_rotary_factor": 0.4,
+    },
     "Phi-3-mini-4k": {
         "model_type": "phi3",
         **_heads(4, 4, 96),
@@ -206,6 +225,33 @@ SERVED = {
     },
 }
 
+#: Gemma 4: full attention with larger heads than sliding windows have.
+_GEMMA4 = {
+    "model_type": "gemma4_text",
+    "global_head_dim": 512,
+    "embedding_factor": 0.1,
+    "sliding_window": 256,
+    "num_hidden_layers": 6,
+    "layer_types": _kinds("sliding", "full") * 3,
+}
+SERVED |= {
+    "Gemma-4-E2B": {
+        **_GEMMA4,
+        **_heads(8, 1, 256),
+        "num_kv_shared_layers": 2,
+        "use_double_wide_mlp": True,
+        "vocab_size_per_layer_input": VOCABULARY,
+        "hidden_size_per_layer_input": 64,
+    },
+    "Gemma-4-31B": {
+        **_GEMMA4,
+        **_heads(8, 4, 256),
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "hidden_size_per_layer_input": 0,
+    },
+}
+
 #: Sparse layers where they are not all but the first of four, because others have a sliding window.
 SPARSE_LAYERS = {
     "Mistral-7B-v0.1": 0,
@@ -216,6 +262,8 @@ SPARSE_LAYERS = {
     "Command-R7B": 1,
     "EXAONE-4.0-32B": 1,
     "Gemma-3n-E2B": 3,
+    "Gemma-4-E2B": 3,
+    "Gemma-4-31B": 3,
 }
 
 #: Recurrent layers beside full attention. Heads and states have their published sizes, because vLLM fits pages
@@ -329,10 +377,6 @@ REFUSED = {
             "dual_chunk_attention_config": {"chunk_size": 4096, "local_size": 512},
         },
         ("dual chunk attention", _OTHER),
-    ),
-    "Phi-2": (
-        {"model_type": "phi", "num_attention_heads": 4, "hidden_size": 320},
-        ("head_size 80", _OTHER),
     ),
     "Mamba-2.8B": ({"model_type": "mamba", "state_size": 16}, ("without attention", "drop")),
     "BERT": (

@@ -15,7 +15,7 @@ def test_append(target: Target, case: Case) -> None:
     check_append(target.build(case), case.build(REFERENCE))
 
 
-@pytest.mark.parametrize("name", ["plain", "block48", "d96", "fp32", "e4m3"])
+@pytest.mark.parametrize("name", ["plain", "block48", "d80", "d96", "fp32", "e4m3"])
 @over_targets("cpu")
 def test_append_writes_its_slots_alone(target: Target, name: str) -> None:
     """Other blocks, other slots and a neighbour's head keep all their bytes."""

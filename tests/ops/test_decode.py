@@ -40,7 +40,20 @@ OTHER_SOFTMAX += ("soft-cap-sinks-e4m3",)
 
 @pytest.mark.parametrize(
     "name",
-    ["plain", "block32", "group3", "d192", "fp16", "fp32", "e4m3", "e5m2", "long", *OTHER_SOFTMAX],
+    [
+        "plain",
+        "block32",
+        "group3",
+        "d80",
+        "d192",
+        "d512-max",
+        "fp16",
+        "fp32",
+        "e4m3",
+        "e5m2",
+        "long",
+        *OTHER_SOFTMAX,
+    ],
 )
 @pytest.mark.parametrize("over", [0, 1, 1 << 30])
 @over_targets("cpu")
@@ -106,7 +119,7 @@ def test_layers_with_budgets_of_their_own_take_turns(target: Target) -> None:
         check_decode(target, layer)
 
 
-SURROUNDED = {"cpu": KINDS, "triton": ("group3-manhattan", "e4m3", "forced")}
+SURROUNDED = {"cpu": KINDS, "triton": ("group3-manhattan", "d80-max", "e4m3", "forced")}
 SURROUNDED["cuda"] = (
     "plain",
     "mixed-kv_head",

@@ -23,7 +23,7 @@ def test_scan(target: Target, case: Case) -> None:
 
 
 @pytest.mark.parametrize("selection", ["query_head", "kv_head"])
-@pytest.mark.parametrize("head_size, dim", [(64, 3), (96, 3), (96, 95), (192, 70)])
+@pytest.mark.parametrize("head_size, dim", [(64, 3), (80, 70), (96, 3), (96, 95), (192, 70)])
 @over_targets("cpu")
 def test_scan_of_a_query_with_nan(target: Target, head_size: int, dim: int, selection: str) -> None:
     """It has no codes, whichever part of the head the transform spreads the NaN over."""

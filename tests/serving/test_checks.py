@@ -145,7 +145,11 @@ MODELS = {  # change of the model configuration -> what the sentence names
     "r-swa": ({"rswa_window": 128}, ("R-SWA", OTHER)),
     "bidirectional": ({"hf_config": SimpleNamespace(is_causal=False)}, ("non-causal", OTHER)),
     "dtype": ({"dtype": torch.float64}, ("float64", "--dtype", "bfloat16")),
-    "head size": ({"get_head_size": lambda: 80}, ("head_size 80", "64, 96, 128, 192, 256", OTHER)),
+    "head size": ({"get_head_size": lambda: 72}, ("head_size 72", "64, 80, 96, 112, 128", OTHER)),
+    "head size of a layer": (
+        {"model_arch_config": SimpleNamespace(per_layer_overrides=[{"head_size": 72}, {}])},
+        ("head_size 72", OTHER),
+    ),
 }
 TEXTS = {  # change of the model's own config.json
     "alibi": ({"alibi": True}, ("ALiBi", OTHER)),
@@ -225,6 +229,18 @@ def test_model_texts(vllm_config, changes: dict, named: tuple) -> None:
     text = Changed(vllm_config.model_config.hf_text_config, **changes)
     model = Changed(vllm_config.model_config, hf_text_config=text)
     check_refusal(Changed(vllm_config, model_config=model), named)
+
+
+@pytest.mark.parametrize(("size", "served"), [(64, True), (40, False)])
+def test_values_that_a_model_pads(vllm_config, size: int, served: bool) -> None:
+    """Its layers have heads of one size, which its head_dim is not."""
+    changes = {"architectures": ["MiniCPM3ForCausalLM"], "v_head_dim": 64}
+    changes |= {"qk_nope_head_dim": size, "qk_rope_head_dim": 32}
+    config = with_text(vllm_config, changes, get_head_size=lambda: 32)
+    if served:
+        checks.check_config(config)
+    else:
+        check_refusal(config, ("head_size 72", OTHER))
 
 
 @pytest.mark.parametrize(("argument", "rest", "named"), [(a, *c) for a, c in ARGUMENTS.items()])
@@ -345,6 +361,31 @@ def test_fp8_needs_a_processor_that_prefills_it(vllm_config, monkeypatch) -> Non
     check_refusal(config, ("fp8", "AVX-512", "--kv-cache-dtype auto"))
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
     checks.check_config(config)
+
+
+@pytest.mark.parametrize(("size", "served"), [(80, False), (96, True), (112, False), (512, True)])
+def test_fp8_needs_head_sizes_that_the_processor_prefills(
+    vllm_config, monkeypatch, size: int, served: bool
+) -> None:
+    monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
+    cache = Changed(vllm_config.cache_config, cache_dtype="fp8")
+    model = Changed(vllm_config.model_config, get_head_size=lambda: size)
+    checks.check_config(Changed(vllm_config, model_config=model))
+    config = Changed(vllm_config, model_config=model, cache_config=cache)
+    if served:
+        checks.check_config(config)
+    else:
+        check_refusal(config, ("fp8", f"head_size {size}", "32", "--kv-cache-dtype auto"))
+
+
+def test_the_stock_backend_has_no_other_head_sizes() -> None:
+    """Prefill on a CPU is its kernel's."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    from vllm_adamas.serving.backend import AdamasBackend
+
+    stock = CPUAttentionBackend.get_supported_head_sizes()
+    assert AdamasBackend.get_supported_head_sizes() == stock
 
 
 def on_gpu(monkeypatch, **changes) -> None:
@@ -621,6 +662,28 @@ def test_what_the_cuda_kernels_cannot_hold(vllm_config, monkeypatch) -> None:
         ({"get_num_attention_heads": lambda parallel: 51}, ("17 query heads", "16", OTHER)),
     ):
         check_refusal(Changed(vllm_config, model_config=Changed(model, **changes)), named)
+
+
+@pytest.mark.parametrize("size", [32, 80, 112, 160, 224])
+def test_head_sizes_without_cuda_kernels(vllm_config, monkeypatch, size: int) -> None:
+    on_gpu(monkeypatch)
+    for kernels in ("auto", "cuda"):
+        config = with_text(vllm_config, {}, kernels, get_head_size=lambda: size)
+        check_refusal(config, (f"head_size {size}", "64, 96, 128, 192, 256", "kernels=triton"))
+    checks.check_config(with_text(vllm_config, {}, "triton", get_head_size=lambda: size))
+
+
+def test_head_sizes_that_the_prefill_kernel_does_not_take(vllm_config, monkeypatch) -> None:
+    """The largest counts: beside it are layers of 256, as in Gemma 4."""
+    on_gpu(monkeypatch)
+    layers = SimpleNamespace(per_layer_overrides=[{"head_size": 256}, {}])
+    large = {"get_head_size": lambda: 512, "model_arch_config": layers}
+    config = with_text(vllm_config, {}, "triton", **large)
+    for version in (2, 3):
+        with_flash_attention(monkeypatch, version)
+        check_refusal(config, ("head_size 512", f"FlashAttention {version}", "256", OTHER))
+    with_flash_attention(monkeypatch, 4)
+    checks.check_config(config)
 
 
 def test_what_the_cuda_kernels_cannot_count(vllm_config, monkeypatch) -> None:

@@ -218,6 +218,27 @@ def test_pages_of_two_sizes_share_a_pool(tokens) -> None:
     assert small != tokens["llama", "plain"]
 
 
+@pytest.mark.parametrize("kv_heads", [(1, 1), (16, 4)])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bfloat16, torch.float32], ids=str)
+def test_heads_of_256_and_512_share_a_pool_without_padding(dtype, kv_heads) -> None:
+    """As vLLM fits the pages of Gemma 4: the smaller ones get blocks of more tokens."""
+    from vllm.v1.core.kv_cache_utils import unify_kv_cache_spec_page_size
+    from vllm.v1.kv_cache_interface import FullAttentionSpec
+
+    from vllm_adamas.serving.backend import AdamasBackend
+
+    specs = {
+        size: AdamasBackend.customize_spec(
+            FullAttentionSpec(block_size=64, num_kv_heads=heads, head_size=size, dtype=dtype)
+        )
+        for size, heads in zip((256, 512), kv_heads, strict=True)
+    }
+    unified = unify_kv_cache_spec_page_size(specs).values()
+    assert len({spec.page_size_bytes for spec in unified}) == 1
+    assert {spec.block_size for spec in unified} == {64, 128}
+    assert all(spec.page_size_padded is None for spec in unified)
+
+
 def expected_counters(model: Path) -> list[int]:
     """What decoding :func:`engines.prompts`, one after another, adds to the counters of metrics.NAMES.
 

@@ -14,7 +14,7 @@ from vllm_adamas import __version__
 from vllm_adamas import profile as profiles
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.evaluate import texts
-from vllm_adamas.evaluate.engine import Engine, Request
+from vllm_adamas.evaluate.engine import Engine, Request, check_profile
 from vllm_adamas.evaluate.recorders import Capture, ChannelRecord, MassRecord, Shadow
 from vllm_adamas.identity import identify
 
@@ -58,6 +58,7 @@ def calibrate(
     budgets = tuple(b for b in BUDGETS if b <= context // 2)
     if not budgets:
         raise AdamasError(f"--context {context} is too short to calibrate on: give at least 64.")
+    check_profile(model, **engine_options)
     engine = Engine(model, context, **engine_options)
     windows = texts.windows(
         engine.tokenizer, sources, context, min(STEPS, context // 4), max(1, tokens // context)

@@ -372,6 +372,38 @@ def _refuse_hybrids(model_config) -> None:
         )
 
 
+def check_profile(model: str, **engine_options) -> None:
+    """Whether one profile can describe the heads of all layers of a model.
+
+    Args:
+        engine_options: arguments of vLLM's LLM.
+
+    Raises:
+        AdamasError: it cannot.
+    """
+    _prepare_vllm(Engine.environment)
+    from vllm.engine.arg_utils import EngineArgs
+
+    with _adamas_errors():
+        _refuse_unlike_heads(EngineArgs(model=str(model), **engine_options).create_model_config())
+
+
+def _refuse_unlike_heads(model_config) -> None:
+    """Refuses a ModelConfig whose layers have heads of another size than a profile would describe.
+
+    Raises:
+        AdamasError: a layer has.
+    """
+    from vllm_adamas.serving.checks import head_sizes
+
+    sizes, one = head_sizes(model_config), model_config.get_head_size()
+    if sizes != [one]:
+        raise AdamasError(
+            f"{Path(model_config.model).name} has heads of size {' and '.join(map(str, sizes))}, and a profile describes heads "
+            f"of one size, {one}: serve it without a profile."
+        )
+
+
 @contextlib.contextmanager
 def _adamas_errors():
     """Unwraps an AdamasError from the exception that vLLM raises because of it."""

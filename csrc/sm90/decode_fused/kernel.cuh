@@ -5,8 +5,9 @@
 // A block scores its own tokens, and its warps list those that may be selected (score.cuh, list.cuh). Three exchanges
 // give every block of the cluster the same threshold (threshold.cuh). Each block attends to its own tokens that reach
 // it (attend.cuh), and the blocks that write the output merge the parts (merge.cuh). The step takes five cluster
-// barriers, or four if the sample suggests a range; everything else is local to a block. A row that selects more than kMostWanted tokens takes several rounds:
-// each selects among the tokens that rank below the threshold of the round before.
+// barriers, or four if the sample suggests a range; everything else is local to a block. A row that selects more than
+// kMostWanted tokens takes several rounds: each selects among the tokens that rank below the threshold of the round
+// before.
 #pragma once
 #include "sm90/decode_fused/attend.cuh"
 #include "sm90/decode_fused/merge.cuh"
