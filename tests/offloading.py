@@ -115,7 +115,7 @@ def ask(model: Path, arguments: dict, steps: list, env: dict[str, str], log: Pat
     Raises:
         AssertionError: the engine failed; the message is the end of its log.
     """
-    command = [sys.executable, __file__, json.dumps([str(model), arguments, steps])]
+    asked = json.dumps([str(model), arguments, steps])  # longer than an argument may be
     env = {
         **os.environ,
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
@@ -124,7 +124,13 @@ def ask(model: Path, arguments: dict, steps: list, env: dict[str, str], log: Pat
     }
     with log.open("w") as errors:
         done = subprocess.run(
-            command, env=env, stdout=subprocess.PIPE, stderr=errors, text=True, timeout=300
+            [sys.executable, __file__],
+            input=asked,
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            timeout=300,
         )
     assert done.returncode == 0, log.read_text()[-4000:]
     return json.loads(done.stdout)
@@ -217,7 +223,7 @@ def _run(model: str, arguments: dict, steps: list) -> list[dict]:
 def main() -> None:
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # vLLM logs to standard output
-    model, arguments, steps = json.loads(sys.argv[1])
+    model, arguments, steps = json.load(sys.stdin)
     if not torch.cuda.is_available():
         from vllm_adamas.serving import checks
         from vllm_adamas.serving.backend import AdamasBackend

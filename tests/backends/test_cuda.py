@@ -13,6 +13,7 @@ from targets import FORMS, CudaTarget, attend_selected, needs_hopper
 from vllm_adamas.backends.base import COUNTERS
 from vllm_adamas.backends.cuda.library import limits
 from vllm_adamas.backends.cuda.policy import MOST_FUSED, THREE, Form
+from vllm_adamas.backends.reference.signature import sampled_tokens
 from vllm_adamas.errors import AdamasError
 
 pytestmark = needs_hopper
@@ -46,7 +47,8 @@ def append_again(backend, batch: Batch) -> None:
     backend.append(batch.bound(backend), batch.key, batch.value, batch.slots)
 
 
-MISLEADING = ("equal", "few", "huge", "zero", "drift", "late", "outliers")
+MISLEADING = ("equal", "few", "huge", "zero", "drift", "late", "outliers", "sampled")
+LONGEST = 9000  #: tokens of the first context of test_decode_of_any_scores
 
 
 def mislead(batch: Batch, data: str) -> None:
@@ -59,6 +61,9 @@ def mislead(batch: Batch, data: str) -> None:
     elif data == "outliers":
         key[[7, 1000, 1001, 2040]] *= 100
         query.mul_(100)
+    elif data == "sampled":  # the sample of combine=max has all the best tokens, and too few of them
+        key.mul_(0.1)
+        key[sampled_tokens(LONGEST)] += 1
     else:
         rise = torch.arange(len(key), device=key.device).to(key.dtype) / len(key)
         key.mul_(0.01).add_(rise.view(-1, 1, 1))
@@ -69,9 +74,9 @@ def mislead(batch: Batch, data: str) -> None:
 @pytest.mark.parametrize("data", ["normal", *MISLEADING])
 def test_decode_of_any_scores(backend, data: str, score: str, selection: str, form: Form) -> None:
     """Long enough for samples; every distribution of scores is exact."""
-    plain = data in ("drift", "late", "outliers")
+    plain = data in ("drift", "late", "outliers", "sampled")
     case = Case(
-        (9000, 2048, 2500, 0, 5000),
+        (LONGEST, 2048, 2500, 0, 5000),
         (256, 64, 2400, 9, 1),
         score=score,
         **SETS[selection],
