@@ -100,7 +100,7 @@ def test_the_cpu_platform_honours_the_choice(platform) -> None:
     for other in (None, AttentionBackendEnum.CPU_ATTN):
         assert choose(other, layer) == original(type(platform), other, layer)
     with pytest.raises(AdamasError, match="cpu_attn") as error:
-        choose(compat._member(), layer._replace(head_size=80))
+        choose(compat._member(), layer._replace(head_size=72))
     assert is_one_sentence(str(error.value))
 
 
