@@ -253,6 +253,7 @@ for case, capabilities in (
     (Case((9, 0), 4, (8, 2), 128, selection="kv_head", combine="max"), (80, 90, 100, 120)),
     (Case((9, 0), 4, (8, 2), 128, selection="kv_head", **softmax), (80,)),
     (Case((9, 0), 4, (16, 1), 256, score="manhattan", fp8="e4m3", centred=True, **softmax), (120,)),
+    (Case((9, 0), 4, (8, 1), 512, selection="kv_head", combine="max"), (120,)),
 ):
     batch = case.build(backend)
     batch.decode(backend)

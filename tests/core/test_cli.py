@@ -77,7 +77,7 @@ def test_info_for_people_has_the_same_sections(capsys) -> None:
         (["--config", "token_budget=3"], "not JSON"),
         (["--config", '{"profile": "nope"}'], "profile"),
         (["--model", "/no/such/folder"], "config.json does not exist"),
-        (["--head-size", "80"], "head_size 80"),
+        (["--head-size", "72"], "head_size 72"),
         (["--kv-cache-dtype", "int3"], "int3"),
     ],
 )

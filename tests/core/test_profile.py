@@ -384,13 +384,19 @@ def test_keys_that_are_normalised_without_a_profile_are_warned_of(tmp_path: Path
 
     from vllm_adamas.config import AdamasConfig
 
-    def warned(names: list[str], hybrid: bool = False, **options) -> list[str]:
+    def warned(names: list[str], hybrid: bool = False, sizes=(64,), **options) -> list[str]:
         folder = tmp_path / str(len(list(tmp_path.iterdir())))
         folder.mkdir()
         (folder / "config.json").write_text("{}")
         save_file({name: torch.zeros(2) for name in names}, folder / "model.safetensors")
+        layers = SimpleNamespace(per_layer_overrides=[{"head_size": size} for size in sizes])
         model = SimpleNamespace(
-            model=str(folder), revision=None, hf_text_config=None, is_hybrid=hybrid
+            model=str(folder),
+            revision=None,
+            hf_text_config=None,
+            is_hybrid=hybrid,
+            model_arch_config=layers,
+            get_head_size=lambda: 64,
         )
         return checks.warnings(SimpleNamespace(model_config=model), AdamasConfig(**options))
 
@@ -399,9 +405,10 @@ def test_keys_that_are_normalised_without_a_profile_are_warned_of(tmp_path: Path
     assert "score dot" in sentence
     assert "calibrate" in sentence
     assert len(warned(normed)) == 1
-    (sentence,) = warned(normed, hybrid=True)  # which cannot be calibrated
-    assert "calibrat" not in sentence
-    assert "raise token_budget" in sentence
+    for other in ({"hybrid": True}, {"sizes": (64, 128)}):  # which cannot be calibrated
+        (sentence,) = warned(normed, **other)
+        assert "calibrat" not in sentence
+        assert "raise token_budget" in sentence
     assert warned(normed, profile="p.json") == []
     assert warned(["model.layers.0.self_attn.k_proj.weight"]) == []
     shutil.rmtree(tmp_path)

@@ -150,7 +150,7 @@ def test_a_budget_beyond_all_contexts_leaves_nothing_to_time(sound, capsys) -> N
 @pytest.mark.parametrize(
     ("model", "named"),
     [
-        ({"num_attention_heads": 8, "head_dim": 80}, "head_size 80"),
+        ({"num_attention_heads": 8, "head_dim": 72}, "head_size 72"),
         (
             {"num_attention_heads": 8, "head_dim": 64, "num_key_value_heads": 3},
             "8 query heads for 3",

@@ -183,8 +183,8 @@ def tiny_model(folder, **config) -> str:
 
 BLOOM = {"architectures": ["BloomForCausalLM"], "model_type": "bloom"}
 BLOOM |= {"hidden_size": 128, "n_head": 2, "n_layer": 2}
-LLAMA_80 = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 160}
-LLAMA_80 |= {"intermediate_size": 256, "num_attention_heads": 2, "num_hidden_layers": 2}
+LLAMA_72 = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 144}
+LLAMA_72 |= {"intermediate_size": 256, "num_attention_heads": 2, "num_hidden_layers": 2}
 DEEPSEEK = {"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2"}
 DEEPSEEK |= {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2}
 DEEPSEEK |= {"num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 64}
@@ -199,7 +199,7 @@ REFUSED = {  # options of the backend, further arguments, config.json or None ->
     "block size": ({}, "--block-size 48", None, ("block_size 48", "32")),
     "alibi": ({}, "", BLOOM, ("ALiBi", "--attention-backend")),
     "mla": ({}, "", DEEPSEEK, ("MLA", "--attention-backend")),
-    "head size": ({}, "", LLAMA_80, ("head_size 80", "--attention-backend")),
+    "head size": ({}, "", LLAMA_72, ("head_size 72", "--attention-backend")),
 }
 
 
