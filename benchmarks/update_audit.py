@@ -1,4 +1,4 @@
-"""Writes the table of docs/audit.md from benchmarks/results/audit_cpu.json.
+"""Writes the tables of docs/audit.md from audit_cpu.json and audit_gpu.json of benchmarks/results.
 
     python benchmarks/update_audit.py [--check]
 
@@ -16,25 +16,34 @@ from vllm_adamas.tables import markdown
 DOCUMENT = RESULTS.parent.parent / "docs" / "audit.md"
 
 
-def main() -> int:
-    record, environment = load("audit_cpu")
+def table(name: str, where: str) -> list[str]:
+    """A record's table; ``where`` says what ran."""
+    record, environment = load(name)
+    off = "off_ms" in record["rows"][0]
     rows = [
         [
             f"{row['context']:,}",
             row["batch"],
-            f"{row['step_ms']['median']:.1f}",
+            *([f"{row['off_ms']['median']:.2f}"] if off else []),
+            f"{row['step_ms']['median']:.2f}",
             f"{row['audit_ms']['mean']:.1f}",
             f"{100 * row['share']:.2f} %",
         ]
         for row in record["rows"]
     ]
-    headers = ["context", "requests", "step, ms", "audit of a step, ms"]
-    headers.append(f"share of TPOT at {record['interval']} steps")
+    headers = ["context", "requests", *(["step without audit, ms"] if off else []), "step, ms"]
+    headers += ["audit of a step, ms", f"share of TPOT at {record['interval']} steps"]
+    device = f"{environment.device}, vLLM {environment.versions['vllm']}"
+    return [f"{where}; {device}.", "", *markdown(headers, rows)]
+
+
+def main() -> int:
     lines = [
-        f"{record['model']}, one thread; {environment.device}, vLLM {environment.versions['vllm']}. A step is a median, "
-        "and an audit a mean over the turns of all layers.",
+        *table("audit_cpu", "SmolLM2-135M-Instruct, one thread"),
         "",
-        *markdown(headers, rows),
+        *table("audit_gpu", "Llama-3.1-8B's shape with random weights, CUDA graphs"),
+        "",
+        "A step is a median, and an audit a mean over the turns of all layers.",
     ]
     return update_document(DOCUMENT, "update_audit", lines)
 

@@ -201,6 +201,7 @@ class CudaBackend(Backend, Inspectable):
                 longest,
                 params.budget.most(longest),
                 summed_distances=params.score == "manhattan" and params.group > 1,
+                maximum=params.combine == "max",
             ):
                 form = THREE
             bits, capacity = self._sampling(params, longest)

@@ -19,7 +19,8 @@ HEAD_SIZES = (64, 96, 128, 192, 256)  #: as in csrc/sm90/layer.cu
 LEAST_CANDIDATES, MOST_CANDIDATES = 4096, 32768  #: per token set
 WARPS = (16, 8)  #: of a block of the fused kernel; a multiprocessor runs one of 16 or two of 8
 CLUSTERS = (16, *range(8, 0, -1))  #: blocks; 9 to 15 exchange more than they gain over 8
-#: Tokens of a budget per warp of a block; pivots are loose for more (post_pivot of csrc/sm90/decode_fused/list.cuh).
+#: Tokens of a budget per warp of a block; pivots are loose for more (post_pivot of csrc/sm90/decode_fused/list.cuh), unless
+#: the sample of combine=max suggests the first one.
 MOST_PER_WARP = 64
 #: Tokens of a launch for the fused kernel. The three kernels divide longer contexts of few rows over the whole GPU.
 MOST_FUSED = 1 << 17
@@ -70,18 +71,23 @@ def rounded_contexts(max_seq_len: int) -> Iterator[int]:
         tokens = rounded_context(tokens + 1)
 
 
-def prefers_fused(form: Form, max_seq_len: int, budget: int, *, summed_distances: bool) -> bool:
+def prefers_fused(
+    form: Form, max_seq_len: int, budget: int, *, summed_distances: bool, maximum: bool
+) -> bool:
     """Whether the fused kernel in ``form`` beats the three kernels.
 
     Args:
         max_seq_len: longest context of the launch, in tokens.
         budget: tokens per set.
         summed_distances: whether scores are Manhattan distances summed over query heads.
+        maximum: whether scores are maxima over query heads.
     """
     most = MOST_FUSED
     if summed_distances:
         most = min(most, MOST_DISTANCES * form.cluster * form.warps)
-    most_wanted = min(limits().most_wanted, MOST_PER_WARP * form.warps)
+    most_wanted = limits().most_wanted
+    if not maximum:
+        most_wanted = min(most_wanted, MOST_PER_WARP * form.warps)
     return form != THREE and max_seq_len <= most and budget <= most_wanted
 
 

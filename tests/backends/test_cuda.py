@@ -61,7 +61,9 @@ def mislead(batch: Batch, data: str) -> None:
     elif data == "outliers":
         key[[7, 1000, 1001, 2040]] *= 100
         query.mul_(100)
-    elif data == "sampled":  # the sample of combine=max has all the best tokens, and too few of them
+    elif (
+        data == "sampled"
+    ):  # the sample of combine=max has all the best tokens, and too few of them
         key.mul_(0.1)
         key[sampled_tokens(LONGEST)] += 1
     else:

@@ -81,6 +81,7 @@ def test_choice_of_the_fused_kernel_is_the_measured_one(recorder) -> None:
             cell["launch"],
             cell["budget"],
             summed_distances="manhattan" in name and query_heads > kv_heads,
+            maximum="max" in name,
         )
         assert result["runs"] == ("fused" if fused else "three"), where
         best = min(result["fused"]["us"], result["three"]["us"])
@@ -92,8 +93,8 @@ def test_choice_follows_launch_and_budget(recorder) -> None:
     most = INVENTED.most_wanted
     for distances, longest in ((False, MOST_FUSED), (True, MOST_DISTANCES * 8 * 16)):
 
-        def fused(form: Form, tokens: int, budget: int, distances=distances) -> bool:
-            return prefers_fused(form, tokens, budget, summed_distances=distances)
+        def fused(form: Form, tokens: int, budget: int, maximum=False, distances=distances) -> bool:
+            return prefers_fused(form, tokens, budget, summed_distances=distances, maximum=maximum)
 
         assert fused(Form(8, 16), longest, most)
         assert not fused(Form(8, 16), longest, most + 1)
@@ -101,6 +102,8 @@ def test_choice_follows_launch_and_budget(recorder) -> None:
         assert not fused(THREE, 1024, 64)
         assert fused(Form(2, 8), 1024, MOST_PER_WARP * 8)
         assert not fused(Form(2, 8), 1024, MOST_PER_WARP * 8 + 1)
+        assert fused(Form(2, 8), 1024, most, maximum=True)
+        assert not fused(Form(2, 8), 1024, most + 1, maximum=True)
 
 
 # plans, with a library that computes nothing
