@@ -268,6 +268,7 @@ def dense(serve, stock) -> Observed:
     return Observed.of(serve(DENSE))
 
 
+@pytest.mark.supports("stock tokens within the token budget", "float32")
 def test_a_budget_beyond_the_context_gives_stock_tokens(stock, dense) -> None:
     """Short prompts, one of 3,000 tokens and conversations of 760."""
     assert dense.answers == stock.answers
@@ -284,12 +285,14 @@ def test_a_budget_beyond_the_context_is_never_sparse(stock, dense) -> None:
     assert attended == context > 0
 
 
+@pytest.mark.supports("prefix caching")
 def test_prefix_cache_hits_are_those_of_stock(stock, dense) -> None:
     hits, queries = dense.cached
     assert 0 < hits < queries
     assert dense.cached == stock.cached
 
 
+@pytest.mark.supports("preemption")
 def test_preempted_requests_resume_where_they_were(dense) -> None:
     assert dense.preemptions > 0
     assert dense.crowded == dense.alone
@@ -304,6 +307,7 @@ def base(serve) -> list[list[str]]:
     return answers(serve(BASE), LONG_PROMPTS)
 
 
+@pytest.mark.supports("counters at /metrics")
 def test_the_counters_say_that_decode_was_sparse(serve) -> None:
     """If sparse decode silently did not run, or attended to more or less than the budget."""
     server, tokens = serve(BASE), 20
@@ -337,6 +341,7 @@ def test_the_pass_key_is_found_by_dot(serve) -> None:
     assert PASS_KEY in ask_pass_key(serve(BASE))
 
 
+@pytest.mark.supports("prefix caching")
 def test_one_token_behind_a_prefix_hit_is_still_prompt(serve) -> None:
     """Then the prefill's last step looks like a decode step; prompts are dense whatever their steps."""
     server = serve(BASE)
@@ -350,6 +355,7 @@ def test_one_token_behind_a_prefix_hit_is_still_prompt(serve) -> None:
     assert warm["token_logprobs"] == pytest.approx(cold["token_logprobs"], abs=1e-4)
 
 
+@pytest.mark.supports("continuous batching")
 def test_mixed_batches_change_no_answer(serve, base) -> None:
     """A fresh long prefill, prefix hits and running decodes share steps."""
     server = serve(BASE)
@@ -379,6 +385,7 @@ def test_mixed_batches_change_no_answer(serve, base) -> None:
     assert "".join(first) == complete(server, running, 60)["text"]
 
 
+@pytest.mark.supports("chunked prefill", "block sizes")
 def test_chunks_and_block_sizes_change_no_answer(serve, base) -> None:
     """Prefill in steps of 512 tokens over blocks of 32, against one step over blocks of 128."""
     assert answers(serve(CHUNKED), LONG_PROMPTS) == base
@@ -409,6 +416,7 @@ def drafts(moved: Moved) -> tuple[int, int]:
     return drafted, accepted
 
 
+@pytest.mark.supports("speculative decoding: n-grams")
 @pytest.mark.slow
 def test_drafts_of_ngrams_change_no_answer(serve, base) -> None:
     """The lines of the harbour log resemble each other."""
@@ -424,6 +432,7 @@ def test_drafts_of_ngrams_change_no_answer(serve, base) -> None:
     assert 23 * len(LONG_PROMPTS) - accepted <= rows - drafted < 23 * len(LONG_PROMPTS)
 
 
+@pytest.mark.supports("speculative decoding: n-grams")
 @pytest.mark.slow
 def test_ngrams_are_accepted_as_by_the_stock_backend(serve) -> None:
     """With a budget above every context."""
@@ -438,6 +447,7 @@ def test_ngrams_are_accepted_as_by_the_stock_backend(serve) -> None:
     assert ours[2] > 0
 
 
+@pytest.mark.supports("torch.compile")
 def test_a_compiled_server_gives_the_same_answers(serve, base) -> None:
     """torch.compile, as without --enforce-eager; blocks of 64."""
     server = serve(COMPILED)
@@ -467,6 +477,7 @@ def test_what_is_configured_is_logged(serve, spec: Spec, logged: str) -> None:
     assert f"token budget {BUDGET} tokens {logged}" in serve(spec).log()
 
 
+@pytest.mark.supports("bfloat16")
 @pytest.mark.parametrize("spec", [SUM, MANHATTAN], ids=["sum", "manhattan"])
 def test_the_pass_key_is_found_in_bf16(serve, spec: Spec) -> None:
     server = serve(spec)
@@ -484,6 +495,7 @@ def test_chat_and_completions(serve) -> None:
     assert (reply["finish_reason"], reply["completion_tokens"]) == ("length", 8)
 
 
+@pytest.mark.supports("streaming")
 def test_streaming_brings_the_same_text_in_parts(serve) -> None:
     server, prompt = serve(MANHATTAN), harbour_log(20)
     body = {"prompt": prompt, "max_tokens": 16, "temperature": 0, "ignore_eos": True}
@@ -543,6 +555,7 @@ def test_bad_json_is_refused(serve) -> None:
     assert complete(server, "1 2 3", 2)["completion_tokens"] == 2
 
 
+@pytest.mark.supports("fp8 KV cache")
 def test_an_fp8_cache_serves_sensible_text(serve) -> None:
     server = serve(FP8)
     assert "Paris" in complete(server, "The capital of France is", 8)["text"]
@@ -551,6 +564,7 @@ def test_an_fp8_cache_serves_sensible_text(serve) -> None:
     assert moved.ours()[0] > 0
 
 
+@pytest.mark.supports("calibration profiles")
 def test_a_profile_is_served(serve) -> None:
     server, tokens = serve(PROFILE), 20
     line = next(x for x in server.log().splitlines() if "Using ADAMAS" in x)
@@ -562,6 +576,7 @@ def test_a_profile_is_served(serve) -> None:
     assert "Paris" in complete(server, "The capital of France is", 8)["text"]
 
 
+@pytest.mark.supports("token budgets of layers")
 def test_layers_have_budgets_of_their_own(serve) -> None:
     """Layer 0 has 512 tokens in place of its default, and layer 7 a quarter of the context."""
     server, tokens = serve(BY_LAYER), 20
@@ -584,6 +599,7 @@ def test_layers_have_budgets_of_their_own(serve) -> None:
     assert "Paris" in complete(server, "The capital of France is", 8)["text"]
 
 
+@pytest.mark.supports("tensor parallelism")
 def test_heads_may_be_split_over_two_processes(tmp_path) -> None:
     """Tensor parallelism: the tokens of the stock backend, and every row counted once."""
     cores = sorted(os.sched_getaffinity(0))[:2]
