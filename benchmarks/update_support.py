@@ -19,16 +19,15 @@ from pathlib import Path
 
 from common import RESULTS, load, update_document
 
+sys.path.append(str(RESULTS.parent.parent / "tests"))
+from record import NOT_RECORDED, SHOWN, Tables, Tests, cell, fact, outcomes
+
 from vllm_adamas.tables import markdown
 
 ROOT = RESULTS.parent.parent
 DOCUMENT, README = ROOT / "docs" / "compatibility.md", ROOT / "README.md"
 TESTS = ROOT / "tests"
-SHOWN, NOT_RECORDED, NO_TEST = "shown", "not recorded", "–"
 DEVICES = {"cpu": "CPU", "gpu": "H200"}
-
-Tests = dict[str, dict]  #: the outcome and the facts of each test of a row
-Tables = dict[str, dict[str, Tests]]  #: by table and row
 
 
 def marked() -> Tables:
@@ -54,25 +53,6 @@ def recorded(name: str) -> tuple[Tables, str]:
     return tables, f"{environment.device}; {versions}; {environment.date}"
 
 
-def cell(tests: Tests) -> str:
-    """What a row says of the tests that name it: the worst of their outcomes."""
-    outcomes = {shown["outcome"]: shown for shown in tests.values()}
-    if "failed" in outcomes:
-        return "**failed**"
-    if "not run" in outcomes:
-        return NOT_RECORDED
-    if "skipped" in outcomes:
-        return f"skipped: {outcomes['skipped']['why']}"
-    return SHOWN if tests else NO_TEST
-
-
-def fact(tests: Tests, name: str) -> str:
-    """What the tests of a row say of a fact if all have passed; otherwise what became of them."""
-    verdict = cell(tests)
-    said = [str(shown["facts"][name]) for shown in tests.values() if verdict == SHOWN]
-    return " ".join(dict.fromkeys(said)) or verdict
-
-
 def names(tests: Tests) -> str:
     """Tests as documents name them, without classes and parameters."""
     found = [re.search(r"(\w+)\.py::(?:\w+::)*(\w+)", test).groups() for test in tests]
@@ -93,29 +73,24 @@ class Matrix:
     def of(self, table: str, row: str, device: str = "cpu") -> Tests:
         """What the record of a device knows of a row's tests for that device."""
         known = self._known[device][0].get(table, {}).get(row, {})
-        return {
-            test: known.get(test, marked)
-            for test, marked in self._marked[table][row].items()
-            if marked["device"] == device
-        }
+        return outcomes(self._marked[table][row], known, device)
 
     def where(self) -> list[str]:
         return [f"{name}: {self._known[device][1]}." for device, name in DEVICES.items()]
 
     def features(self) -> list[str]:
-        rows = [
-            [row, *(cell(self.of("features", row, device)) for device in DEVICES), names(tests)]
-            for row, tests in self.rows("features").items()
-        ]
-        header = ["feature", *(f"on {name}" for name in DEVICES.values()), "tests"]
-        return markdown(header, rows)
+        rows = []
+        for row in self.rows("features"):
+            found = [self.of("features", row, device) for device in DEVICES]
+            rows.append([row, *(f"{cell(tests)} {names(tests)}".strip() for tests in found)])
+        return markdown(["feature", *(f"on {name}" for name in DEVICES.values())], rows)
 
     def refused(self) -> list[str]:
         rows = [
-            [row, fact(self.of("refused", row), "sentence"), names(tests)]
+            [row, f"{fact(self.of('refused', row), 'sentence')} {names(tests)}"]
             for row, tests in self.rows("refused").items()
         ]
-        return markdown(["refused", "in this sentence", "tests"], rows)
+        return markdown(["refused", "in this sentence"], rows)
 
     def models(self) -> list[str]:
         facts = ("sparse_layers", "sparse_rows", "compared", "tokens")

@@ -20,6 +20,7 @@ import pytest
 from vllm_adamas.environment import Environment
 
 ROOT = Path(__file__).parents[1]
+SHOWN, NOT_RECORDED, NO_TEST = "shown", "not recorded", "–"
 TABLES = {"supports": "features", "refuses": "refused"}  #: by mark, if it names no other
 Tests = dict[str, dict[str, Any]]  #: outcome, device and facts, by test
 Tables = dict[str, dict[str, Tests]]  #: by table and row
@@ -76,6 +77,32 @@ class Recorder:
                     tests[item.nodeid] = {**shown, "device": device, **when}
         self._file.parent.mkdir(parents=True, exist_ok=True)
         self._file.write_text(json.dumps({"environment": here.record(), **tables}, indent=1) + "\n")
+
+
+def outcomes(marked: Tests, known: Tests, device: str) -> Tests:
+    """What a record knows of those tests of a row that are for a device."""
+    return {
+        test: known.get(test, shown) for test, shown in marked.items() if shown["device"] == device
+    }
+
+
+def cell(tests: Tests) -> str:
+    """What a row says of the tests that name it: the worst of their outcomes."""
+    found = {shown["outcome"]: shown for shown in tests.values()}
+    if "failed" in found:
+        return "**failed**"
+    if "not run" in found:
+        return NOT_RECORDED
+    if "skipped" in found:
+        return f"skipped ({found['skipped']['why']})"
+    return SHOWN if tests else NO_TEST
+
+
+def fact(tests: Tests, name: str) -> str:
+    """What the tests of a row say of a fact if all have passed; otherwise what became of them."""
+    verdict = cell(tests)
+    said = [str(shown["facts"][name]) for shown in tests.values() if verdict == SHOWN]
+    return " ".join(dict.fromkeys(said)) or verdict
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

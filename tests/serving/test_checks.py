@@ -77,7 +77,7 @@ def test_every_process_reads_the_defaults_of_the_model(
     assert json.loads(json.dumps(changed.additional_config, sort_keys=True))
 
 
-@pytest.mark.refuses("options outside `adamas`")
+@pytest.mark.refuses("options beside the entry adamas")
 @pytest.mark.parametrize(
     ("additional", "way_out"),
     [
@@ -198,7 +198,7 @@ ARGUMENTS = {  # argument of the command -> its value and what else is needed; w
         "int8_per_token_head",
         ("--kv-cache-dtype int8_per_token_head", "fp8_e5m2"),
     ),
-    "--kv-offloading-size": ("1", ("offloading", "KV connectors", "--kv-offloading-size")),
+    "--kv-offloading-size": ("1", ("KV connectors", "offloading", "--kv-offloading-size")),
     "--kv-sharing-fast-prefill": (
         "",
         ("fast prefill of layers that share keys", "--kv-sharing-fast-prefill"),
@@ -214,7 +214,11 @@ ARGUMENTS = {  # argument of the command -> its value and what else is needed; w
     ),
     "--speculative-config": (
         json.dumps({**DRAFT_MODEL, "attention_backend": "adamas"}, separators=(",", ":")),
-        ("draft models", "attention_backend", "--speculative-config"),
+        (
+            "draft models, whose layers have no token budget",
+            "attention_backend",
+            "--speculative-config",
+        ),
     ),
     "--ubatch-size": ("2", MICRO_BATCHES),
 }
@@ -233,7 +237,7 @@ DRAFTS = {  # change of a served speculative configuration -> what the sentence 
 }
 ENVIRONMENT = {  # variable -> its value, what else the sentence names
     "VLLM_BATCH_INVARIANT": (True, ("batch invariance", "unset")),
-    "VLLM_KV_CACHE_LAYOUT": ("NHD", ("NHD", "unset", "LBHNC")),
+    "VLLM_KV_CACHE_LAYOUT": ("NHD", ("the layout VLLM_KV_CACHE_LAYOUT=NHD", "unset", "LBHNC")),
 }
 
 
@@ -336,7 +340,7 @@ def test_a_cache_of_another_type_than_the_model(vllm_config) -> None:
     check_refusal(config, ("--kv-cache-dtype float16", "bfloat16", "auto"))
 
 
-@pytest.mark.refuses("{name}")
+@pytest.mark.refuses("{named[0]}")
 @pytest.mark.parametrize(("name", "value", "named"), [(n, *c) for n, c in ENVIRONMENT.items()])
 def test_environment(
     vllm_config, monkeypatch, record_property, name: str, value, named: tuple

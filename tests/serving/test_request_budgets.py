@@ -315,43 +315,18 @@ def test_the_processor_is_added_once_to_those_of_the_operator(vllm_config) -> No
     assert vllm_config.model_config.logits_processors == ["of.the:Operator", name]
 
 
-@pytest.mark.refuses("token budgets of requests with {row}")
+@pytest.mark.refuses("max_token_budget with some features")
 @pytest.mark.parametrize(
-    ("row", "v2", "part", "changes", "named"),
+    ("v2", "part", "changes", "named"),
     [
-        (
-            "speculative decoding under Model Runner V1",
-            False,
-            "speculative_config",
-            {"method": "ngram"},
-            ("V1", "--speculative-config"),
-        ),
-        (
-            "pipeline parallelism",
-            True,
-            "parallel_config",
-            {"pipeline_parallel_size": 2},
-            ("--pipeline-parallel-size",),
-        ),
-        (
-            "--return-sampling-mask",
-            True,
-            "model_config",
-            {"return_sampling_mask": True},
-            ("--return-sampling-mask",),
-        ),
-        (
-            "a hybrid model",
-            True,
-            "model_config",
-            {"is_hybrid": True},
-            ("state-space", "another model"),
-        ),
+        (False, "speculative_config", {"method": "ngram"}, ("V1", "--speculative-config")),
+        (True, "parallel_config", {"pipeline_parallel_size": 2}, ("--pipeline-parallel-size",)),
+        (True, "model_config", {"return_sampling_mask": True}, ("--return-sampling-mask",)),
+        (True, "model_config", {"is_hybrid": True}, ("state-space", "another model")),
     ],
-    ids=["V1", "pipeline", "mask", "hybrid"],
 )
 def test_servers_that_cannot_tell_requests_apart(
-    vllm_config, record_property, row, v2, part, changes, named
+    vllm_config, record_property, v2, part, changes, named
 ) -> None:
     served = {"parallel_drafting": False, "num_speculative_tokens": 2}
     real = SimpleNamespace(**served) if part == "speculative_config" else getattr(vllm_config, part)
