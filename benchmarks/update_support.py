@@ -48,6 +48,10 @@ def recorded(name: str) -> tuple[Tables, str]:
     if not (RESULTS / f"{name}.json").exists():
         return {}, NOT_RECORDED
     tables, environment = load(name)
+    if environment.gpu and DEVICES["gpu"] not in environment.gpu:
+        sys.exit(
+            f"{name}.json is of {environment.gpu}, and the column is that of the {DEVICES['gpu']}."
+        )
     packages = ("vllm", "torch", "transformers")
     versions = ", ".join(f"{package} {environment.versions[package]}" for package in packages)
     return tables, f"{environment.device}; {versions}; {environment.date}"

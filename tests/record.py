@@ -52,8 +52,9 @@ class Recorder:
         if report.when != "call" and report.passed:
             return
         shown: dict[str, Any] = {"outcome": report.outcome}
-        if report.skipped:
-            shown["why"] = str(report.longrepr[-1]).removeprefix("Skipped: ")
+        if report.skipped:  # or expected to fail
+            why = getattr(report, "wasxfail", None) or report.longrepr[-1]
+            shown["why"] = why.removeprefix("Skipped: ")
         if facts := dict(report.user_properties):
             shown["facts"] = facts
         self._shown[report.nodeid] = shown
@@ -65,6 +66,13 @@ class Recorder:
             known = json.loads(self._file.read_text())
             if Environment(**known.pop("environment")).compared() == here.compared():
                 tables = known
+        for rows in tables.values():
+            for row in list(rows):  # a test may name other rows than before
+                rows[row] = {
+                    test: was for test, was in rows[row].items() if test not in self._shown
+                }
+                if not rows[row]:
+                    del rows[row]
         for item in self._items:
             device = "gpu" if item.get_closest_marker("gpu") else "cpu"
             shown = self._shown.get(item.nodeid)
