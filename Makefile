@@ -24,7 +24,7 @@ export VLLM_CPU_KVCACHE_SPACE ?= 2
 export ADAMAS_BUILD_CUDA ?= $(if $(wildcard /proc/driver/nvidia/version),auto,0)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup native model demo serve test test-slow test-models test-gpu sanitize-cpu sanitize-gpu bench-cpu bench-gpu storm lint lint-images test-alerts dist release-check docs \
+.PHONY: help setup native model demo serve test test-slow test-models test-gpu support support-gpu sanitize-cpu sanitize-gpu bench-cpu bench-gpu storm lint lint-images test-alerts dist release-check docs \
 	screenshots vllm-names vllm-tests clean
 
 help: ## list the targets
@@ -56,9 +56,18 @@ test: model ## run the tests that need no GPU, but for the slow ones
 test-slow: model ## run the slow ones: engines and servers of many configurations
 	@$(PYTHON) -m pytest -m "slow and not gpu and not models" --junitxml build/reports/test-slow.xml $(ARGS)
 
+# Both write the tables also where tests have failed.
+RECORD = $(PYTHON) -m pytest --record benchmarks/results/support_$(1).json
+TABLES = status=$$?; $(PYTHON) benchmarks/update_support.py && exit $$status
+
 test-models: model ## serve small models of real architectures on this CPU and record what was shown
-	@$(PYTHON) -m pytest tests/models --record benchmarks/results/models_cpu.json $(ARGS)
-	@$(PYTHON) benchmarks/update_support.py
+	@$(call RECORD,cpu) tests/models -m "not gpu" $(ARGS); $(TABLES)
+
+support: model ## run the tests that show a feature or a refusal, record it and write the tables
+	@$(call RECORD,cpu) -m "(supports or refuses) and not gpu" $(ARGS); $(TABLES)
+
+support-gpu: model ## the same on a GPU
+	@$(call RECORD,gpu) -m "(supports or refuses) and gpu" $(ARGS); $(TABLES)
 
 test-gpu: model ## run the tests that need a GPU
 	@$(PYTHON) -m pytest -m gpu --junitxml build/reports/test-gpu.xml $(ARGS)

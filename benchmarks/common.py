@@ -36,17 +36,18 @@ def save(name: str, result: dict) -> Path:
     return path
 
 
-def update_document(document: Path, script: str, lines: list[str]) -> int:
-    """Writes ``lines`` between the markers that name the script; returns the exit status.
+def update_document(document: Path, script: str, *parts: list[str]) -> int:
+    """Writes the lines of each part between the next markers that name the script; returns the exit status.
 
     With ``--check`` on the command line nothing is written, and the status is 1 if the document differs.
     """
     begin = f"<!-- results: begin (benchmarks/{script}.py writes this part) -->"
     end = "<!-- results: end -->"
-    text = document.read_text()
-    start, stop = text.index(begin), text.index(end) + len(end)
-    new = text[:start] + "\n".join([begin, *lines, end]) + text[stop:]
+    text, *rest = document.read_text().split(begin)
+    new = text
+    for lines, old in zip(parts, rest, strict=True):
+        new += "\n".join([begin, *lines, end]) + old.partition(end)[2]
     if "--check" in sys.argv:
-        return int(new != text)
+        return int(new != begin.join([text, *rest]))
     document.write_text(new)
     return 0

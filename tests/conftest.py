@@ -20,6 +20,8 @@ if not torch.cuda.is_available():
         patch.setenv("TRITON_INTERPRET", "1")
         import vllm_adamas.backends.triton  # noqa: F401
 
+from record import pytest_addoption, pytest_configure  # noqa: F401
+
 from vllm_adamas.serving.launch import Server
 
 

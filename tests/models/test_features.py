@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.models, pytest.mark.slow]
 PROMPT = prompts()[3]
 DIGITS = "[0-9]{12}"
 FEATURES = {  # what a request has beside its prompt
-    "greedy": {},
+    "greedy sampling": {},
     "n > 1": {"sampling": {"n": 3, "temperature": 1.0, "seed": 7}},
     "structured output": {
         "sampling": {"structure": {"regex": DIGITS}, "ignore_eos": False, "detokenize": True}
@@ -46,10 +46,11 @@ def answers(engines: Engines, model: Path) -> Pairs:
     return dict(zip(FEATURES, zip(stock[-last:], whole[-last:], strict=True), strict=True))
 
 
+@pytest.mark.supports("{name}")
 @pytest.mark.parametrize("name", FEATURES)
-def test_a_feature(answers: Pairs, record: dict, name: str) -> None:
+def test_a_feature(answers: Pairs, name: str) -> None:
     stock, whole = answers[name]
-    if name in ("greedy", "prompt log-probabilities"):
+    if name in ("greedy sampling", "prompt log-probabilities"):
         assert agreed(stock, whole) > TOKENS // 2
     elif name != "beam search":  # the best token is another than that of the margins
         assert whole.tokens == stock.tokens
@@ -58,12 +59,12 @@ def test_a_feature(answers: Pairs, record: dict, name: str) -> None:
         assert whole.logprobs == pytest.approx(stock.logprobs, abs=1e-3)
     if name == "structured output":
         assert re.fullmatch(DIGITS, whole.text)
-    if name not in ("greedy", "prompt log-probabilities"):
-        assert stock.tokens != answers["greedy"][0].tokens
-    record["features"][name] = {}
+    if name not in ("greedy sampling", "prompt log-probabilities"):
+        assert stock.tokens != answers["greedy sampling"][0].tokens
 
 
-def test_lora(engines: Engines, model: Path, record: dict, tmp_path: Path) -> None:
+@pytest.mark.supports("LoRA")
+def test_lora(engines: Engines, model: Path, tmp_path: Path) -> None:
     lora = {"enable_lora": True, "max_lora_rank": 8}
     requests = [{"prompt": PROMPT}, {"prompt": PROMPT, "lora": str(write_lora(tmp_path, model))}]
     stock, whole = (
@@ -72,11 +73,11 @@ def test_lora(engines: Engines, model: Path, record: dict, tmp_path: Path) -> No
     )
     assert all(agreed(*pair) > TOKENS // 2 for pair in zip(stock, whole, strict=True))
     assert stock[-1].tokens != stock[-2].tokens
-    record["features"]["LoRA"] = {}
 
 
+@pytest.mark.supports("{name} weights", "float16")
 @pytest.mark.parametrize("name", QUANTISED)
-def test_quantised_weights(engines: Engines, record: dict, tmp_path: Path, name: str) -> None:
+def test_quantised_weights(engines: Engines, tmp_path: Path, name: str) -> None:
     (plain := tmp_path / "plain").mkdir()
     (quantised := tmp_path / name).mkdir()
     model = write_quantised(quantised, write_model(plain, SERVED["Llama-3.1-8B"]), name)
@@ -90,4 +91,3 @@ def test_quantised_weights(engines: Engines, record: dict, tmp_path: Path, name:
     ]
     assert sum(compared) >= len(compared) * TOKENS // 2
     assert len({token for answer in stock.answers for token in answer.tokens}) > 10
-    record["features"][f"{name} weights"] = {}

@@ -104,6 +104,7 @@ def check(engines: Engines, folder: Path, name: str, host: Host) -> None:
     assert ours.counters["sparse_rows"] == rows
 
 
+@pytest.mark.supports("hybrid models: {name}")
 @pytest.mark.gpu
 @pytest.mark.timeout(400)
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -114,6 +115,7 @@ def test_a_model(engines: Engines, tmp_path: Path, name: str) -> None:
     check(engines, tmp_path, name, GPU)
 
 
+@pytest.mark.supports("hybrid models: {name}")
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="vLLM serves on the GPU")
 @pytest.mark.parametrize("name", ["Granite-4.0-H-Tiny", "Nemotron-H-8B"])

@@ -28,8 +28,9 @@ def budget(tokens: int) -> dict:
     return {**BLOCKS, "additional_config": {"adamas": options}}
 
 
+@pytest.mark.supports("{name}", table="models")
 @pytest.mark.parametrize("name", SERVED)
-def test_a_model(engines: Engines, record: dict, tmp_path: Path, name: str) -> None:
+def test_a_model(engines: Engines, record_property, tmp_path: Path, name: str) -> None:
     """A budget above the contexts gives stock tokens; below it the sparse layers' rows are counted."""
     model = write_model(tmp_path, SERVED[name])
     stock = engines.ask(model, STOCK, REQUESTS)
@@ -50,11 +51,9 @@ def test_a_model(engines: Engines, record: dict, tmp_path: Path, name: str) -> N
         assert few.tokens != stock.tokens
     else:
         assert sum(map(agreed, stock.answers, few.answers)) == compared
-    record["models"][name] = {
-        "config": digest(SERVED[name]),
-        "compared": compared,
-        "tokens": sum(map(len, stock.tokens)),
-        "distinct": distinct,
-        "sparse_layers": layers,
-        "sparse_rows": few.counters["sparse_rows"],
-    }
+    record_property("config", digest(SERVED[name]))
+    record_property("compared", compared)
+    record_property("tokens", sum(map(len, stock.tokens)))
+    record_property("distinct", distinct)
+    record_property("sparse_layers", layers)
+    record_property("sparse_rows", few.counters["sparse_rows"])

@@ -276,6 +276,7 @@ def warnings(server: Server) -> list[str]:
     return [line for line in server.log().splitlines() if "Audit:" in line]
 
 
+@pytest.mark.supports("audit")
 @pytest.mark.serve
 def test_a_small_budget_is_found(serve) -> None:
     """Of the demonstration model. The best tokens do not keep much more than the chosen."""
@@ -329,6 +330,7 @@ def biased(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.supports("audit")
 @pytest.mark.serve
 @pytest.mark.slow
 @pytest.mark.timeout(1200)

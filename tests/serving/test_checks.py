@@ -78,6 +78,7 @@ def test_every_process_reads_the_defaults_of_the_model(
     assert json.loads(json.dumps(changed.additional_config, sort_keys=True))
 
 
+@pytest.mark.refuses("options beside the entry adamas")
 @pytest.mark.parametrize(
     ("additional", "way_out"),
     [
@@ -87,10 +88,11 @@ def test_every_process_reads_the_defaults_of_the_model(
         ({"Adamas": {}}, """'{"adamas": OPTIONS}'"""),
     ],
 )
-def test_options_in_another_place(vllm_config, additional: dict, way_out: str) -> None:
-    check_refusal(
-        Changed(vllm_config, additional_config=additional), ("additional_config", way_out)
-    )
+def test_options_in_another_place(
+    vllm_config, record_property, additional: dict, way_out: str
+) -> None:
+    changed = Changed(vllm_config, additional_config=additional)
+    record_property("sentence", check_refusal(changed, ("additional_config", way_out)))
 
 
 @pytest.mark.parametrize("kernels", ["cuda", "triton", "gpu"])
@@ -138,13 +140,16 @@ def test_layers_that_have_no_budget(vllm_config, kinds, layer: int, named: tuple
 OTHER = "--attention-backend"
 MODELS = {  # change of the model configuration -> what the sentence names
     "mla": ({"use_mla": True}, ("MLA", OTHER)),
-    "encoder-decoder": ({"is_encoder_decoder": True}, ("encoder-decoder", OTHER)),
-    "pooling": ({"runner_type": "pooling"}, ("pooling", "non-causal", OTHER)),
-    "prefix": ({"is_mm_prefix_lm": True}, ("prefix", OTHER)),
-    "attention-free": ({"is_attention_free": True}, ("without attention", OTHER)),
+    "encoder-decoder": ({"is_encoder_decoder": True}, ("encoder-decoder models", OTHER)),
+    "pooling": ({"runner_type": "pooling"}, ("pooling runner", "non-causal", OTHER)),
+    "prefix": ({"is_mm_prefix_lm": True}, ("prefix language models", OTHER)),
+    "attention-free": ({"is_attention_free": True}, ("models without attention", OTHER)),
     "r-swa": ({"rswa_window": 128}, ("R-SWA", OTHER)),
-    "bidirectional": ({"hf_config": SimpleNamespace(is_causal=False)}, ("non-causal", OTHER)),
-    "dtype": ({"dtype": torch.float64}, ("float64", "--dtype", "bfloat16")),
+    "bidirectional": (
+        {"hf_config": SimpleNamespace(is_causal=False)},
+        ("models that attend to later tokens", OTHER),
+    ),
+    "dtype": ({"dtype": torch.float64}, ("dtype torch.float64", "--dtype", "bfloat16")),
     "head size": ({"get_head_size": lambda: 72}, ("head_size 72", "64, 80, 96, 112, 128", OTHER)),
     "head size of a layer": (
         {"model_arch_config": SimpleNamespace(per_layer_overrides=[{"head_size": 72}, {}])},
@@ -152,17 +157,35 @@ MODELS = {  # change of the model configuration -> what the sentence names
     ),
 }
 TEXTS = {  # change of the model's own config.json
-    "alibi": ({"alibi": True}, ("ALiBi", OTHER)),
-    "alibi in attn_config": ({"attn_config": {"alibi": True}}, ("ALiBi", OTHER)),
-    "alibi in an object": ({"attn_config": SimpleNamespace(alibi=True)}, ("ALiBi", OTHER)),
-    "alibi by position type": ({"position_embedding_type": "alibi"}, ("ALiBi", OTHER)),
-    "bloom": ({"model_type": "bloom"}, ("ALiBi", OTHER)),
+    "alibi": ({"alibi": True}, ("ALiBi position biases", OTHER)),
+    "alibi in attn_config": ({"attn_config": {"alibi": True}}, ("ALiBi position biases", OTHER)),
+    "alibi in an object": (
+        {"attn_config": SimpleNamespace(alibi=True)},
+        ("ALiBi position biases", OTHER),
+    ),
+    "alibi by position type": (
+        {"position_embedding_type": "alibi"},
+        ("ALiBi position biases", OTHER),
+    ),
+    "bloom": ({"model_type": "bloom"}, ("ALiBi position biases", OTHER)),
     "sink tokens": ({"param_sink_number": 128}, ("learned sink tokens", OTHER)),
-    "bidirectional": ({"is_causal": False}, ("later tokens", "non-causal", OTHER)),
-    "prompts attended in both directions": ({"model_type": "hrm_text"}, ("non-causal", OTHER)),
+    "bidirectional": (
+        {"is_causal": False},
+        ("models that attend to later tokens", "non-causal", OTHER),
+    ),
+    "prompts attended in both directions": (
+        {"model_type": "hrm_text"},
+        ("models that attend to later tokens", OTHER),
+    ),
     "chunks": ({"attention_chunk_size": 8192}, ("chunked local attention", OTHER)),
-    "dual chunks": ({"dual_chunk_attention_config": {"chunk_size": 8}}, ("dual chunk", OTHER)),
-    "value heads": ({"v_head_dim": 128}, ("value heads", "128 and 64", OTHER)),
+    "dual chunks": (
+        {"dual_chunk_attention_config": {"chunk_size": 8}},
+        ("dual chunk attention", OTHER),
+    ),
+    "value heads": (
+        {"v_head_dim": 128},
+        ("value heads of another size than key heads", "128 and 64", OTHER),
+    ),
 }
 SINKS = {  # the same, which declares learned sinks
     "gpt-oss": {"model_type": "gpt_oss"},
@@ -171,14 +194,20 @@ SINKS = {  # the same, which declares learned sinks
     "sinks of sliding windows": {"add_swa_attention_sink_bias": True},
 }
 DRAFT_MODEL = {"method": "draft_model", "model": str(MODEL), "num_speculative_tokens": 2}
-MICRO_BATCHES = ("--enable-dbo", "--ubatch-size")
+MICRO_BATCHES = ("micro-batches", "--enable-dbo", "--ubatch-size")
 ARGUMENTS = {  # argument of the command -> its value and what else is needed; what the sentence names
-    "--attention-config.use_non_causal": ("true", ("non-causal", OTHER)),
+    "--attention-config.use_non_causal": ("true", ("non-causal attention", OTHER)),
     "--block-size": ("48", ("block_size 48", "--block-size", "32")),
-    "--diffusion-config": ('{"canvas_length":32}', ("diffusion", "non-causal", OTHER)),
-    "--kv-cache-dtype": ("int8_per_token_head", ("--kv-cache-dtype int8", "fp8_e5m2")),
+    "--diffusion-config": ('{"canvas_length":32}', ("block diffusion", "non-causal", OTHER)),
+    "--kv-cache-dtype": (
+        "int8_per_token_head",
+        ("--kv-cache-dtype int8_per_token_head", "fp8_e5m2"),
+    ),
     "--kv-offloading-size": ("1", ("KV connectors on CPUs", "--kv-offloading-size")),
-    "--kv-sharing-fast-prefill": ("", ("fast prefill", "--kv-sharing-fast-prefill")),
+    "--kv-sharing-fast-prefill": (
+        "",
+        ("fast prefill of layers that share keys", "--kv-sharing-fast-prefill"),
+    ),
     "--kv-transfer-config": (
         '{"kv_connector":"OffloadingConnector","kv_role":"kv_both"}',
         ("KV connectors on CPUs", "--kv-transfer-config"),
@@ -186,11 +215,15 @@ ARGUMENTS = {  # argument of the command -> its value and what else is needed; w
     "--prefill-context-parallel-size": ("2", ("PCP", "--prefill-context-parallel-size")),
     "--spec-method": (
         "ngram_gpu --spec-tokens 2",
-        ("by ngram_gpu yet", "ngram, suffix, draft_model"),
+        ("speculative decoding by ngram_gpu", "ngram, suffix, draft_model"),
     ),
     "--speculative-config": (
         json.dumps({**DRAFT_MODEL, "attention_backend": "adamas"}, separators=(",", ":")),
-        ("draft models", "attention_backend", "--speculative-config"),
+        (
+            "draft models, whose layers have no token budget",
+            "attention_backend",
+            "--speculative-config",
+        ),
     ),
     "--ubatch-size": ("2", MICRO_BATCHES),
 }
@@ -201,34 +234,38 @@ PARTS = {  # where vLLM drops or refuses the argument on a CPU: (part, its chang
     ),
     "--enable-dbo": (("parallel_config", {"use_ubatching": True}), MICRO_BATCHES),
 }
-PARALLEL = ("parallel drafting yet", "parallel_drafting")
+PARALLEL = ("parallel drafting", "parallel_drafting")
 DRAFTS = {  # change of a served speculative configuration -> what the sentence names
-    "eagle": ({"method": "eagle3"}, ("by eagle3 yet", "ngram")),
-    "mtp": ({"method": "mtp"}, ("by mtp yet", "ngram")),
+    "eagle": ({"method": "eagle3"}, ("speculative decoding by eagle3", "ngram")),
+    "mtp": ({"method": "mtp"}, ("speculative decoding by mtp", "ngram")),
     "parallel": ({"parallel_drafting": True}, PARALLEL),
 }
 ENVIRONMENT = {  # variable -> its value, what else the sentence names
     "VLLM_BATCH_INVARIANT": (True, ("batch invariance", "unset")),
-    "VLLM_KV_CACHE_LAYOUT": ("NHD", ("NHD", "unset", "LBHNC")),
+    "VLLM_KV_CACHE_LAYOUT": ("NHD", ("the layout VLLM_KV_CACHE_LAYOUT=NHD", "unset", "LBHNC")),
 }
 
 
-def check_refusal(config, named: tuple[str, ...]) -> None:
-    refused(lambda: checks.check_config(config), *named)
+def check_refusal(config, named: tuple[str, ...]) -> str:
+    """Returns the sentence."""
+    return refused(lambda: checks.check_config(config), *named)
 
 
+@pytest.mark.refuses("{named[0]}")
 @pytest.mark.parametrize(("changes", "named"), MODELS.values(), ids=MODELS)
-def test_models(vllm_config, changes: dict, named: tuple) -> None:
-    check_refusal(
-        Changed(vllm_config, model_config=Changed(vllm_config.model_config, **changes)), named
-    )
+def test_models(vllm_config, record_property, changes: dict, named: tuple) -> None:
+    model = Changed(vllm_config.model_config, **changes)
+    changed = Changed(vllm_config, model_config=model)
+    record_property("sentence", check_refusal(changed, named))
 
 
+@pytest.mark.refuses("{named[0]}")
 @pytest.mark.parametrize(("changes", "named"), TEXTS.values(), ids=TEXTS)
-def test_model_texts(vllm_config, changes: dict, named: tuple) -> None:
+def test_model_texts(vllm_config, record_property, changes: dict, named: tuple) -> None:
     text = Changed(vllm_config.model_config.hf_text_config, **changes)
     model = Changed(vllm_config.model_config, hf_text_config=text)
-    check_refusal(Changed(vllm_config, model_config=model), named)
+    changed = Changed(vllm_config, model_config=model)
+    record_property("sentence", check_refusal(changed, named))
 
 
 @pytest.mark.parametrize(("size", "served"), [(64, True), (40, False)])
@@ -243,8 +280,9 @@ def test_values_that_a_model_pads(vllm_config, size: int, served: bool) -> None:
         check_refusal(config, ("head_size 72", OTHER))
 
 
+@pytest.mark.refuses("{named[0]}")
 @pytest.mark.parametrize(("argument", "rest", "named"), [(a, *c) for a, c in ARGUMENTS.items()])
-def test_arguments(argument: str, rest: str, named: tuple) -> None:
+def test_arguments(record_property, argument: str, rest: str, named: tuple) -> None:
     """Through vLLM's own parser: no argument changes its place on the way to the checks."""
     from vllm.engine.arg_utils import EngineArgs
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -259,14 +297,17 @@ def test_arguments(argument: str, rest: str, named: tuple) -> None:
         *rest.split(),
     ]
     args = EngineArgs.add_cli_args(FlexibleArgumentParser()).parse_args(command)
-    refused(lambda: EngineArgs.from_cli_args(args).create_engine_config(), *named)
+    create = EngineArgs.from_cli_args(args).create_engine_config
+    record_property("sentence", refused(create, *named))
 
 
+@pytest.mark.refuses("{named[0]}")
 @pytest.mark.parametrize(("change", "named"), PARTS.values(), ids=PARTS)
-def test_parts(vllm_config, change: tuple, named: tuple) -> None:
+def test_parts(vllm_config, record_property, change: tuple, named: tuple) -> None:
     part, changes = change
     changed = Changed(getattr(vllm_config, part), **changes)
-    check_refusal(Changed(vllm_config, **{part: changed}), named)
+    changed = Changed(vllm_config, **{part: changed})
+    record_property("sentence", check_refusal(changed, named))
 
 
 def speculative(vllm_config, **changes):
@@ -276,9 +317,11 @@ def speculative(vllm_config, **changes):
     return Changed(vllm_config, speculative_config=config, use_v2_model_runner=False)
 
 
+@pytest.mark.refuses("{named[0]}")
 @pytest.mark.parametrize(("changes", "named"), DRAFTS.values(), ids=DRAFTS)
-def test_kinds_of_speculation(vllm_config, changes: dict, named: tuple) -> None:
-    check_refusal(speculative(vllm_config, **changes), named)
+def test_kinds_of_speculation(vllm_config, record_property, changes: dict, named: tuple) -> None:
+    changed = speculative(vllm_config, **changes)
+    record_property("sentence", check_refusal(changed, named))
 
 
 @pytest.mark.parametrize("method", ["ngram", "suffix", "draft_model"])
@@ -314,12 +357,16 @@ def test_a_cache_of_another_type_than_the_model(vllm_config) -> None:
     check_refusal(config, ("--kv-cache-dtype float16", "bfloat16", "auto"))
 
 
+@pytest.mark.refuses("{named[0]}")
 @pytest.mark.parametrize(("name", "value", "named"), [(n, *c) for n, c in ENVIRONMENT.items()])
-def test_environment(vllm_config, monkeypatch, name: str, value, named: tuple) -> None:
+def test_environment(
+    vllm_config, monkeypatch, record_property, name: str, value, named: tuple
+) -> None:
     monkeypatch.setattr(f"vllm.envs.{name}", value, raising=False)
-    check_refusal(vllm_config, (name, *named))
+    record_property("sentence", check_refusal(vllm_config, (name, *named)))
 
 
+@pytest.mark.supports("KV cache layouts by name")
 def test_the_layout_may_be_named(vllm_config, monkeypatch) -> None:
     for layout in ("LBHNC", "HND"):
         monkeypatch.setattr("vllm.envs.VLLM_KV_CACHE_LAYOUT", layout, raising=False)
@@ -353,12 +400,13 @@ def test_layers_of_other_kinds_are_refused(options: dict, named: str) -> None:
     refused(lambda: AdamasImpl(9, 64, 0.125, 3, **options), named, OTHER)
 
 
-def test_fp8_needs_a_processor_that_prefills_it(vllm_config, monkeypatch) -> None:
+@pytest.mark.refuses("fp8 KV cache without AVX-512 and AMX")
+def test_fp8_needs_a_processor_that_prefills_it(vllm_config, monkeypatch, record_property) -> None:
     cache = Changed(vllm_config.cache_config, cache_dtype="fp8_e5m2")
     config = Changed(vllm_config, cache_config=cache)
     for supported in ("_is_avx512_supported", "_is_amx_tile_supported"):
         monkeypatch.setattr(torch.cpu, supported, lambda: False)
-    check_refusal(config, ("fp8", "AVX-512", "--kv-cache-dtype auto"))
+    record_property("sentence", check_refusal(config, ("fp8", "AVX-512", "--kv-cache-dtype auto")))
     monkeypatch.setattr(torch.cpu, "_is_avx512_supported", lambda: True)
     checks.check_config(config)
 
@@ -650,18 +698,35 @@ def test_files_of_pages_that_differ_lie_in_different_folders(vllm_config, monkey
     assert len({folder(), *(folder(**other) for other in others)}) == 1 + len(others)
 
 
-def test_what_the_cuda_kernels_cannot_hold(vllm_config, monkeypatch) -> None:
-    on_gpu(monkeypatch)
-    model = vllm_config.model_config
-    for changes, named in (
-        ({"max_model_len": (1 << 20) + 1}, ("1048577", "--max-model-len 1048576", "triton")),
+@pytest.mark.refuses("{row}")
+@pytest.mark.parametrize(
+    ("row", "changes", "named"),
+    [
         (
+            "contexts above 1M tokens on Hopper",
+            {"max_model_len": (1 << 20) + 1},
+            ("1048577", "--max-model-len 1048576", "triton"),
+        ),
+        (
+            "steps of too many tokens on Hopper",
             {"max_model_len": 1 << 20, "get_num_kv_heads": lambda parallel: 1 << 16},
             (str(1 << 37), "--max-num-seqs", "triton"),
         ),
-        ({"get_num_attention_heads": lambda parallel: 51}, ("17 query heads", "16", OTHER)),
-    ):
-        check_refusal(Changed(vllm_config, model_config=Changed(model, **changes)), named)
+        (
+            "more than 16 query heads per KV head on GPUs",
+            {"get_num_attention_heads": lambda parallel: 51},
+            ("17 query heads", "16", OTHER),
+        ),
+    ],
+    ids=["context", "step", "heads"],
+)
+def test_what_the_cuda_kernels_cannot_hold(
+    vllm_config, monkeypatch, record_property, row: str, changes: dict, named: tuple
+) -> None:
+    on_gpu(monkeypatch)
+    model = Changed(vllm_config.model_config, **changes)
+    changed = Changed(vllm_config, model_config=model)
+    record_property("sentence", check_refusal(changed, named))
 
 
 @pytest.mark.parametrize("size", [32, 80, 112, 160, 224])

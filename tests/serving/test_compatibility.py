@@ -119,7 +119,7 @@ def test_what_works_has_a_test(row: Row) -> None:
 EVENTS = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": "inproc://events"}
 LLAMA = {
     "plain": {},
-    "bookkeeping": {
+    "priority scheduling": {
         "prefix_caching_hash_algo": "sha256_cbor",
         "kv_events_config": EVENTS,
         "max_num_active_seqs": 2,
@@ -128,7 +128,10 @@ LLAMA = {
         "long_prefill_token_threshold": 200,
         "long_prefill_token_threshold_adaptive": True,
     },
-    "another implementation": {"model_impl": "transformers", "enable_chunked_prefill": False},
+    "--model-impl transformers": {
+        "model_impl": "transformers",
+        "enable_chunked_prefill": False,
+    },
 }
 TWO_SIZES = {  # of pages in one pool; no prefix caching, so that both prefill whole prompts
     f"blocks of {size}": {
@@ -141,8 +144,8 @@ TWO_SIZES = {  # of pages in one pool; no prefix caching, so that both prefill w
 }
 GEMMA = {
     "plain": {},
-    "one kind of blocks": {"disable_hybrid_kv_cache_manager": True},
-    "another backend for windows": {
+    "--disable-hybrid-kv-cache-manager": {"disable_hybrid_kv_cache_manager": True},
+    "another backend for sliding windows": {
         "attention_config": {"backend_per_kind": {"sliding_window": "CPU_ATTN"}}
     },
 }
@@ -180,6 +183,7 @@ def tokens(said) -> dict[tuple[str, str], list[list[int]]]:
     return {case: engine.tokens for case, engine in said.items()}
 
 
+@pytest.mark.supports("{name}")
 @pytest.mark.serve
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(LLAMA)[1:])
@@ -187,11 +191,12 @@ def test_bookkeeping_changes_no_answer(tokens, name: str) -> None:
     assert tokens["llama", name] == tokens["llama", "plain"]
 
 
+@pytest.mark.supports("KV events")
 @pytest.mark.serve
 @pytest.mark.slow
 def test_kv_events_tell_of_every_full_block(said) -> None:
     """Of prompts and answers; the last token of an answer is never computed."""
-    engine, size = said["llama", "bookkeeping"], engines.COMMON["block_size"]
+    engine, size = said["llama", "priority scheduling"], engines.COMMON["block_size"]
     texts = [
         (prompt + tokens)[:-1]
         for prompt, tokens in zip(2 * engines.prompts(), engine.tokens, strict=True)
@@ -202,6 +207,7 @@ def test_kv_events_tell_of_every_full_block(said) -> None:
     assert full == set(map(tuple, engine.stored))
 
 
+@pytest.mark.supports("sliding windows", "{name}")
 @pytest.mark.serve
 @pytest.mark.slow
 @pytest.mark.parametrize("name", list(GEMMA)[1:])
@@ -209,6 +215,7 @@ def test_kinds_of_layers_change_no_answer(tokens, name: str) -> None:
     assert tokens["gemma", name] == tokens["gemma", "plain"]
 
 
+@pytest.mark.supports("fp8 KV cache in some layers")
 @pytest.mark.serve
 @pytest.mark.slow
 @pytest.mark.skipif(not FP8, reason="vLLM has no fp8 prefill on this processor")
@@ -267,11 +274,15 @@ def counters(server: Server, until: list[int]) -> list[int]:
 
 @pytest.mark.serve
 @pytest.mark.slow
-@pytest.mark.parametrize("args", ["--api-server-count 2", "-dp 2"])
-def test_more_processes_change_no_answer(models, tokens, args: str) -> None:
+@pytest.mark.supports("{name}")
+@pytest.mark.parametrize(
+    ("name", "args"),
+    [("several API servers", "--api-server-count 2"), ("data parallelism", "-dp 2")],
+)
+def test_more_processes_change_no_answer(models, tokens, name: str, args: str) -> None:
     cores = sorted(os.sched_getaffinity(0))[:2]
     env = {"VLLM_CPU_KVCACHE_SPACE": "1"}
-    if args == "-dp 2":
+    if name == "data parallelism":
         if len(cores) < 2:
             pytest.skip("needs two cores")
         env["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, cores))

@@ -221,6 +221,7 @@ def test_refusals_end_the_command(host, args: str) -> None:
     assert "EngineCore" not in done.stdout + done.stderr
 
 
+@pytest.mark.supports("stock tokens within the token budget", "float16", "torch.compile")
 def test_a_budget_beyond_the_context_gives_stock_tokens(host) -> None:
     stock, dense = host["stock"], host["dense"]
     assert "Using ADAMAS" in dense.log()
@@ -231,6 +232,7 @@ def test_a_budget_beyond_the_context_gives_stock_tokens(host) -> None:
     assert dense_rows > 0
 
 
+@pytest.mark.supports("counters at /metrics")
 @pytest.mark.parametrize("name", ["sparse", "triton", "profile", "fp8"])
 def test_the_counters_say_that_decode_was_sparse(host, name: str) -> None:
     server, tokens = host[name], 20
@@ -239,6 +241,7 @@ def test_the_counters_say_that_decode_was_sparse(host, name: str) -> None:
     assert moved(server, lambda: complete(server, prompt, tokens))[:4] == counted(steps)
 
 
+@pytest.mark.supports("CUDA graphs: full")
 def test_padded_rows_of_a_graph_are_not_counted(host) -> None:
     """Three requests replay a graph of four rows."""
     server = host["sparse"]
@@ -263,8 +266,17 @@ def test_the_pass_key_is_found(host, name: str, lines: int) -> None:
     assert attended * 24 * lines < 1.2 * ATTENDED / LAYERS * context
 
 
-@pytest.mark.parametrize("name", ["piecewise", "no graphs", "v1 runner", "v1 runner, no graphs"])
-def test_graphs_and_runners_change_no_answer(host, base, name: str) -> None:
+@pytest.mark.supports("{row}")
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        ("CUDA graphs: piecewise", "piecewise"),
+        ("Model Runner V2", "no graphs"),
+        ("Model Runner V1", "v1 runner"),
+        ("Model Runner V1", "v1 runner, no graphs"),
+    ],
+)
+def test_graphs_and_runners_change_no_answer(host, base, row: str, name: str) -> None:
     """Decode steps outside a graph are launched for their longest context: sums come in another order."""
     server = host[name]
     assert ("Using V2 Model Runner" in server.log()) == ("v1" not in name)
@@ -275,6 +287,7 @@ def test_graphs_and_runners_change_no_answer(host, base, name: str) -> None:
         assert_same_up_to_rounding(steps_of(host["sparse"], PROMPTS), steps_of(server, PROMPTS))
 
 
+@pytest.mark.supports("speculative decoding: n-grams")
 @pytest.mark.parametrize(
     ("plain", "name"),
     [("sparse", "drafts"), ("sparse", "drafts, no graphs"), ("dense", "dense drafts")],
@@ -295,6 +308,7 @@ def test_drafts_change_no_answer(host, plain: str, name: str) -> None:
     assert 0 < accepted < drafted
 
 
+@pytest.mark.supports("speculative decoding: n-grams")
 def test_drafts_are_accepted_as_by_the_stock_backend(host) -> None:
     """With a budget above every context, up to the tokens that rounding decides."""
     rates = []
@@ -307,6 +321,7 @@ def test_drafts_are_accepted_as_by_the_stock_backend(host) -> None:
     assert abs(rates[0] - rates[1]) < 0.05, rates
 
 
+@pytest.mark.supports("audit")
 @pytest.mark.parametrize(
     "name", ["no graphs", "v1 runner", "raised", "drafts", "drafts, no graphs"]
 )
@@ -321,6 +336,7 @@ def test_audited_rows_agree_with_dense_attention(host, name: str) -> None:
         assert 0.4 < group["kept_mass"] < group["oracle_mass"] <= 1.001
 
 
+@pytest.mark.supports("token budgets of requests")
 @pytest.mark.parametrize("name", ["v1 runner", "raised"])
 def test_a_request_raises_its_own_budget_alone(host, name: str) -> None:
     server, asked = host[name], ({}, {"vllm_xargs": {ARGUMENT: MOST}})
@@ -335,6 +351,7 @@ def test_a_request_raises_its_own_budget_alone(host, name: str) -> None:
     assert_same_up_to_rounding(expected, found)
 
 
+@pytest.mark.supports("prefix caching")
 @pytest.mark.parametrize(("name", "rounding"), [("sparse", ROUNDING), ("fp8", FP8_ROUNDING)])
 def test_prefix_hits_change_no_answer(host, name: str, rounding: float) -> None:
     server, prompts = host[name], [harbour_log(70, seed=seed) for seed in range(100, 106)]
@@ -346,12 +363,14 @@ def test_prefix_hits_change_no_answer(host, name: str, rounding: float) -> None:
     assert_same_up_to_rounding(cold, warm, rounding, share=0.6)
 
 
+@pytest.mark.supports("chunked prefill", "asynchronous scheduling")
 def test_chunks_and_scheduling_change_no_answer(host) -> None:
     """Prefill in steps of 512 tokens, nothing cached, each step waited for."""
     alike = [steps_of(host[name], PROMPTS) for name in ("sparse", "chunked")]
     assert_same_up_to_rounding(*alike)
 
 
+@pytest.mark.supports("continuous batching")
 @pytest.mark.parametrize("name", ["sparse", "chunked", "v1 runner", "triton", "profile"])
 def test_clients_at_once_get_the_answers_of_clients_alone(host, name: str) -> None:
     """Long prefills, prefix hits and running decodes share steps; graphs are padded."""
@@ -362,6 +381,7 @@ def test_clients_at_once_get_the_answers_of_clients_alone(host, name: str) -> No
     assert_same_up_to_rounding(alone, crowd)
 
 
+@pytest.mark.supports("prefix caching")
 @pytest.mark.parametrize("left", [1, 2])
 @pytest.mark.parametrize("name", ["dense", "sparse", "piecewise", "v1 runner", "triton"])
 def test_warm_prompts_with_little_left_join_running_decodes(host, name: str, left: int) -> None:
@@ -399,6 +419,7 @@ def test_freed_blocks_may_hold_anything(host, name: str) -> None:
     assert_same_up_to_rounding(before, steps_of(server, PROMPTS))
 
 
+@pytest.mark.supports("Triton kernels")
 def test_triton_gives_what_cuda_gives(host) -> None:
     triton = host["triton"]
     assert "kernels triton" in triton.log()
@@ -410,6 +431,7 @@ def test_triton_gives_what_cuda_gives(host) -> None:
     assert_same_up_to_rounding(*(steps_of(host[name], PROMPTS) for name in ("sparse", "triton")))
 
 
+@pytest.mark.supports("calibration profiles")
 def test_a_profile_under_graphs(host) -> None:
     """Keys that are balanced and coded less their mean: dense attention stays what it was."""
     log = host["profile"].log()
@@ -426,6 +448,7 @@ def logprobs_of(server: Server, prompt: str) -> torch.Tensor:
     return torch.tensor([next(iter(entry.values()))["logprob"] for entry in entries])
 
 
+@pytest.mark.supports("fp8 KV cache", "bfloat16")
 def test_fp8_prefill_is_closer_to_exact_than_flash_attention_is(host) -> None:
     """Both read the same fp8 K and V; FLASH_ATTN rounds queries and the softmax as well."""
     servers, errors = ("bf16 fp8", "stock bf16 fp8"), ([], [])
@@ -438,6 +461,7 @@ def test_fp8_prefill_is_closer_to_exact_than_flash_attention_is(host) -> None:
     assert 0 < ours < theirs
 
 
+@pytest.mark.supports("fp8 KV cache")
 def test_fp8_decode_agrees_with_prefill(host) -> None:
     """Dense rows of the kernels, read in place, against FlashAttention over copied values."""
     server, errors = host["fp8"], []
@@ -451,6 +475,7 @@ def test_fp8_decode_agrees_with_prefill(host) -> None:
     assert errors.mean() < ROUNDING
 
 
+@pytest.mark.supports("tensor parallelism")
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_heads_may_be_split_over_two_gpus(pair) -> None:
     """The tokens of the stock backend within the budget, and every row counted once beyond it."""
@@ -489,6 +514,7 @@ assert answer() == before, (answer(), before)
 """
 
 
+@pytest.mark.supports("sleep mode")
 def test_sleep_level_2_keeps_what_the_backend_allocates(host) -> None:
     """Weights are discarded and loaded again; the scratch of fp8 prefill still begins as zeros."""
     env = {**os.environ, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
@@ -507,6 +533,7 @@ def memory_of(server: Server) -> dict[int, int]:
     return {p.pid: p.usedGpuMemory for p in found if p.pid in here and os.getsid(p.pid) == own}
 
 
+@pytest.mark.supports("memory that stays as measured")
 def test_a_thousand_steps_take_no_memory(host) -> None:
     server = host["sparse"]
     prompt = token_ids(server, harbour_log(60, seed=10), 1000)
@@ -517,6 +544,7 @@ def test_a_thousand_steps_take_no_memory(host) -> None:
     assert memory_of(server) == before
 
 
+@pytest.mark.supports("streaming")
 def test_chat_over_http(host) -> None:
     server = host["sparse"]
     assert "Paris" in chat(server, "What is the capital of France?")

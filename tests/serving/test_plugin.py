@@ -89,6 +89,7 @@ print(member.get_class().get_name())
     assert python(code, input=sent).split()[-1] == "ADAMAS"
 
 
+@pytest.mark.supports("choice by --attention-backend")
 def test_the_cpu_platform_honours_the_choice(platform) -> None:
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
     from vllm.v1.attention.selector import AttentionSelectorConfig
@@ -118,6 +119,7 @@ def test_options_are_part_of_the_key_of_compiled_models(platform) -> None:
     assert engine_config("ADAMAS", {"combine": "max"}).compute_hash() in hashes
 
 
+@pytest.mark.supports("choice by --attention-backend")
 def test_only_the_adamas_backend_is_checked(platform) -> None:
     wrong = {"no such option": 1}
     assert not compat.is_selected(engine_config("CPU_ATTN", wrong))

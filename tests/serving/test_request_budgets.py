@@ -235,6 +235,7 @@ def attended(server: Server) -> int:
     return int(server.metrics()["vllm:adamas_decode_attended_tokens_total"])
 
 
+@pytest.mark.supports("token budgets of requests")
 @pytest.mark.serve
 @pytest.mark.timeout(1200)
 def test_requests_in_one_batch_attend_to_what_they_ask_for(server) -> None:
@@ -306,6 +307,7 @@ def vllm_config():
     ).create_engine_config()
 
 
+@pytest.mark.supports("token budgets of requests")
 def test_the_processor_is_added_once_to_those_of_the_operator(vllm_config) -> None:
     checks.check_config(vllm_config)
     config = checks.read_config(vllm_config)
@@ -313,6 +315,7 @@ def test_the_processor_is_added_once_to_those_of_the_operator(vllm_config) -> No
     assert vllm_config.model_config.logits_processors == ["of.the:Operator", name]
 
 
+@pytest.mark.refuses("max_token_budget with some features")
 @pytest.mark.parametrize(
     ("v2", "part", "changes", "named"),
     [
@@ -322,10 +325,13 @@ def test_the_processor_is_added_once_to_those_of_the_operator(vllm_config) -> No
         (True, "model_config", {"is_hybrid": True}, ("state-space", "another model")),
     ],
 )
-def test_servers_that_cannot_tell_requests_apart(vllm_config, v2, part, changes, named) -> None:
+def test_servers_that_cannot_tell_requests_apart(
+    vllm_config, record_property, v2, part, changes, named
+) -> None:
     served = {"parallel_drafting": False, "num_speculative_tokens": 2}
     real = SimpleNamespace(**served) if part == "speculative_config" else getattr(vllm_config, part)
     changed = Changed(vllm_config, use_v2_model_runner=v2, **{part: Changed(real, **changes)})
-    refused(lambda: checks.check_config(changed), "max_token_budget with", *named)
+    sentence = refused(lambda: checks.check_config(changed), "max_token_budget with", *named)
+    record_property("sentence", sentence)
     other = Changed(changed, additional_config={"adamas": {"token_budget": LEAST}})
     assert checks.check_config(other).max_token_budget is None

@@ -66,14 +66,11 @@ MANHATTAN = Spec("adamas", f'{{"token_budget": {BUDGET}, "score": "manhattan"}}'
 SUM = Spec(
     "adamas", f'{{"token_budget": {BUDGET}, "combine": "sum", "num_dense_layers": 1}}', EAGER
 )
-PROFILE = Spec(
-    "adamas",
-    json.dumps({"token_budget": BUDGET, "profile": MODEL.name}),
-    EAGER + "--block-size 128",
-)
 BY_LAYER = Spec(
     "adamas",
-    json.dumps({"token_budget": BUDGET, "layer_budgets": {"0": 512, "7": 0.25}}),
+    json.dumps(
+        {"token_budget": BUDGET, "layer_budgets": {"0": 512, "7": 0.25}, "profile": MODEL.name}
+    ),
     EAGER + "--block-size 128",
 )
 FP8 = Spec("adamas", SPARSE, EAGER + "--kv-cache-dtype fp8")
@@ -181,8 +178,6 @@ def tiny_model(folder, **config) -> str:
     return str(folder)
 
 
-BLOOM = {"architectures": ["BloomForCausalLM"], "model_type": "bloom"}
-BLOOM |= {"hidden_size": 128, "n_head": 2, "n_layer": 2}
 LLAMA_72 = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 144}
 LLAMA_72 |= {"intermediate_size": 256, "num_attention_heads": 2, "num_hidden_layers": 2}
 DEEPSEEK = {"architectures": ["DeepseekV2ForCausalLM"], "model_type": "deepseek_v2"}
@@ -190,14 +185,12 @@ DEEPSEEK |= {"hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 
 DEEPSEEK |= {"num_attention_heads": 2, "num_key_value_heads": 2, "kv_lora_rank": 64}
 DEEPSEEK |= {"q_lora_rank": None, "qk_nope_head_dim": 32, "qk_rope_head_dim": 16, "v_head_dim": 32}
 
+# Each kind of refusal; test_config, test_checks and test_refused have the sentences.
 REFUSED = {  # options of the backend, further arguments, config.json or None -> what is named
     "unknown key": ({"budget": 64}, "", None, ("adamas.budget", "token_budget")),
     "budget 0": ({"token_budget": 0}, "", None, ("token_budget=0",)),
-    "budget -1": ({"token_budget": -1}, "", None, ("token_budget=-1",)),
-    "budget 1.5": ({"token_budget": 1.5}, "", None, ("token_budget=1.5",)),
     "no such layer": ({"layer_budgets": {"30": 64}}, "", None, ("layer 30", "0 to 29")),
     "block size": ({}, "--block-size 48", None, ("block_size 48", "32")),
-    "alibi": ({}, "", BLOOM, ("ALiBi", "--attention-backend")),
     "mla": ({}, "", DEEPSEEK, ("MLA", "--attention-backend")),
     "head size": ({}, "", LLAMA_72, ("head_size 72", "--attention-backend")),
 }
@@ -268,6 +261,7 @@ def dense(serve, stock) -> Observed:
     return Observed.of(serve(DENSE))
 
 
+@pytest.mark.supports("stock tokens within the token budget", "float32")
 def test_a_budget_beyond_the_context_gives_stock_tokens(stock, dense) -> None:
     """Short prompts, one of 3,000 tokens and conversations of 760."""
     assert dense.answers == stock.answers
@@ -284,12 +278,14 @@ def test_a_budget_beyond_the_context_is_never_sparse(stock, dense) -> None:
     assert attended == context > 0
 
 
+@pytest.mark.supports("prefix caching")
 def test_prefix_cache_hits_are_those_of_stock(stock, dense) -> None:
     hits, queries = dense.cached
     assert 0 < hits < queries
     assert dense.cached == stock.cached
 
 
+@pytest.mark.supports("preemption")
 def test_preempted_requests_resume_where_they_were(dense) -> None:
     assert dense.preemptions > 0
     assert dense.crowded == dense.alone
@@ -304,6 +300,7 @@ def base(serve) -> list[list[str]]:
     return answers(serve(BASE), LONG_PROMPTS)
 
 
+@pytest.mark.supports("counters at /metrics")
 def test_the_counters_say_that_decode_was_sparse(serve) -> None:
     """If sparse decode silently did not run, or attended to more or less than the budget."""
     server, tokens = serve(BASE), 20
@@ -337,6 +334,7 @@ def test_the_pass_key_is_found_by_dot(serve) -> None:
     assert PASS_KEY in ask_pass_key(serve(BASE))
 
 
+@pytest.mark.supports("prefix caching")
 def test_one_token_behind_a_prefix_hit_is_still_prompt(serve) -> None:
     """Then the prefill's last step looks like a decode step; prompts are dense whatever their steps."""
     server = serve(BASE)
@@ -350,6 +348,7 @@ def test_one_token_behind_a_prefix_hit_is_still_prompt(serve) -> None:
     assert warm["token_logprobs"] == pytest.approx(cold["token_logprobs"], abs=1e-4)
 
 
+@pytest.mark.supports("continuous batching")
 def test_mixed_batches_change_no_answer(serve, base) -> None:
     """A fresh long prefill, prefix hits and running decodes share steps."""
     server = serve(BASE)
@@ -379,6 +378,31 @@ def test_mixed_batches_change_no_answer(serve, base) -> None:
     assert "".join(first) == complete(server, running, 60)["text"]
 
 
+def test_what_is_configured_is_logged(serve) -> None:
+    logged = f"{FIRST_BUDGET} tokens in layer 0, 0 dense layers, profile none,"
+    assert f"token budget {BUDGET} tokens per kv head (maximum), {logged}" in serve(BASE).log()
+
+
+@pytest.mark.parametrize("spec", [BASE, FP8], ids=["float32", "fp8"])
+def test_freed_blocks_may_hold_anything(serve, spec: Spec) -> None:
+    """The pages of all requests so far are filled with NaN; none of it reaches the next ones."""
+    server = serve(spec)
+    prompts = (*SHORT_PROMPTS, *LONG_PROMPTS)
+    before = [complete(server, prompt)["logprobs"] for prompt in prompts]
+    poison(server, LAYERS)
+    assert [complete(server, prompt)["logprobs"] for prompt in prompts] == before
+
+
+@pytest.mark.supports("fp8 KV cache")
+def test_an_fp8_cache_serves_sensible_text(serve) -> None:
+    server = serve(FP8)
+    assert "Paris" in complete(server, "The capital of France is", 8)["text"]
+    with Moved(server) as moved:
+        assert PASS_KEY in ask_pass_key(server)
+    assert moved.ours()[0] > 0
+
+
+@pytest.mark.supports("chunked prefill", "block sizes")
 def test_chunks_and_block_sizes_change_no_answer(serve, base) -> None:
     """Prefill in steps of 512 tokens over blocks of 32, against one step over blocks of 128."""
     assert answers(serve(CHUNKED), LONG_PROMPTS) == base
@@ -392,16 +416,6 @@ def test_reused_blocks_carry_nothing_over(serve, base) -> None:
     assert answers(server, LONG_PROMPTS) == base
 
 
-@pytest.mark.parametrize("spec", [BASE, FP8], ids=["float32", "fp8"])
-def test_freed_blocks_may_hold_anything(serve, spec: Spec) -> None:
-    """The pages of all requests so far are filled with NaN; none of it reaches the next ones."""
-    server = serve(spec)
-    prompts = (*SHORT_PROMPTS, *LONG_PROMPTS)
-    before = [complete(server, prompt)["logprobs"] for prompt in prompts]
-    poison(server, LAYERS)
-    assert [complete(server, prompt)["logprobs"] for prompt in prompts] == before
-
-
 def drafts(moved: Moved) -> tuple[int, int]:
     """Drafted and accepted tokens of speculative decoding."""
     names = (f"vllm:spec_decode_num_{what}_tokens_total" for what in ("draft", "accepted"))
@@ -409,6 +423,7 @@ def drafts(moved: Moved) -> tuple[int, int]:
     return drafted, accepted
 
 
+@pytest.mark.supports("speculative decoding: n-grams")
 @pytest.mark.slow
 def test_drafts_of_ngrams_change_no_answer(serve, base) -> None:
     """The lines of the harbour log resemble each other."""
@@ -424,6 +439,7 @@ def test_drafts_of_ngrams_change_no_answer(serve, base) -> None:
     assert 23 * len(LONG_PROMPTS) - accepted <= rows - drafted < 23 * len(LONG_PROMPTS)
 
 
+@pytest.mark.supports("speculative decoding: n-grams")
 @pytest.mark.slow
 def test_ngrams_are_accepted_as_by_the_stock_backend(serve) -> None:
     """With a budget above every context."""
@@ -438,6 +454,7 @@ def test_ngrams_are_accepted_as_by_the_stock_backend(serve) -> None:
     assert ours[2] > 0
 
 
+@pytest.mark.supports("torch.compile")
 def test_a_compiled_server_gives_the_same_answers(serve, base) -> None:
     """torch.compile, as without --enforce-eager; blocks of 64."""
     server = serve(COMPILED)
@@ -451,25 +468,18 @@ def test_a_compiled_server_gives_the_same_answers(serve, base) -> None:
 # A server as people start it: bf16
 
 
+@pytest.mark.supports("bfloat16")
 @pytest.mark.parametrize(
     ("spec", "logged"),
     [
-        (
-            BASE,
-            f"per kv head (maximum), {FIRST_BUDGET} tokens in layer 0, 0 dense layers, profile none,",
-        ),
         (SUM, "per kv head, 1 dense layers, profile none,"),
         (MANHATTAN, "per kv head, 2 dense layers, profile none,"),
     ],
-    ids=["default", "sum", "manhattan"],
+    ids=["sum", "manhattan"],
 )
-def test_what_is_configured_is_logged(serve, spec: Spec, logged: str) -> None:
-    assert f"token budget {BUDGET} tokens {logged}" in serve(spec).log()
-
-
-@pytest.mark.parametrize("spec", [SUM, MANHATTAN], ids=["sum", "manhattan"])
-def test_the_pass_key_is_found_in_bf16(serve, spec: Spec) -> None:
+def test_the_pass_key_is_found_in_bf16(serve, spec: Spec, logged: str) -> None:
     server = serve(spec)
+    assert f"token budget {BUDGET} tokens {logged}" in server.log()
     with Moved(server) as moved:
         assert PASS_KEY in ask_pass_key(server)
     _, _, context, attended = moved.ours()
@@ -484,6 +494,7 @@ def test_chat_and_completions(serve) -> None:
     assert (reply["finish_reason"], reply["completion_tokens"]) == ("length", 8)
 
 
+@pytest.mark.supports("streaming")
 def test_streaming_brings_the_same_text_in_parts(serve) -> None:
     server, prompt = serve(MANHATTAN), harbour_log(20)
     body = {"prompt": prompt, "max_tokens": 16, "temperature": 0, "ignore_eos": True}
@@ -543,25 +554,15 @@ def test_bad_json_is_refused(serve) -> None:
     assert complete(server, "1 2 3", 2)["completion_tokens"] == 2
 
 
-def test_an_fp8_cache_serves_sensible_text(serve) -> None:
-    server = serve(FP8)
-    assert "Paris" in complete(server, "The capital of France is", 8)["text"]
-    with Moved(server) as moved:
-        assert PASS_KEY in ask_pass_key(server)
-    assert moved.ours()[0] > 0
-
-
+@pytest.mark.supports("calibration profiles")
 def test_a_profile_is_served(serve) -> None:
-    server, tokens = serve(PROFILE), 20
+    server = serve(BY_LAYER)
     line = next(x for x in server.log().splitlines() if "Using ADAMAS" in x)
     assert f"profile {profiles.pin(MODEL.name)}," in line
-    prompt = token_ids(server, harbour_log(60, seed=5), 1200)
-    with Moved(server) as moved:
-        complete(server, prompt, tokens)
-    assert moved.ours() == counted(range(1201, 1200 + tokens))
     assert "Paris" in complete(server, "The capital of France is", 8)["text"]
 
 
+@pytest.mark.supports("token budgets of layers")
 def test_layers_have_budgets_of_their_own(serve) -> None:
     """Layer 0 has 512 tokens in place of its default, and layer 7 a quarter of the context."""
     server, tokens = serve(BY_LAYER), 20
@@ -584,6 +585,7 @@ def test_layers_have_budgets_of_their_own(serve) -> None:
     assert "Paris" in complete(server, "The capital of France is", 8)["text"]
 
 
+@pytest.mark.supports("tensor parallelism")
 def test_heads_may_be_split_over_two_processes(tmp_path) -> None:
     """Tensor parallelism: the tokens of the stock backend, and every row counted once."""
     cores = sorted(os.sched_getaffinity(0))[:2]

@@ -14,14 +14,15 @@ ENGINES = {
 }
 
 
-@pytest.fixture(scope="module", params=MODELS.values(), ids=MODELS)
+@pytest.fixture(scope="module", params=MODELS)
 def tokens(request, tmp_path_factory) -> dict[str, list[list[int]]]:
     """What each engine answers; in float32, as in test_serve."""
-    model = request.param(tmp_path_factory.mktemp("model"))
+    model = MODELS[request.param](tmp_path_factory.mktemp("model"))
     with engines.Engines() as process:
         return {name: process.ask(model, arguments).tokens for name, arguments in ENGINES.items()}
 
 
+@pytest.mark.supports("{tokens}")
 @pytest.mark.serve
 @pytest.mark.slow
 def test_a_budget_beyond_the_context_gives_stock_tokens(tokens) -> None:
@@ -29,6 +30,7 @@ def test_a_budget_beyond_the_context_gives_stock_tokens(tokens) -> None:
     assert all(len(set(answer)) > 4 for answer in tokens["stock"]), "attention decides nothing"
 
 
+@pytest.mark.supports("{tokens}")
 @pytest.mark.serve
 @pytest.mark.slow
 def test_sparse_decode_gives_the_tokens_of_the_reference(tokens) -> None:

@@ -35,6 +35,7 @@ def answers(tmp_path_factory) -> dict[str, engines.Engine]:
         return {name: process.ask(model, arguments) for name, arguments in cases.items()}
 
 
+@pytest.mark.supports("speculative decoding: draft model")
 @pytest.mark.parametrize("name", ["draft model", "draft model, chunks", "one draft"])
 def test_drafts_change_no_answer(answers, name: str) -> None:
     found = answers[name]
@@ -42,6 +43,7 @@ def test_drafts_change_no_answer(answers, name: str) -> None:
     assert 0 < found.accepted < found.drafted
 
 
+@pytest.mark.supports("speculative decoding: suffixes")
 @pytest.mark.skipif(not find_spec("arctic_inference"), reason="needs the package arctic-inference")
 def test_drafts_of_suffixes_change_no_answer(answers) -> None:
     """Every prompt is asked twice, so the drafts are earlier answers."""
@@ -49,6 +51,7 @@ def test_drafts_of_suffixes_change_no_answer(answers) -> None:
     assert answers["suffix"].accepted > 0
 
 
+@pytest.mark.supports("speculative decoding: draft model")
 def test_drafts_are_accepted_as_by_the_stock_backend(answers) -> None:
     """With budgets above every context."""
     stock, ours = answers["stock, draft model"], answers["whole, draft model"]

@@ -543,7 +543,16 @@ def test_a_storm_over_sparse_decode_finds_nothing(serve, llama, tmp_path) -> Non
 
 @pytest.mark.serve
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("fault", ["stale_signature", "neighbours_block", "missed_slot"])
+@pytest.mark.parametrize(
+    "fault",
+    [
+        "stale_signature",
+        *(
+            pytest.param(fault, marks=pytest.mark.slow)
+            for fault in ("neighbours_block", "missed_slot")
+        ),
+    ],
+)
 def test_a_storm_finds_a_fault(serve, llama, tmp_path, fault: str) -> None:
     """The server lives and answers; only its tokens are wrong."""
     server = serve(Spec(llama, fault))
