@@ -80,7 +80,7 @@ class Matrix:
         return outcomes(self._marked[table][row], known, device)
 
     def where(self) -> list[str]:
-        return [f"{name}: {self._known[device][1]}." for device, name in DEVICES.items()]
+        return [f"- {name}: {self._known[device][1]}." for device, name in DEVICES.items()]
 
     def features(self) -> list[str]:
         rows = []
@@ -119,9 +119,9 @@ class Matrix:
         for device, name in DEVICES.items():
             shown = [row for row in features if cell(self.of("features", row, device)) == SHOWN]
             if shown:
-                lines.append(f"- **Shown on {name}:** {', '.join(shown)}.")
+                lines.append(f"- **Shown on {name}:** {'; '.join(shown)}.")
         refused = [row for row in self.rows("refused") if cell(self.of("refused", row)) == SHOWN]
-        return [*lines, f"- **Refused by name:** {', '.join(refused)}."]
+        return [*lines, f"- **Refused by name:** {'; '.join(refused)}."]
 
 
 def main() -> int:
