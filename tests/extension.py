@@ -30,11 +30,13 @@ class Poison:
         return len(caches)
 
 
-def poison(server: Server, layers: int) -> None:
-    """Forgets all cached prefixes and poisons the pages that held them.
-
-    Requests that have ended give their blocks back a moment after the answer.
-    """
+def forget(server: Server) -> None:
+    """Forgets all cached prefixes. Requests that have ended give their blocks back a moment after the answer."""
     while not server.post("/reset_prefix_cache", {})["success"]:
         time.sleep(0.1)
+
+
+def poison(server: Server, layers: int) -> None:
+    """Forgets all cached prefixes and poisons the pages that held them."""
+    forget(server)
     assert server.post("/collective_rpc", {"method": "poison"}) == {"results": [str(layers)]}

@@ -285,7 +285,7 @@ class AdamasConfig(BaseModel):
         """``audit_interval``, or its default on this type of device."""
         if self.audit_interval is not None:
             return self.audit_interval
-        return AUDIT_INTERVALS[device_type]
+        return AUDIT_INTERVALS.get(device_type, 0)
 
     def coding(self, head_size: int) -> Coding:
         """The coding of keys (and, for manhattan, of queries) at one head size."""

@@ -245,7 +245,8 @@ def _header(path: Path) -> tuple[int, dict[str, _Tensor]]:
 
 #: Model types whose attention normalises queries and keys, for models whose weights are not here yet.
 QK_NORM_TYPES = (
-    *("exaone4", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "olmo2", "olmo3"),
+    *("exaone4", "gemma3", "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text"),
+    *("olmo2", "olmo3"),
     *("lfm2", "qwen3", "qwen3_moe", "qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"),
 )
 QK_NORM_TENSOR = re.compile(r"\b(k_norm|k_layernorm|key_layernorm)\.")
