@@ -88,8 +88,8 @@ sanitize-cpu: $(READY) ## test CPU kernels under AddressSanitizer and UndefinedB
 
 # Small cases of every kernel, because the tools slow kernels down a hundredfold. Without torch's cache every tensor is
 # an allocation of its own, so that memcheck sees accesses just behind it.
-SANITIZED := cuda and ((test_append and e4m3 and not rounds) or (3x8 and block16) or test_decode_dense[0-64 or \
-	test_decode_many_rows[100-heads3-96-None-three] or \
+SANITIZED := (sm80 and (block16 or group12-max or group16-kv_head) and not triton) or cuda and ((test_append and e4m3 and not rounds) or (3x8 and block16) or test_decode_dense[sm90-0-64 or \
+	test_decode_many_rows[sm90-100-heads3-96-None-three] or \
 	(any_scores and normal and ((dot-kv_head and 1x8) or (max and 1x16))) or test_gather[cuda-block16] or \
 	test_append_skips or test_lengths_are_cut or (test_surroundings_change_nothing and plain) or (test_decode[ and forced) or \
 	(test_decode[ and little-budget) or test_gather_of_many_rows[cuda-4096])

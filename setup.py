@@ -1,12 +1,14 @@
 """Package layout and native libraries; everything else is in pyproject.toml.
 
 `csrc/cpu` and each `csrc/sm<capability>` become a shared library that is loaded with `tvm_ffi.load_module`.
+The library of `csrc/sm80`, for other GPUs than Hopper, is built from the sources of `csrc/sm90` as well.
 The libraries do not use the CPython ABI, so one wheel serves every Python version. Objects are kept in
 `build/native` (`--build-temp` names another folder). They are rebuilt when a source, a header or the
 compiler's command line changes.
 
 Environment: CXX, ADAMAS_CXX_FLAGS (added to its flags, as in `make sanitize-cpu`), CUDA_HOME, MAX_JOBS,
-ADAMAS_BUILD_CUDA = auto (default: if nvcc is found), 0 or 1.
+ADAMAS_BUILD_CUDA = auto (default: if nvcc is found), 0 or 1,
+ADAMAS_CUDA_ARCHS = architectures of CUDA code, comma-separated (default: those of CUDA_ARCHS that nvcc knows).
 """
 
 import os
@@ -37,6 +39,16 @@ ISA_FLAGS = {
     " -mavx512vpopcntdq -mavx512bitalg -mf16c -mfma -mbmi2 -mpopcnt -mprefer-vector-width=512"
     " -Wno-uninitialized -Wno-maybe-uninitialized",
 }
+#: Architectures of CUDA code, with the one whose PTX theirs is made of.
+CUDA_ARCHS = {
+    "90a": "90a",  # csrc/sm90
+    "80": "80",  # this one and all others: csrc/sm80
+    "86": "80",
+    "89": "89",  # the first with conversions of fp8
+    "90": "90",  # the first with dependent launches; for tests of csrc/sm80 on Hopper
+    "100": "90",
+    "120": "90",
+}
 NVCC_FLAGS = (
     "-std=c++17 -O3 --expt-relaxed-constexpr"
     " -Xcompiler -fPIC,-fvisibility=hidden -Xfatbin -compress-all"
@@ -65,6 +77,44 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc", path=f"{home}/bin" if home else None)
 
 
+def cuda_archs() -> list[str]:
+    """Architectures to build, among ``CUDA_ARCHS``."""
+    wanted = os.environ.get("ADAMAS_CUDA_ARCHS")
+    if wanted is None:
+        listed = subprocess.run([find_nvcc(), "--list-gpu-code"], capture_output=True, text=True)
+        known = listed.stdout.split()
+        # Some releases do not list those with an `a`.
+        return [arch for arch in CUDA_ARCHS if arch == "90a" or f"sm_{arch}" in known]
+    archs = [arch.strip() for arch in wanted.split(",")]
+    if set(archs) - set(CUDA_ARCHS):
+        names = ", ".join(CUDA_ARCHS)
+        raise SystemExit(f"ADAMAS_CUDA_ARCHS={wanted} is not valid: use some of {names}.")
+    return archs
+
+
+def cuda_sources(folder: Path, archs: list[str]) -> list[str]:
+    """Sources of the library of a folder of csrc; none if it has none of the architectures."""
+    if folder.name == "sm90":
+        return sources(str(folder), ".cu") if "90a" in archs else []
+    if set(archs) <= {"90a"}:
+        return []
+    shared = [path for path in sources("csrc/sm90", ".cu") if "decode_fused" not in path]
+    return [*sources(str(folder), ".cu"), *shared]
+
+
+def cuda_flags(library: str) -> list[str]:
+    """What nvcc is told of the target of a library."""
+    archs = [arch for arch in cuda_archs() if (arch == "90a") == library.endswith("_sm90")]
+    codes: dict[str, list[str]] = {}
+    for arch in archs:
+        codes.setdefault(CUDA_ARCHS[arch], []).append(f"sm_{arch}")
+    flags = []
+    for ptx, made in codes.items():
+        code = made[0] if len(made) == 1 else f"[{','.join(made)}]"
+        flags.append(f"-gencode=arch=compute_{ptx},code={code}")
+    return flags if library.endswith("_sm90") else [*flags, "-DADAMAS_SM80"]
+
+
 def libraries() -> list[Extension]:
     wanted = os.environ.get("ADAMAS_BUILD_CUDA", "auto")
     if wanted not in ("auto", "0", "1"):
@@ -73,8 +123,9 @@ def libraries() -> list[Extension]:
     if wanted == "1" and find_nvcc() is None:
         raise SystemExit("ADAMAS_BUILD_CUDA=1 needs nvcc: put it on PATH or set CUDA_HOME.")
     if wanted == "1" or (wanted == "auto" and find_nvcc()):
+        archs = cuda_archs()
         for folder in sorted(Path("csrc").glob("sm*")):
-            found[f"cuda.libadamas_{folder.name}"] = sources(str(folder), ".cu")
+            found[f"cuda.libadamas_{folder.name}"] = cuda_sources(folder, archs)
     return [
         Extension(f"vllm_adamas.backends.{library}", files)
         for library, files in found.items()
@@ -126,8 +177,7 @@ class BuildNative(build_ext):
         tvm_ffi = Path(find_spec("tvm_ffi").submodule_search_locations[0])
         capability = ext.name.rpartition("_sm")[2]
         if capability.isdigit():
-            arch = f"-gencode=arch=compute_{capability}a,code=sm_{capability}a"
-            compiler = [find_nvcc(), arch, *shlex.split(NVCC_FLAGS)]
+            compiler = [find_nvcc(), *cuda_flags(ext.name), *shlex.split(NVCC_FLAGS)]
             # Static, so that the library loads with any CUDA runtime.
             link_flags = ["-cudart", "static"]
         else:
@@ -141,7 +191,9 @@ class BuildNative(build_ext):
 
         folder = Path(self.build_temp, ext.name.rpartition(".")[2])
         folder.mkdir(parents=True, exist_ok=True)
-        headers = [path.stat().st_mtime for path in Path("csrc").rglob("*.*h")]
+        own = ext.name.rpartition("_")[2]  # cpu, sm80 or sm90
+        included = ["common", own, *(["sm90"] if own == "sm80" else [])]
+        headers = [p.stat().st_mtime for name in included for p in Path("csrc", name).rglob("*.*h")]
 
         def compile_one(source: str) -> Path:
             target = folder / f"{Path(source).stem}.o"

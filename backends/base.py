@@ -22,8 +22,8 @@ from vllm_adamas.dtypes import element_of
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.layout import PageLayout
 
-HOPPER = (9, 0)  #: the compute capability that the CUDA library is built for
-MIN_CAPABILITY = (8, 0)  #: lowest that the Triton kernels and vLLM's FlashAttention support
+HOPPER = (9, 0)  #: the compute capability that has CUDA kernels of its own
+MIN_CAPABILITY = (8, 0)  #: lowest that the GPU kernels and vLLM's FlashAttention support
 MAX_GROUP = 16  #: most query heads per KV head that fit the fragments of GPU kernels
 COUNTERS = 5  #: length of the counters that decode adds to
 MOST_TOKENS = 1 << 30  #: bound of sinks and windows: kernels add two of them in 32 bits
@@ -256,6 +256,7 @@ class Backend(ABC):
         num_kv_heads: int,
         max_rows: int,
         max_seq_len: int,
+        capability: tuple[int, int] | None = None,
     ) -> None:
         """Checks, without touching a device, that the kernels can serve the largest decode step.
 
@@ -264,6 +265,7 @@ class Backend(ABC):
             block_size: tokens per block, None if vLLM has not chosen yet.
             num_kv_heads: KV heads on a rank.
             max_rows, max_seq_len: rows and tokens of the longest context in the largest decode step.
+            capability: compute capability of the GPU, if it is one.
 
         Raises:
             AdamasError: the kernels are not built, or the step exceeds their limits.

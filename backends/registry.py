@@ -21,6 +21,7 @@ class Kernels:
         backend: class that drives them, ``module:Class`` in ``vllm_adamas.backends``.
         needs: the GPUs that they need, in words.
         runs_on: whether they run on GPUs of a compute capability.
+        auto_on: whether ``auto`` may take them there.
     """
 
     name: str
@@ -28,13 +29,14 @@ class Kernels:
     backend: str
     needs: str = ""
     runs_on: Callable[[Capability], bool] = lambda capability: True
+    auto_on: Callable[[Capability], bool] = lambda capability: True
 
     def backend_class(self) -> type[Backend]:
         module, _, name = self.backend.partition(":")
         return getattr(import_module(f"vllm_adamas.backends.{module}"), name)
 
 
-#: ``auto`` takes the first kernels that run on the device.
+#: ``auto`` takes the first kernels that run on the device, unless they are to be named there.
 KERNELS = (
     Kernels("cpu", "cpu", "cpu.backend:CpuBackend"),
     Kernels("reference", "cpu", "reference.backend:ReferenceBackend"),
@@ -42,7 +44,9 @@ KERNELS = (
         "cuda",
         "cuda",
         "cuda.backend:CudaBackend",
-        "a Hopper GPU (compute capability 9.0)",
+        "an NVIDIA GPU of compute capability 8.x, 9.0, 10.x or 12.x",
+        lambda capability: capability == HOPPER or capability[0] in (8, 10, 12),
+        # Elsewhere the kernels are compiled, and nobody has run them.
         lambda capability: capability == HOPPER,
     ),
     Kernels(
@@ -81,6 +85,8 @@ def find_kernels(name: str, device_type: str, capability: Capability | None = No
 
         capability = torch.cuda.get_device_capability()
     found = [kernels for kernels in named if kernels.runs_on(capability or (0, 0))]
+    if name == "auto":
+        found = [kernels for kernels in found if kernels.auto_on(capability or (0, 0))]
     if not found:
         others = [k.name for k in here if k not in named and k.runs_on(capability or (0, 0))]
         way_out = f"choose {' or '.join(['auto', *others])}, or another attention backend"

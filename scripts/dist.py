@@ -35,6 +35,7 @@ ROOT = Path(__file__).parents[1]
 LIBRARIES = (
     "vllm_adamas/backends/cpu/libadamas_cpu.so",
     "vllm_adamas/backends/cuda/libadamas_sm90.so",
+    "vllm_adamas/backends/cuda/libadamas_sm80.so",
 )
 #: Libraries that the host or a dependency brings. A second libgomp in one process would be a second pool of threads.
 EXTERNAL = ("libtvm_ffi.so", "libgomp.so.1")

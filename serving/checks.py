@@ -152,7 +152,8 @@ def _check_kernels(vllm_config, config: AdamasConfig) -> None:
     if config.kernels not in kernel_names(device):
         names = ", ".join(kernel_names(device))
         _refuse(f"kernels={config.kernels!r} on this device", f"choose one of {names}")
-    kernels = find_kernels(config.kernels, device, _capability())
+    capability = _capability()
+    kernels = find_kernels(config.kernels, device, capability)
     if model is None:
         return
     parallel = vllm_config.parallel_config
@@ -171,6 +172,7 @@ def _check_kernels(vllm_config, config: AdamasConfig) -> None:
         kv_heads,
         compat.max_decode_rows(vllm_config),
         model.max_model_len,
+        capability,
     )
 
 

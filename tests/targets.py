@@ -25,7 +25,7 @@ from cases import (
 
 from vllm_adamas.backends.base import Backend
 from vllm_adamas.backends.cuda.backend import CudaBackend
-from vllm_adamas.backends.cuda.library import LIBRARY, limits
+from vllm_adamas.backends.cuda.library import FOR_HOPPER, FOR_OTHERS, LIBRARIES, limits
 from vllm_adamas.backends.cuda.policy import HEAD_SIZES, THREE, Form
 from vllm_adamas.backends.reference import ReferenceBackend
 from vllm_adamas.backends.reference.backend import select_tokens
@@ -151,8 +151,12 @@ needs_hopper = [
         not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
         reason="needs a Hopper GPU",
     ),
-    pytest.mark.skipif(not LIBRARY.exists(), reason="the CUDA library is not built"),
+    pytest.mark.skipif(not LIBRARIES[FOR_HOPPER].exists(), reason="the CUDA library is not built"),
 ]
+#: The library for other GPUs, which has code for Hopper so that it is tested.
+needs_other_library = pytest.mark.skipif(
+    not LIBRARIES[FOR_OTHERS].exists(), reason="the CUDA library for other GPUs is not built"
+)
 needs_triton = [pytest.mark.gpu] if COMPILED else []
 
 
@@ -257,7 +261,7 @@ class CudaTarget(_KeepsWorkspace):
             len(batch.lengths) * layer.params.num_kv_heads,
         )
         if form != THREE and (
-            groups > limits().max_groups
+            groups > limits(self.backend.library).max_groups
             or not self.backend.fused_clusters(layer, dtype, longest, form)
         ):
             pytest.skip("the fused kernel does not take this step")
@@ -342,8 +346,8 @@ def check_decode(target: Target, batch: Batch, **kwargs) -> None:
 def target(request, monkeypatch) -> Iterator[Target]:
     """The target of the test's parameter: see :func:`over_targets` and :func:`over_cases`."""
     name, form = request.param
-    if name == "cuda":
-        yield CudaTarget(_cuda(), "cuda", {} if form is None else {"form": form})
+    if name in LIBRARIES:
+        yield CudaTarget(_cuda(name), "cuda", {} if form is None else {"form": form})
     elif name == "triton":
         # What conftest.py has said at import Triton asks again when it first runs a kernel.
         if not COMPILED:
@@ -368,19 +372,21 @@ def _triton() -> Backend:
 
 
 @cache
-def _cuda() -> Backend:
-    return CudaBackend()
+def _cuda(library: str) -> Backend:
+    return CudaBackend(library)
 
 
 def _targets(kind: str, forms: bool) -> list:
-    """Parameters of the fixture; ids are ``avx2``, ``triton``, ``cuda``, ``cuda-three`` or ``cuda-3x8``."""
+    """Parameters of the fixture; ids are ``avx2``, ``triton``, ``cuda``, ``cuda-three`` or ``cuda-3x8``, and ``sm80``."""
     if kind == "cpu":
         return [pytest.param((name, None), id=name) for name in ISAS]
     if kind == "triton":
         return [pytest.param(("triton", None), id="triton", marks=needs_triton)]
-    if not forms:
-        return [pytest.param(("cuda", None), id="cuda", marks=needs_hopper)]
-    return [pytest.param(("cuda", form), id=f"cuda-{form}", marks=needs_hopper) for form in FORMS]
+    named = {f"cuda-{form}": form for form in FORMS} if forms else {"cuda": None}
+    return [
+        *(pytest.param((FOR_HOPPER, x), id=name, marks=needs_hopper) for name, x in named.items()),
+        pytest.param((FOR_OTHERS, None), id="sm80", marks=[*needs_hopper, needs_other_library]),
+    ]
 
 
 def over_targets(*kinds: str, forms: bool = False) -> pytest.MarkDecorator:

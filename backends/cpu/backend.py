@@ -50,7 +50,9 @@ class CpuBackend(Backend, Inspectable):
         self.isa = str(self._lib.use_isa(isa))
 
     @classmethod
-    def check_server(cls, head_sizes, block_size, num_kv_heads, max_rows, max_seq_len):
+    def check_server(
+        cls, head_sizes, block_size, num_kv_heads, max_rows, max_seq_len, capability=None
+    ):
         _library()
 
     @property

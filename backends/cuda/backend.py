@@ -1,12 +1,19 @@
-"""The CUDA backend: kernels of ``csrc/sm90`` for Hopper GPUs (sm_90a), loaded through tvm-ffi."""
+"""The CUDA backend: kernels of ``csrc/sm90`` for Hopper GPUs (sm_90a) and of ``csrc/sm80`` for others, loaded through tvm-ffi."""
 
 from __future__ import annotations
 
 import torch
 
-from vllm_adamas.backends.base import HOPPER, Backend, DecodeBatch, Layer, Params
+from vllm_adamas.backends.base import (
+    HOPPER,
+    MIN_CAPABILITY,
+    Backend,
+    DecodeBatch,
+    Layer,
+    Params,
+)
 from vllm_adamas.backends.cuda import policy
-from vllm_adamas.backends.cuda.library import limits, load
+from vllm_adamas.backends.cuda.library import FOR_HOPPER, library_of, limits, load
 from vllm_adamas.backends.cuda.policy import (
     THREE,
     Form,
@@ -39,41 +46,51 @@ class CudaLayer(Layer):
 
 
 class CudaBackend(Backend, Inspectable):
-    """Kernels for Hopper GPUs: a decode step is one fused kernel, or encode, scan and attend.
+    """Compiled kernels: a decode step is encode, scan and attend, or on Hopper GPUs one fused kernel.
 
     Decode does not synchronise and can be captured in a CUDA graph: launch shapes depend on the number
     of rows, ``max_seq_len`` and the configured budget alone, and kernels read lengths and budgets on
     the device.
+
+    Args:
+        library: name of the compiled library; default: that of the current GPU. The one for other GPUs runs
+            on Hopper too, for tests.
     """
 
     name = "cuda"
 
-    def __init__(self):
-        self._library = load()
-        if not torch.cuda.is_available():
-            raise AdamasError("the CUDA kernels need a visible NVIDIA GPU.")
-        major, minor = torch.cuda.get_device_capability()
-        if (major, minor) != HOPPER:
+    def __init__(self, library: str | None = None):
+        found = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
+        if found is not None and found < MIN_CAPABILITY:
             raise AdamasError(
-                f"the CUDA kernels are built for Hopper (sm_90a), this GPU is sm_{major}{minor}: serve "
-                "with another attention backend."
+                f"the CUDA kernels need compute capability {'.'.join(map(str, MIN_CAPABILITY))}, this GPU "
+                f"has {'.'.join(map(str, found))}: serve with another attention backend."
             )
+        self.library = library or library_of(found or HOPPER)
+        self._library = load(self.library)
+        if found is None:
+            raise AdamasError("the CUDA kernels need a visible NVIDIA GPU.")
         self._workspace = Workspace()
         self._plans: dict[tuple, dict[tuple, LaunchPlan]] = {}
-        self._max_context = limits().max_context
+        self._max_context = limits(self.library).max_context
 
     @classmethod
-    def check_server(cls, head_sizes, block_size, num_kv_heads, max_rows, max_seq_len):
-        limits()  # refuses a missing library
+    def check_server(
+        cls, head_sizes, block_size, num_kv_heads, max_rows, max_seq_len, capability=None
+    ):
+        library = library_of(capability or HOPPER)
+        limits(library)  # refuses a missing library
         for size in head_sizes:
             check_head_size(size)
         if block_size is not None:
-            check_block(block_size)
-        check_step(max_rows, num_kv_heads, max_seq_len)
+            check_block(block_size, library)
+        check_step(max_rows, num_kv_heads, max_seq_len, library)
 
     @property
     def description(self) -> str:
-        return f"cuda (sm_90a, {torch.cuda.get_device_name()})"
+        major, minor = torch.cuda.get_device_capability()
+        code = "sm_90a" if self.library == FOR_HOPPER else f"sm_{major}{minor}"
+        return f"cuda ({code}, {torch.cuda.get_device_name()})"
 
     def reserve(self, params: Params, max_rows: int, max_seq_len: int) -> int:
         """Allocates the workspace for the largest decode step; returns its size in bytes.
@@ -91,7 +108,7 @@ class CudaBackend(Backend, Inspectable):
         Raises:
             AdamasError: the step exceeds the limits of the kernels.
         """
-        check_step(max_rows, params.num_kv_heads, max_seq_len)
+        check_step(max_rows, params.num_kv_heads, max_seq_len, self.library)
         _, capacity = self._sampling(params, max_seq_len)
         return self._library.workspace_bytes(*_shape(params), max_rows, capacity)
 
@@ -104,13 +121,13 @@ class CudaBackend(Backend, Inspectable):
         """
         layout = params.layout
         check_head_size(layout.head_size)
-        check_block(layout.block_size)
+        check_block(layout.block_size, self.library)
         if not params.fp8 and layout.dtype not in MODEL_DTYPES["cuda"]:
             raise AdamasError(
                 f"the CUDA kernels read bf16, fp16 and fp8 pages, not {layout.dtype}: serve in another "
                 "dtype, or choose kernels=triton."
             )
-        most = limits().max_group
+        most = limits(self.library).max_group
         if params.group > most:
             raise AdamasError(
                 f"{params.group} query heads per KV head are more than the {most} that the CUDA "
@@ -172,7 +189,7 @@ class CudaBackend(Backend, Inspectable):
         held = block_table.shape[-1] * params.layout.block_size
         if longest is None:
             longest = max(0, min(int(seq_lens.max()), held)) if rows else 0
-        check_step(rows, params.num_kv_heads, longest)
+        check_step(rows, params.num_kv_heads, longest, self.library)
         shape = (rows, params.num_score_heads, longest)
         scores = torch.full(shape, float("-inf"), device=query.device, dtype=torch.float32)
         size = self._library.workspace_bytes(*_shape(params), rows, 0)
@@ -194,7 +211,7 @@ class CudaBackend(Backend, Inspectable):
         found = layer.plans.get(key)
         if found is None:
             params = layer.params
-            check_step(rows, params.num_kv_heads, max_seq_len)
+            check_step(rows, params.num_kv_heads, max_seq_len, self.library)
             form = self.fused_form(layer, rows, dtype, longest)
             if not policy.prefers_fused(
                 form,
@@ -228,7 +245,9 @@ class CudaBackend(Backend, Inspectable):
         """Sample bits and candidate capacity of a step."""
         longest = rounded_context(max_seq_len)
         most = self._library.max_sample_bits(*_shape(params))
-        capacity = policy.candidate_capacity(longest, params.budget.most(longest), most)
+        capacity = policy.candidate_capacity(
+            longest, params.budget.most(longest), most, self.library
+        )
         return self._library.sample_bits(longest, most), capacity
 
 

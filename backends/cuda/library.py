@@ -1,4 +1,4 @@
-"""The compiled kernels of ``csrc/sm90`` and their limits."""
+"""The compiled kernels of ``csrc/sm90`` and ``csrc/sm80``, and their limits."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from vllm_adamas.backends.base import HOPPER
 from vllm_adamas.errors import AdamasError
 
-LIBRARY = Path(__file__).with_name("libadamas_sm90.so")
+FOR_HOPPER, FOR_OTHERS = "sm90", "sm80"  #: names of libraries, those of their folders in csrc
+LIBRARIES = {
+    name: Path(__file__).with_name(f"libadamas_{name}.so") for name in (FOR_HOPPER, FOR_OTHERS)
+}
 
 
 class Limits(NamedTuple):
@@ -34,27 +38,34 @@ class Limits(NamedTuple):
     max_groups: int
 
 
+def library_of(capability: tuple[int, int]) -> str:
+    """The name of the library for GPUs of a compute capability."""
+    return FOR_HOPPER if capability == HOPPER else FOR_OTHERS
+
+
 @cache
-def load():
-    """Loads the library, which needs no GPU.
+def load(library: str = FOR_HOPPER):
+    """Loads a library, which needs no GPU.
 
     Raises:
         AdamasError: the library is not built.
     """
-    if not LIBRARY.exists():
+    path = LIBRARIES[library]
+    if not path.exists():
         raise AdamasError(
-            f"the CUDA kernels are not built ({LIBRARY.name} is missing): reinstall the package with "
+            f"the CUDA kernels are not built ({path.name} is missing): reinstall the package with "
             "ADAMAS_BUILD_CUDA=1 on a host with nvcc 12.4 or newer, or choose kernels=triton."
         )
     import tvm_ffi
 
-    return tvm_ffi.load_module(str(LIBRARY))
+    return tvm_ffi.load_module(str(path))
 
 
 @cache
-def limits() -> Limits:
-    """
+def limits(library: str = FOR_HOPPER) -> Limits:
+    """Those of the kernels of a library.
+
     Raises:
         AdamasError: the library is not built.
     """
-    return Limits(**{str(name): int(value) for name, value in load().limits().items()})
+    return Limits(**{str(name): int(value) for name, value in load(library).limits().items()})

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from vllm_adamas.backends.cuda.library import limits, load
+from vllm_adamas.backends.cuda.library import FOR_HOPPER, limits, load
 from vllm_adamas.backends.launch import LEAST_CONTEXT, rounded_context
 from vllm_adamas.errors import AdamasError
 
@@ -74,7 +74,7 @@ def rounded_contexts(max_seq_len: int) -> Iterator[int]:
 def prefers_fused(
     form: Form, max_seq_len: int, budget: int, *, summed_distances: bool, maximum: bool
 ) -> bool:
-    """Whether the fused kernel in ``form`` beats the three kernels.
+    """Whether the fused kernel in ``form`` beats the three kernels. Only Hopper has it.
 
     Args:
         max_seq_len: longest context of the launch, in tokens.
@@ -104,7 +104,9 @@ def fused_form(groups: int, clusters_at_once: Callable[[Form], int]) -> Form:
     return next((form for form in forms if clusters_at_once(form) >= groups), THREE)
 
 
-def candidate_capacity(max_seq_len: int, budget: int, most_sample_bits: int) -> int:
+def candidate_capacity(
+    max_seq_len: int, budget: int, most_sample_bits: int, library: str = FOR_HOPPER
+) -> int:
     """Candidates that a token set may keep before its scores are computed again.
 
     The pivot ranks between `rank` and 1.5 `rank` in the sample (sample_rank and find_pivot of
@@ -112,21 +114,21 @@ def candidate_capacity(max_seq_len: int, budget: int, most_sample_bits: int) -> 
     may aim at. The capacity adds six standard deviations. It never decreases with the context, so a
     workspace for the longest context serves every step.
     """
-    wanted = LEAST_CANDIDATES
+    wanted, native = LEAST_CANDIDATES, load(library)
     for tokens in rounded_contexts(max_seq_len):
-        sample = 1 << load().sample_bits(tokens, most_sample_bits)
-        rank = load().most_sample_rank(budget, sample, tokens)
+        sample = 1 << native.sample_bits(tokens, most_sample_bits)
+        rank = native.most_sample_rank(budget, sample, tokens)
         most = rank + rank // 2
         wanted = max(wanted, int(tokens / sample * (most + 6 * math.sqrt(1.5 * most))))
     return min(MOST_CANDIDATES, -(-wanted // 1024) * 1024)
 
 
-def check_context(tokens: int) -> None:
+def check_context(tokens: int, library: str = FOR_HOPPER) -> None:
     """
     Raises:
         AdamasError: the context exceeds the limit of the kernels, or the library is not built.
     """
-    most = limits().max_context
+    most = limits(library).max_context
     if tokens > most:
         raise AdamasError(
             f"contexts of {tokens} tokens are longer than the {most} that the CUDA kernels hold: "
@@ -146,12 +148,12 @@ def check_head_size(size: int) -> None:
         )
 
 
-def check_block(tokens: int) -> None:
+def check_block(tokens: int, library: str = FOR_HOPPER) -> None:
     """
     Raises:
         AdamasError: the block exceeds the limit of the kernels, or the library is not built.
     """
-    most = limits().max_block
+    most = limits(library).max_block
     if tokens > most:
         raise AdamasError(
             f"blocks of {tokens} tokens are larger than the {most} that the CUDA kernels divide by: "
@@ -159,18 +161,18 @@ def check_block(tokens: int) -> None:
         )
 
 
-def check_step(rows: int, kv_heads: int, max_seq_len: int) -> None:
+def check_step(rows: int, kv_heads: int, max_seq_len: int, library: str = FOR_HOPPER) -> None:
     """
     Raises:
         AdamasError: the decode step exceeds a limit of the kernels, or the library is not built.
     """
-    most = limits()
+    most = limits(library)
     if rows > most.max_rows:
         raise AdamasError(
             f"decode steps of {rows} rows are larger than the {most.max_rows} that the CUDA kernels hold: "
             f"pass --max-num-seqs {most.max_rows}, or choose kernels=triton."
         )
-    check_context(max_seq_len)
+    check_context(max_seq_len, library)
     if rows * kv_heads * max_seq_len > most.max_step:
         raise AdamasError(
             f"{rows} rows of {max_seq_len} tokens and {kv_heads} KV heads are more than the "

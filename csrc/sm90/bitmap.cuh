@@ -5,7 +5,7 @@
 
 namespace adamas {
 
-__host__ __device__ inline int bitmap_words(int length) { return padded((length + 31) / 32) + 1; }
+__host__ __device__ constexpr int bitmap_words(int length) { return padded((length + 31) / 32) + 1; }
 
 __device__ __forceinline__ void set_bit(uint32_t* bitmap, uint32_t token) {
   atomicOr(bitmap + padded(token / 32), 1u << token % 32);

@@ -1,5 +1,5 @@
 // Host: errors, device limits, and launches of blocks or clusters that may overlap with the preceding kernel of the
-// stream (programmatic dependent launch).
+// stream (programmatic dependent launch, from sm_90 on; on older GPUs a kernel starts when the preceding one has ended).
 // Device: the instructions that start and end such an overlap.
 #pragma once
 #include <cuda_runtime.h>
@@ -27,6 +27,9 @@ int device_attribute() {
 
 inline int num_multiprocessors() { return device_attribute<cudaDevAttrMultiProcessorCount>(); }
 
+// Whether kernels may overlap with the preceding one.
+inline bool has_dependent_launch() { return device_attribute<cudaDevAttrComputeCapabilityMajor>() >= 9; }
+
 // Maximum shared memory of a block in bytes.
 inline int max_block_memory() { return device_attribute<cudaDevAttrMaxSharedMemoryPerBlockOptin>(); }
 
@@ -53,7 +56,7 @@ void launch(void (*kernel)(Args...), dim3 grid, int threads, int smem, void* str
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   config.attrs = &attribute;
-  config.numAttrs = overlap ? 1 : 0;
+  config.numAttrs = overlap && has_dependent_launch() ? 1 : 0;
   check(cudaLaunchKernelEx(&config, kernel, args...), what);
 }
 
@@ -98,9 +101,17 @@ int count_clusters(void (*kernel)(Args...), int cluster, int threads, int smem, 
 }
 
 // Returns when the preceding kernel has finished and its writes are visible.
-__device__ __forceinline__ void wait_for_preceding_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_preceding_kernel() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 // The next kernel may start once every block has called this or exited.
-__device__ __forceinline__ void launch_dependents() { asm volatile("griddepcontrol.launch_dependents;" :::); }
+__device__ __forceinline__ void launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" :::);
+#endif
+}
 
 // Loads a kernel's parameters into the constant cache. A miss there costs about as much as one in L2, so call this
 // where the kernel waits anyway.

@@ -1,5 +1,5 @@
-// Tensor core instructions and the conversions around them. All lanes of a warp execute them; fragments have the
-// layout that PTX defines for mma.sync.
+// Tensor core instructions for K, V and queries, and the conversions around them. All lanes of a warp execute them;
+// fragments have the layout that PTX defines for mma.sync.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -8,27 +8,6 @@
 #include <cstdint>
 
 namespace adamas {
-
-// -- binary: signatures --
-
-// c += popc(a & b): 16 rows x 128 bits by 128 bits x 8 columns.
-__device__ __forceinline__ void mma128(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t b) {
-  asm("mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3}, {%4,%5}, {%6}, {%0,%1,%2,%3};"
-      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-      : "r"(a0), "r"(a1), "r"(b));
-}
-
-// Two products of the same tokens back to back: the second instruction reuses the operands that the first one
-// fetched.
-__device__ __forceinline__ void mma128(int (&c)[4], int (&d)[4], uint32_t a0, uint32_t a1, uint32_t b, uint32_t e) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%0,%1,%2,%3}, {%8,%9}, {%10}, {%0,%1,%2,%3};\n"
-      "mma.sync.aligned.m16n8k128.row.col.s32.b1.b1.s32.and.popc {%4,%5,%6,%7}, {%8,%9}, {%11}, {%4,%5,%6,%7};"
-      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]), "+r"(d[0]), "+r"(d[1]), "+r"(d[2]), "+r"(d[3])
-      : "r"(a0), "r"(a1), "r"(b), "r"(e));
-}
-
-// -- 16-bit floating point: K, V and queries --
 
 // c += a b for 16-bit T: 16 x 16 by 16 x 8 values, accumulated in float. pack() rounds two floats to T.
 template <class T>
@@ -81,15 +60,29 @@ __device__ __forceinline__ uint32_t word_at(const uint4& v, int i) {
   return i == 0 ? v.x : i == 1 ? v.y : i == 2 ? v.z : v.w;
 }
 
+// Two e4m3 values in the upper bytes of x as fp16, exactly, for GPUs without such an instruction: exponents differ by 8.
+__device__ __forceinline__ uint32_t half2_from_e4m3(uint32_t x) {
+  const uint32_t magnitude = (x & 0x7f007f00) >> 1;
+  uint32_t half2;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(half2) : "r"(magnitude), "r"(0x5c005c00));  // times 256
+  const uint32_t nan = (magnitude + 0x00800080) >> 7 & 0x00800080;                   // of 0x7f alone
+  return half2 | (x & 0x80008000) | nan * 0xfc;
+}
+
 // Converts 4 fp8 values to T, exactly: fp16 and bf16 represent every fp8 value. An e5m2 value is the upper byte of
 // the same value in fp16.
 template <class T>
 __device__ __forceinline__ uint2 from_fp8(uint32_t x, bool e5m2) {
   uint32_t low, high;
+#if __CUDA_ARCH__ >= 890
   asm("{ .reg .b16 a, b; mov.b32 {a, b}, %2; cvt.rn.f16x2.e4m3x2 %0, a; cvt.rn.f16x2.e4m3x2 %1, b; }"
       : "=r"(low), "=r"(high)
       : "r"(x));
   if (e5m2) low = __byte_perm(x, 0, 0x1404), high = __byte_perm(x, 0, 0x3424);
+#else
+  low = __byte_perm(x, 0, 0x1404), high = __byte_perm(x, 0, 0x3424);
+  if (!e5m2) low = half2_from_e4m3(low), high = half2_from_e4m3(high);
+#endif
   return {Mma<T>::from_half2(low), Mma<T>::from_half2(high)};
 }
 

@@ -5,6 +5,7 @@
 #include "common/coding.h"
 #include "common/element.h"
 #include "common/page.h"
+#include "sm90/target.h"
 
 namespace adamas {
 
@@ -16,7 +17,10 @@ constexpr int kMaxGroup = kQuad * kMaxHeadQuads;  // query heads per KV head
 // Limits of the kernels, which Python reads (limits in api.cu): tokens of a context, whose bitmap must fit shared
 // memory; tokens of a block; rows of a step; blocks of a cluster; and rows * KV heads * tokens of the longest
 // context, whose stages scan counts in 32 bits.
-constexpr int kMaxContext = 1 << 20, kMaxBlock = 1 << 16, kMaxRows = 8192, kMaxCluster = 16;
+// Shared memory that a block has on every GPU of the library, 99 KiB on sm_86, sm_89 and sm_120, bounds both.
+constexpr int kBlockMemory = (kHopper ? 227 : 99) * 1024;
+constexpr int kMaxContext = kHopper ? 1 << 20 : 1 << 18, kMaxRows = kHopper ? 8192 : 2048;
+constexpr int kMaxBlock = 1 << 16, kMaxCluster = 16;
 // Tokens that a round of the fused kernel selects, and (row, KV head)s that may share dense rows there.
 constexpr int kMostWanted = 1024, kTickets = 1024;
 constexpr int64_t kMaxStep = int64_t(1) << 37;

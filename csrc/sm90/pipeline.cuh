@@ -1,117 +1,19 @@
-// The signatures of a context, streamed through shared memory. Each warp has a ring of stages of up to 64 tokens. It
-// fills them ahead of use by bulk copies and waits for them alone, without a barrier of the block.
+// The signatures of a context, streamed through shared memory. Each warp has a ring of stages of up to 64 tokens
+// (ring.cuh). It fills them ahead of use by asynchronous copies and waits for them alone, without a barrier of the
+// block. Copies are bulk copies on Hopper (csrc/sm90), and of 16 bytes per lane on other GPUs (csrc/sm80).
 //
 // The signature planes of a block are contiguous, so a block of up to 64 tokens is one copy. Plain loads in fragment
-// order would read the planes in half cache lines, which costs a third of the bandwidth; the copy engine reads whole
+// order would read the planes in half cache lines, which costs a third of the bandwidth; these copies read whole
 // lines.
 #pragma once
-#include "sm90/address.cuh"
-#include "sm90/barrier.cuh"
+#ifdef ADAMAS_SM80
+#include "sm80/ring.cuh"
+#else
+#include "sm90/ring.cuh"
+#endif
 #include "sm90/score.cuh"
 
 namespace adamas {
-
-constexpr int kStageTokens = 64;
-
-// The parts of a stage: `parts` runs of `part_tokens` tokens, each within one block.
-struct StageShape {
-  int tokens, part_tokens, parts, part_bytes, words;
-  bool whole_blocks;
-
-  StageShape() = default;
-  // A stage of single tiles.
-  static __device__ __forceinline__ StageShape of_tiles(const Page& page) {
-    StageShape shape;
-    shape.words = page.words, shape.whole_blocks = false, shape.tokens = kStageTokens;
-    shape.part_tokens = kTile, shape.parts = kStageTokens / kTile;
-    shape.part_bytes = kTile * (page.head_size / 4 + 2);
-    return shape;
-  }
-  __host__ __device__ explicit StageShape(const Page& page) {
-    words = page.words;
-    whole_blocks = page.block_size <= kStageTokens;
-    part_tokens = page.block_size;
-    if (!whole_blocks)
-      for (part_tokens = kStageTokens; page.block_size % part_tokens; part_tokens /= 2) {
-      }
-    parts = kStageTokens / part_tokens;
-    tokens = parts * part_tokens;
-    part_bytes = part_tokens * (page.head_size / 4 + 2);
-  }
-};
-
-// The block that holds this lane's part of the stage that starts at `token`. Lanes without a part or with one at or
-// past `end` get 0 and load nothing; so do all lanes if the stage is not `wanted`.
-__device__ __forceinline__ uint32_t load_stage_block(const DecodeParams& p, const StageShape& shape,
-                                                     const int32_t* blocks, int token, int end, bool wanted = true) {
-  const int lane = threadIdx.x % 32, first = token + lane * shape.part_tokens;
-  return lane < shape.parts && wanted && first < end ? __ldg(blocks + block_index(p.page, first / kQuad)) : 0;
-}
-
-// Shared memory of a stage, for any block size.
-inline int stage_bytes(const Page& page) { return kStageTokens * (page.head_size / 4 + 2); }
-
-template <int kStages>
-class StageRing {
- public:
-  // One ring per warp. memory: kStages * bytes, aligned to 16; barriers: kStages. `fresh`: the barriers are not
-  // initialised yet.
-  __device__ StageRing(uint8_t* memory, uint64_t* barriers, int bytes, bool fresh = true)
-      : data_(shared_address(memory)),
-        barriers_(shared_address(barriers)),
-        bytes_(bytes) {
-    if (fresh && threadIdx.x % 32 == 0) {
-      for (int i = 0; i < kStages; ++i) barrier_init(barriers_ + i * 8);
-      barrier_init_done();
-    }
-    __syncwarp();
-  }
-
-  __device__ __forceinline__ uint32_t data(int slot) const { return data_ + slot * bytes_; }
-
-  // Fetches the stage that starts at `token` of a context of `length` tokens. block: from load_stage_block(). All
-  // lanes call it, and none may still read the slot.
-  __device__ __forceinline__ void fill(int slot, const Page& page, const StageShape& shape, const uint8_t* pages,
-                                       int token, int length, uint32_t block) const {
-    const int parts =
-        shape.parts == 1 ? 1 : min(shape.parts, (length - token + shape.part_tokens - 1) / shape.part_tokens);
-    fill_parts(slot, page, shape, pages, token + int(threadIdx.x % 32) * shape.part_tokens, parts, block);
-  }
-
-  // Fetches a stage of `parts` parts from anywhere; this lane's one starts at `token`, in `block`.
-  __device__ __forceinline__ void fill_parts(int slot, const Page& page, const StageShape& shape, const uint8_t* pages,
-                                             int token, int parts, uint32_t block) const {
-    const int lane = threadIdx.x % 32;
-    const uint32_t barrier = barriers_ + slot * 8;
-    if (lane == 0) barrier_expect(barrier, parts * shape.part_bytes);
-    if (lane < parts) {
-      const uint32_t to = data(slot) + lane * shape.part_bytes;
-      const uint8_t* from = pages + uint64_t(block) * page.block_stride;
-      if (shape.whole_blocks) {
-        bulk_copy(to, from + page.hi_offset, shape.part_bytes, barrier);
-      } else {
-        const int inside = token % page.block_size;
-        const int plane = shape.part_tokens * shape.words * 4;
-        bulk_copy(to, from + page.hi_offset + inside * shape.words * 4, plane, barrier);
-        bulk_copy(to + plane, from + page.lo_offset + inside * shape.words * 4, plane, barrier);
-        bulk_copy(to + 2 * plane, from + page.scale_offset + inside * 2, shape.part_tokens * 2, barrier);
-      }
-    }
-  }
-
-  // The same if a stage is one contiguous copy.
-  __device__ __forceinline__ void fill(int slot, const uint8_t* from, int bytes) const {
-    if (threadIdx.x % 32) return;
-    barrier_expect(barriers_ + slot * 8, bytes);
-    bulk_copy(data(slot), from, bytes, barriers_ + slot * 8);
-  }
-
-  __device__ __forceinline__ void wait(int slot, uint32_t phase) const { barrier_wait(barriers_ + slot * 8, phase); }
-
- private:
-  uint32_t data_, barriers_;
-  int bytes_;
-};
 
 // Loads a lane's token quads from a stage.
 template <int kChunks, Mode kMode>

@@ -1,5 +1,5 @@
-// Encodes queries as bit planes in the order of the tensor core's fragments: 4-bit two's complement (dot) or the
-// thermometer planes of 2-bit codes (manhattan).
+// Encodes queries in the order of the tensor core's fragments (scorer.cuh): 4-bit values (dot) or the thermometer
+// planes of 2-bit codes (manhattan).
 #pragma once
 #include "sm90/maximum.cuh"
 #include "sm90/score.cuh"
@@ -15,6 +15,16 @@ struct QueryMemory {
   HeadWeight* weights;  // [kMaxHeadQuads][4], for dot_max
   float* scratch;       // [group][words][32], used while encoding
 };
+
+// Stores this lane's dimension of word w for products of 8-bit integers (csrc/sm80/scorer.cuh), times 16, 4 or 1, as
+// what it is multiplied with is the code times 1, 4 or 16.
+template <int kChunks>
+__device__ __forceinline__ void store_byte(const DecodeParams& p, const QueryMemory& s, int slot, int w, int q) {
+  const int lane = threadIdx.x % 32, i = lane % 8;
+  const int at = ((slot / 4 * kByteWords + i) * kChunks + w / 4) * 16 + slot % 4 * 4 + w % 4;
+  const int factor = i < 2 ? 16 : i < 4 ? 4 : 1;
+  if (w < p.page.words) reinterpret_cast<int8_t*>(s.planes + at)[lane / 8] = int8_t(q * factor);
+}
 
 template <int kChunks, Mode kMode>
 __device__ void encode_dot(const DecodeParams& p, float (&x)[kChunks * 4], int slot, const QueryMemory& s) {
@@ -37,6 +47,10 @@ __device__ void encode_dot(const DecodeParams& p, float (&x)[kChunks * 4], int s
     const float y = rintf(__fmul_rn(x[w], inverse));
     const int q = y == y ? int(fminf(fmaxf(y, -float(kQueryMax)), float(kQueryMax))) : 0;
     total += q;
+    if constexpr (!kHopper) {
+      store_byte<kChunks>(p, s, slot, w, q);
+      continue;
+    }
 #pragma unroll
     for (int b = 0; b < kQueryBits; ++b) {
       const uint32_t word = __ballot_sync(kFull, (q >> b) & 1);
@@ -64,7 +78,7 @@ __device__ void encode_manhattan(const DecodeParams& p, float (&x)[kChunks * 4],
     for (int b = 0; b < 3; ++b) {
       const uint32_t word = __ballot_sync(kFull, code > b);
       if (lane == 0)
-        s.planes[((slot / 4 * 3 + b) * kChunks + w / 4) * 32 + 2 * (slot % 4) * 4 + w % 4] = word;
+        s.planes[((slot / 4 * 3 + b) * kChunks + w / 4) * 32 + 2 * (slot % 4) * 4 + w % 4] = thermometer_word(word);
     }
   }
   total = __reduce_add_sync(kFull, total);

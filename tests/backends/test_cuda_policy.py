@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import weakref
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,7 +18,15 @@ from targets import REFERENCE
 from vllm_adamas.backends.base import COUNTERS, MAX_GROUP
 from vllm_adamas.backends.cuda import backend as cuda
 from vllm_adamas.backends.cuda import policy
-from vllm_adamas.backends.cuda.library import LIBRARY, Limits, limits, load
+from vllm_adamas.backends.cuda.library import (
+    FOR_HOPPER,
+    FOR_OTHERS,
+    LIBRARIES,
+    Limits,
+    library_of,
+    limits,
+    load,
+)
 from vllm_adamas.backends.cuda.policy import (
     MOST_DISTANCES,
     MOST_FUSED,
@@ -33,7 +42,12 @@ from vllm_adamas.errors import AdamasError
 from vllm_adamas.layout import PageLayout
 
 RECORD = ROOT / "benchmarks" / "results" / "decode_gpu.json"
-needs_library = pytest.mark.skipif(not LIBRARY.exists(), reason="the CUDA library is not built")
+needs_library = pytest.mark.skipif(
+    not LIBRARIES[FOR_HOPPER].exists(), reason="the CUDA library is not built"
+)
+needs_other_library = pytest.mark.skipif(
+    not LIBRARIES[FOR_OTHERS].exists(), reason="the CUDA library for other GPUs is not built"
+)
 
 
 # the choice between one kernel and three
@@ -127,6 +141,11 @@ class Recorder:
 
     def __init__(self):
         self.calls: dict[str, list[tuple]] = {}
+        self.loaded: set[str] = set()
+
+    def load(self, library: str = FOR_HOPPER) -> Recorder:
+        self.loaded.add(library)
+        return self
 
     def __getattr__(self, name: str):
         def call(*args):
@@ -142,9 +161,9 @@ class Recorder:
         return call
 
 
-def on_hopper(monkeypatch) -> None:
+def on_hopper(monkeypatch, capability: tuple[int, int] = (9, 0)) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: capability)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
 
 
@@ -152,8 +171,8 @@ def on_hopper(monkeypatch) -> None:
 def recorder(monkeypatch) -> Recorder:
     found = Recorder()
     for module in (cuda, policy):
-        monkeypatch.setattr(module, "load", lambda: found)
-        monkeypatch.setattr(module, "limits", lambda: INVENTED)
+        monkeypatch.setattr(module, "load", found.load)
+        monkeypatch.setattr(module, "limits", lambda library=FOR_HOPPER: INVENTED)
     on_hopper(monkeypatch)
     return found
 
@@ -278,12 +297,59 @@ def test_what_the_kernels_do_not_hold(recorder) -> None:
 
 
 def test_without_the_library(monkeypatch) -> None:
-    missing = Path("/no/libadamas_sm90.so")
-    monkeypatch.setattr("vllm_adamas.backends.cuda.library.LIBRARY", missing)
     for cached in (load, limits):
         cached.cache_clear()
-    for ask in (limits, cuda.CudaBackend, lambda: policy.check_block(16)):
-        refused(ask, missing.name, "ADAMAS_BUILD_CUDA=1", "kernels=triton")
+    for name in LIBRARIES:
+        missing = Path(f"/no/libadamas_{name}.so")
+        monkeypatch.setitem(LIBRARIES, name, missing)
+        for ask in (limits, cuda.CudaBackend, partial(policy.check_block, 16)):
+            refused(partial(ask, name), missing.name, "ADAMAS_BUILD_CUDA=1", "kernels=triton")
+
+
+# other GPUs than Hopper
+
+
+def test_the_library_of_a_gpu(recorder, monkeypatch) -> None:
+    """Each GPU loads one library, and asks no other one for a plan."""
+    for capability in ((8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 1)):
+        on_hopper(monkeypatch, capability)
+        recorder.loaded.clear()
+        backend = cuda.CudaBackend()
+        backend.plan(bound(backend, Case(heads=(2, 2))), 1, torch.bfloat16, 4096)
+        expected = FOR_HOPPER if capability == (9, 0) else FOR_OTHERS
+        assert recorder.loaded == {library_of(capability)} == {expected}
+
+
+def test_the_log_names_the_code_that_runs(recorder, monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    assert cuda.CudaBackend().description == "cuda (sm_90a, a GPU)"
+    assert cuda.CudaBackend(FOR_OTHERS).description == "cuda (sm_90, a GPU)"
+    on_hopper(monkeypatch, (8, 9))
+    assert cuda.CudaBackend().description == "cuda (sm_89, a GPU)"
+
+
+def test_gpus_that_are_too_old(recorder, monkeypatch) -> None:
+    on_hopper(monkeypatch, (7, 5))
+    refused(cuda.CudaBackend, "8.0", "7.5", "another attention backend")
+
+
+@needs_other_library
+def test_other_gpus_never_take_the_fused_kernel(monkeypatch) -> None:
+    """Their library says of every form that none of its clusters runs."""
+    on_hopper(monkeypatch, (8, 0))
+    backend = cuda.CudaBackend()
+    layer = bound(backend, Case(heads=(2, 2), selection="kv_head"))
+    forms = [Form(cluster, warps) for warps in policy.WARPS for cluster in policy.CLUSTERS]
+    found = {backend.fused_clusters(layer, torch.bfloat16, 4096, form) for form in forms}
+    assert found == {0} and backend.fused_form(layer, 1, torch.bfloat16, 4096) == THREE
+
+
+@needs_library
+@needs_other_library
+def test_limits_of_other_gpus_are_no_higher(recorder) -> None:
+    most, fewer = (Limits(*map(int, load(name).limits().values())) for name in LIBRARIES)
+    assert all(a >= b for a, b in zip(most, fewer, strict=True))
+    assert fewer.max_group == MAX_GROUP
 
 
 # candidates: the library says what encode aims at
@@ -320,7 +386,7 @@ def layer(monkeypatch, batch) -> cuda.CudaLayer:
 
 @pytest.fixture
 def batch() -> Batch:
-    if not LIBRARY.exists():
+    if not LIBRARIES[FOR_HOPPER].exists():
         pytest.skip("the CUDA library is not built")
     nothing = SimpleNamespace(bind=lambda *args: None, append=lambda *args: None)
     return Case((200, 64), 16, padding=0).build(nothing)

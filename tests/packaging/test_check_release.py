@@ -201,9 +201,10 @@ def test_a_file_with_another_sum(ready: Path) -> None:
     refusal(ready, WHEEL, "not the file that SHA256SUMS lists")
 
 
-def test_a_wheel_without_cuda_kernels(ready: Path) -> None:
-    write_dist(ready, dist.LIBRARIES[:1])
-    refusal(ready, "libadamas_sm90.so is missing", "make dist")
+@pytest.mark.parametrize("name", ["sm90", "sm80"])
+def test_a_wheel_without_cuda_kernels(ready: Path, name: str) -> None:
+    write_dist(ready, [path for path in dist.LIBRARIES if name not in path])
+    refusal(ready, f"libadamas_{name}.so is missing", "make dist")
 
 
 def test_files_of_another_commit(ready: Path) -> None:

@@ -453,7 +453,7 @@ def on_gpu(monkeypatch, **changes) -> None:
         max_groups=1 << 10,
     )
     for module in ("policy", "backend"):
-        monkeypatch.setattr(f"vllm_adamas.backends.cuda.{module}.limits", lambda: most)
+        monkeypatch.setattr(f"vllm_adamas.backends.cuda.{module}.limits", lambda library: most)
 
 
 def test_a_hopper_gpu_passes(vllm_config, monkeypatch) -> None:
@@ -773,20 +773,43 @@ def test_other_gpus_take_the_triton_kernels(vllm_config, monkeypatch, major, min
     capability = SimpleNamespace(major=major, minor=minor)
     on_gpu(monkeypatch, get_device_capability=lambda: capability)
     assert registry.find_kernels("auto", "cuda", (major, minor)).name == "triton"
-    for kernels in ("auto", "triton"):
+    for kernels in ("auto", "triton", "cuda"):
         checks.check_config(
             Changed(vllm_config, additional_config={"adamas": {"kernels": kernels}})
         )
+
+
+def test_cuda_kernels_of_other_gpus_have_limits_of_their_own(vllm_config, monkeypatch) -> None:
+    on_gpu(monkeypatch, get_device_capability=lambda: SimpleNamespace(major=8, minor=9))
+    fewer = Limits(*(1 << 18, 1 << 16, 2048, 1 << 37, 16, 16, 1024, 1 << 10))
+    most = {"sm80": fewer, "sm90": None}
+    for module in ("policy", "backend"):
+        monkeypatch.setattr(f"vllm_adamas.backends.cuda.{module}.limits", most.__getitem__)
+    scheduler = Changed(vllm_config.scheduler_config, max_num_seqs=2049)
+    cuda = {"additional_config": {"adamas": {"kernels": "cuda"}}}
+    checks.check_config(Changed(vllm_config, **cuda))
+    check_refusal(
+        Changed(vllm_config, scheduler_config=scheduler, **cuda),
+        ("2049 rows", "--max-num-seqs 2048", "triton"),
+    )
+
+
+def test_gpus_without_cuda_kernels(vllm_config, monkeypatch) -> None:
+    on_gpu(monkeypatch, get_device_capability=lambda: SimpleNamespace(major=11, minor=0))
+    checks.check_config(vllm_config)
     cuda = Changed(vllm_config, additional_config={"adamas": {"kernels": "cuda"}})
-    check_refusal(cuda, ("kernels='cuda'", "Hopper", "triton"))
+    check_refusal(cuda, ("kernels='cuda'", "12.x", "triton"))
 
 
-def test_gpu_kernels_that_are_not_built(vllm_config, monkeypatch) -> None:
-    on_gpu(monkeypatch)
-    monkeypatch.setattr(library, "LIBRARY", Path("/no/libadamas_sm90.so"))
+@pytest.mark.parametrize(("major", "minor"), [(9, 0), (8, 0)])
+def test_gpu_kernels_that_are_not_built(vllm_config, monkeypatch, major, minor) -> None:
+    on_gpu(monkeypatch, get_device_capability=lambda: SimpleNamespace(major=major, minor=minor))
+    name = library.library_of((major, minor))
+    monkeypatch.setitem(library.LIBRARIES, name, Path(f"/no/libadamas_{name}.so"))
     monkeypatch.setattr("vllm_adamas.backends.cuda.backend.limits", library.limits.__wrapped__)
     library.load.cache_clear()
-    check_refusal(vllm_config, ("libadamas_sm90.so", "ADAMAS_BUILD_CUDA=1", "kernels=triton"))
+    cuda = Changed(vllm_config, additional_config={"adamas": {"kernels": "cuda"}})
+    check_refusal(cuda, (f"libadamas_{name}.so", "ADAMAS_BUILD_CUDA=1", "kernels=triton"))
     triton = Changed(vllm_config, additional_config={"adamas": {"kernels": "triton"}})
     checks.check_config(triton)
 

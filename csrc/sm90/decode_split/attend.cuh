@@ -24,7 +24,8 @@ __global__ void __launch_bounds__(kThreads, D <= 128 && kTiles == 1 ? 512 / kThr
     attend_dense<T, typename Shape::Softmax>(p, blockIdx.x, p.dense_workers, attend_memory, Shape::kWarps);
 }
 
-// Few token sets get large blocks. Many sets get small ones, some of which select while others attend.
+// Few token sets get large blocks. Many sets get small ones, some of which select while others attend. Blocks of 512
+// threads would not fit the shared memory of other GPUs than Hopper.
 template <int D>
 void attend_head_size(const DecodeParams& p, void* stream) {
   const int sets = p.num_rows * p.score_heads_per_kv * p.page.num_kv_heads;
@@ -44,8 +45,10 @@ void attend_head_size(const DecodeParams& p, void* stream) {
     if (p.group > 8) return run(element, integral_constant<int, 2>(), integral_constant<int, 256>());
     if constexpr (D <= 128) {
       const int processors = num_multiprocessors();
-      if (sets <= processors) return run(element, integral_constant<int, 1>(), integral_constant<int, 512>());
-      if (sets > 4 * processors) return run(element, integral_constant<int, 1>(), integral_constant<int, 64>());
+      if constexpr (kHopper) {
+        if (sets <= processors) return run(element, integral_constant<int, 1>(), integral_constant<int, 512>());
+        if (sets > 4 * processors) return run(element, integral_constant<int, 1>(), integral_constant<int, 64>());
+      }
       if (sets > 2 * processors) return run(element, integral_constant<int, 1>(), integral_constant<int, 128>());
     }
     run(element, integral_constant<int, 1>(), integral_constant<int, 256>());

@@ -21,7 +21,8 @@ namespace {
 constexpr int kMostThreads = 512;
 
 // Registers are limited so that a block of scan fits next to two blocks of encode and fetches its first stages early.
-constexpr int most_registers(int quads) { return quads == 4 ? 128 : 80; }
+// On other GPUs no kernel starts early, or scan has smaller blocks.
+constexpr int most_registers(int quads) { return quads == 4 || !kHopper ? 128 : 80; }
 
 // Heads whose scores encode keeps.
 __host__ __device__ int scored_heads(const DecodeParams& p) {

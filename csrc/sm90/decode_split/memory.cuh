@@ -28,6 +28,12 @@ struct AttendShape {
       kStaged && kWarps * kStagedBytes > kSelectBytes ? kWarps * kStagedBytes : kSelectBytes;
   static constexpr int kList = 8 * kThreads;  // addresses at a time
 
+  // The most that a step needs.
+  static constexpr int kMostMerge = kWarps * 8 * Softmax::kHeadFloats * 4, kMostSelect = kFrontBytes + kList * 8;
+  static constexpr int kMostSparse = kSums + (kMostSelect > kMostMerge ? kMostSelect : kMostMerge) +
+                                     (bitmap_words(kMaxContext) + 3) / 4 * 16;
+  static_assert(kMostSparse <= kBlockMemory && (kMaxRows + 1) * 8 + 32 + kMostMerge <= kBlockMemory);
+
   static __host__ __device__ int merge_bytes(const DecodeParams& p) {
     return kWarps * (p.group < 8 ? p.group : 8) * Softmax::kHeadFloats * 4;
   }

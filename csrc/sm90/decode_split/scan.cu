@@ -17,7 +17,8 @@
 namespace adamas {
 namespace {
 
-constexpr int kThreads = 256, kWarps = kThreads / 32;
+// Where a block has less shared memory, its warps are fewer, and the rings of all shapes fit.
+constexpr int kThreads = kHopper ? 256 : 128, kWarps = kThreads / 32;
 constexpr int kDealFrom = 8;    // stages per warp from which part of them is dealt on demand
 constexpr int kDealtShare = 4;  // one stage in kDealtShare is dealt on demand
 
@@ -25,7 +26,10 @@ constexpr int kDealtShare = 4;  // one stage in kDealtShare is dealt on demand
 constexpr int ring_stages(int chunks, int quads) { return chunks == 1 && quads < 4 ? 3 : 2; }
 // Entries of a lane's queue per head quad; up to four are appended at a time.
 constexpr int queue_length(int chunks, int quads) { return chunks == 2 && quads == 4 ? 5 : 8; }
-constexpr int blocks_per_processor(int chunks, int quads) { return chunks * quads == 1 ? 3 : 2; }
+constexpr int blocks_per_processor(int chunks, int quads) {
+  if (!kHopper) return quads < 4 ? 4 : 3;
+  return chunks * quads == 1 ? 3 : 2;
+}
 
 // The stages of all sparse rows, numbered in row order, dealt to the warps of the grid.
 //
@@ -114,7 +118,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(kChunks, kQuads
       return load_stage_block(p, shape, blocks, (first + stage) * shape.tokens, plan.length, stage < stages);
     };
     auto fill = [&](int slot, int stage, uint32_t block) {
-      if (stage >= stages) return;
+      if (stage >= stages) return ring.fill_nothing();
       if (simple) ring.fill(slot, pages + uint64_t(block) * p.page.block_stride, shape.part_bytes);
       else ring.fill(slot, p.page, shape, pages, (first + stage) * shape.tokens, plan.length, block);
     };
@@ -208,6 +212,9 @@ void scan(const DecodeParams& p, void* stream) {
     constexpr Mode kMode = decltype(mode)::value;
     constexpr int kStages = ring_stages(kChunks, kQuads), kQueue = queue_length(kChunks, kQuads);
     constexpr int kSetQuads = SetScores<kMode, kQuads>::kSetQuads;
+    constexpr int kMostStage = kStageTokens * (kChunks * 128 / 4 + 2);
+    static_assert(kWarps * (kStages * (kMostStage + 8) + kSetQuads * kQueue * 32 * int(sizeof(uint2))) +
+                      (kMaxRows + 1) * int(sizeof(int64_t)) <= kBlockMemory);
     const int bytes = stage_bytes(p.page);
     const int smem = kWarps * (kStages * (bytes + 8) + kSetQuads * kQueue * 32 * int(sizeof(uint2))) +
                      (p.num_rows + 1) * int(sizeof(int64_t));

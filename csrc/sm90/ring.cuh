@@ -1,0 +1,74 @@
+// A warp's ring of stages on Hopper, filled by bulk copies. Each slot has a barrier.
+#pragma once
+#include "sm90/barrier.cuh"
+#include "sm90/memory.cuh"
+#include "sm90/stage.cuh"
+
+namespace adamas {
+
+template <int kStages>
+class StageRing {
+ public:
+  // One ring per warp. memory: kStages * bytes, aligned to 16; barriers: kStages. `fresh`: the barriers are not
+  // initialised yet.
+  __device__ StageRing(uint8_t* memory, uint64_t* barriers, int bytes, bool fresh = true)
+      : data_(shared_address(memory)),
+        barriers_(shared_address(barriers)),
+        bytes_(bytes) {
+    if (fresh && threadIdx.x % 32 == 0) {
+      for (int i = 0; i < kStages; ++i) barrier_init(barriers_ + i * 8);
+      barrier_init_done();
+    }
+    __syncwarp();
+  }
+
+  __device__ __forceinline__ uint32_t data(int slot) const { return data_ + slot * bytes_; }
+
+  // Fetches the stage that starts at `token` of a context of `length` tokens. block: from load_stage_block(). All
+  // lanes call it, and none may still read the slot.
+  __device__ __forceinline__ void fill(int slot, const Page& page, const StageShape& shape, const uint8_t* pages,
+                                       int token, int length, uint32_t block) const {
+    const int parts =
+        shape.parts == 1 ? 1 : min(shape.parts, (length - token + shape.part_tokens - 1) / shape.part_tokens);
+    fill_parts(slot, page, shape, pages, token + int(threadIdx.x % 32) * shape.part_tokens, parts, block);
+  }
+
+  // Fetches a stage of `parts` parts from anywhere; this lane's one starts at `token`, in `block`.
+  __device__ __forceinline__ void fill_parts(int slot, const Page& page, const StageShape& shape, const uint8_t* pages,
+                                             int token, int parts, uint32_t block) const {
+    const int lane = threadIdx.x % 32;
+    const uint32_t barrier = barriers_ + slot * 8;
+    if (lane == 0) barrier_expect(barrier, parts * shape.part_bytes);
+    if (lane < parts) {
+      const uint32_t to = data(slot) + lane * shape.part_bytes;
+      const uint8_t* from = pages + uint64_t(block) * page.block_stride;
+      if (shape.whole_blocks) {
+        bulk_copy(to, from + page.hi_offset, shape.part_bytes, barrier);
+      } else {
+        const int inside = token % page.block_size;
+        const int plane = shape.part_tokens * shape.words * 4;
+        bulk_copy(to, from + page.hi_offset + inside * shape.words * 4, plane, barrier);
+        bulk_copy(to + plane, from + page.lo_offset + inside * shape.words * 4, plane, barrier);
+        bulk_copy(to + 2 * plane, from + page.scale_offset + inside * 2, shape.part_tokens * 2, barrier);
+      }
+    }
+  }
+
+  // The same if a stage is one contiguous copy.
+  __device__ __forceinline__ void fill(int slot, const uint8_t* from, int bytes) const {
+    if (threadIdx.x % 32) return;
+    barrier_expect(barriers_ + slot * 8, bytes);
+    bulk_copy(data(slot), from, bytes, barriers_ + slot * 8);
+  }
+
+  // In place of a fill() of a stage that does not exist.
+  __device__ __forceinline__ void fill_nothing() const {}
+
+  __device__ __forceinline__ void wait(int slot, uint32_t phase) const { barrier_wait(barriers_ + slot * 8, phase); }
+
+ private:
+  uint32_t data_, barriers_;
+  int bytes_;
+};
+
+}  // namespace adamas
