@@ -80,7 +80,7 @@ def find_nvcc() -> str | None:
 def cuda_archs() -> list[str]:
     """Architectures to build, among ``CUDA_ARCHS``."""
     wanted = os.environ.get("ADAMAS_CUDA_ARCHS")
-    if wanted is None:
+    if not wanted:
         listed = subprocess.run([find_nvcc(), "--list-gpu-code"], capture_output=True, text=True)
         known = listed.stdout.split()
         # Some releases do not list those with an `a`.

@@ -223,3 +223,63 @@ def test_editable_install_maps_the_rooms(tmp_path: Path) -> None:
         ROOT / "backends" / "__init__.py",
         ROOT / "serving" / "__init__.py",
     ]
+
+
+COMPILER = """#!/bin/sh
+# Stands for nvcc and c++: knows two GPUs, and makes empty files.
+[ "$1" = --list-gpu-code ] && exec echo sm_80 sm_90
+echo "$@" >> "$LOG"
+while [ "$1" != -o ]; do shift; done
+: > "$2"
+"""
+
+
+def compiled(folder: Path, archs: str | None) -> tuple[int, str, dict[str, list[str]]]:
+    """Builds the native libraries with a stand-in for the compilers.
+
+    Returns:
+        The exit status, the error, and the commands by the library that they belong to.
+    """
+    nvcc, log = folder / "bin" / "nvcc", folder / "log"
+    nvcc.parent.mkdir()
+    nvcc.write_text(COMPILER)
+    nvcc.chmod(0o755)
+    changes = {"CUDA_HOME": str(folder), "CXX": str(nvcc), "LOG": str(log), "MAX_JOBS": "1"}
+    changes |= {"ADAMAS_BUILD_CUDA": "1", "ADAMAS_CUDA_ARCHS": archs or ""}
+    command = [sys.executable, "setup.py", "-q", "build_ext"]
+    command += ["--build-temp", str(folder / "temp"), "--build-lib", str(folder / "lib")]
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **changes}, capture_output=True, text=True
+    )
+    found: dict[str, list[str]] = {}
+    for line in log.read_text().splitlines() if log.exists() else ():
+        found.setdefault(re.search(r"temp/libadamas_(\w+)", line)[1], []).append(line)
+    return done.returncode, done.stderr, found
+
+
+@pytest.mark.parametrize(
+    ("archs", "hopper", "others"),
+    [
+        (None, ["90a,code=sm_90a"], ["80,code=sm_80", "90,code=sm_90"]),
+        ("90a", ["90a,code=sm_90a"], []),
+        ("80,86,120", [], ["80,code=[sm_80,sm_86]", "90,code=sm_120"]),
+    ],
+)
+def test_architectures_of_cuda_code(tmp_path: Path, archs, hopper, others) -> None:
+    """Of those that nvcc knows, or that are named. Other GPUs have all kernels but the one for Hopper alone."""
+    status, error, found = compiled(tmp_path, archs)
+    assert status == 0, error
+    for name, wanted in (("sm90", hopper), ("sm80", others)):
+        commands = found.get(name, [])
+        assert bool(commands) == bool(wanted)
+        for command in commands:
+            assert re.findall(r"-gencode=arch=compute_(\S+)", command) == wanted
+            assert ("-DADAMAS_SM80" in command) == (name == "sm80")
+            assert name == "sm90" or "decode_fused" not in command
+        assert any("decode_split/scan.cu" in command for command in commands) == bool(wanted)
+
+
+def test_architectures_without_kernels(tmp_path: Path) -> None:
+    status, error, found = compiled(tmp_path, "80,75")
+    assert status != 0 and not found
+    assert "ADAMAS_CUDA_ARCHS=80,75 is not valid: use some of 90a, 80, 86, 89" in error
