@@ -42,7 +42,9 @@ struct SoftmaxValue {
 // (Attention::share).
 __device__ __forceinline__ SoftmaxValue merge_parts(const float* from, int parts, int stride, int d) {
   SoftmaxValue merged{-INFINITY, 0, 0};
+#pragma unroll 2
   for (int i = 0; i < parts; ++i) merged.top = fmaxf(merged.top, from[i * stride]);
+#pragma unroll 2
   for (int i = 0; i < parts; ++i) {
     const float weight = softmax_weight(from[i * stride], merged.top);
     merged.value += weight * from[i * stride + 4 + d];
