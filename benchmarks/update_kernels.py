@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import sys
 
-from common import RESULTS, load, update_document
 from peers import PEERS
+from records import RESULTS, load, update_document
 
 from vllm_adamas.environment import Environment
 from vllm_adamas.tables import markdown
