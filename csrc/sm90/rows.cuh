@@ -38,17 +38,14 @@ __device__ __forceinline__ bool in_middle(const DecodeParams& p, const RowPlan& 
   return uint32_t(token - p.num_sink_tokens) < uint32_t(plan.middle);
 }
 
-inline __device__ __noinline__ void add_row(unsigned long long* stats, int kind, int length, int attended, int heads) {
-  atomicAdd(stats + kind, 1ull);
-  atomicAdd(stats + 2, (unsigned long long)(length) * heads);
-  atomicAdd(stats + 3, (unsigned long long)(attended) * heads);
-}
-
 // Adds a row to the counters; one thread per row.
 __device__ __forceinline__ void count_row(const DecodeParams& p, const RowPlan& plan) {
   if (!p.stats || plan.length <= 0) return;
-  add_row(reinterpret_cast<unsigned long long*>(p.stats), plan.sparse ? 0 : 1, plan.length,
-          plan.sparse ? plan.budget : plan.length - plan.first, p.num_query_heads);
+  auto* stats = reinterpret_cast<unsigned long long*>(p.stats);
+  const int attended = plan.sparse ? plan.budget : plan.length - plan.first;
+  atomicAdd(stats + (plan.sparse ? 0 : 1), 1ull);
+  atomicAdd(stats + 2, (unsigned long long)(plan.length) * p.num_query_heads);
+  atomicAdd(stats + 3, (unsigned long long)(attended) * p.num_query_heads);
 }
 
 // Counts a token set whose selection took more than one pass; one thread per set.

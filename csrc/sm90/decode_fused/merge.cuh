@@ -25,7 +25,7 @@ __device__ __forceinline__ void merge_cluster(const FusedBlock& b, Softmax& soft
     const int head = i / D, d = i % D;
     const float* from = m.states + head * Softmax::kHeadFloats;
     const SoftmaxValue x = active == 1 ? SoftmaxValue{from[0], from[4 + d], from[1]}
-                                       : merge_parts(from, active, p.group * Softmax::kHeadFloats, d);
+                                       : merge_parts<2>(from, active, p.group * Softmax::kHeadFloats, d);
     const int to = i / own;
     remote_store(remote(m.partial + rank * own + i - to * own, to), x.value);
     if (d < s.cluster)  // one thread per receiving block
