@@ -272,7 +272,7 @@ def _check_features(vllm_config) -> None:
         )
 
 
-#: Why connectors, specs and tiers without a better reason are not served.
+#: Why connectors, specs, tiers and methods of speculative decoding without a better reason are not served.
 UNTRIED = "which has not been tried with pages that carry signatures"
 #: Better reasons, for vLLM's connectors other than OFFLOADING, by how their names begin.
 CONNECTORS = {
@@ -368,9 +368,9 @@ def _separate_files(vllm_config, config: AdamasConfig) -> None:
 SPECULATION = ("ngram", "ngram_gpu", "suffix", "draft_model", "medusa", "eagle", "eagle3", "mtp")
 #: Why vLLM's other methods are not.
 OTHER_SPECULATION = {
-    "custom_class": "whose class may do anything with the pages",
-    "dflash": "whose layers attend to later tokens",
-    "dspark": "whose layers attend to later tokens",
+    "custom_class": UNTRIED,
+    "dflash": UNTRIED,
+    "dspark": UNTRIED,
     "extract_hidden_states": "which drafts nothing and needs a KV connector that is not served",
     "mlp_speculator": "for which vLLM has no drafter",
 }
@@ -382,15 +382,13 @@ def _check_speculation(vllm_config) -> None:
         return
     method = speculative.method
     if method not in SPECULATION:
-        why, names = OTHER_SPECULATION.get(method, "which is not known"), ", ".join(SPECULATION)
+        why, names = OTHER_SPECULATION.get(method, UNTRIED), ", ".join(SPECULATION)
         _refuse(f"speculative decoding by {method}, {why}", f"choose one of {names}")
     if method == "ngram_gpu" and compat.on_cpu():
         _refuse(
             "speculative decoding by ngram_gpu on CPUs, where vLLM's drafter does not run",
             "choose the method ngram",
         )
-    if speculative.parallel_drafting:
-        _refuse("parallel drafting yet", "drop parallel_drafting from --speculative-config")
     if speculative.enable_adaptive_verification:
         _refuse(
             "adaptive verification, which tells the number of drafts to the GPU alone",

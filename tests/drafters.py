@@ -18,6 +18,7 @@ EMBEDDING = 14.0  #: factor of the embeddings, by which about half of the drafts
 LOGITS = 0.1  #: factor of the logits, which large embeddings make large
 WEIGHTS = "model.safetensors"
 SMALL = 0.02  #: standard deviation of the weights that are not there to count down
+MASK = 5  #: token that stands for those that are drafted in parallel
 AUXILIARY = [1, 2, 3]  #: layers of the target whose states an EAGLE-3 head reads
 
 
@@ -83,10 +84,13 @@ def eagle(folder: Path, model: Path) -> Path:
     return head.save(folder, num_hidden_layers=1)
 
 
-def eagle3(folder: Path, model: Path) -> Path:
+def eagle3(folder: Path, model: Path, parallel: bool = False) -> Path:
     """An EAGLE-3 head, which has the embedding of the last token from its attention alone.
 
     Queries and keys are alike, so that every token attends to itself; values are embeddings.
+
+    Args:
+        parallel: draft all tokens of a step at once, from masks.
     """
     head = _Head(model)
     queries, keys = (head.config[f"num_{kind}_heads"] for kind in ("attention", "key_value"))
@@ -103,6 +107,9 @@ def eagle3(folder: Path, model: Path) -> Path:
         head.tensors[f"midlayer.self_attn.{part}_proj.weight"] = weight
     head.tensors["fc.weight"] = head.small(head.hidden, len(AUXILIARY) * head.hidden)
     head.tensors["norm.weight"] = torch.ones(head.hidden)
+    if parallel:
+        head.config["ptd_token_id"] = MASK
+        head.tensors["mask_hidden"] = head.small(1, len(AUXILIARY) * head.hidden)
     return head.save(
         folder,
         num_hidden_layers=1,

@@ -241,7 +241,6 @@ DRAFTS = {  # change of a served speculative configuration -> what the sentence 
         {"method": "mtp", "use_gemma4_mtp": lambda: True},
         ("drafters that read the target's keys under another backend", "Gemma 4"),
     ),
-    "parallel": ({"parallel_drafting": True}, ("parallel drafting", "parallel_drafting")),
 }
 ENVIRONMENT = {  # variable -> its value, what else the sentence names
     "VLLM_BATCH_INVARIANT": (True, ("batch invariance", "unset")),
@@ -334,6 +333,13 @@ def test_kinds_of_speculation(vllm_config, record_property, changes: dict, named
 def test_methods_of_speculation(vllm_config, record_property, method: str) -> None:
     named = (f"speculative decoding by {method}, {checks.OTHER_SPECULATION[method]}", "eagle3")
     record_property("sentence", check_refusal(speculative(vllm_config, method=method), named))
+
+
+def test_parallel_drafters_have_rows_for_their_masks(vllm_config) -> None:
+    """Model Runner V1 counts requests with as many more query tokens as decode requests."""
+    config = speculative(vllm_config, parallel_drafting=True)
+    checks.check_config(config)
+    assert compat.max_decode_rows(config) == 7 * vllm_config.scheduler_config.max_num_seqs
 
 
 def test_every_method_of_vllm_is_served_or_refused() -> None:
