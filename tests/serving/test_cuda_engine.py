@@ -102,9 +102,11 @@ FP8_ROUNDING = 0.5  #: the same where it can move K and V by a step of fp8
 
 
 def start(spec: tuple, model: Path, log: Path) -> Server:
-    backend, options, args, env = spec
+    """Starts a server; the specification may name a model of its own behind the environment."""
+    backend, options, args, env, *own = spec
     extra = (COMMON + extension.ARGS + args).split()
     env = {**extension.ENV, **env}
+    model = own[0] if own else model
     return Server(model, backend, options, extra, env=env, log_path=log, timeout=300)
 
 
