@@ -23,7 +23,7 @@ os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "OMP_NUM_THREADS": "1"}
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
 
 import torch
-from common import environment, save, spread
+from records import environment, save, spread
 
 from vllm_adamas.config import AUDIT_INTERVALS
 from vllm_adamas.serving.audit import Audit

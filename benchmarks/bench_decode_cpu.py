@@ -64,8 +64,8 @@ QUERY_HEADS, KV_HEADS = args.query_heads, args.kv_heads
 os.environ["OMP_NUM_THREADS"] = str(args.threads)
 
 import torch  # noqa: E402
-from common import environment, save, spread  # noqa: E402
 from keys import Contexts, Heads  # noqa: E402
+from records import environment, save, spread  # noqa: E402
 from vllm.platforms import current_platform  # noqa: E402
 
 from vllm_adamas.backends.base import COUNTERS, DecodeBatch, Params  # noqa: E402

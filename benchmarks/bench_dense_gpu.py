@@ -15,10 +15,10 @@ import argparse
 
 import torch
 from bench_decode_gpu import LLAMA, WORKING_SET, Pool, bench_peer, timed
-from common import environment, save
 from keys import Contexts
 from peers import flash_attention
 from peers.base import widened
+from records import environment, save
 from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
 from vllm_adamas.backends.base import COUNTERS, DecodeBatch

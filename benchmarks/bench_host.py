@@ -12,7 +12,7 @@ import argparse
 import time
 
 import torch
-from common import environment, save, spread
+from records import environment, save, spread
 
 from vllm_adamas.backends.base import COUNTERS, Backend, DecodeBatch, Params
 from vllm_adamas.backends.registry import get_backend

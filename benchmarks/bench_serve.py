@@ -16,7 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import RESULTS, environment, save, spread
+from records import RESULTS, environment, save, spread
 
 from vllm_adamas.serving.launch import Server
 from vllm_adamas.tables import plain

@@ -26,7 +26,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from bench_serve import MODEL
-from common import RESULTS, environment, save, spread
+from records import RESULTS, environment, save, spread
 
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.serving.launch import Server

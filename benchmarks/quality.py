@@ -16,7 +16,7 @@ import json
 import sys
 from pathlib import Path
 
-from common import RESULTS
+from records import RESULTS
 
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.evaluate import texts

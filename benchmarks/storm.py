@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from bench_serve import MODEL
-from common import environment, save
+from records import environment, save
 
 from vllm_adamas.serving.launch import Server
 from vllm_adamas.serving.storm.traffic import WEIGHTS

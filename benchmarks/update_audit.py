@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 
-from common import RESULTS, load, update_document
+from records import RESULTS, load, update_document
 
 from vllm_adamas.tables import markdown
 

@@ -1,4 +1,4 @@
-"""Writes the tables and the plot of docs/kernels.md from benchmarks/results/decode_gpu.json.
+"""Writes the tables and the plot of docs/kernels.md from decode_gpu.json and layer_gpu.json of benchmarks/results.
 
     python benchmarks/update_kernels.py [--check]
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import sys
 
-from common import RESULTS, load, update_document
 from peers import PEERS
+from records import RESULTS, load, update_document
 
 from vllm_adamas.environment import Environment
 from vllm_adamas.tables import markdown
@@ -252,6 +252,20 @@ def render(result: dict, environment: Environment) -> list[str]:
     ]
 
 
+def layers(result: dict) -> list[str]:
+    """What a step takes between the other kernels of a layer, and alone in brackets."""
+    wanted = [BASELINE.name, *(f"dot {way}" for way in WAYS if f"dot {way}" in result["cells"][0])]
+    rows = []
+    for cell in result["cells"]:
+        row = [place(cell), cell["keys"]]
+        for name in wanted:
+            one = cell[name]
+            speedup = f" **{one['speedup']:.2f}x**" if "speedup" in one else ""
+            row.append(f"{one['us']:.1f} ({one['alone_us']:.1f}){speedup}")
+        rows.append(row)
+    return table(["context x rows", "keys", DENSE_US, *map(NAMES.get, wanted[1:])], rows)[:-1]
+
+
 def plot(result: dict) -> None:
     """Plots the time of one row and the speed-up of 1, 8 and 32 rows over the context length."""
     import matplotlib
@@ -293,4 +307,5 @@ if __name__ == "__main__":
     record, environment = load("decode_gpu")
     if "--check" not in sys.argv:
         plot(record)
-    sys.exit(update_document(DOCUMENT, "update_kernels", render(record, environment)))
+    parts = render(record, environment), layers(load("layer_gpu")[0])
+    sys.exit(update_document(DOCUMENT, "update_kernels", *parts))

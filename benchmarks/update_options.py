@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 
-from common import RESULTS, update_document
+from records import RESULTS, update_document
 
 from vllm_adamas.config import MAX_TOKENS, AdamasConfig
 from vllm_adamas.tables import markdown

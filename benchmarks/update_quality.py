@@ -12,7 +12,7 @@ import statistics
 import sys
 from dataclasses import dataclass
 
-from common import RESULTS, update_document
+from records import RESULTS, update_document
 
 from vllm_adamas import profile
 from vllm_adamas.config import AdamasConfig

@@ -12,8 +12,8 @@ import sys
 
 import bench_serve
 import bench_serve_gpu
-from common import RESULTS, load, update_document
 from peers import PEERS
+from records import RESULTS, load, update_document
 from update_kernels import headline, served, used, worse
 
 from vllm_adamas.config import AdamasConfig

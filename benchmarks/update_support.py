@@ -17,7 +17,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from common import RESULTS, load, update_document
+from records import RESULTS, load, update_document
 
 sys.path.append(str(RESULTS.parent.parent / "tests"))
 from record import NOT_RECORDED, SHOWN, Tables, Tests, cell, fact, outcomes

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import sys
 
-from common import RESULTS, load, update_document
+from records import RESULTS, load, update_document
 from update_kernels import headline, served, used, worse
 from update_readme import QUALITY
 

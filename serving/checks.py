@@ -274,7 +274,7 @@ def _check_features(vllm_config) -> None:
         )
 
 
-#: Why connectors, specs and tiers without a better reason are not served.
+#: Why connectors, specs, tiers and methods of speculative decoding without a better reason are not served.
 UNTRIED = "which has not been tried with pages that carry signatures"
 #: Better reasons, for vLLM's connectors other than OFFLOADING, by how their names begin.
 CONNECTORS = {
@@ -367,22 +367,50 @@ def _separate_files(vllm_config, config: AdamasConfig) -> None:
 
 
 #: Methods of speculative decoding that are served.
-SPECULATION = ("ngram", "suffix", "draft_model")
+SPECULATION = ("ngram", "ngram_gpu", "suffix", "draft_model", "medusa", "eagle", "eagle3", "mtp")
+#: Why vLLM's other methods are not.
+OTHER_SPECULATION = {
+    "custom_class": UNTRIED,
+    "dflash": UNTRIED,
+    "dspark": UNTRIED,
+    "extract_hidden_states": "which drafts nothing and needs a KV connector that is not served",
+    "mlp_speculator": "for which vLLM has no drafter",
+}
 
 
 def _check_speculation(vllm_config) -> None:
     speculative = vllm_config.speculative_config
     if speculative is None:
         return
-    if speculative.method not in SPECULATION:
-        names = ", ".join(SPECULATION)
-        _refuse(f"speculative decoding by {speculative.method} yet", f"choose one of {names}")
-    if speculative.parallel_drafting:
-        _refuse("parallel drafting yet", "drop parallel_drafting from --speculative-config")
+    method = speculative.method
+    if method not in SPECULATION:
+        why, names = OTHER_SPECULATION.get(method, UNTRIED), ", ".join(SPECULATION)
+        _refuse(f"speculative decoding by {method}, {why}", f"choose one of {names}")
+    if method == "ngram_gpu" and compat.on_cpu():
+        _refuse(
+            "speculative decoding by ngram_gpu on CPUs, where vLLM's drafter does not run",
+            "choose the method ngram",
+        )
+    if speculative.enable_adaptive_verification:
+        _refuse(
+            "adaptive verification, which tells the number of drafts to the GPU alone",
+            "drop enable_adaptive_verification from --speculative-config",
+        )
+    if compat.drafter_reads_target(vllm_config):
+        _refuse(
+            "drafters that read the target's keys under another backend (Gemma 4)",
+            "choose another method in --speculative-config",
+        )
+    if compat.draft_backend_is_ignored(vllm_config):
+        _refuse(
+            "draft models by Model Runner V2, which gives their layers this backend",
+            "set VLLM_USE_V2_MODEL_RUNNER=0, or choose another method in --speculative-config",
+        )
+    compat.name_draft_backend(vllm_config)
     if compat.drafts_with_adamas(vllm_config):
         _refuse(
-            "draft models, whose layers have no token budget",
-            "name another attention_backend for the draft model in --speculative-config",
+            "drafters with layers of their own, which would have no token budget",
+            "name another attention_backend for the drafter in --speculative-config",
         )
 
 

@@ -95,6 +95,10 @@ def register_backend() -> None:
     member.__reduce_ex__ = lambda protocol: (_unpickle_member, ())
 
 
+def _is_adamas(backend) -> bool:
+    return getattr(backend, "name", None) == NAME
+
+
 def is_selected(vllm_config) -> bool:
     """Whether a configuration selects the adamas backend, for all layers or for some kinds."""
     attention = getattr(vllm_config, "attention_config", None)
@@ -102,22 +106,56 @@ def is_selected(vllm_config) -> bool:
         getattr(attention, "backend", None),
         *(getattr(attention, "backend_per_kind", None) or {}).values(),
     ]
-    return any(getattr(backend, "name", None) == NAME for backend in chosen)
+    return any(map(_is_adamas, chosen))
+
+
+#: Methods of speculative decoding whose drafters have attention layers of their own.
+DRAFTERS_WITH_LAYERS = ("draft_model", "eagle", "eagle3", "mtp")
+#: Backends for the layers of a drafter that has none of its own: the first that has the type of the cache.
+DRAFT_BACKENDS = ("FLASH_ATTN", "TRITON_ATTN")
+
+
+def name_draft_backend(vllm_config) -> None:
+    """Gives the layers of a drafter a dense backend where they would take the target's.
+
+    Model Runner V1 chooses their backend anew unless the speculative configuration names one. V2 takes the target's, and
+    for a draft model even then (:func:`draft_backend_is_ignored`).
+    """
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    speculative = vllm_config.speculative_config
+    if speculative.method not in DRAFTERS_WITH_LAYERS or not vllm_config.use_v2_model_runner:
+        return
+    if speculative.attention_backend is None and _is_adamas(vllm_config.attention_config.backend):
+        kind = speculative.kv_cache_dtype or vllm_config.cache_config.cache_dtype
+        backends = [AttentionBackendEnum[name] for name in DRAFT_BACKENDS]
+        able = (one for one in backends if one.get_class().supports_kv_cache_dtype(kind))
+        speculative.attention_backend = next(able, backends[0])
+
+
+def draft_backend_is_ignored(vllm_config) -> bool:
+    """Whether the layers of a drafter take the target's backend whatever is named for them.
+
+    ``StandaloneARSpeculator.load_draft_model`` does not call ``apply_draft_overrides``, as ``load_eagle_model`` does.
+    """
+    return vllm_config.use_v2_model_runner and vllm_config.speculative_config.uses_draft_model()
 
 
 def drafts_with_adamas(vllm_config) -> bool:
-    """Whether the layers of a draft model would take the adamas backend.
+    """Whether the layers of a drafter would take the adamas backend, once :func:`name_draft_backend` has run.
 
-    Model Runner V1 chooses their backend anew unless the speculative configuration names one, and V2
-    takes the target's. Backends per kind of layer hold for both models.
+    Backends per kind of layer hold for both models.
     """
     speculative, attention = vllm_config.speculative_config, vllm_config.attention_config
-    if speculative.method != "draft_model":  # what others draft with has no layers
+    if speculative.method not in DRAFTERS_WITH_LAYERS:
         return False
     chosen = [speculative.attention_backend, *(attention.backend_per_kind or {}).values()]
-    if chosen[0] is None and vllm_config.use_v2_model_runner:
-        chosen.append(attention.backend)
-    return any(getattr(backend, "name", None) == NAME for backend in chosen)
+    return any(map(_is_adamas, chosen))
+
+
+def drafter_reads_target(vllm_config) -> bool:
+    """Whether the layers of a drafter have no keys of their own and read the target's."""
+    return vllm_config.speculative_config.use_gemma4_mtp()
 
 
 def _wrap_classmethod(cls: type, name: str, make: Callable) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -112,6 +113,8 @@ class Server:
             raise RuntimeError(self._failure(f"ended with status {self._process.returncode}"))
 
     def _failure(self, what: str) -> str:
+        cause = root_cause(self.log())
+        what = f"{what}: {cause}" if cause else what
         return f"The server {what}. The end of {self.log_path}:\n{self.log_tail()}"
 
     @property
@@ -176,6 +179,13 @@ class Server:
         trace: TracebackType | None,
     ) -> None:
         self.stop()
+
+
+def root_cause(log: str) -> str | None:
+    """The error in another process of vLLM's to which its last one refers as "root cause above"; None without one."""
+    above, refers, _ = log.partition("See root cause above")
+    errors = re.findall(r"\b(\w*(?:Error|Exception): .+)", above)
+    return errors[-2] if refers and len(errors) > 1 else None
 
 
 def parse_metrics(text: str) -> dict[str, float]:

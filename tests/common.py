@@ -27,7 +27,13 @@ def refused(call, *named: str) -> str:
     return message
 
 
-def _random(folder: Path, family: str, change=lambda model: None, **config) -> Path:
+def make_random(folder: Path, family: str, change=lambda model: None, **config) -> Path:
+    """A small model of a family of transformers with random weights.
+
+    Args:
+        change: called with the model before it is saved.
+        config: fields of its configuration.
+    """
     import transformers
 
     names = {"vocab_size": 49152, "bos_token_id": 1, "eos_token_id": 2}
@@ -49,13 +55,13 @@ def _random(folder: Path, family: str, change=lambda model: None, **config) -> P
 def random_llama(folder: Path) -> Path:
     """A small Llama whose 8 query and 4 KV heads can be split; weights large enough that attention
     decides between tokens."""
-    return _random(folder, "Llama")
+    return make_random(folder, "Llama")
 
 
 def random_gemma(folder: Path) -> Path:
     """The same as a Gemma 3: every other layer has a sliding window of 256 tokens."""
     kinds = ["sliding_attention", "full_attention"] * 2
-    return _random(folder, "Gemma3Text", sliding_window=256, layer_types=kinds, pad_token_id=0)
+    return make_random(folder, "Gemma3Text", sliding_window=256, layer_types=kinds, pad_token_id=0)
 
 
 def random_gemma2(folder: Path) -> Path:
@@ -66,7 +72,7 @@ def random_gemma2(folder: Path) -> Path:
         model.model.embed_tokens.weight.data *= 0.1
 
     caps = {"attn_logit_softcapping": 2.0, "query_pre_attn_scalar": 64}
-    return _random(
+    return make_random(
         folder, "Gemma2", change, sliding_window=256, layer_types=kinds, pad_token_id=0, **caps
     )
 
@@ -81,7 +87,7 @@ def random_gpt_oss(folder: Path) -> Path:
             sinks.copy_(torch.linspace(-2, 8, len(sinks)).roll(number))
 
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
-    return _random(
+    return make_random(
         folder, "GptOss", change, sliding_window=256, layer_types=kinds, pad_token_id=0, **experts
     )
 

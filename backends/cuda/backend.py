@@ -217,7 +217,6 @@ class CudaBackend(Backend, Inspectable):
                 form,
                 longest,
                 params.budget.most(longest),
-                summed_distances=params.score == "manhattan" and params.group > 1,
                 maximum=params.combine == "max",
             ):
                 form = THREE

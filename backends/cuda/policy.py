@@ -24,8 +24,6 @@ CLUSTERS = (16, *range(8, 0, -1))  #: blocks; 9 to 15 exchange more than they ga
 MOST_PER_WARP = 64
 #: Tokens of a launch for the fused kernel. The three kernels divide longer contexts of few rows over the whole GPU.
 MOST_FUSED = 1 << 17
-#: Tokens per warp of the fused kernel if distances are summed; their arithmetic needs the whole GPU sooner.
-MOST_DISTANCES = 512
 
 
 class Form(NamedTuple):
@@ -71,24 +69,18 @@ def rounded_contexts(max_seq_len: int) -> Iterator[int]:
         tokens = rounded_context(tokens + 1)
 
 
-def prefers_fused(
-    form: Form, max_seq_len: int, budget: int, *, summed_distances: bool, maximum: bool
-) -> bool:
+def prefers_fused(form: Form, max_seq_len: int, budget: int, *, maximum: bool) -> bool:
     """Whether the fused kernel in ``form`` beats the three kernels. Only Hopper has it.
 
     Args:
         max_seq_len: longest context of the launch, in tokens.
         budget: tokens per set.
-        summed_distances: whether scores are Manhattan distances summed over query heads.
         maximum: whether scores are maxima over query heads.
     """
-    most = MOST_FUSED
-    if summed_distances:
-        most = min(most, MOST_DISTANCES * form.cluster * form.warps)
     most_wanted = limits().most_wanted
     if not maximum:
         most_wanted = min(most_wanted, MOST_PER_WARP * form.warps)
-    return form != THREE and max_seq_len <= most and budget <= most_wanted
+    return form != THREE and max_seq_len <= MOST_FUSED and budget <= most_wanted
 
 
 def fused_form(groups: int, clusters_at_once: Callable[[Form], int]) -> Form:

@@ -50,17 +50,28 @@ struct LaneBin {
   __device__ __forceinline__ bool owned(uint32_t need) const { return sum >= need && above < need; }
 };
 template <int kCount>
-__device__ __forceinline__ LaneBin find_lane_bin(const uint32_t (&count)[kCount], uint32_t need) {
-  uint32_t own = 0;
+struct LaneSums {
+  uint32_t own = 0, sum;  // values of the lane's bins, and those with the bins above them
+
+  __device__ __forceinline__ explicit LaneSums(const uint32_t (&count)[kCount]) {
 #pragma unroll
-  for (int i = 0; i < kCount; ++i) own += count[i];
-  const uint32_t sum = warp_prefix_sum(own);
-  uint32_t before = sum - own, size = count[0];
+    for (int i = 0; i < kCount; ++i) own += count[i];
+    sum = warp_prefix_sum(own);
+  }
+};
+template <int kCount>
+__device__ __forceinline__ LaneBin find_lane_bin(const uint32_t (&count)[kCount], const LaneSums<kCount>& sums,
+                                                 uint32_t need) {
+  uint32_t before = sums.sum - sums.own, size = count[0];
   int index = 32 * kCount - 1 - kCount * (threadIdx.x % 32);
 #pragma unroll
   for (int i = 1; i < kCount; ++i)
     if (before + size < need) before += size, size = count[i], --index;
-  return {{uint32_t(index), before, size}, sum - own, sum};
+  return {{uint32_t(index), before, size}, sums.sum - sums.own, sums.sum};
+}
+template <int kCount>
+__device__ __forceinline__ LaneBin find_lane_bin(const uint32_t (&count)[kCount], uint32_t need) {
+  return find_lane_bin(count, LaneSums<kCount>(count), need);
 }
 
 // Search by a block: the bin of the `need`-th best value among kBins bins; at least that many values must exist.

@@ -42,6 +42,13 @@ __device__ void encode_dot(const DecodeParams& p, float (&x)[kChunks * 4], int s
   float inverse = step > 0.0f ? __fdiv_rn(1.0f, step) : 0.0f;
   if (!isfinite(inverse)) inverse = 0.0f;
   int total = 0;
+  constexpr int kWordsPerPass = 32 / kQueryBits;
+  uint32_t own = 0;  // of these words, lane l stores bit l % kQueryBits of word l / kQueryBits
+  auto store = [&](int first) {
+    const int w = first + lane / kQueryBits, b = lane % kQueryBits;
+    const int plane = slot / 4 * 2 + b / 2, column = 2 * (slot % 4) + b % 2;
+    if (w < p.page.words) s.planes[(plane * kChunks + w / 4) * 32 + column * 4 + w % 4] = own;
+  };
 #pragma unroll
   for (int w = 0; w < kChunks * 4; ++w) {
     const float y = rintf(__fmul_rn(x[w], inverse));
@@ -54,10 +61,9 @@ __device__ void encode_dot(const DecodeParams& p, float (&x)[kChunks * 4], int s
 #pragma unroll
     for (int b = 0; b < kQueryBits; ++b) {
       const uint32_t word = __ballot_sync(kFull, (q >> b) & 1);
-      const int plane = slot / 4 * 2 + b / 2, column = 2 * (slot % 4) + b % 2;
-      if (lane == 0 && w < p.page.words)
-        s.planes[(plane * kChunks + w / 4) * 32 + column * 4 + w % 4] = word;
+      if (lane == w % kWordsPerPass * kQueryBits + b) own = word;
     }
+    if (w % kWordsPerPass == kWordsPerPass - 1 || w == kChunks * 4 - 1) store(w / kWordsPerPass * kWordsPerPass);
   }
   total = __reduce_add_sync(kFull, total);
   if (lane == 0) s.bias[slot] = 3 * total;

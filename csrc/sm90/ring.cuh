@@ -6,6 +6,21 @@
 
 namespace adamas {
 
+// Copies the signatures of `tokens` tokens of a block, from its `first` one on, plane by plane.
+__device__ __forceinline__ void copy_planes(uint32_t to, const uint8_t* block, int hi_offset, int lo_offset,
+                                            int scale_offset, int first, int tokens, int token_bytes,
+                                            uint32_t barrier) {
+  const int plane = tokens * token_bytes;
+  bulk_copy(to, block + hi_offset + first * token_bytes, plane, barrier);
+  bulk_copy(to + plane, block + lo_offset + first * token_bytes, plane, barrier);
+  bulk_copy(to + 2 * plane, block + scale_offset + first * 2, tokens * 2, barrier);
+}
+inline __device__ __noinline__ void copy_planes_apart(uint32_t to, const uint8_t* block, int hi_offset, int lo_offset,
+                                                      int scale_offset, int first, int tokens, int token_bytes,
+                                                      uint32_t barrier) {
+  copy_planes(to, block, hi_offset, lo_offset, scale_offset, first, tokens, token_bytes, barrier);
+}
+
 template <int kStages>
 class StageRing {
  public:
@@ -25,15 +40,17 @@ class StageRing {
   __device__ __forceinline__ uint32_t data(int slot) const { return data_ + slot * bytes_; }
 
   // Fetches the stage that starts at `token` of a context of `length` tokens. block: from load_stage_block(). All
-  // lanes call it, and none may still read the slot.
+  // lanes call it, and none may still read the slot. kApart: not inlined where a stage is not of whole blocks.
+  template <bool kApart = false>
   __device__ __forceinline__ void fill(int slot, const Page& page, const StageShape& shape, const uint8_t* pages,
                                        int token, int length, uint32_t block) const {
     const int parts =
         shape.parts == 1 ? 1 : min(shape.parts, (length - token + shape.part_tokens - 1) / shape.part_tokens);
-    fill_parts(slot, page, shape, pages, token + int(threadIdx.x % 32) * shape.part_tokens, parts, block);
+    fill_parts<kApart>(slot, page, shape, pages, token + int(threadIdx.x % 32) * shape.part_tokens, parts, block);
   }
 
   // Fetches a stage of `parts` parts from anywhere; this lane's one starts at `token`, in `block`.
+  template <bool kApart = false>
   __device__ __forceinline__ void fill_parts(int slot, const Page& page, const StageShape& shape, const uint8_t* pages,
                                              int token, int parts, uint32_t block) const {
     const int lane = threadIdx.x % 32;
@@ -45,11 +62,9 @@ class StageRing {
       if (shape.whole_blocks) {
         bulk_copy(to, from + page.hi_offset, shape.part_bytes, barrier);
       } else {
-        const int inside = token % page.block_size;
-        const int plane = shape.part_tokens * shape.words * 4;
-        bulk_copy(to, from + page.hi_offset + inside * shape.words * 4, plane, barrier);
-        bulk_copy(to + plane, from + page.lo_offset + inside * shape.words * 4, plane, barrier);
-        bulk_copy(to + 2 * plane, from + page.scale_offset + inside * 2, shape.part_tokens * 2, barrier);
+        constexpr auto* copy = kApart ? copy_planes_apart : copy_planes;
+        copy(to, from, page.hi_offset, page.lo_offset, page.scale_offset, token % page.block_size, shape.part_tokens,
+             shape.words * 4, barrier);
       }
     }
   }

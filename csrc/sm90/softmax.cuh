@@ -40,9 +40,12 @@ struct SoftmaxValue {
 
 // Merges dimension d of parts that are `stride` floats apart in shared memory, each [top, sum, -, -, values]
 // (Attention::share).
+template <int kUnrolled = 4>
 __device__ __forceinline__ SoftmaxValue merge_parts(const float* from, int parts, int stride, int d) {
   SoftmaxValue merged{-INFINITY, 0, 0};
+#pragma unroll kUnrolled
   for (int i = 0; i < parts; ++i) merged.top = fmaxf(merged.top, from[i * stride]);
+#pragma unroll kUnrolled
   for (int i = 0; i < parts; ++i) {
     const float weight = softmax_weight(from[i * stride], merged.top);
     merged.value += weight * from[i * stride + 4 + d];

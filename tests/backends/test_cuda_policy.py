@@ -28,7 +28,6 @@ from vllm_adamas.backends.cuda.library import (
     load,
 )
 from vllm_adamas.backends.cuda.policy import (
-    MOST_DISTANCES,
     MOST_FUSED,
     MOST_PER_WARP,
     THREE,
@@ -70,16 +69,11 @@ def recorded() -> list[tuple[str, dict, dict]]:
     return found
 
 
-#: Cells that the policy is known to miss, and by how much: (part and result, launch, context, rows). Summed
-#: distances of contexts far below those of the launch are faster in one kernel.
+#: Cells that the policy is known to miss, and by how much: (part and result, launch, context, rows). A launch does not say
+#: how long the contexts are; summed distances of short ones are up to 1.6 times faster in one kernel.
 MISSED = {
-    ("cells, manhattan kv_head", 131072, 8192, 1): 1.48,
-    ("cells, manhattan kv_head", 131072, 8192, 8): 1.34,
-    ("cells, manhattan kv_head", 131072, 8192, 32): 1.21,
-    ("cells, manhattan kv_head", 131072, 32768, 1): 1.26,
-    ("cells, manhattan kv_head", 131072, 32768, 8): 1.13,
-    ("cells, manhattan kv_head", 8192, 8192, 32): 1.21,
-    ("cells, manhattan kv_head", 32768, 32768, 8): 1.13,
+    ("cells, manhattan kv_head", 131072, 32768, 32): 1.12,
+    ("cells, manhattan kv_head", 32768, 32768, 32): 1.14,
 }
 
 
@@ -89,12 +83,10 @@ def test_choice_of_the_fused_kernel_is_the_measured_one(recorder) -> None:
     for name, cell, result in recorded():
         where = (name, cell["launch"], cell["context"], cell["rows"])
         form = Form(result["fused"]["cluster"], result["fused"]["warps"])
-        query_heads, kv_heads, _ = map(int, cell["heads"].split("x"))
         fused = prefers_fused(
             form,
             cell["launch"],
             cell["budget"],
-            summed_distances="manhattan" in name and query_heads > kv_heads,
             maximum="max" in name,
         )
         assert result["runs"] == ("fused" if fused else "three"), where
@@ -104,20 +96,19 @@ def test_choice_of_the_fused_kernel_is_the_measured_one(recorder) -> None:
 
 def test_choice_follows_launch_and_budget(recorder) -> None:
     """The fused kernel lists up to so many tokens of a budget at once, and scans with a cluster per KV head."""
-    most = INVENTED.most_wanted
-    for distances, longest in ((False, MOST_FUSED), (True, MOST_DISTANCES * 8 * 16)):
+    most, longest = INVENTED.most_wanted, MOST_FUSED
 
-        def fused(form: Form, tokens: int, budget: int, maximum=False, distances=distances) -> bool:
-            return prefers_fused(form, tokens, budget, summed_distances=distances, maximum=maximum)
+    def fused(form: Form, tokens: int, budget: int, maximum=False) -> bool:
+        return prefers_fused(form, tokens, budget, maximum=maximum)
 
-        assert fused(Form(8, 16), longest, most)
-        assert not fused(Form(8, 16), longest, most + 1)
-        assert not fused(Form(8, 16), longest + 1, most)
-        assert not fused(THREE, 1024, 64)
-        assert fused(Form(2, 8), 1024, MOST_PER_WARP * 8)
-        assert not fused(Form(2, 8), 1024, MOST_PER_WARP * 8 + 1)
-        assert fused(Form(2, 8), 1024, most, maximum=True)
-        assert not fused(Form(2, 8), 1024, most + 1, maximum=True)
+    assert fused(Form(8, 16), longest, most)
+    assert not fused(Form(8, 16), longest, most + 1)
+    assert not fused(Form(8, 16), longest + 1, most)
+    assert not fused(THREE, 1024, 64)
+    assert fused(Form(2, 8), 1024, MOST_PER_WARP * 8)
+    assert not fused(Form(2, 8), 1024, MOST_PER_WARP * 8 + 1)
+    assert fused(Form(2, 8), 1024, most, maximum=True)
+    assert not fused(Form(2, 8), 1024, most + 1, maximum=True)
 
 
 # plans, with a library that computes nothing

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_args
 
 import pytest
 import torch
@@ -194,6 +195,7 @@ SINKS = {  # the same, which declares learned sinks
     "sinks of sliding windows": {"add_swa_attention_sink_bias": True},
 }
 DRAFT_MODEL = {"method": "draft_model", "model": str(MODEL), "num_speculative_tokens": 2}
+DRAFTERS = "drafters with layers of their own, which would have no token budget"
 MICRO_BATCHES = ("micro-batches", "--enable-dbo", "--ubatch-size")
 ARGUMENTS = {  # argument of the command -> its value and what else is needed; what the sentence names
     "--attention-config.use_non_causal": ("true", ("non-causal attention", OTHER)),
@@ -215,15 +217,11 @@ ARGUMENTS = {  # argument of the command -> its value and what else is needed; w
     "--prefill-context-parallel-size": ("2", ("PCP", "--prefill-context-parallel-size")),
     "--spec-method": (
         "ngram_gpu --spec-tokens 2",
-        ("speculative decoding by ngram_gpu", "ngram, suffix, draft_model"),
+        ("speculative decoding by ngram_gpu on CPUs", "choose the method ngram"),
     ),
     "--speculative-config": (
         json.dumps({**DRAFT_MODEL, "attention_backend": "adamas"}, separators=(",", ":")),
-        (
-            "draft models, whose layers have no token budget",
-            "attention_backend",
-            "--speculative-config",
-        ),
+        (DRAFTERS, "attention_backend", "--speculative-config"),
     ),
     "--ubatch-size": ("2", MICRO_BATCHES),
 }
@@ -234,11 +232,15 @@ PARTS = {  # where vLLM drops or refuses the argument on a CPU: (part, its chang
     ),
     "--enable-dbo": (("parallel_config", {"use_ubatching": True}), MICRO_BATCHES),
 }
-PARALLEL = ("parallel drafting", "parallel_drafting")
 DRAFTS = {  # change of a served speculative configuration -> what the sentence names
-    "eagle": ({"method": "eagle3"}, ("speculative decoding by eagle3", "ngram")),
-    "mtp": ({"method": "mtp"}, ("speculative decoding by mtp", "ngram")),
-    "parallel": ({"parallel_drafting": True}, PARALLEL),
+    "adaptive": (
+        {"enable_adaptive_verification": True},
+        ("adaptive verification", "enable_adaptive_verification"),
+    ),
+    "gemma 4": (
+        {"method": "mtp", "use_gemma4_mtp": lambda: True},
+        ("drafters that read the target's keys under another backend", "Gemma 4"),
+    ),
 }
 ENVIRONMENT = {  # variable -> its value, what else the sentence names
     "VLLM_BATCH_INVARIANT": (True, ("batch invariance", "unset")),
@@ -313,7 +315,10 @@ def test_parts(vllm_config, record_property, change: tuple, named: tuple) -> Non
 def speculative(vllm_config, **changes):
     """The configuration of a server with a draft model."""
     served = {"method": "draft_model", "num_speculative_tokens": 3, "parallel_drafting": False}
-    config = SimpleNamespace(**{**served, "attention_backend": None, **changes})
+    served |= {"enable_adaptive_verification": False, "use_gemma4_mtp": lambda: False}
+    served["uses_draft_model"] = lambda: config.method == "draft_model"
+    served |= {"attention_backend": None, "kv_cache_dtype": None}
+    config = SimpleNamespace(**{**served, **changes})
     return Changed(vllm_config, speculative_config=config, use_v2_model_runner=False)
 
 
@@ -324,31 +329,96 @@ def test_kinds_of_speculation(vllm_config, record_property, changes: dict, named
     record_property("sentence", check_refusal(changed, named))
 
 
-@pytest.mark.parametrize("method", ["ngram", "suffix", "draft_model"])
-def test_speculation_has_a_row_for_each_token(vllm_config, method: str) -> None:
+@pytest.mark.refuses("speculative decoding by {method}")
+@pytest.mark.parametrize("method", checks.OTHER_SPECULATION)
+def test_methods_of_speculation(vllm_config, record_property, method: str) -> None:
+    named = (f"speculative decoding by {method}, {checks.OTHER_SPECULATION[method]}", "eagle3")
+    record_property("sentence", check_refusal(speculative(vllm_config, method=method), named))
+
+
+def test_parallel_drafters_have_rows_for_their_masks(vllm_config) -> None:
+    """Model Runner V1 counts requests with as many more query tokens as decode requests."""
+    config = speculative(vllm_config, parallel_drafting=True)
+    checks.check_config(config)
+    assert compat.max_decode_rows(config) == 7 * vllm_config.scheduler_config.max_num_seqs
+
+
+def test_every_method_of_vllm_is_served_or_refused() -> None:
+    from vllm.config.speculative import MTPModelTypes, SpeculativeMethod
+
+    def flat(kind) -> set[str]:
+        return {name for part in get_args(kind) for name in (flat(part) or {part})}
+
+    families = flat(MTPModelTypes) - {"mtp"}  # vLLM takes their names as other names of mtp
+    served = {*checks.SPECULATION, *checks.OTHER_SPECULATION}
+    assert flat(SpeculativeMethod) - families == served
+    assert not {*checks.SPECULATION} & {*checks.OTHER_SPECULATION}
+
+
+@pytest.mark.parametrize("method", checks.SPECULATION)
+def test_speculation_has_a_row_for_each_token(vllm_config, monkeypatch, method: str) -> None:
+    if method == "ngram_gpu":
+        on_gpu(monkeypatch)
     config = speculative(vllm_config, method=method)
     checks.check_config(config)
     assert compat.max_decode_rows(config) == 4 * vllm_config.scheduler_config.max_num_seqs
 
 
-def test_draft_models_take_another_backend(vllm_config) -> None:
-    """Model Runner V2 gives them the target's if none is named, and both obey backends per kind."""
-    named = ("draft models", "attention_backend", "--speculative-config")
+DRAFTERS_OF = {  # method, what the speculative configuration names, type of the cache -> the drafter's backend
+    "eagle": ("eagle", None, "auto", "FLASH_ATTN"),
+    "eagle3": ("eagle3", None, "auto", "FLASH_ATTN"),
+    "mtp": ("mtp", None, "auto", "FLASH_ATTN"),
+    "fp8": ("eagle", None, "fp8_e5m2", "TRITON_ATTN"),
+    "named": ("eagle", SimpleNamespace(name="FLASHINFER"), "auto", "FLASHINFER"),
+    "no layers": ("medusa", None, "auto", None),
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "kind", "backend"), DRAFTERS_OF.values(), ids=DRAFTERS_OF
+)
+def test_drafters_of_model_runner_v2_have_a_dense_backend(
+    vllm_config, monkeypatch, method: str, given, kind: str, backend: str | None
+) -> None:
+    """V2 gives them the target's if none is named, and V1 chooses one itself."""
+    monkeypatch.setattr(compat, "cpu_prefills_fp8", lambda: True)
+    cache = Changed(vllm_config.cache_config, cache_dtype=kind)
+    config = speculative(
+        Changed(vllm_config, cache_config=cache), method=method, attention_backend=given
+    )
+    checks.check_config(config)
+    assert config.speculative_config.attention_backend is given
+    v2 = Changed(config, use_v2_model_runner=True)
+    for _ in range(2):  # the second check changes nothing
+        checks.check_config(v2)
+        assert getattr(v2.speculative_config.attention_backend, "name", None) == backend
+
+
+@pytest.mark.parametrize("method", ["draft_model", "eagle", "eagle3", "mtp"])
+def test_drafters_take_another_backend(vllm_config, method: str) -> None:
+    """Backends per kind of layer hold for the target and the drafter."""
+    named = (DRAFTERS, "attention_backend", "--speculative-config")
     adamas, other = SimpleNamespace(name="ADAMAS"), SimpleNamespace(name="CPU_ATTN")
-    check_refusal(speculative(vllm_config, attention_backend=adamas), named)
-    v2 = Changed(speculative(vllm_config), use_v2_model_runner=True)
-    attention = Changed(vllm_config.attention_config, backend=adamas)
-    check_refusal(Changed(v2, attention_config=attention), named)
-    v2.speculative_config.method = "ngram"
-    checks.check_config(Changed(v2, attention_config=attention))
+    check_refusal(speculative(vllm_config, method=method, attention_backend=adamas), named)
     for backend, served in ((adamas, False), (other, True)):
-        config = speculative(vllm_config, attention_backend=other)
-        kinds = Changed(attention, backend_per_kind={"full_attention": backend})
-        config = Changed(config, use_v2_model_runner=True, attention_config=kinds)
+        config = speculative(vllm_config, method=method, attention_backend=other)
+        kinds = Changed(vllm_config.attention_config, backend_per_kind={"full_attention": backend})
+        v2 = method != "draft_model"  # which is refused there
+        config = Changed(config, use_v2_model_runner=v2, attention_config=kinds)
         if served:
             checks.check_config(config)
         else:
             check_refusal(config, named)
+
+
+@pytest.mark.refuses("draft models by Model Runner V2")
+@pytest.mark.parametrize("named", [None, SimpleNamespace(name="FLASH_ATTN")])
+def test_draft_models_of_model_runner_v2_are_refused(vllm_config, record_property, named) -> None:
+    config = speculative(vllm_config, attention_backend=named)
+    checks.check_config(config)
+    sentence = ("draft models by Model Runner V2", "VLLM_USE_V2_MODEL_RUNNER=0")
+    v2 = Changed(config, use_v2_model_runner=True)
+    record_property("sentence", check_refusal(v2, sentence))
 
 
 def test_a_cache_of_another_type_than_the_model(vllm_config) -> None:

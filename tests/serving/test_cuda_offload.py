@@ -102,6 +102,7 @@ def check(steps: list[dict]) -> None:
     offloading.check_loaded(held, evicted, loaded, BLOCKS * BLOCK)
 
 
+@pytest.mark.supports("KV offloading to the memory of the host")
 @pytest.mark.parametrize("name", ["size", "v1 runner", "fp8, chunks"])
 def test_an_evicted_prompt_is_loaded_from_host_memory(said, name: str) -> None:
     check(said[name])
@@ -111,12 +112,14 @@ def test_an_evicted_prompt_is_loaded_from_host_memory(said, name: str) -> None:
     assert ("Using V2 Model Runner" in log) == (name != "v1 runner")
 
 
+@pytest.mark.supports("KV offloading to files")
 def test_what_left_host_memory_is_loaded_from_files(said) -> None:
     check(said["files"])
     assert said["files"][-1]["from files"] >= BLOCKS * BLOCK_BYTES
     assert [step["tokens"] for step in said["files"]] == [step["tokens"] for step in said["size"]]
 
 
+@pytest.mark.supports("KV offloading with sleep mode")
 def test_pages_are_offloaded_after_sleep(said) -> None:
     """Level 1 forgets the cache, level 2 the weights as well; both forget what was offloaded."""
     steps = said["sleep"]

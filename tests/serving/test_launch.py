@@ -44,6 +44,27 @@ def test_a_server_that_ends_is_reported_with_its_log(tmp_path) -> None:
         Broken("model", "adamas", log_path=tmp_path / "log", timeout=60)
 
 
+class BrokenEngine(Stub):
+    """Its engine's error is followed by more lines than a report shows."""
+
+    program = "\n".join(
+        [
+            "print('(EngineCore pid=7) ERROR 11-29 [core.py:1] RuntimeError: one before')",
+            "print('(EngineCore pid=7) ValueError: Free memory is less than desired')",
+            "print('frame\\n' * 99 + 'RuntimeError: Engine core initialization failed. See root cause above.')",
+            "raise SystemExit(1)",
+        ]
+    )
+
+
+def test_the_error_of_the_engine_process_is_named_first(tmp_path) -> None:
+    with pytest.raises(RuntimeError) as raised:
+        BrokenEngine("model", "adamas", log_path=tmp_path / "log", timeout=60)
+    first = str(raised.value).splitlines()[0]
+    cause = "ended with status 1: ValueError: Free memory is less than desired"
+    assert first == f"The server {cause}. The end of {tmp_path / 'log'}:"
+
+
 METRICS = """\
 # HELP vllm:prefix_cache_hits_total Cached tokens.
 # TYPE vllm:prefix_cache_hits_total counter

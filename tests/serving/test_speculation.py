@@ -1,46 +1,135 @@
-"""Speculative decoding with a draft model changes no answer. In float32, as in test_serve, which drafts n-grams."""
+"""Speculative decoding by drafters with layers changes no answer. In float32, as in test_serve, which drafts n-grams.
+
+Every prompt is asked alone, and then beside the others. The models count down: see ``drafters.py``.
+"""
 
 from importlib.util import find_spec
 
+import drafters
 import engines
 import pytest
-from common import random_llama
+from common import random_gemma
 
 pytestmark = [pytest.mark.serve, pytest.mark.slow]
 
+DRAFTS = 3  #: per step
+SPARSE_LAYERS = 3  #: of the targets' four, under the options that engines have by default
 SUFFIX = {"method": "suffix", "num_speculative_tokens": 4}
 #: Prompts are cut within requests that verify drafts, and their remainders are as short as drafts.
 CHUNKS = {"max_num_batched_tokens": 99, "enable_prefix_caching": False}
 STOCK = {"attention_backend": "CPU_ATTN", "additional_config": {}}
 WHOLE = {"additional_config": {"adamas": {"token_budget": 4096}}}  # more than any context
+LIMIT = {"max_model_len": 512}
+#: Requests that end with the longest context, beyond which nothing can be drafted.
+FULL = [{"prompt": engines.prompts()[3][:length]} for length in (496, 497)]
+
+
+def drafting(method: str, **config) -> dict:
+    return {
+        "speculative_config": {"method": method, "num_speculative_tokens": DRAFTS, **config},
+    }
 
 
 @pytest.fixture(scope="module")
 def answers(tmp_path_factory) -> dict[str, engines.Engine]:
     """What the engine of each case says."""
-    model = str(random_llama(tmp_path_factory.mktemp("llama")))
-    itself = {"method": "draft_model", "model": model, "num_speculative_tokens": 3}
+    folder = tmp_path_factory.mktemp("models")
+    target = drafters.target(folder / "target")
+    itself = drafting("draft_model", model=str(target))
+    masked = drafters.target(folder / "masked", pard_token=drafters.MASK)
+    eagle = drafting("eagle", model=str(drafters.eagle(folder / "eagle", target)))
+    eagle3 = drafting("eagle3", model=str(drafters.eagle3(folder / "eagle3", target)))
+    p_eagle = str(drafters.eagle3(folder / "p_eagle", target, parallel=True))
+    medusa = drafters.medusa(folder / "medusa", target, DRAFTS)
+    at_once = {"parallel_drafting": True}
     cases = {
         "plain": {},
-        "draft model": {"speculative_config": itself},
-        "draft model, chunks": {"speculative_config": itself, **CHUNKS},
-        "one draft": {"speculative_config": {**itself, "num_speculative_tokens": 1}},
         "stock": STOCK,
+        "draft model": itself,
+        "draft model, chunks": {**itself, **CHUNKS},
+        "one draft": drafting("draft_model", model=str(target), num_speculative_tokens=1),
+        "stock, draft model": {**itself, **CHUNKS, **STOCK},
+        "whole, draft model": {**itself, **CHUNKS, **WHOLE},
+        "parallel draft model": {
+            **drafting("draft_model", model=str(masked), **at_once),
+            **CHUNKS,
+        },
+        "eagle": eagle,
+        "eagle3": eagle3,
+        "eagle3, chunks": {**eagle3, **CHUNKS},
+        "stock, eagle3": {**eagle3, **STOCK},
+        "whole, eagle3": {**eagle3, **WHOLE},
+        "parallel eagle3": {**drafting("eagle3", model=p_eagle, **at_once), **CHUNKS},
+        "medusa": drafting("medusa", model=str(medusa)),
+        "plain, limit": LIMIT,
+        "eagle3, limit": {**eagle3, **LIMIT},
     }
     if find_spec("arctic_inference"):
         cases["suffix"] = {"speculative_config": SUFFIX}
-    cases["stock, draft model"] = {**cases["draft model"], **STOCK}
-    cases["whole, draft model"] = {**cases["draft model"], **WHOLE}
+    with_mtp = str(drafters.with_mtp(folder / "with_mtp"))
+    by_mtp = drafting("mtp")
+    mtp_cases = {
+        "plain, with mtp": {},
+        "stock, with mtp": STOCK,
+        "mtp": by_mtp,
+        "mtp, chunks": {**by_mtp, **CHUNKS},
+        "stock, mtp": {**by_mtp, **STOCK},
+        "whole, mtp": {**by_mtp, **WHOLE},
+    }
+    windows = random_gemma(folder / "windows")
+    window_cases = {"plain, windows": {}, "eagle, windows": eagle}
     with engines.Engines() as process:
-        return {name: process.ask(model, arguments) for name, arguments in cases.items()}
+        found = {
+            name: process.ask(target, arguments, FULL if "limit" in name else ())
+            for name, arguments in cases.items()
+        }
+        found |= {name: process.ask(with_mtp, case) for name, case in mtp_cases.items()}
+        found |= {name: process.ask(windows, case) for name, case in window_cases.items()}
+    return found
 
 
-@pytest.mark.supports("speculative decoding: draft model")
-@pytest.mark.parametrize("name", ["draft model", "draft model, chunks", "one draft"])
-def test_drafts_change_no_answer(answers, name: str) -> None:
+@pytest.mark.supports("speculative decoding: {row}")
+@pytest.mark.parametrize(
+    ("row", "name", "plain"),
+    [
+        ("draft model", "draft model", "plain"),
+        ("draft model", "draft model, chunks", "plain"),
+        ("draft model", "one draft", "plain"),
+        ("parallel drafting", "parallel draft model", "plain"),
+        ("EAGLE", "eagle", "plain"),
+        ("EAGLE", "eagle, windows", "plain, windows"),
+        ("EAGLE-3", "eagle3", "plain"),
+        ("EAGLE-3", "eagle3, chunks", "plain"),
+        ("EAGLE-3", "eagle3, limit", "plain, limit"),
+        ("parallel drafting", "parallel eagle3", "plain"),
+        ("Medusa", "medusa", "plain"),
+        ("MTP", "mtp", "plain, with mtp"),
+        ("MTP", "mtp, chunks", "plain, with mtp"),
+    ],
+)
+def test_drafts_change_no_answer(answers, row: str, name: str, plain: str) -> None:
+    """Beside sliding windows, whose layers form other groups, vLLM pads the drafter's pages to the target's size."""
+    assert answers[name].tokens == answers[plain].tokens
+    assert 0 < answers[name].accepted < answers[name].drafted
+
+
+@pytest.mark.parametrize(
+    ("plain", "stock"), [("plain", "stock"), ("plain, with mtp", "stock, with mtp")]
+)
+def test_selection_decides_between_tokens(answers, plain: str, stock: str) -> None:
+    """Otherwise equal answers would say little."""
+    assert answers[plain].tokens != answers[stock].tokens
+
+
+@pytest.mark.parametrize("name", ["draft model", "eagle", "eagle3", "medusa", "mtp"])
+def test_layers_of_drafters_are_dense_and_not_counted(answers, name: str) -> None:
+    """Each step of these engines has as many drafts as it may have, and each of its tokens is a row."""
     found = answers[name]
-    assert found.tokens == answers["plain"].tokens != answers["stock"].tokens
-    assert 0 < found.accepted < found.drafted
+    steps, rest = divmod(found.drafted, DRAFTS)
+    assert rest == 0
+    rows = found.counters["sparse_rows"] + found.counters["dense_rows"]
+    assert rows == SPARSE_LAYERS * (found.drafted + steps)
+    assert found.counters["sparse_rows"] > 0
 
 
 @pytest.mark.supports("speculative decoding: suffixes")
@@ -51,10 +140,20 @@ def test_drafts_of_suffixes_change_no_answer(answers) -> None:
     assert answers["suffix"].accepted > 0
 
 
-@pytest.mark.supports("speculative decoding: draft model")
-def test_drafts_are_accepted_as_by_the_stock_backend(answers) -> None:
+@pytest.mark.supports("speculative decoding: {row}")
+@pytest.mark.parametrize(
+    ("row", "drafted_by", "plain"),
+    [
+        ("draft model", "draft model", "stock"),
+        ("EAGLE-3", "eagle3", "stock"),
+        ("MTP", "mtp", "stock, with mtp"),
+    ],
+)
+def test_drafts_are_accepted_as_by_the_stock_backend(
+    answers, row: str, drafted_by: str, plain: str
+) -> None:
     """With budgets above every context."""
-    stock, ours = answers["stock, draft model"], answers["whole, draft model"]
+    stock, ours = answers[f"stock, {drafted_by}"], answers[f"whole, {drafted_by}"]
     assert (ours.drafted, ours.accepted) == (stock.drafted, stock.accepted)
-    assert ours.tokens == stock.tokens == answers["stock"].tokens
+    assert ours.tokens == stock.tokens == answers[plain].tokens
     assert ours.accepted > 0

@@ -36,6 +36,7 @@ __device__ __forceinline__ void attend_selected(const FusedBlock& b, const Liste
   const int32_t* blocks = row_blocks(p, b.row);
   const uint8_t* pages = head_pages(p, b.kv_head);
   auto key_row = [&](int token) { return pages + key_offset<Softmax::kRowBytes>(p.page, blocks, token); };
+#pragma unroll 1
   for (int chunk = warp * kChunk; chunk < total; chunk += b.s.num_warps * kChunk)
     softmax.step(p, [&](int slot) { return key_row(m.tokens[min(chunk + slot, total - 1)]); }, p.page.v_offset, 0,
                  total - chunk);
@@ -47,6 +48,7 @@ __device__ __forceinline__ void attend_range(const FusedBlock& b, int first, int
   const int32_t* blocks = row_blocks(b.p, b.row);
   const uint8_t* pages = head_pages(b.p, b.kv_head);
   const int chunks = (last + kChunk - 1) / kChunk;
+#pragma unroll 1
   for (int i = first / kChunk + b.rank + b.warp * b.s.cluster; i < chunks; i += b.s.cluster * b.s.num_warps)
     softmax.attend_chunk(b.p, first, last, pages, blocks, i * kChunk);
 }

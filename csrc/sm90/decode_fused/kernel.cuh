@@ -8,6 +8,10 @@
 // barriers, or four if the sample suggests a range; everything else is local to a block. A row that selects more than
 // kMostWanted tokens takes several rounds: each selects among the tokens that rank below the threshold of the round
 // before.
+//
+// In a model hundreds of megabytes of weights pass between two of these launches, so the instructions come from memory,
+// as the data does, and nearly all of them run once. Code that seldom runs is therefore not inlined, and loops that rarely
+// take a second turn are not unrolled.
 #pragma once
 #include "sm90/decode_fused/attend.cuh"
 #include "sm90/decode_fused/merge.cuh"
@@ -17,20 +21,33 @@
 
 namespace adamas {
 
+// Without a guess the lists give the range; returns how many of the warp's tokens are left. With combine=max a guess is
+// the rule.
+__device__ __forceinline__ int keep_in_range(const FusedBlock& b, int wanted, const ListState& list) {
+  find_range(b, wanted, list);
+  return keep_listed(b, list).count;
+}
+inline __device__ __noinline__ int keep_in_range_apart(const DecodeParams& p, const FusedShape& s, uint8_t* memory,
+                                                       int wanted, ListState list) {
+  return keep_in_range(FusedBlock(p, s, memory), wanted, list);
+}
+
 // Selects the tokens of a round and attends to them; the round ends with their threshold. Returns the number of tokens,
 // which is 0 if the range was guessed and too few tokens reach its low end.
 template <int D, Mode kMode, int kQuads, class Softmax>
-__device__ __forceinline__ int attend_round(const FusedBlock& b, uint8_t* memory, Round& round, RingPlace& place,
+__device__ __forceinline__ int attend_round(const FusedBlock& scored, uint8_t* memory, Round& round, RingPlace& place,
                                              Softmax& softmax) {
+  const ListState list = list_own_tokens<D <= 128 ? 1 : 2, kMode, kQuads>(scored, round, place);
+  const FusedBlock b(scored.p, scored.s, memory);  // again, so that no register holds it while tokens are scored
   const FusedSearch& search = b.m.search;
-  const ListState list = list_own_tokens<D <= 128 ? 1 : 2, kMode, kQuads>(b, round, place);
   if (round.number == 0) {
     cluster_wait();  // for the arrival at the kernel's start
     softmax.start(b.p, b.row, b.kv_head * b.p.group, b.p.group);
   }
   Listed listed(b, list.count);
   const bool guessed = kMode == Mode::dot_max && round.number == 0 && search.enough;  // all blocks agree, here and below
-  if (!guessed) find_range(b, round.wanted, list), listed = keep_listed(b, list);
+  if (kMode != Mode::dot_max) listed.count = keep_in_range(b, round.wanted, list);
+  else if (!guessed) listed.count = keep_in_range_apart(b.p, b.s, memory, round.wanted, list);
   if (!search.failed) find_edge(b, listed);
   if (guessed && !search.enough) return 0;
   if (search.failed) narrow_edge(b.p, b.s, memory, listed.count);
@@ -55,6 +72,17 @@ __device__ __noinline__ Softmax attend_more_rounds(const DecodeParams& p, const 
     ++round.number, round.wanted = min(left, kMostWanted);
     attend_round<D, kMode, kQuads>(b, memory, round, place, softmax);
   }
+  return softmax;
+}
+
+// The sinks and the recent window, which few configurations have.
+template <class Softmax>
+__device__ __noinline__ Softmax attend_ends(const DecodeParams& p, const FusedShape& s, uint8_t* memory,
+                                            Softmax softmax) {
+  const FusedBlock b(p, s, memory);
+  attend_range(b, 0, p.num_sink_tokens, softmax);
+  attend_range(b, p.num_sink_tokens + b.plan.middle, b.plan.length, softmax);
+  if (threadIdx.x == 0) b.m.search.active = s.num_warps;
   return softmax;
 }
 
@@ -88,12 +116,8 @@ __global__ void __launch_bounds__(kMostWarps * 32)
       cluster_wait();
       softmax.start(p, b.row, b.kv_head * p.group, p.group);
     }
-    if (p.num_sink_tokens + p.recent_window > 0) {
-      attend_range(b, 0, p.num_sink_tokens, softmax);
-      attend_range(b, p.num_sink_tokens + b.plan.middle, b.plan.length, softmax);
-      if (threadIdx.x == 0) b.m.search.active = s.num_warps;
-    }
-    merge_cluster<D, T>(b, softmax);
+    if (p.num_sink_tokens + p.recent_window > 0) softmax = attend_ends(p, s, fused_memory, softmax);
+    merge_cluster<D, T>(FusedBlock(p, s, fused_memory), softmax);
   } else {
     b.begin();
     if (b.plan.length <= 0)

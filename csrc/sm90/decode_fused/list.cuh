@@ -28,6 +28,7 @@ template <class Stays>
 __device__ __forceinline__ int keep_if(Stays stays, float* scores, uint16_t* indices, const ListState& list) {
   const int lane = threadIdx.x % 32;
   int to = 0;
+#pragma unroll 1
   for (int first = 0; first < list.count; first += 32 * 4) {
     const int at = first + lane * 4;
     float4 x = make_float4(-INFINITY, -INFINITY, -INFINITY, -INFINITY);
@@ -117,6 +118,7 @@ struct GroupTops {
   __device__ __forceinline__ GroupTops(const float* scores, int count) {
 #pragma unroll
     for (int j = 0; j < kPerLane; ++j) top[j] = -INFINITY;
+#pragma unroll 1
     for (int first = threadIdx.x % 32; first < count; first += 32 * kPerLane)
 #pragma unroll
       for (int j = 0; j < kPerLane; ++j)

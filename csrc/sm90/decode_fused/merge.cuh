@@ -20,11 +20,12 @@ __device__ __forceinline__ void merge_cluster(const FusedBlock& b, Softmax& soft
   __syncthreads();
   const int outputs = p.group * D, own = (outputs + s.cluster - 1) / s.cluster;
   const int active = m.search.active;
+#pragma unroll 1
   for (int i = threadIdx.x; i < outputs; i += blockDim.x) {
     const int head = i / D, d = i % D;
     const float* from = m.states + head * Softmax::kHeadFloats;
     const SoftmaxValue x = active == 1 ? SoftmaxValue{from[0], from[4 + d], from[1]}
-                                       : merge_parts(from, active, p.group * Softmax::kHeadFloats, d);
+                                       : merge_parts<2>(from, active, p.group * Softmax::kHeadFloats, d);
     const int to = i / own;
     remote_store(remote(m.partial + rank * own + i - to * own, to), x.value);
     if (d < s.cluster)  // one thread per receiving block
@@ -34,17 +35,22 @@ __device__ __forceinline__ void merge_cluster(const FusedBlock& b, Softmax& soft
   cluster_sync();
   // Eight lanes merge the parts of a large cluster, one lane those of a small one.
   const int lanes = s.cluster > 4 ? 8 : 1;
+#pragma unroll 1
   for (int i = threadIdx.x / lanes; i < (own + 31) / 32 * 32; i += blockDim.x / lanes) {
     const int at = min(rank * own + i, outputs - 1), head = at / D;
     float best = -INFINITY, value = 0, total = 0;
+#pragma unroll 1
     for (int r = lane % lanes; r < s.cluster; r += lanes) best = fmaxf(best, m.softmax[r * p.group + head].x);
+#pragma unroll 1
     for (int step = 1; step < lanes; step *= 2) best = fmaxf(best, __shfl_xor_sync(kFull, best, step));
+#pragma unroll 1
     for (int r = lane % lanes; r < s.cluster; r += lanes) {
       const float2 state = m.softmax[r * p.group + head];
       const float weight = softmax_weight(state.x, best);
       value += weight * m.partial[r * own + min(i, own - 1)];
       total += weight * state.y;
     }
+#pragma unroll 1
     for (int step = 1; step < lanes; step *= 2) {
       value += __shfl_xor_sync(kFull, value, step);
       total += __shfl_xor_sync(kFull, total, step);

@@ -47,7 +47,8 @@ __device__ __forceinline__ void guess_range(const FusedBlock& b, int wanted) {
   uint32_t count[kPerLane];
 #pragma unroll
   for (int i = 0; i < kPerLane; ++i) count[i] = b.m.sampled[kSampledBins - 1 - kPerLane * lane - i];
-  const LaneBin low = find_lane_bin(count, low_rank), high = find_lane_bin(count, rank);
+  const LaneSums<kPerLane> sums(count);
+  const LaneBin low = find_lane_bin(count, sums, low_rank), high = find_lane_bin(count, sums, rank);
   const uint32_t low_owner = __ballot_sync(kFull, low.owned(low_rank)), owner = __ballot_sync(kFull, high.owned(rank));
   const int from = __shfl_sync(kFull, int(low.bin.index), (__ffs(low_owner) - 1) & 31);
   const int to = __shfl_sync(kFull, int(high.bin.index), (__ffs(owner) - 1) & 31);

@@ -158,12 +158,12 @@ __device__ __forceinline__ ListState list_own_tokens(const FusedBlock& b, const 
     if (warp < p.group) load_raw(raw, p.query, b.row, b.kv_head * p.group + warp, p.page.words);
     if (kSummed) {
       const int parts = min(max(sampled - warp * kTilesPerWarp, 0), kTilesPerWarp);
-      ring.fill_parts(0, p.page, tile_shape, pages, tile_token, parts, tile_block);
+      ring.fill_parts<true>(0, p.page, tile_shape, pages, tile_token, parts, tile_block);
       at.slot = 1;
     }
   }
   auto fill = [&](int slot, int token, uint32_t block) {
-    if (token < plan.length) ring.fill(slot, p.page, shape, pages, token, plan.length, block);
+    if (token < plan.length) ring.fill<true>(slot, p.page, shape, pages, token, plan.length, block);
   };
   constexpr int kLast = kFusedStages - 1;
 #pragma unroll
@@ -228,7 +228,8 @@ __device__ __forceinline__ ListState list_own_tokens(const FusedBlock& b, const 
     else
       score_stage(signatures, ring.data(at.slot), std::false_type());
     __syncwarp();  // every lane has read the slot
-    fill(at.slot, token + kFusedStages * stride, next_block);
+    if (const int next = token + kFusedStages * stride; next < plan.length)
+      ring.fill(at.slot, p.page, shape, pages, next, plan.length, next_block);
     next_block = load_stage_block(p, shape, blocks, token + (kFusedStages + 1) * stride, plan.length);
     at.advance();
     list.end_stage(index / kStageTokens + 1);

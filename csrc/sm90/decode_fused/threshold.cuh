@@ -25,6 +25,7 @@ struct Listed {
 
   template <class Visit>
   __device__ __forceinline__ void each(Visit visit) const {
+#pragma unroll 1
     for (int first = 0; first < count; first += 32) {
       const int i = first + threadIdx.x % 32;
       const bool here = i < count;
@@ -70,6 +71,7 @@ __device__ __forceinline__ void count_bins(uint32_t* counts, bool takes, int bin
 
 // Sends the block's histogram to all blocks. The caller waits until it has arrived.
 __device__ __forceinline__ void send_counts(const FusedBlock& b) {
+#pragma unroll 1
   for (int r = b.warp; r < b.s.cluster; r += b.s.num_warps)
     if (b.lane < kEdgeWords / 4)
       remote_store16(remote(b.m.copies + b.rank * kEdgeWords, r) + b.lane * 16,
@@ -246,11 +248,13 @@ __device__ __forceinline__ void find_threshold(const FusedBlock& b, const Listed
     const uint64_t rank = rank_key(order_key(x), b.token(index), bits);
     if (exact && (rank < from || rank > to)) return;
     const uint32_t at = search.base + atomicAdd(&search.placed, 1u);
+#pragma unroll 1
     for (int r = 0; r < b.s.cluster; ++r)
       remote_store8(remote(m.members + at, r), make_uint2(uint32_t(rank), uint32_t(rank >> 32)));
   });
   cluster_sync();
   const int size = search.size, last = search.wanted - 1;
+#pragma unroll 1
   for (int i = threadIdx.x; i < size; i += blockDim.x) {
     const uint64_t rank = m.members[i];
     int better = 0;
