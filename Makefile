@@ -128,7 +128,7 @@ test-alerts: ## test the alerts of serving/deploy with promtool
 
 # nvcc needs no GPU, so unlike the other targets this one compiles the CUDA kernels everywhere.
 dist: $(READY) ## build what a release publishes from the committed tree into dist (CUDA=0: without CUDA kernels)
-	@ADAMAS_BUILD_CUDA=$(CUDA) $(PYTHON) scripts/dist.py $(ARGS)
+	@ADAMAS_BUILD_CUDA=$(CUDA) ADAMAS_CUDA_ARCHS=all $(PYTHON) scripts/dist.py $(ARGS)
 
 # Reads the reports of the three test targets too; copy that of test-gpu from the host that wrote it.
 release-check: $(READY) ## say what keeps this commit from being released (network)

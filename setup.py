@@ -8,7 +8,8 @@ compiler's command line changes.
 
 Environment: CXX, ADAMAS_CXX_FLAGS (added to its flags, as in `make sanitize-cpu`), CUDA_HOME, MAX_JOBS,
 ADAMAS_BUILD_CUDA = auto (default: if nvcc is found), 0 or 1,
-ADAMAS_CUDA_ARCHS = architectures of CUDA code, comma-separated (default: those of CUDA_ARCHS that nvcc knows).
+ADAMAS_CUDA_ARCHS = architectures of CUDA code, comma-separated, or all, of those in CUDA_ARCHS that nvcc knows (default:
+90a, Hopper; other GPUs take Triton unless they are told otherwise).
 """
 
 import os
@@ -79,15 +80,15 @@ def find_nvcc() -> str | None:
 
 def cuda_archs() -> list[str]:
     """Architectures to build, among ``CUDA_ARCHS``."""
-    wanted = os.environ.get("ADAMAS_CUDA_ARCHS")
-    if not wanted:
+    wanted = os.environ.get("ADAMAS_CUDA_ARCHS") or "90a"
+    if wanted == "all":
         listed = subprocess.run([find_nvcc(), "--list-gpu-code"], capture_output=True, text=True)
         known = listed.stdout.split()
         # Some releases do not list those with an `a`.
         return [arch for arch in CUDA_ARCHS if arch == "90a" or f"sm_{arch}" in known]
     archs = [arch.strip() for arch in wanted.split(",")]
     if set(archs) - set(CUDA_ARCHS):
-        names = ", ".join(CUDA_ARCHS)
+        names = ", ".join([*CUDA_ARCHS, "all"])
         raise SystemExit(f"ADAMAS_CUDA_ARCHS={wanted} is not valid: use some of {names}.")
     return archs
 

@@ -52,9 +52,10 @@ def load(library: str = FOR_HOPPER):
     """
     path = LIBRARIES[library]
     if not path.exists():
+        archs = "" if library == FOR_HOPPER else " and ADAMAS_CUDA_ARCHS=all"
         raise AdamasError(
             f"the CUDA kernels are not built ({path.name} is missing): reinstall the package with "
-            "ADAMAS_BUILD_CUDA=1 on a host with nvcc 12.4 or newer, or choose kernels=triton."
+            f"ADAMAS_BUILD_CUDA=1{archs} on a host with nvcc 12.4 or newer, or choose kernels=triton."
         )
     import tvm_ffi
 
