@@ -107,6 +107,7 @@ bench-cpu: model ## run kernel and serving benchmarks on this CPU
 
 bench-gpu: model ## run kernel and serving benchmarks on a GPU
 	@$(PYTHON) benchmarks/bench_decode_gpu.py
+	@$(PYTHON) benchmarks/bench_layer_gpu.py
 	@$(PYTHON) benchmarks/bench_dense_gpu.py
 	@$(PYTHON) benchmarks/bench_serve_gpu.py $(ARGS)
 
