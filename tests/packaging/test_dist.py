@@ -94,7 +94,8 @@ def test_paths_that_every_host_has_are_no_problem(wheel: Path, tmp_path: Path) -
     changed = shutil.copy(wheel, tmp_path)
     held = b"\0/sys/devices/system/node\0/usr/local/cuda/bin/../lib64/stubs\0tvm_ffi/include/tvm/any.h\0"
     with zipfile.ZipFile(changed, "a") as archive:
-        archive.writestr(dist.LIBRARIES[1], held)
+        for library in dist.LIBRARIES[1:]:
+            archive.writestr(library, held)
     assert dist.wheel_problems(Path(changed)) == []
 
 
