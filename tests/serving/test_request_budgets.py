@@ -12,6 +12,7 @@ import torch
 from common import MODEL, Changed, is_one_sentence, refused
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_checks import speculative
 
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.serving import checks, compat, request_budgets
@@ -328,9 +329,11 @@ def test_the_processor_is_added_once_to_those_of_the_operator(vllm_config) -> No
 def test_servers_that_cannot_tell_requests_apart(
     vllm_config, record_property, v2, part, changes, named
 ) -> None:
-    served = {"parallel_drafting": False, "num_speculative_tokens": 2}
-    real = SimpleNamespace(**served) if part == "speculative_config" else getattr(vllm_config, part)
-    changed = Changed(vllm_config, use_v2_model_runner=v2, **{part: Changed(real, **changes)})
+    if part == "speculative_config":
+        changed = Changed(speculative(vllm_config, **changes), use_v2_model_runner=v2)
+    else:
+        changes = {part: Changed(getattr(vllm_config, part), **changes)}
+        changed = Changed(vllm_config, use_v2_model_runner=v2, **changes)
     sentence = refused(lambda: checks.check_config(changed), "max_token_budget with", *named)
     record_property("sentence", sentence)
     other = Changed(changed, additional_config={"adamas": {"token_budget": LEAST}})
