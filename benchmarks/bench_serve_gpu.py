@@ -90,6 +90,13 @@ def make_model(folder: Path, tokenizer: Path) -> Path:
     return folder
 
 
+def server_arguments(kv_bytes: str) -> list[str]:
+    """Arguments of every measured server."""
+    args = ["--load-format", "dummy", "--block-size", "64", "--max-num-seqs", "64"]
+    args += ["--gpu-memory-utilization", "0.45", "--kv-cache-memory-bytes", kv_bytes]
+    return [*args, "--max-model-len", str(MAX_MODEL_LEN)]
+
+
 def random_prompt(seed: str, tokens: int) -> list[int]:
     rng = random.Random(seed)
     return [rng.randrange(100, LLAMA_8B["vocab_size"]) for _ in range(tokens)]
@@ -283,9 +290,7 @@ class Bench:
     def start(
         self, names: tuple[str, ...], kv_bytes: str, devices: list[str] | None, stack: ExitStack
     ) -> dict[str, Server]:
-        extra = ["--load-format", "dummy", "--block-size", "64", "--max-num-seqs", "64"]
-        extra += ["--gpu-memory-utilization", "0.45", "--kv-cache-memory-bytes", kv_bytes]
-        extra += ["--max-model-len", str(MAX_MODEL_LEN)]
+        extra = server_arguments(kv_bytes)
 
         def one(name: str) -> Server:
             config = json.loads(self.args.config) if name == "adamas" else None

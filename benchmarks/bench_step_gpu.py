@@ -25,7 +25,7 @@ from pathlib import Path
 from urllib.request import Request, urlopen
 
 from bench_serve import MODEL
-from bench_serve_gpu import LLAMA_8B, MAX_MODEL_LEN, Load, at_once, make_model
+from bench_serve_gpu import LLAMA_8B, Load, at_once, make_model, server_arguments
 from records import environment, save, spread
 
 from vllm_adamas.serving.launch import Server
@@ -128,9 +128,7 @@ def measure(name: str, device: str, model: Path, args) -> None:
         "torch_profiler_activities": ["CUDA"],
         "ignore_frontend": True,
     }
-    extra = ["--load-format", "dummy", "--block-size", "64", "--max-num-seqs", "64"]
-    extra += ["--gpu-memory-utilization", "0.45", "--kv-cache-memory-bytes", args.kv_bytes]
-    extra += ["--max-model-len", str(MAX_MODEL_LEN), "--profiler-config", json.dumps(profiler)]
+    extra = [*server_arguments(args.kv_bytes), "--profiler-config", json.dumps(profiler)]
     with stack:
         env = {"CUDA_VISIBLE_DEVICES": device}
         server = Server(model, name.partition(",")[0], CONFIGS[name], extra_args=extra, env=env)

@@ -18,10 +18,11 @@ from pathlib import Path
 
 from records import RESULTS
 
+from vllm_adamas import profile as profiles
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.evaluate import texts
 from vllm_adamas.evaluate.command import BUDGETS, write_report
-from vllm_adamas.evaluate.study import FAMILIES, TASKS, Arm, Settings, Study, load, merge
+from vllm_adamas.evaluate.study import DEFAULT, FAMILIES, TASKS, Arm, Settings, Study, load, merge
 
 #: Budgets for which retrieval is measured; text quality is measured for every budget.
 RETRIEVAL_BUDGETS = (64, 128, 256, 512)
@@ -65,6 +66,20 @@ def arm(family: str, budget: int, profile: str | None) -> Arm:
     return Arm.of(family.removesuffix(PROFILE), budget, profile)
 
 
+def calibrated(file: str) -> Arm:
+    """The default with a profile and the budgets of layers that it suggests."""
+    hint = profiles.load(file).suggestion
+    options = {
+        **FAMILIES[DEFAULT],
+        "token_budget": hint.token_budget,
+        "profile": file,
+        "layer_budgets": hint.layer_budgets,
+    }
+    return Arm(
+        f"calibrated-{hint.token_budget}", "calibrated", hint.token_budget, options, batched=False
+    )
+
+
 def study(args, path: Path) -> dict:
     settings = Settings(
         args.model,
@@ -87,7 +102,7 @@ def study(args, path: Path) -> dict:
     ]
     sources = texts.read(args.text)
     return Study(settings, sources, path, args.retrieval_budgets, SELECTOR_TASKS).run(
-        arms(families, args.budgets, args.profile), **engine
+        [*arms(families, args.budgets, args.profile), *map(calibrated, args.calibrated)], **engine
     )
 
 
@@ -109,6 +124,13 @@ def main() -> None:
     parser.add_argument("--budgets", nargs="+", type=int, default=BUDGETS)
     parser.add_argument("--retrieval-budgets", nargs="+", type=int, default=RETRIEVAL_BUDGETS)
     parser.add_argument("--profile", help="profile of <family>+profile")
+    parser.add_argument(
+        "--calibrated",
+        nargs="*",
+        default=[],
+        metavar="PROFILE",
+        help="also the default with each profile and its suggested token_budget and layer_budgets",
+    )
     parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument("--max-num-batched-tokens", type=int)
     parser.add_argument("--kv-cache-gib", type=float)

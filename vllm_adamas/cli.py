@@ -183,6 +183,11 @@ def _add_calibrate(commands) -> None:
     command.add_argument(
         "--recall", type=float, default=0.95, help="target share of the oracle's attention mass"
     )
+    command.add_argument(
+        "--token-budget",
+        type=int,
+        help="suggest layer_budgets for this token budget; default: the one that --recall needs",
+    )
     _add_engine(command)
     command.set_defaults(run=_calibrate)
 

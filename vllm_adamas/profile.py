@@ -64,10 +64,10 @@ class LayerProfile(_Part):
 
 
 class Suggestion(_Part):
-    """Settings that reach a target share of the oracle's mass, from the profile's own tables.
+    """Settings from the profile's own tables, which say whether they reach a target share of the oracle's mass.
 
     Args:
-        layer_budgets: of layers that need more or fewer tokens than others to err no more.
+        layer_budgets: of layers that need more or fewer tokens than others.
     """
 
     wanted_recall: float

@@ -26,8 +26,9 @@ class Cell:
         block_tables: maps a block size to one int32 ``[rows, length / block size]`` per call.
         num_query_heads: Hq.
         length: tokens of every row's context.
-        rows: number of rows, with one query token each.
+        rows: number of rows.
         launch: tokens of the longest context that a captured graph would have to replay with.
+        positions: query tokens of a row, the last tokens of its context.
     """
 
     key: torch.Tensor
@@ -37,6 +38,7 @@ class Cell:
     length: int
     rows: int
     launch: int
+    positions: int = 1
 
     @property
     def num_kv_heads(self) -> int:
@@ -56,8 +58,8 @@ class Cell:
         return key, value
 
     def queries(self, calls: int) -> list[torch.Tensor]:
-        """One random ``[rows, Hq, D]`` per call."""
-        shape = (self.rows, self.num_query_heads, self.head_size)
+        """One random ``[rows * positions, Hq, D]`` per call."""
+        shape = (self.rows * self.positions, self.num_query_heads, self.head_size)
         device, dtype = self.key.device, self.key.dtype
         return [torch.randn(shape, device=device).to(dtype) for _ in range(calls)]
 
@@ -75,8 +77,9 @@ class Cell:
         return {
             "k": key,
             "v": value,
-            "cu_seqlens_q": torch.arange(self.rows + 1, dtype=torch.int32, device=key.device),
-            "max_seqlen_q": 1,
+            "cu_seqlens_q": self.positions
+            * torch.arange(self.rows + 1, dtype=torch.int32, device=key.device),
+            "max_seqlen_q": self.positions,
             "seqused_k": self.seq_lens(),
             "max_seqlen_k": self.launch,
             "softmax_scale": self.softmax_scale,

@@ -26,7 +26,7 @@ def prepare(cell: Cell) -> dict[str, Callable[[], list[Call]]]:
     outputs = [torch.empty_like(query) for query in queries]
     schedule = get_scheduler_metadata(
         batch_size=cell.rows,
-        max_seqlen_q=1,
+        max_seqlen_q=cell.positions,
         max_seqlen_k=cell.length,
         num_heads_q=cell.num_query_heads,
         num_heads_kv=cell.num_kv_heads,

@@ -296,20 +296,43 @@ def test_a_header_is_read_within_the_limit_of_the_format(tmp_path: Path, monkeyp
     assert not models.fingerprint(tmp_path)
 
 
-def test_a_layer_that_needs_more_gets_more() -> None:
-    """So many tokens that it errs no more than the median layer with the suggested budget."""
-    usual = {64: 0.4, 128: 0.3, 256: 0.2, 512: 0.1}
-    errors = dict.fromkeys(range(7), usual)
-    errors |= {2: {64: 0.2, 128: 0.1, 256: 0.1, 512: 0.1}}  # 64 would do, 128 is the least
-    errors |= {
-        4: {64: 0.6, 128: 0.5, 256: 0.4, 512: 0.2},
-        5: {64: 0.9, 128: 0.9, 256: 0.9, 512: 0.9},
-    }
+def test_a_layer_that_needs_more_gets_more_and_the_layers_take_no_more_together() -> None:
+    budgets = (32, 64, 128, 256, 512, 1024)
+
+    def falling(scale: float) -> dict[int, float]:
+        return {b: scale * (b / 256) ** -0.5 for b in budgets}
+
+    scales = {0: 0.1, 1: 0.1, 2: 0.05, 3: 0.2, 4: 0.1}
+    errors = {layer: falling(scale) for layer, scale in scales.items()}
     hint = made().suggestion.model_copy(update={"token_budget": 256, "num_dense_layers": 0})
-    assert suggest_layers(errors, hint) == {2: 128, 4: 512, 5: 512}
-    # What would be dense is named with the usual budget too, unless even the largest is not enough.
-    errors[0], hint = errors[5], hint.model_copy(update={"num_dense_layers": 2})
-    assert suggest_layers(errors, hint) == {1: 256, 2: 128, 4: 512, 5: 512}
+    found = suggest_layers(errors, hint)
+    assert found == suggest_layers(errors, hint)
+    spread = {layer: found.get(layer, 256) for layer in errors}
+    assert sum(spread.values()) == 5 * 256
+    # Squares fall as 1 / b, so the best share of a layer grows as its error does.
+    for layer, scale in scales.items():
+        assert abs(spread[layer] - 5 * 256 * scale / sum(scales.values())) <= 64
+
+    def loss(by_layer: dict[int, int]) -> float:
+        return sum((scales[n] * (b / 256) ** -0.5) ** 2 for n, b in by_layer.items())
+
+    assert loss(spread) < 0.9 * loss(dict.fromkeys(scales, 256))
+
+
+def test_layers_keep_to_the_budgets_that_were_measured() -> None:
+    steep = {64: 0.9, 128: 0.6, 256: 0.3}
+    flat = dict.fromkeys(steep, 0.1)
+    hint = made().suggestion.model_copy(update={"token_budget": 128, "num_dense_layers": 0})
+    assert suggest_layers({0: steep, 1: flat, 2: flat}, hint) == {0: 256, 1: 64, 2: 64}
+
+
+def test_a_dense_layer_gets_a_budget_that_suits_it_or_stays_dense() -> None:
+    usual = {64: 0.4, 128: 0.3, 256: 0.2, 512: 0.1}
+    loud = {64: 0.6, 128: 0.5, 256: 0.4, 512: 0.2}
+    hint = made().suggestion.model_copy(update={"token_budget": 256, "num_dense_layers": 1})
+    alike = dict.fromkeys((1, 2, 3), usual)
+    assert suggest_layers({0: loud, **alike}, hint)[0] == 512
+    assert 0 not in suggest_layers({0: dict.fromkeys(loud, 0.9), **alike}, hint)
 
 
 def test_the_suggestion_is_the_smallest_budget_that_keeps_enough() -> None:
@@ -328,6 +351,9 @@ def test_the_suggestion_is_the_smallest_budget_that_keeps_enough() -> None:
     assert suggest([first, good, good], 0.9).num_dense_layers == 0  # too few to leave one dense
     assert suggest([good, window, good], 0.99).token_budget == 256
     assert not suggest([good, good], 0.995).reached
+    given = suggest([good, good], 0.9, token_budget=64)
+    assert (given.token_budget, given.reached) == (64, False)
+    assert suggest([good, good], 0.9, token_budget=256).reached
 
 
 @pytest.fixture(scope="module")

@@ -409,7 +409,7 @@ def test_warm_prompts_with_little_left_join_running_decodes(host, name: str, lef
     assert hits >= sum(len(prompt) - left for prompt in prompts)
     assert_same_up_to_rounding(quiet, found)
     assert_same_up_to_rounding(
-        alone, beside, share=0.4
+        alone, beside, share=0.2
     )  # of long answers, which part sooner or later
 
 

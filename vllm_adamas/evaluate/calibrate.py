@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import math
 import statistics
 import tempfile
 from collections.abc import Sequence
@@ -19,7 +21,6 @@ from vllm_adamas.evaluate.recorders import Capture, ChannelRecord, MassRecord, S
 from vllm_adamas.identity import identify
 
 BUDGETS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
-LEAST_OF_A_LAYER = 128  #: tokens of the smallest budget that is suggested for a layer
 #: Settings that a profile holds tables for, as options besides the profile; None runs without it.
 SETTINGS = {
     "dot": {"score": "dot", "selection": "kv_head"},
@@ -44,6 +45,7 @@ def calibrate(
     tokens: int = 12288,
     context: int = 4096,
     wanted_recall: float = 0.95,
+    token_budget: int | None = None,
     **engine_options,
 ) -> profiles.Profile:
     """Runs the model densely over the texts for the channels' statistics, then measures each setting.
@@ -51,13 +53,20 @@ def calibrate(
     Args:
         tokens: maximum number of tokens read, in windows of ``context`` tokens.
         wanted_recall: share of the oracle's attention mass that the suggested budget is to keep.
+        token_budget: the budget to suggest the rest for, instead of the one that keeps this share.
 
     Raises:
-        AdamasError: the texts are shorter than a window, or the backend cannot serve the model.
+        AdamasError: the texts are shorter than a window, the budget is not measured, or the backend cannot serve
+            the model.
     """
     budgets = tuple(b for b in BUDGETS if b <= context // 2)
     if not budgets:
         raise AdamasError(f"--context {context} is too short to calibrate on: give at least 64.")
+    if token_budget is not None and token_budget not in budgets:
+        raise AdamasError(
+            f"--token-budget {token_budget} is not measured with --context {context}: give one of "
+            f"{', '.join(map(str, budgets))}."
+        )
     check_profile(model, **engine_options)
     engine = Engine(model, context, **engine_options)
     windows = texts.windows(
@@ -91,7 +100,7 @@ def calibrate(
         for number, layer in enumerate(layers)
     ]
     engine.close()
-    suggestion = suggest(layers, wanted_recall)
+    suggestion = suggest(layers, wanted_recall, token_budget)
     by_layer = suggest_layers(_errors(tables["dot"]), suggestion)
     suggestion = suggestion.model_copy(update={"layer_budgets": by_layer})
     return made.model_copy(update={"layers": layers, "suggestion": suggestion})
@@ -156,10 +165,18 @@ def _masses(tables: dict[str, MassRecord], layer: int) -> dict[str, dict[str, fl
     return masses
 
 
-def suggest(layers: list[profiles.LayerProfile], wanted: float, name: str = "dot"):
+def suggest(
+    layers: list[profiles.LayerProfile],
+    wanted: float,
+    token_budget: int | None = None,
+    name: str = "dot",
+) -> profiles.Suggestion:
     """Smallest budget that keeps the share ``wanted`` of the oracle's mass, averaged over sparse layers.
 
     The first layers, at most an eighth of all, stay dense as long as they keep less than that share.
+
+    Args:
+        token_budget: one of the measured budgets, to suggest the rest for it.
     """
     recall = {
         n: {int(b): layer.mass[name][b] / layer.mass[ORACLE][b] for b in layer.mass[name]}
@@ -170,15 +187,15 @@ def suggest(layers: list[profiles.LayerProfile], wanted: float, name: str = "dot
     for dense in range(1 + len(sparse) // 8):
         kept = [recall[n] for n in sparse[dense:]]
         means = {b: sum(by_budget[b] for by_budget in kept) / len(kept) for b in kept[0]}
-        reached = [b for b in sorted(means) if means[b] >= wanted]
-        budget = reached[0] if reached else max(means)
+        enough = [b for b in sorted(means) if means[b] >= wanted]
+        budget = token_budget or (enough[0] if enough else max(means))
         if kept[0][budget] >= wanted:
             break
     return profiles.Suggestion(
         wanted_recall=wanted,
         token_budget=budget,
         num_dense_layers=sparse[dense - 1] + 1 if dense else 0,
-        reached=bool(reached),
+        reached=means[budget] >= wanted,
     )
 
 
@@ -193,23 +210,53 @@ def suggest_layers(
 ) -> dict[int, int]:
     """Budgets of the layers that need more or fewer tokens than the suggested ``token_budget``.
 
-    A layer gets the smallest budget with which its output errs no more than that of the median layer with
-    ``token_budget``. If none is enough, one of the suggested dense layers stays dense, and another layer
-    gets the largest.
+    One of the suggested dense layers gets the smallest budget with which it errs no more than the median layer with
+    ``token_budget``. If none is enough it stays dense. The other layers share the tokens that ``token_budget`` would
+    give them so that the sum of their squared errors is least: every layer begins with a quarter of ``token_budget``,
+    and each further quarter goes to the layer whose error falls most by it. Finer steps would give more distinct
+    budgets, each of which a server prepares at every step.
 
     Args:
         errors: by layer and budget.
     """
     usual, found = suggestion.token_budget, {}
     wanted = statistics.median(by_budget[usual] for by_budget in errors.values())
+    shared = {}
     for layer, by_budget in errors.items():
-        tried = [b for b in sorted(by_budget) if b >= min(LEAST_OF_A_LAYER, usual)]
-        enough = [b for b in tried if by_budget[b] <= wanted]
-        if enough or layer >= suggestion.num_dense_layers:
-            found[layer] = enough[0] if enough else tried[-1]
-    return {
-        layer: b for layer, b in found.items() if b != usual or layer < suggestion.num_dense_layers
-    }
+        if layer >= suggestion.num_dense_layers:
+            shared[layer] = _Falling(by_budget)
+        elif enough := [b for b in sorted(by_budget) if b >= usual and by_budget[b] <= wanted]:
+            found[layer] = enough[0]
+    step = max(1, usual // 4)
+    budgets = {layer: max(step, falling.least) for layer, falling in shared.items()}
+    for _ in range((usual * len(shared) - sum(budgets.values())) // step):
+        gains = {
+            layer: falling.square(budgets[layer]) - falling.square(budgets[layer] + step)
+            for layer, falling in shared.items()
+            if budgets[layer] + step <= falling.most
+        }
+        if not gains:
+            break
+        budgets[max(gains, key=gains.__getitem__)] += step
+    return dict(sorted({**found, **{n: b for n, b in budgets.items() if b != usual}}.items()))
+
+
+class _Falling:
+    """The error of a layer between the budgets at which it was measured: powers of the budget."""
+
+    def __init__(self, by_budget: dict[int, float]):
+        self._budgets = sorted(by_budget)
+        self._logs = [math.log(max(by_budget[b], 1e-6)) for b in self._budgets]
+        self.least, self.most = self._budgets[0], self._budgets[-1]
+
+    def square(self, budget: int) -> float:
+        """The square of the error with a budget between ``least`` and ``most``."""
+        right = max(1, bisect.bisect_left(self._budgets, budget))
+        ends = self._budgets[right - 1 : right + 1]
+        if len(ends) < 2:
+            return math.exp(2 * self._logs[-1])
+        at = math.log(budget / ends[0]) / math.log(ends[1] / ends[0])
+        return math.exp(2 * ((1 - at) * self._logs[right - 1] + at * self._logs[right]))
 
 
 def _rounded(values: torch.Tensor) -> list[float]:

@@ -236,6 +236,7 @@ def calibrate(args, engine_options: dict) -> int:
         tokens=args.tokens,
         context=args.context,
         wanted_recall=args.recall,
+        token_budget=args.token_budget,
         **engine_options,
     )
     profile.save(path)
@@ -262,7 +263,7 @@ def profile_table(profile: profiles.Profile) -> str:
     lines.append(
         f"for {what}: token_budget {hint.token_budget}, num_dense_layers {hint.num_dense_layers}"
         if hint.reached
-        else f"{what} is out of reach: token_budget {hint.token_budget} is the largest that was measured"
+        else f"{what} is out of reach with token_budget {hint.token_budget}"
     )
     if hint.layer_budgets:
         budgets = [
@@ -271,7 +272,7 @@ def profile_table(profile: profiles.Profile) -> str:
             if layer.mass and (n >= hint.num_dense_layers or n in hint.layer_budgets)
         ]
         lines.append(
-            f"for errors like the median layer's: layer_budgets {json.dumps(hint.layer_budgets)}, "
+            f"for the least error: layer_budgets {json.dumps(hint.layer_budgets)}, "
             f"{sum(budgets) / len(budgets):.0f} tokens per sparse layer on average"
         )
     return "\n".join(lines)

@@ -1,0 +1,120 @@
+"""A step of speculative decoding in one layer on a Hopper GPU: adamas and FlashAttention 3 in one run.
+
+A request that verifies D drafts has D + 1 query tokens in a step. FlashAttention takes them as one sequence of queries
+and reads the context once. For adamas each is a row of its own, with its own causal limit and token set, and the rows of
+a request share a block table. The time of a step by its positions is compared with that of one position, for both.
+
+    python benchmarks/bench_drafts_gpu.py
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+
+import torch
+from bench_decode_gpu import (
+    BLOCK_SIZE,
+    BUDGET,
+    DTYPE,
+    LLAMA,
+    PEERS,
+    WORKING_SET,
+    Pool,
+    cell_of,
+    launch_of,
+    signature_bytes,
+    timed,
+)
+from keys import DISTRIBUTIONS, Contexts
+from peers.base import widened
+from records import environment, save
+
+from vllm_adamas.backends.base import COUNTERS, DecodeBatch
+from vllm_adamas.backends.cuda.backend import CudaBackend
+from vllm_adamas.tables import plain
+
+CELLS = ("32768x1", "32768x8", "131072x1")
+POSITIONS = (1, 2, 4)
+DIFFERENCE = 0.3  #: of the queries of a request's positions, as a share of their size
+FA3 = "fa3"
+
+
+def measure(backend, pool: Pool, contexts: Contexts, positions: int, selection: str) -> dict:
+    """One step with some query tokens per request, in µs: adamas and FlashAttention 3."""
+    launch, rows = launch_of(pool.length, "server"), pool.rows * positions
+    query = contexts.query.repeat_interleave(positions, 0)
+    spread = query.square().mean(-1, keepdim=True).sqrt() * DIFFERENCE
+    queries = list((query + spread * torch.randn_like(query)).to(DTYPE).unflatten(0, (-1, rows)))
+    outputs = [torch.empty_like(query) for query in queries]
+    before = torch.arange(positions - 1, -1, -1, dtype=torch.int32, device="cuda")
+    lens = (pool.length - before).repeat(pool.rows)
+    budgets = torch.full_like(lens, BUDGET)
+    stats = torch.zeros(COUNTERS, dtype=torch.int64, device="cuda")
+    layer = pool.layer(backend, "dot", selection)
+    backend.reserve(layer.params, rows, launch)
+    steps = [
+        DecodeBatch(table.repeat_interleave(positions, 0), lens, budgets, launch, overlap=True)
+        for table in widened(pool.tables(), launch // BLOCK_SIZE)
+    ]
+    calls = [
+        lambda q=q, s=s, o=o: backend.decode(layer, q, s, o, stats)
+        for q, s, o in zip(queries, steps, outputs, strict=True)
+    ]
+    ways = PEERS[FA3].prepare(replace(pool.cell(launch), positions=positions))
+    dense = min((timed(make()) for make in ways.values()), key=lambda one: one["us"])
+    return {"adamas": timed(calls), FA3: dense}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--cells", nargs="+", default=CELLS, help="CONTEXTxREQUESTS, as in 32768x8")
+    parser.add_argument("--positions", nargs="+", type=int, default=POSITIONS)
+    parser.add_argument("--selection", default="max", choices=["kv_head", "max"])
+    parser.add_argument("--keys", default="real", choices=DISTRIBUTIONS)
+    parser.add_argument("--name", default="drafts_gpu", help="result file")
+    args = parser.parse_args()
+    try:
+        cells = [cell_of(text) for text in args.cells]
+    except ValueError as error:
+        parser.error(str(error))
+    torch.manual_seed(0)
+    backend, record = CudaBackend(), {"environment": environment(), "keys": args.keys, "cells": []}
+    for length, requests in cells:
+        copies = min(8, max(2, -(-WORKING_SET // signature_bytes(LLAMA, length, requests))))
+        pool = Pool(LLAMA, length, requests, copies)
+        generator = torch.Generator("cuda").manual_seed(0)
+        contexts = Contexts(args.keys, LLAMA, length, copies * requests, generator)
+        pool.fill(backend, contexts)
+        for positions in args.positions:
+            one = measure(backend, pool, contexts, positions, args.selection)
+            cell = {"context": length, "requests": requests, "positions": positions, **one}
+            record["cells"].append(cell)
+        save(args.name, record)
+        del pool, contexts  # before the next ones are allocated
+    print(plain(*table(record["cells"])))
+
+
+def table(cells: list[dict]) -> tuple[list[str], list[list]]:
+    """Headers and rows: both times, each over that of the fewest positions, and their ratio."""
+    rows = []
+    for cell in cells:
+        same = [c for c in cells if all(c[k] == cell[k] for k in ("context", "requests"))]
+        least = min(same, key=lambda c: c["positions"])
+        row = [cell["context"], cell["requests"], cell["positions"]]
+        for name in (FA3, "adamas"):
+            us = cell[name]["us"]
+            row.append(f"{us:.1f} ({us / least[name]['us']:.2f}x)")
+        rows.append([*row, f"{cell[FA3]['us'] / cell['adamas']['us']:.2f}x"])
+    return [
+        "context",
+        "requests",
+        "positions",
+        "FlashAttention 3 µs",
+        "adamas µs",
+        "speed-up",
+    ], rows
+
+
+if __name__ == "__main__":
+    main()
