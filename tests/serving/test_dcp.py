@@ -6,11 +6,26 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cases import TOLERANCE, Batch, Case, exact_weights, relative_error
-from ranks import Ranks
+from ranks import Group, Ranks
 from targets import CudaTarget, Target, over_targets, stored_tokens, target  # noqa: F401
+from test_metadata import (
+    BUDGET,
+    BUILD,
+    RUNNERS,
+    Request,
+    chunk,
+    decoding,
+    group_of,
+    in_order,
+    remainder,
+    usual,
+)
+from test_prefill import DEVICE, FIRST, LENGTHS, NEW, expected_prefill, flash, make_plan  # noqa: F401
 
-from vllm_adamas.backends.base import COUNTERS, DecodeBatch
+from vllm_adamas.backends.base import COUNTERS, Backend, DecodeBatch
 from vllm_adamas.backends.reference.backend import select_tokens
+from vllm_adamas.backends.registry import get_backend
+from vllm_adamas.serving.dense.base import SharedContext
 from vllm_adamas.serving.impl import AdamasImpl
 from vllm_adamas.serving.plugin import register
 
@@ -37,15 +52,15 @@ def test_shares_are_a_context(size: int, interleave: int) -> None:
     assert max(most) <= 200 // size + interleave
 
 
-def split(target: Target, case: Case, whole: Batch, ranks: Ranks, rank: int) -> Batch:
+def split(backend: Backend, case: Case, whole: Batch, ranks: Ranks, rank: int) -> Batch:
     """The contexts' tokens that a rank keeps, in pages of its own."""
     kept = [ranks.tokens(n, rank) for n in case.lengths]
     own = dataclasses.replace(case, lengths=tuple(map(len, kept)))
-    batch = own.build(target.backend, target.device)
+    batch = own.build(backend, whole.kv.device)
     starts = torch.tensor([0, *case.lengths]).cumsum(0)
     tokens = torch.cat([start + at for start, at in zip(starts[:-1], kept, strict=True)])
     batch.kv[: len(tokens)] = whole.kv[tokens.to(whole.kv.device)]
-    target.backend.append(batch.bound(target.backend), batch.key, batch.value, batch.slots)
+    backend.append(batch.bound(backend), batch.key, batch.value, batch.slots)
     return batch
 
 
@@ -55,7 +70,7 @@ def decode(target: Target, case: Case, query: torch.Tensor, whole: Batch, ranks:
         ROWS, dtype=torch.int32, device=query.device
     ).T.contiguous()
     stats = torch.zeros(ranks.size, COUNTERS, dtype=torch.int64, device=query.device)
-    batches = [split(target, case, whole, ranks, rank) for rank in range(ranks.size)]
+    batches = [split(target.backend, case, whole, ranks, rank) for rank in range(ranks.size)]
 
     def on(share) -> torch.Tensor:
         own = batches[share.rank]
@@ -157,3 +172,110 @@ def test_heads_are_weighted_by_what_their_ranks_have() -> None:
         torch.cat((*logits,), -1).softmax(-1).unsqueeze(-2) @ torch.cat((*value,), -2)
     ).squeeze(-2)
     torch.testing.assert_close(torch.cat(found, 1), exact)
+
+
+PREFILLED = {
+    "bf16": Case(LENGTHS, heads=(8, 1), padding=0),
+    "soft-cap": Case(LENGTHS, heads=(8, 1), head_size=64, soft_cap=1.5, padding=0),
+    "e4m3": Case(LENGTHS, heads=(8, 1), fp8="e4m3", padding=0),
+}
+
+
+@pytest.mark.parametrize(("size", "interleave", "held"), [(2, 1, 80), (4, 16, 10_000)])
+@pytest.mark.parametrize("case", PREFILLED.values(), ids=PREFILLED)
+def test_prompts_attend_to_every_token(
+    flash, case: Case, size: int, interleave: int, held: int
+) -> None:
+    """Prompts without, with one and with many earlier tokens; ``held`` tokens fit into the scratch."""
+    backend, ranks = (
+        get_backend("auto" if DEVICE == "cuda" else "reference", DEVICE),
+        Ranks(size, interleave),
+    )
+    whole = case.build(backend, DEVICE)
+    batches = [split(backend, case, whole, ranks, rank) for rank in range(size)]
+    query = torch.randn(FIRST + sum(NEW), 8, case.head_size, device=DEVICE).to(case.dtype)
+    new = []
+    for stored in whole.stored():  # as fp8 pages hold them
+        rows = zip(stored.split(LENGTHS), NEW, strict=True)
+        new.append(torch.cat((stored[:FIRST], *(row[len(row) - n :] for row, n in rows))))
+    key, value = (x.to(case.dtype) for x in new)
+
+    def on(share) -> torch.Tensor:
+        own = batches[share.rank]
+        if not case.fp8:  # FlashAttention gives what it masks a weight of zero
+            own.params.layout.v(own.kv_cache).nan_to_num_(0, 0, 0)
+        dense, plan = flash.FlashAttention(DEVICE), make_plan(whole)
+        dense.reserve(own.params, case.dtype, held)
+        plan = dataclasses.replace(plan, block_table=own.block_table)
+        plan.context = SharedContext.of(share, plan)
+        mine = query.chunk(size, 1)[share.rank]
+        output = torch.full_like(mine, torch.nan)
+        for _ in range(2):  # a second layer reuses what the first one prepared
+            dense.prefill(backend, own.bound(backend), plan, mine, key, value, output)
+        assert output[:FIRST].isnan().all()
+        return output[FIRST:]
+
+    found = torch.cat(ranks.run(on), 1)
+    error = relative_error(found, expected_prefill(whole, query))
+    assert error.max() < SLACK * TOLERANCE[case.dtype]
+
+
+def metadata_of(
+    monkeypatch,
+    ranks: Ranks,
+    rank: int,
+    runner: str,
+    requests: list[Request],
+    drafts: int,
+    rows: int,
+):
+    """What a rank's builder makes of a step, and its builder."""
+    found = (Group(ranks, rank), ranks.interleave)
+    monkeypatch.setattr("vllm_adamas.serving.compat.context_group", lambda config: found)
+    group = group_of({"token_budget": BUDGET}, drafts=drafts, ranks=ranks.size)
+    return BUILD[runner](group, requests, rows), group.get_metadata_builder()
+
+
+@pytest.mark.parametrize("drafts", [0, 2])
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_rows_have_the_budget_of_the_context_and_the_length_of_the_share(
+    monkeypatch, runner: str, drafts: int
+) -> None:
+    ranks = Ranks(2, 4)
+    some = [
+        decoding(300, drafts),
+        decoding(BUDGET + 20, drafts),
+        decoding(50, drafts),
+        remainder(641),
+    ]
+    requests = in_order([*some, chunk(401, 60), chunk(0, 40)], drafts)
+    whole = BUILD[runner](
+        group_of({"token_budget": BUDGET}, drafts=drafts), requests, len(requests)
+    )
+    for rank in range(2):
+        step, builder = metadata_of(
+            monkeypatch, ranks, rank, runner, requests, drafts, len(requests)
+        )
+        ours, theirs = usual(step), usual(whole)
+        assert ours.seq_lens.tolist() == [len(ranks.tokens(n, rank)) for n in theirs.seq_lens]
+        assert torch.equal(ours.budgets, theirs.budgets)
+        assert torch.equal(ours.block_table, theirs.block_table)
+        assert max(ours.seq_lens) <= ours.max_seq_len <= theirs.max_seq_len // 2 + 4
+        sparse = builder._sparse_rows(theirs.seq_lens, [None, None], next(iter(step.decode)))
+        assert sparse == [row for row, n in enumerate(ours.seq_lens) if n > BUDGET]
+        context = step.prefill.context
+        earlier = [x.computed for x in requests if x.new > 1 + drafts]
+        assert context.seq_lens.tolist() == [len(ranks.tokens(n, rank)) for n in earlier]
+        assert torch.equal(context.seq_lens_cpu, context.seq_lens.cpu())
+        assert context.max_seq_len == 204  # for either rank
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_padding_has_no_tokens_and_a_step_of_new_prompts_has_no_context(
+    monkeypatch, runner: str
+) -> None:
+    for rank in range(2):
+        step, _ = metadata_of(monkeypatch, Ranks(2), rank, runner, [decoding(9), decoding(1)], 0, 4)
+        assert usual(step).seq_lens.tolist() == [5 - rank, 1 - rank, 0, 0]
+        step, _ = metadata_of(monkeypatch, Ranks(2), rank, runner, [chunk(0, 5), chunk(0, 9)], 0, 2)
+        assert step.prefill.context.max_seq_len == 0
