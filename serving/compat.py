@@ -444,17 +444,6 @@ def engine_index(vllm_config) -> int:
     return vllm_config.parallel_config.data_parallel_index
 
 
-def context_group(vllm_config):
-    """vLLM's group of the ranks of decode context parallelism and the number of consecutive tokens on a rank;
-    None without it."""
-    parallel = vllm_config.parallel_config
-    if parallel.decode_context_parallel_size == 1:
-        return None
-    from vllm.distributed import get_dcp_group
-
-    return get_dcp_group(), parallel.cp_kv_cache_interleave_size
-
-
 def adamas_parts(worker) -> tuple[dict, list, Callable[[int], list]]:
     """The parts of an in-process worker that an evaluation modifies.
 

@@ -22,8 +22,7 @@ from vllm_adamas.errors import AdamasError
 from vllm_adamas.serving import compat
 from vllm_adamas.serving.audit import Audit
 from vllm_adamas.serving.checks import OTHER_BACKEND, read_config, warnings
-from vllm_adamas.serving.dcp import ContextShare
-from vllm_adamas.serving.dense.base import PrefillPlan, SharedContext
+from vllm_adamas.serving.dense.base import PrefillPlan
 
 logger = init_logger("vllm.adamas")
 
@@ -39,8 +38,7 @@ class AdamasMetadata(AttentionMetadata):
         num_decode_rows: number of rows, R.
         decode: the rows, by the budget of a layer. The budget of a dense row is its context length;
             rows are dense if they belong to a prompt (the last token of a prefill too) or if the budget
-            covers the context. With DCP their lengths are those of this rank's shares, and the budgets
-            those of the whole contexts.
+            covers the context.
         query_start_loc: int32 ``[R + 1]``, 0 to R.
         prefill: plan of the other requests, None if there are none.
         slot_mapping: int64 ``[tokens]``, slots of the step's keys and values.
@@ -127,10 +125,7 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._init_reorder_batch_threshold(
-            1, supports_spec_as_decode=True, supports_dcp_with_varlen=True
-        )
-        self._share = ContextShare.of(vllm_config)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         config = read_config(vllm_config)
         shared = compat.layers_of(vllm_config)[layer_names[0]].impl.shared
         self.stats, self._requested = shared.stats, shared.requested
@@ -141,7 +136,6 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
         rows = compat.max_decode_rows(vllm_config)
         self._starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self._seq_lens = torch.zeros_like(self._starts[:-1])
-        self._share_lens = torch.zeros_like(self._seq_lens)
         self._block_table: torch.Tensor | None = None  # made when its width is known
         self.audit = Audit.of(vllm_config, config, layer_names, device)
         self.configure(config)
@@ -217,19 +211,15 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
             split_decodes_and_prefills(common, decode_threshold=self.reorder_batch_threshold)
         )
         seq_lens, block_table, *hosted = self._rows(common, num_decodes, num_decode_tokens)
-        rows, decode, share = len(seq_lens), {}, self._share
-        held, longest = seq_lens, common.max_seq_len
-        if share:  # captured graphs read these lengths too
-            held = self._share_lens[:rows].copy_(share.lens(seq_lens))
-            longest = share.most(longest)
+        rows, decode = len(seq_lens), {}
         for budget, buffer in self._budgets.items():
             budgets = buffer[:rows]
             self._fill(budget, seq_lens, *hosted, budgets)
             decode[budget] = DecodeBatch(
                 block_table=block_table,
-                seq_lens=held,
+                seq_lens=seq_lens,
                 budgets=budgets,
-                max_seq_len=longest,
+                max_seq_len=common.max_seq_len,
                 overlap=True,  # projections precede decode in a step
             )
         plan = None
@@ -246,8 +236,6 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
                 max_query_len=common.max_query_len,
                 max_seq_len=common.max_seq_len,
             )
-            if share:
-                plan.context = SharedContext.of(share, plan)
         self.stats.tick()
         return AdamasMetadata(
             num_decode_rows=rows,
@@ -269,12 +257,7 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
         if self.audit is None:
             return None
         lens = self._lens_on_host(common, num_decodes)
-        sparse_rows = partial(self._sparse_rows, lens, hosted)
-        return self.audit.step(decode, self._held(lens), sparse_rows)
-
-    def _held(self, seq_lens: torch.Tensor) -> torch.Tensor:
-        """Tokens of the contexts on this rank."""
-        return self._share.lens(seq_lens) if self._share else seq_lens
+        return self.audit.step(decode, lens, partial(self._sparse_rows, lens, hosted))
 
     def _lens_on_host(self, common: CommonAttentionMetadata, num_decodes: int) -> torch.Tensor:
         """int32 upper bounds of the rows' lengths, without padding; none of requests that vLLM has made up."""
@@ -297,4 +280,4 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
         """The rows of a step that a budget makes sparse, from int32 ``[R]`` lengths on the host."""
         budgets = torch.empty_like(seq_lens)
         self._fill(budget, seq_lens, *hosted, budgets)
-        return (budgets < self._held(seq_lens)).nonzero().flatten().tolist()
+        return (budgets < seq_lens).nonzero().flatten().tolist()

@@ -4,7 +4,6 @@
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/function.h>
-#include <tvm/ffi/optional.h>
 #include <tvm/ffi/string.h>
 
 #include <algorithm>
@@ -18,9 +17,7 @@ namespace adamas {
 namespace {
 
 using tvm::ffi::Map;
-using tvm::ffi::Optional;
 using tvm::ffi::String;
-using tvm::ffi::Tensor;
 
 constexpr char kKeyOrValue[] = "[T, Hkv, D] of the pages' dtype (bfloat16 or float16 for fp8 pages), D contiguous";
 constexpr char kQuery[] = "[R, Hq, D] of the pages' dtype (bfloat16 or float16 for fp8 pages), D contiguous";
@@ -129,7 +126,7 @@ void use_workspace(DecodeParams& p, const TensorView& work, DLDevice device) {
 // cluster, warps: blocks per (row, KV head) of the fused kernel and warps of a block; no blocks for the three kernels.
 // stages: which of the three run, bit 0 encode, bit 1 scan, bit 2 attend; the benchmark times them one by one.
 void decode_op(Layer layer, TensorView query, TensorView output, TensorView block_table, TensorView seq_lens,
-               TensorView budgets, TensorView stats, Optional<Tensor> lse, TensorView work, int64_t max_seq_len, int64_t cluster,
+               TensorView budgets, TensorView stats, TensorView work, int64_t max_seq_len, int64_t cluster,
                int64_t warps, int64_t sample_bits, int64_t capacity, bool overlap, int64_t stages) {
   const DLDevice device = layer->device;
   DecodeParams p = make_step(layer, query, block_table, seq_lens, max_seq_len, sample_bits, capacity);
@@ -139,15 +136,6 @@ void decode_op(Layer layer, TensorView query, TensorView output, TensorView bloc
   Argument{"output", "", output, device}.expect_aligned(16);
   p.budgets = as_vector<const int32_t>(budgets, "budgets", "contiguous int32 [R]", device, p.num_rows);
   p.stats = as_vector<int64_t>(stats, "stats", "contiguous int64 [5]", device, 5);
-  if (lse.has_value()) {
-    const Tensor tensor = lse.value();
-    const TensorView view(tensor);
-    const Argument logs{"lse", "contiguous float32 [R, Hq]", view, device};
-    logs.expect_device();
-    logs.expect(is_dtype(view, kDLFloat, 32));
-    logs.expect_shape({p.num_rows, p.num_query_heads});
-    p.lse = data<float>(view);
-  }
   p.overlap = overlap;
   void* stream = current_stream(layer);
   use_workspace(p, work, device);

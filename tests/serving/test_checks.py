@@ -228,7 +228,7 @@ ARGUMENTS = {  # argument of the command -> its value and what else is needed; w
 PARTS = {  # where vLLM drops or refuses the argument on a CPU: (part, its change), what is named
     "--decode-context-parallel-size": (
         ("parallel_config", {"decode_context_parallel_size": 2}),
-        ("DCP on CPUs", "--decode-context-parallel-size"),
+        ("DCP", "--decode-context-parallel-size"),
     ),
     "--enable-dbo": (("parallel_config", {"use_ubatching": True}), MICRO_BATCHES),
 }
@@ -543,62 +543,6 @@ def with_text(vllm_config, changes: dict, kernels: str = "auto", **model) -> Cha
 def with_flash_attention(monkeypatch, version: int) -> None:
     name = "vllm.v1.attention.backends.fa_utils.get_flash_attn_version"
     monkeypatch.setattr(name, lambda **about: version)
-
-
-def with_dcp(config) -> Changed:
-    """The configuration of a server whose ranks keep a share of every context each."""
-    return Changed(
-        config, parallel_config=Changed(config.parallel_config, decode_context_parallel_size=2)
-    )
-
-
-OTHER_DCP = {  # fields of a model's configuration, those of the model; what is named
-    "windows": ({"layer_types": ["sliding_attention", "full_attention"]}, {}, "sliding windows"),
-    "sinks": ({"model_type": "gpt_oss"}, {}, "learned attention sinks"),
-    "hybrid": ({}, {"is_hybrid": True}, "state-space or linear-attention layers"),
-}
-
-
-@pytest.mark.refuses("DCP of models with {what}")
-@pytest.mark.parametrize(("text", "model", "what"), OTHER_DCP.values(), ids=OTHER_DCP)
-def test_models_with_dcp(
-    vllm_config, monkeypatch, record_property, text: dict, model: dict, what: str
-) -> None:
-    on_gpu(monkeypatch)
-    with_flash_attention(monkeypatch, 3)
-    config = with_text(vllm_config, text, **model)
-    named = (f"DCP of models with {what}", "--decode-context-parallel-size")
-    record_property("sentence", check_refusal(with_dcp(config), named))
-
-
-@pytest.mark.refuses("DCP on GPUs with FlashAttention 2")
-def test_gpus_with_dcp(vllm_config, monkeypatch, record_property) -> None:
-    on_gpu(monkeypatch)
-    for version in (3, 4):
-        with_flash_attention(monkeypatch, version)
-        checks.check_config(with_dcp(vllm_config))
-    with_flash_attention(monkeypatch, 2)
-    named = ("DCP on this GPU", "FlashAttention 2", "--decode-context-parallel-size")
-    record_property("sentence", check_refusal(with_dcp(vllm_config), named))
-
-
-@pytest.mark.refuses("KV connectors with DCP")
-def test_connectors_with_dcp(vllm_config, monkeypatch, record_property) -> None:
-    on_gpu(monkeypatch)
-    with_flash_attention(monkeypatch, 3)
-    cache = Changed(vllm_config.cache_config, kv_offloading_size=1.0)
-    config = with_dcp(Changed(vllm_config, cache_config=cache))
-    named = ("KV connectors with DCP", "--decode-context-parallel-size")
-    record_property("sentence", check_refusal(config, named))
-
-
-def test_ranks_with_dcp_decode_each_others_queries(vllm_config, monkeypatch) -> None:
-    on_gpu(monkeypatch)
-    with_flash_attention(monkeypatch, 3)
-    heads = {"get_num_attention_heads": lambda parallel: 9, "get_num_kv_heads": lambda parallel: 1}
-    config = with_text(vllm_config, {}, **heads)
-    checks.check_config(config)
-    check_refusal(with_dcp(config), ("18 query heads per KV head", OTHER))
 
 
 def test_a_model_without_layers_has_no_budget_for_one(vllm_config) -> None:

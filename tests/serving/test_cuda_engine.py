@@ -50,8 +50,6 @@ pytestmark = [
     pytest.mark.timeout(400),
 ]
 
-two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-
 COMMON = (
     "--dtype float16 --block-size 64 --max-model-len 8192 --max-num-seqs 16 "
     "--cudagraph-capture-sizes 1 2 4 8 16 --gpu-memory-utilization 0.1 --kv-cache-memory-bytes 1G "
@@ -94,24 +92,6 @@ NCCL = "-tp 2 --disable-custom-all-reduce"  # virtual machines may lack what tha
 TWO_GPUS = {  # with a model of their own
     "stock": ("flash_attn", None, NCCL, {}),
     "sparse": ("adamas", {"token_budget": 1024, "num_dense_layers": 1}, NCCL, {}),
-}
-DCP = f"{NCCL} --decode-context-parallel-size 2"
-SHARED = {"token_budget": BUDGET, "layer_budgets": {"0": BUDGET}, "audit_interval": 3}
-ONE_KV_HEAD = {  # that two GPUs share
-    "stock": ("flash_attn", None, NCCL, {}),
-    "stock dcp": ("flash_attn", None, DCP, {}),
-    "dense dcp": ("adamas", {"token_budget": 1_000_000}, f"{DCP} {CHUNKED}", {}),
-    "sparse": ("adamas", SHARED, f"{DCP}", {}),
-    "no graphs": (
-        "adamas",
-        SHARED,
-        f"{DCP} -cc.cudagraph_mode=NONE --cp-kv-cache-interleave-size 64",
-        {},
-    ),
-    "v1 runner": ("adamas", SHARED, f"{DCP}", V1_RUNNER),
-    "triton": ("adamas", {**SHARED, "kernels": "triton"}, f"{DCP}", {}),
-    "drafts": ("adamas", SHARED, f"{DCP} {DRAFTS}", {}),
-    "fp8": ("adamas", {"token_budget": 1_000_000}, f"{DCP} --kv-cache-dtype fp8 {CHUNKED}", {}),
 }
 REFUSED = {"--dtype float32": "torch.float32"}
 
@@ -499,7 +479,7 @@ def test_fp8_decode_agrees_with_prefill(host) -> None:
 
 
 @pytest.mark.supports("tensor parallelism")
-@two_gpus
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_heads_may_be_split_over_two_gpus(pair) -> None:
     """The tokens of the stock backend within the budget, and every row counted once beyond it."""
     assert "world_size=2" in pair["sparse"].log()
@@ -514,66 +494,6 @@ def test_heads_may_be_split_over_two_gpus(pair) -> None:
         layers * heads * sum(steps),
         layers * heads * 1024 * len(steps),
     )
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory):
-    """The servers of ONE_KV_HEAD."""
-    model = random_llama(tmp_path_factory.mktemp("one"), kv_heads=1)
-    host = Host(ONE_KV_HEAD, model, tmp_path_factory.mktemp("shared"), set(ONE_KV_HEAD))
-    yield host
-    host.stop()
-
-
-@pytest.mark.supports("decode context parallelism")
-@two_gpus
-@pytest.mark.parametrize("name", ["stock dcp", "dense dcp"])
-def test_ranks_that_share_contexts_attend_to_all_of_them(shared, name: str) -> None:
-    """Prefill in chunks and decode within the budget, against two ranks that have every token."""
-    pair = (steps_of(shared[each], PROMPTS) for each in ("stock", name))
-    assert_same_up_to_rounding(*pair, share=0.5)
-
-
-@pytest.mark.supports("decode context parallelism")
-@two_gpus
-@pytest.mark.parametrize("name", ["no graphs", "v1 runner", "triton"])
-def test_ranks_select_alike_in_every_kind_of_server(shared, name: str) -> None:
-    """Graphs, both runners and both kinds of kernels. Where tokens are shared out in another way, others are
-    selected: there only prompts within the budget are compared."""
-    prompts = SHORT_PROMPTS if name == "no graphs" else PROMPTS
-    pair = (steps_of(shared[each], prompts) for each in ("sparse", name))
-    assert_same_up_to_rounding(*pair, share=0.5)
-
-
-@pytest.mark.supports("decode context parallelism")
-@two_gpus
-@pytest.mark.parametrize("name", ["sparse", "no graphs"])
-def test_every_rank_attends_to_its_budget(shared, name: str) -> None:
-    """Counted over the shares of both ranks, which are longer than the budget."""
-    server, tokens, layers, heads = shared[name], 20, 4, 8
-    prompt = token_ids(server, harbour_log(100, seed=5), 2000)
-    steps = range(len(prompt) + 1, len(prompt) + tokens)
-    assert moved(server, lambda: complete(server, prompt, tokens))[:4] == (
-        layers * len(steps),
-        0,
-        layers * heads * sum(steps),
-        layers * heads * 2 * BUDGET * len(steps),
-    )
-
-
-@pytest.mark.supports("decode context parallelism")
-@two_gpus
-def test_ranks_that_share_contexts_verify_drafts(shared) -> None:
-    """Every draft is a row with a share of its own context."""
-    pair = (steps_of(shared[each], SHORT_PROMPTS) for each in ("sparse", "drafts"))
-    assert_same_up_to_rounding(*pair, share=0.5)
-
-
-@pytest.mark.supports("decode context parallelism")
-@two_gpus
-def test_fp8_pages_may_be_shared_out(shared) -> None:
-    pair = (steps_of(shared[each], SHORT_PROMPTS) for each in ("stock", "fp8"))
-    assert_same_up_to_rounding(*pair, rounding=FP8_ROUNDING, share=0.3)
 
 
 SLEEP = """
