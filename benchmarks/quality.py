@@ -20,8 +20,8 @@ from records import RESULTS
 
 from vllm_adamas import profile as profiles
 from vllm_adamas.errors import AdamasError
-from vllm_adamas.evaluate import texts
-from vllm_adamas.evaluate.command import BUDGETS, write_report
+from vllm_adamas.evaluate import report, texts
+from vllm_adamas.evaluate.command import BUDGETS
 from vllm_adamas.evaluate.study import DEFAULT, FAMILIES, TASKS, Arm, Settings, Study, load, merge
 
 #: Budgets for which retrieval is measured; text quality is measured for every budget.
@@ -146,7 +146,10 @@ def main() -> None:
             result = study(args, path)
     except AdamasError as error:
         sys.exit(f"quality.py: {error}")
-    write_report(result, args.output, stem)
+    table = report.markdown(result)
+    drawn = report.plot(result, args.output / f"{stem}.png")
+    path.with_suffix(".md").write_text(table + (f"\n![plot]({stem}.png)\n" if drawn else ""))
+    print(table)
 
 
 if __name__ == "__main__":

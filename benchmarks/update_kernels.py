@@ -1,4 +1,4 @@
-"""Writes the tables and the plot of docs/kernels.md from decode_gpu.json and layer_gpu.json of benchmarks/results.
+"""Writes the tables and the plot of docs/kernels.md from the records of the GPU benchmarks of kernels.
 
     python benchmarks/update_kernels.py [--check]
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 
+import bench_drafts_gpu
 from peers import PEERS
 from records import RESULTS, load, update_document
 
@@ -266,6 +267,12 @@ def layers(result: dict) -> list[str]:
     return table(["context x rows", "keys", DENSE_US, *map(NAMES.get, wanted[1:])], rows)[:-1]
 
 
+def drafts(result: dict) -> list[str]:
+    """A step by the query tokens of a request, and in brackets over a step of one."""
+    headers, rows = bench_drafts_gpu.table(result["cells"])
+    return table(headers, [[tokens(row[0]), *row[1:]] for row in rows])[:-1]
+
+
 def plot(result: dict) -> None:
     """Plots the time of one row and the speed-up of 1, 8 and 32 rows over the context length."""
     import matplotlib
@@ -307,5 +314,9 @@ if __name__ == "__main__":
     record, environment = load("decode_gpu")
     if "--check" not in sys.argv:
         plot(record)
-    parts = render(record, environment), layers(load("layer_gpu")[0])
+    parts = [
+        render(record, environment),
+        layers(load("layer_gpu")[0]),
+        drafts(load("drafts_gpu")[0]),
+    ]
     sys.exit(update_document(DOCUMENT, "update_kernels", *parts))

@@ -187,6 +187,7 @@ def by_default(result: dict) -> list[str]:
         for name, cell in result["cells"].items()
         if cell["family"] == DEFAULT
         for other in (f"{family}-{cell['budget']}" for family in ("dot", "dot-max"))
+        if other in text
     ]
     head = "The default less others, by window; 95% intervals, paired bootstrap over windows."
     return [head, "", *markdown(["configuration", "less", "NLL", "KL"], lines), ""]

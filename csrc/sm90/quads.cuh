@@ -39,12 +39,4 @@ struct QuadWords {
   }
 };
 
-// QueryFragments::weight from weights [head quad][4]. Heads past the last one never have the maximum.
-template <int kQuads>
-__device__ __forceinline__ void load_weights(HeadWeight (&weight)[kQuads], const HeadWeight* weights, int head_quads) {
-#pragma unroll
-  for (int q = 0; q < kQuads; ++q)
-    weight[q] = q < head_quads ? weights[q * 4 + threadIdx.x % 4] : HeadWeight{0.0f, INFINITY};
-}
-
 }  // namespace adamas

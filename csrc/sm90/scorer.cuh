@@ -45,6 +45,13 @@ struct QueryFragments {
   const uint32_t* more = nullptr;  // manhattan_sum: fragments of all head quads but the first
   int num_more = 0;
 
+  // weights: [head quad][4]. Heads past the last one never have the maximum.
+  __device__ void load_weights(const HeadWeight* weights, int head_quads) {
+#pragma unroll
+    for (int q = 0; q < kQuads; ++q)
+      weight[q] = q < head_quads ? weights[q * 4 + threadIdx.x % 4] : HeadWeight{0.0f, INFINITY};
+  }
+
   // planes: [head quad][plane][chunk][32 lanes]; biases: [head quad][4]
   __device__ void load(const uint32_t* planes, const int32_t* biases, int head_quads) {
     const int lane = threadIdx.x % 32;

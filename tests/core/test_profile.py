@@ -326,13 +326,13 @@ def test_layers_keep_to_the_budgets_that_were_measured() -> None:
     assert suggest_layers({0: steep, 1: flat, 2: flat}, hint) == {0: 256, 1: 64, 2: 64}
 
 
-def test_a_dense_layer_gets_a_budget_that_suits_it_or_stays_dense() -> None:
+def test_a_dense_layer_has_no_part_in_it() -> None:
     usual = {64: 0.4, 128: 0.3, 256: 0.2, 512: 0.1}
-    loud = {64: 0.6, 128: 0.5, 256: 0.4, 512: 0.2}
     hint = made().suggestion.model_copy(update={"token_budget": 256, "num_dense_layers": 1})
-    alike = dict.fromkeys((1, 2, 3), usual)
-    assert suggest_layers({0: loud, **alike}, hint)[0] == 512
-    assert 0 not in suggest_layers({0: dict.fromkeys(loud, 0.9), **alike}, hint)
+    loud = {**dict.fromkeys((1, 3), usual), 2: {b: error / 4 for b, error in usual.items()}}
+    found = suggest_layers({0: dict.fromkeys(usual, 0.9), **loud}, hint)
+    assert 0 not in found
+    assert found == suggest_layers(loud, hint)
 
 
 def test_the_suggestion_is_the_smallest_budget_that_keeps_enough() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 import math
-import statistics
 import tempfile
 from collections.abc import Sequence
 from functools import partial
@@ -210,23 +209,20 @@ def suggest_layers(
 ) -> dict[int, int]:
     """Budgets of the layers that need more or fewer tokens than the suggested ``token_budget``.
 
-    One of the suggested dense layers gets the smallest budget with which it errs no more than the median layer with
-    ``token_budget``. If none is enough it stays dense. The other layers share the tokens that ``token_budget`` would
-    give them so that the sum of their squared errors is least: every layer begins with a quarter of ``token_budget``,
-    and each further quarter goes to the layer whose error falls most by it. Finer steps would give more distinct
-    budgets, each of which a server prepares at every step.
+    The layers share the tokens that ``token_budget`` would give them so that the sum of their squared errors is least:
+    every layer begins with a quarter of ``token_budget``, and each further quarter goes to the layer whose error falls
+    most by it. Finer steps would give more distinct budgets, each of which a server prepares at every step. Layers that
+    are suggested to be dense have no part in it.
 
     Args:
         errors: by layer and budget.
     """
-    usual, found = suggestion.token_budget, {}
-    wanted = statistics.median(by_budget[usual] for by_budget in errors.values())
-    shared = {}
-    for layer, by_budget in errors.items():
-        if layer >= suggestion.num_dense_layers:
-            shared[layer] = _Falling(by_budget)
-        elif enough := [b for b in sorted(by_budget) if b >= usual and by_budget[b] <= wanted]:
-            found[layer] = enough[0]
+    usual = suggestion.token_budget
+    shared = {
+        layer: _Falling(by_budget)
+        for layer, by_budget in errors.items()
+        if layer >= suggestion.num_dense_layers
+    }
     step = max(1, usual // 4)
     budgets = {layer: max(step, falling.least) for layer, falling in shared.items()}
     for _ in range((usual * len(shared) - sum(budgets.values())) // step):
@@ -238,7 +234,7 @@ def suggest_layers(
         if not gains:
             break
         budgets[max(gains, key=gains.__getitem__)] += step
-    return dict(sorted({**found, **{n: b for n, b in budgets.items() if b != usual}}.items()))
+    return {layer: budget for layer, budget in budgets.items() if budget != usual}
 
 
 class _Falling:

@@ -179,7 +179,7 @@ __device__ __forceinline__ ListState list_own_tokens(const FusedBlock& b, const 
   QueryFragments<kChunks, kMode, kQuads> query;
   query.load(m.planes, m.bias, p.head_quads);
   if constexpr (kSummed) {
-    load_weights(query.weight, m.weights, p.head_quads);
+    query.load_weights(m.weights, p.head_quads);
     if (first_round) {
       ring.wait(0, 0);
       weigh_heads(b, query, tile_shape, ring.data(0), sampled, round.wanted,

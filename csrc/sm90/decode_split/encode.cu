@@ -104,7 +104,7 @@ __global__ void __maxnreg__(most_registers(kQuads))
       [&] {  // while the signatures are being loaded
         encode_queries<kChunks, kMode>(p, x, s);
         query.load(s.planes, s.bias, p.head_quads);
-        if constexpr (kMode == Mode::dot_max) load_weights(query.weight, s.weights, p.head_quads);
+        if constexpr (kMode == Mode::dot_max) query.load_weights(s.weights, p.head_quads);
       },
       [&](int step, int token, const Signatures<kChunks, kMode>& signatures) {
 #pragma unroll

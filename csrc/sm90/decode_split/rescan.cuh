@@ -26,7 +26,7 @@ __device__ __noinline__ void select_from_scan(const DecodeParams& p, int row, in
   query.load(p.work.planes + (group * p.head_quads + quad) * kQuadWords,
              p.work.bias + (group * p.head_quads + quad) * 4,
              kMode == Mode::manhattan_sum || kMode == Mode::dot_max ? p.head_quads : 1);
-  if constexpr (kMode == Mode::dot_max) load_weights(query.weight, p.work.weights + group * p.head_quads * 4, p.head_quads);
+  if constexpr (kMode == Mode::dot_max) query.load_weights(p.work.weights + group * p.head_quads * 4, p.head_quads);
   const int bits = token_bits(plan.length);
   const int all = (plan.length + 31) / 32;
   const int steps = (all - warp + kWarps - 1) / kWarps;

@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, blocks_per_processor(kChunks, kQuads
     QueryFragments<kChunks, kMode, kQuads> query;
     query.load(p.work.planes + group * p.head_quads * query_planes(kMode) * kChunks * 32,
                p.work.bias + group * 4 * p.head_quads, p.head_quads);
-    if constexpr (kMode == Mode::dot_max) load_weights(query.weight, p.work.weights + group * 4 * p.head_quads, p.head_quads);
+    if constexpr (kMode == Mode::dot_max) query.load_weights(p.work.weights + group * 4 * p.head_quads, p.head_quads);
     // Tokens with a score above the limit are kept. From the stage of the pivot's token on, tokens with the pivot's
     // score are kept as well.
     float above[kSetQuads], above_late[kSetQuads];
