@@ -3,6 +3,7 @@
 import os
 import shlex
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 # Idle OpenMP threads of one test would spin through the next one's time. Read once, by torch.
@@ -12,6 +13,7 @@ os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
 
 import pytest
 import torch
+from _pytest.junitxml import xml_key
 
 if not torch.cuda.is_available():
     # Triton kernels run in Python then. Triton reads the variable when it and the kernels are
@@ -25,10 +27,13 @@ from record import pytest_addoption, pytest_configure  # noqa: F401
 from vllm_adamas.serving.launch import Server
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _report(request: pytest.FixtureRequest, record_testsuite_property) -> None:
-    """What `scripts/check_release.py` has to know of a report: the commit, and whether the suite was whole."""
-    if request.config.option.xmlpath is None:
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Adds to a report what `scripts/check_release.py` has to know of it: the commit, and whether the suite was whole.
+
+    pytest's fixture for this adds nothing where the tests run in workers.
+    """
+    report = session.config.stash.get(xml_key, None)
+    if report is None:
         return
 
     def git(*arguments: str) -> str:
@@ -36,9 +41,17 @@ def _report(request: pytest.FixtureRequest, record_testsuite_property) -> None:
         return subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip()
 
     changed = "-dirty" if git("status", "--porcelain") else ""
-    record_testsuite_property("commit", git("rev-parse", "HEAD") + changed)
-    given = map(str, request.config.invocation_params.args)
-    record_testsuite_property("arguments", shlex.join(given))
+    report.add_global_property("commit", git("rev-parse", "HEAD") + changed)
+    given = map(str, session.config.invocation_params.args)
+    report.add_global_property("arguments", shlex.join(given))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Workers take files one after another: those with most tests of servers first, since they take longest."""
+    if not hasattr(config, "workerinput"):
+        return
+    served = Counter(item.path for item in items if item.get_closest_marker("serve"))
+    items.sort(key=lambda item: -served[item.path])
 
 
 @pytest.fixture(scope="session")
