@@ -25,8 +25,9 @@ from packaging.version import Version
 
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.serving import compat, plugin
+from vllm_adamas.serving.export import OVERHEAD
 from vllm_adamas.serving.histograms import EXCEEDED, MEASURES
-from vllm_adamas.serving.metrics import NAMES
+from vllm_adamas.serving.metrics import NAMES, REFUSED
 
 FOLDER = ROOT / "serving" / "deploy"
 RULES = FOLDER / "alerts.yaml"
@@ -35,7 +36,7 @@ DASHBOARD = json.loads((FOLDER / "dashboard.json").read_text())
 UNIT = FOLDER / "vllm-adamas.service"
 IMAGES = sorted(FOLDER.glob("*.Dockerfile"))
 HADOLINT = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-CONFIGURATIONS = ("latency", "throughput", "128k")
+CONFIGURATIONS = ("latency", "throughput", "128k", "1m")
 DURATION = re.compile(r"[1-9]\d*[smhd]")
 
 
@@ -47,7 +48,8 @@ def test_every_file_is_checked() -> None:
 
 def exported() -> set[str]:
     """Names of series at /metrics: the plugin's counters, and vLLM's metrics as its logger declares them."""
-    found = {f"vllm:adamas_{name}_total" for name, _ in (*NAMES, EXCEEDED)}
+    found = {f"vllm:adamas_{name}_total" for name, _ in (*NAMES, EXCEEDED, REFUSED)}
+    found.add(f"vllm:adamas_{OVERHEAD[0]}")
     for name, *_ in MEASURES:
         found |= {f"vllm:adamas_audit_{name}_{what}" for what in ("bucket", "sum", "count")}
     (folder,) = find_spec("vllm").submodule_search_locations
@@ -94,7 +96,8 @@ def metrics_in(expression: str) -> set[str]:
 
 def test_metrics_that_are_named_are_exported() -> None:
     named = set().union(*map(metrics_in, expressions()))
-    assert {f"vllm:adamas_{name}_total" for name, _ in (*NAMES, EXCEEDED)} <= named
+    assert {f"vllm:adamas_{name}_total" for name, _ in (*NAMES, EXCEEDED, REFUSED)} <= named
+    assert f"vllm:adamas_{OVERHEAD[0]}" in named
     for name, *_ in MEASURES:
         assert any(one.startswith(f"vllm:adamas_audit_{name}") for one in named)
     assert named - exported() == set()
