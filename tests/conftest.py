@@ -10,6 +10,11 @@ from pathlib import Path
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # `eval` and `bench` silence vLLM where nothing is set. Tests of them must not silence those that follow in this process.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    # Left to itself, vLLM binds the threads of every engine to the same cores.
+    cores = sorted(os.sched_getaffinity(0))
+    share = cores[int(worker.removeprefix("gw")) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, share or cores)))
 
 import pytest
 import torch
@@ -47,11 +52,15 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Workers take files one after another: those with most tests of servers first, since they take longest."""
+    """Workers take files one after another: first that with most tests of servers, which takes longest.
+
+    Then come the files without, so that one worker starts servers while the other one does not.
+    """
     if not hasattr(config, "workerinput"):
         return
     served = Counter(item.path for item in items if item.get_closest_marker("serve"))
-    items.sort(key=lambda item: -served[item.path])
+    longest = max(served, key=served.get, default=None)
+    items.sort(key=lambda item: (item.path != longest, item.path in served, -served[item.path]))
 
 
 @pytest.fixture(scope="session")
