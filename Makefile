@@ -50,8 +50,11 @@ serve: model ## run the server (MODEL, PORT, BACKEND, ARGS)
 	@exec $(PYTHON) -m vllm.entrypoints.cli.main serve $(MODEL) --attention-backend $(BACKEND) \
 		--host 127.0.0.1 --port $(PORT) $(ARGS)
 
+# Files go to two processes, each file to one, because its tests share servers. Most of them keep one core busy.
+WORKERS := -n 2 --dist loadfile --no-loadscope-reorder
+
 test: model ## run the tests that need no GPU, but for the slow ones
-	@$(PYTHON) -m pytest -m "not gpu and not slow" --junitxml build/reports/test.xml $(ARGS)
+	@$(PYTHON) -m pytest -m "not gpu and not slow" --junitxml build/reports/test.xml $(WORKERS) $(ARGS)
 
 test-slow: model ## run the slow ones: engines and servers of many configurations
 	@$(PYTHON) -m pytest -m "slow and not gpu and not models" --junitxml build/reports/test-slow.xml $(ARGS)

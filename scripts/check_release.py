@@ -33,6 +33,8 @@ SUITES = {
     "test-slow": "slow and not gpu and not models",
     "test-gpu": "gpu",
 }
+#: Further arguments of pytest, by target.
+WORKERS = {"test": ("-n", "2", "--dist", "loadfile", "--no-loadscope-reorder")}
 #: Records of speed that the README cites, and the kernels that each measured.
 RECORDS = {
     "serve_gpu": ("csrc/common", "csrc/sm90"),
@@ -174,7 +176,8 @@ def record_problems(root: Path) -> Iterator[str]:
 
 def arguments(suite: str) -> list[str]:
     """Those of pytest with which `make test`, `make test-slow` and `make test-gpu` run a whole suite."""
-    return ["-m", SUITES[suite], "--junitxml", str(REPORTS / f"{suite}.xml")]
+    report = str(REPORTS / f"{suite}.xml")
+    return ["-m", SUITES[suite], "--junitxml", report, *WORKERS.get(suite, ())]
 
 
 class Report(NamedTuple):

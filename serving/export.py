@@ -22,7 +22,7 @@ from pathlib import Path
 
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.serving.histograms import EXCEEDED, MEASURES, Histogram, read_audits
-from vllm_adamas.serving.metrics import FOLDER, NAMES, read_counters
+from vllm_adamas.serving.metrics import FOLDER, NAMES, REFUSED, read_counters, read_refused
 
 PREFIX = "vllm-adamas-counters-"  #: of the folders with the workers' files
 COPY_INTERVAL = 1.0  #: seconds between two copies for several API servers
@@ -33,6 +33,7 @@ LABELS = ("model_name", "engine")  #: as vLLM's own metrics have them
 AUDIT_LABELS = (*LABELS, "layers")
 INFINITY = "+Inf"  #: bound of the last bucket of a histogram
 INFO = ("config_info", "The options that are in force, as labels.")
+OVERHEAD = ("page_overhead_ratio", "Bytes of a page beyond keys and values, over those of these.")
 _exported = False  # whether this process exports the counters
 
 
@@ -48,12 +49,13 @@ class Metric:
 
 
 class Source:
-    """What is exported: the counters of a folder, labelled, and the options of the server."""
+    """What is exported: the counters of a folder, labelled, the options of the server and what its pages take."""
 
-    def __init__(self, folder: Path, model_name: str, options: dict[str, str]):
+    def __init__(self, folder: Path, model_name: str, options: dict[str, str], overhead: float):
         self._folder = folder
         self._model_name = model_name
         self._options = options
+        self._overhead = overhead
 
     def metrics(self, old_names: bool = False) -> Iterator[Metric]:
         """
@@ -69,6 +71,13 @@ class Source:
             )
             yield Metric("counter", f"vllm:adamas_{name}", text, LABELS, samples)
         yield from self._audit()
+        alone = (self._model_name,)
+        name, text = REFUSED
+        refused = (alone, read_refused(self._folder))
+        yield Metric("counter", f"vllm:adamas_{name}", text, LABELS[:1], (refused,))
+        name, text = OVERHEAD
+        overhead = (alone, self._overhead)
+        yield Metric("gauge", f"vllm:adamas_{name}", text, LABELS[:1], (overhead,))
         name, text = INFO
         labels = ("model_name", *self._options)
         values = (self._model_name, *self._options.values())
@@ -90,7 +99,7 @@ class Source:
         yield Metric("counter", f"vllm:adamas_{name}", text, AUDIT_LABELS, counts)
 
 
-def export(model_name: str, options: dict[str, str]) -> None:
+def export(model_name: str, options: dict[str, str], overhead: float) -> None:
     """In the process that the command started, names the folder and exports what is written there.
 
     Spawned engine and worker processes keep the folder that they inherit. A process started as a command
@@ -99,6 +108,7 @@ def export(model_name: str, options: dict[str, str]) -> None:
     Args:
         model_name: the label of all metrics.
         options: labels of the metric that shows the configuration.
+        overhead: bytes of a page beyond keys and values, over those of these.
     """
     global _exported
     if _exported or multiprocessing.parent_process() is not None:
@@ -106,7 +116,7 @@ def export(model_name: str, options: dict[str, str]) -> None:
     _exported = True
     folder = _make_folder(Path(tempfile.gettempdir()))
     os.environ[FOLDER] = str(folder)
-    source = Source(folder, model_name, options)
+    source = Source(folder, model_name, options, overhead)
     if SHARED_FOLDER in os.environ:
         threading.Thread(target=_copy_forever, args=(source,), daemon=True).start()
     else:

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 import tempfile
+import threading
 import time
 from collections import defaultdict
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from vllm_adamas.config import AdamasConfig
 
 FOLDER = "VLLM_ADAMAS_METRICS_DIR"
 FILES = "engine-*.i64"  #: engine-{index of the engine}-{tensor parallel rank}-{process}-{random}
+REFUSED_FILES = "refused-*.i64"  #: refused-{process}-{random}, of a process that takes requests
 NAMES = (
     ("sparse_rows", "Decode rows (query tokens times layers) that attended to selected tokens."),
     ("dense_rows", "Decode rows of sparse layers that attended to their whole context."),
@@ -26,6 +29,9 @@ NAMES = (
     ("decode_attended_tokens", "Tokens that those rows attended to, times query heads."),
     ("reselected_token_sets", "Token sets that the slow path of a GPU kernel selected again."),
 )
+
+REFUSED = ("refused_requests", "Requests that asked for a token budget that is not served.")
+_refusing = threading.Lock()
 
 
 def read_counters(folder: Path) -> dict[int, np.ndarray]:
@@ -42,6 +48,32 @@ def read_counters(folder: Path) -> dict[int, np.ndarray]:
                 data[:2] = 0
             totals[int(engine)] += data
     return dict(totals)
+
+
+def read_refused(folder: Path) -> int:
+    """Refused requests, summed over the processes that take requests."""
+    return sum(int(np.fromfile(file, dtype=np.int64).sum()) for file in folder.glob(REFUSED_FILES))
+
+
+def count_refused() -> None:
+    """Counts a request that this process has refused."""
+    with _refusing:
+        _refused(os.getpid(), os.environ.get(FOLDER))[0] += 1
+
+
+@cache
+def _refused(process: int, folder: str | None) -> np.ndarray:
+    """The count of a process, int64 ``[1]``; in the folder if there is one."""
+    if not (folder and os.path.isdir(folder)):
+        return np.zeros(1, dtype=np.int64)
+    return _mapped(folder, f"refused-{process}-", 1)
+
+
+def _mapped(folder: str, prefix: str, size: int) -> np.ndarray:
+    """int64 zeros ``[size]`` in a new file, unique even for several engines in one process."""
+    handle, file = tempfile.mkstemp(".i64", prefix, folder)
+    os.close(handle)
+    return np.memmap(file, dtype=np.int64, mode="w+", shape=(size,))
 
 
 class Counters:
@@ -70,10 +102,7 @@ class Counters:
         folder = os.environ.get(FOLDER)
         if not (config.metrics and folder and os.path.isdir(folder)):
             return torch.zeros(size, dtype=torch.int64, device="cpu")  # vLLM sets a default
-        # Unique even for several engines in one process.
-        handle, file = tempfile.mkstemp(".i64", prefix, folder)
-        os.close(handle)
-        return torch.from_numpy(np.memmap(file, dtype=np.int64, mode="w+", shape=(size,)))
+        return torch.from_numpy(_mapped(folder, prefix, size))
 
     def copy(self, now: float) -> None:
         """Called once per step; exports the counters when their interval has passed."""

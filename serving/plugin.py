@@ -31,12 +31,16 @@ def _check(vllm_config) -> None:
     from vllm_adamas.serving import compat
 
     compat.require_supported_vllm()
+    from vllm_adamas.dtypes import page_dtype
+    from vllm_adamas.layout import overhead
     from vllm_adamas.serving import export
     from vllm_adamas.serving.checks import check_config
 
     config, model = check_config(vllm_config), vllm_config.model_config
     if config.metrics and model is not None:
-        export.export(model.served_model_name, export.options(config))
+        element = page_dtype(vllm_config.cache_config.cache_dtype, model.dtype)
+        extra = overhead(model.get_head_size(), element)
+        export.export(model.served_model_name, export.options(config), extra)
 
 
 def _problems(**layer) -> list[str]:

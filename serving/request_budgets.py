@@ -23,6 +23,7 @@ from vllm.v1.worker.gpu.sample.logits_processor import LogitsProcessor as Logits
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import shortened
 from vllm_adamas.serving import compat
+from vllm_adamas.serving.metrics import count_refused
 
 if TYPE_CHECKING:
     import torch
@@ -66,6 +67,7 @@ class RequestBudgets:
         (least, most), budget = cls.bounds, requested_by(sampling_params)
         if budget is None or (type(budget) is int and least <= budget <= most):
             return
+        count_refused()
         raise ValueError(
             f"{ARGUMENT}={shortened(budget)} is not served: give a whole number of tokens from {least} to "
             f"{most}."

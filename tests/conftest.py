@@ -3,15 +3,22 @@
 import os
 import shlex
 import subprocess
+from collections import Counter
 from pathlib import Path
 
 # Idle OpenMP threads of one test would spin through the next one's time. Read once, by torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 # `eval` and `bench` silence vLLM where nothing is set. Tests of them must not silence those that follow in this process.
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "INFO")
+if worker := os.environ.get("PYTEST_XDIST_WORKER"):
+    # Left to itself, vLLM binds the threads of every engine to the same cores.
+    cores = sorted(os.sched_getaffinity(0))
+    share = cores[int(worker.removeprefix("gw")) :: int(os.environ["PYTEST_XDIST_WORKER_COUNT"])]
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, share or cores)))
 
 import pytest
 import torch
+from _pytest.junitxml import xml_key
 
 if not torch.cuda.is_available():
     # Triton kernels run in Python then. Triton reads the variable when it and the kernels are
@@ -25,10 +32,13 @@ from record import pytest_addoption, pytest_configure  # noqa: F401
 from vllm_adamas.serving.launch import Server
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _report(request: pytest.FixtureRequest, record_testsuite_property) -> None:
-    """What `scripts/check_release.py` has to know of a report: the commit, and whether the suite was whole."""
-    if request.config.option.xmlpath is None:
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Adds to a report what `scripts/check_release.py` has to know of it: the commit, and whether the suite was whole.
+
+    pytest's fixture for this adds nothing where the tests run in workers.
+    """
+    report = session.config.stash.get(xml_key, None)
+    if report is None:
         return
 
     def git(*arguments: str) -> str:
@@ -36,9 +46,21 @@ def _report(request: pytest.FixtureRequest, record_testsuite_property) -> None:
         return subprocess.run(command, cwd=folder, capture_output=True, text=True).stdout.strip()
 
     changed = "-dirty" if git("status", "--porcelain") else ""
-    record_testsuite_property("commit", git("rev-parse", "HEAD") + changed)
-    given = map(str, request.config.invocation_params.args)
-    record_testsuite_property("arguments", shlex.join(given))
+    report.add_global_property("commit", git("rev-parse", "HEAD") + changed)
+    given = map(str, session.config.invocation_params.args)
+    report.add_global_property("arguments", shlex.join(given))
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Workers take files one after another: first that with most tests of servers, which takes longest.
+
+    Then come the files without, so that one worker starts servers while the other one does not.
+    """
+    if not hasattr(config, "workerinput"):
+        return
+    served = Counter(item.path for item in items if item.get_closest_marker("serve"))
+    longest = max(served, key=served.get, default=None)
+    items.sort(key=lambda item: (item.path != longest, item.path in served, -served[item.path]))
 
 
 @pytest.fixture(scope="session")

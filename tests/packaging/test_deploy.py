@@ -11,12 +11,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from importlib.util import find_spec
 from itertools import combinations
 from pathlib import Path
 
+import jsonschema
 import promql_parser
 import pytest
 import yaml
@@ -25,8 +27,9 @@ from packaging.version import Version
 
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.serving import compat, plugin
+from vllm_adamas.serving.export import OVERHEAD
 from vllm_adamas.serving.histograms import EXCEEDED, MEASURES
-from vllm_adamas.serving.metrics import NAMES
+from vllm_adamas.serving.metrics import NAMES, REFUSED
 
 FOLDER = ROOT / "serving" / "deploy"
 RULES = FOLDER / "alerts.yaml"
@@ -35,8 +38,11 @@ DASHBOARD = json.loads((FOLDER / "dashboard.json").read_text())
 UNIT = FOLDER / "vllm-adamas.service"
 IMAGES = sorted(FOLDER.glob("*.Dockerfile"))
 HADOLINT = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
-CONFIGURATIONS = ("latency", "throughput", "128k")
+CONFIGURATIONS = ("latency", "throughput", "128k", "1m")
 DURATION = re.compile(r"[1-9]\d*[smhd]")
+#: Charts by the values for them. Their archives are read from the folder ADAMAS_HELM_CHARTS.
+CHARTS = {"production-stack": "vllm-stack-0.1.12", "llm-d": "llm-d-modelservice-v0.4.12"}
+over_charts = pytest.mark.parametrize("name", CHARTS)
 
 
 def test_every_file_is_checked() -> None:
@@ -47,7 +53,8 @@ def test_every_file_is_checked() -> None:
 
 def exported() -> set[str]:
     """Names of series at /metrics: the plugin's counters, and vLLM's metrics as its logger declares them."""
-    found = {f"vllm:adamas_{name}_total" for name, _ in (*NAMES, EXCEEDED)}
+    found = {f"vllm:adamas_{name}_total" for name, _ in (*NAMES, EXCEEDED, REFUSED)}
+    found.add(f"vllm:adamas_{OVERHEAD[0]}")
     for name, *_ in MEASURES:
         found |= {f"vllm:adamas_audit_{name}_{what}" for what in ("bucket", "sum", "count")}
     (folder,) = find_spec("vllm").submodule_search_locations
@@ -94,7 +101,8 @@ def metrics_in(expression: str) -> set[str]:
 
 def test_metrics_that_are_named_are_exported() -> None:
     named = set().union(*map(metrics_in, expressions()))
-    assert {f"vllm:adamas_{name}_total" for name, _ in (*NAMES, EXCEEDED)} <= named
+    assert {f"vllm:adamas_{name}_total" for name, _ in (*NAMES, EXCEEDED, REFUSED)} <= named
+    assert f"vllm:adamas_{OVERHEAD[0]}" in named
     for name, *_ in MEASURES:
         assert any(one.startswith(f"vllm:adamas_audit_{name}") for one in named)
     assert named - exported() == set()
@@ -331,13 +339,10 @@ def container(name: str) -> tuple[str, list[str]]:
 
 
 def test_every_chart_is_tried() -> None:
-    assert sorted(path.stem for path in (FOLDER / "helm").iterdir()) == [
-        "llm-d",
-        "production-stack",
-    ]
+    assert {path.stem for path in (FOLDER / "helm").iterdir()} == CHARTS.keys()
 
 
-@pytest.mark.parametrize("name", ["production-stack", "llm-d"])
+@over_charts
 def test_values_of_a_chart_start_vllm_with_the_backend(name: str) -> None:
     from vllm.entrypoints.launchers.cli_args import make_arg_parser
     from vllm.utils.argparse_utils import FlexibleArgumentParser
@@ -349,4 +354,70 @@ def test_values_of_a_chart_start_vllm_with_the_backend(name: str) -> None:
     assert args.attention_backend.upper() == compat.NAME
     assert args.max_model_len == 32768
     assert args.kv_transfer_config is None
+    AdamasConfig.parse(args.additional_config["adamas"])
+
+
+def archive(name: str) -> Path:
+    folder = os.environ.get("ADAMAS_HELM_CHARTS")
+    path = Path(folder or ".", f"{CHARTS[name]}.tgz")
+    if not folder or not path.exists():
+        pytest.skip(f"ADAMAS_HELM_CHARTS names no folder with the chart {path.name}")
+    return path
+
+
+def in_chart(name: str, file: str) -> dict:
+    """A YAML or JSON file of the chart."""
+    chart = CHARTS[name].rpartition("-")[0]
+    with tarfile.open(archive(name)) as tar:
+        return yaml.safe_load(tar.extractfile(f"{chart}/{file}"))
+
+
+def laid_over(values: object, defaults: object) -> object:
+    """Values over those of the chart, as Helm merges them: lists are replaced."""
+    if not (isinstance(values, dict) and isinstance(defaults, dict)):
+        return values
+    merged = {key: laid_over(value, defaults.get(key)) for key, value in values.items()}
+    return {**defaults, **merged}
+
+
+@over_charts
+def test_values_fit_the_schema_of_the_chart_that_they_name(name: str) -> None:
+    text = (FOLDER / "helm" / f"{name}.yaml").read_text()
+    assert " ".join(CHARTS[name].rsplit("-", 1)) in text.partition(":\n")[0]
+    values, schema = yaml.safe_load(text), in_chart(name, "values.schema.json")
+    defaults = in_chart(name, "values.yaml")
+    check = jsonschema.validators.validator_for(schema)(schema).iter_errors
+    assert list(check(laid_over(values, defaults))) == []
+    part = values["servingEngineSpec"] if name == "production-stack" else values["decode"]
+    part["modelSpec" if name == "production-stack" else "replicas"] = "one"
+    assert list(check(laid_over(values, defaults)))
+
+
+@over_charts
+def test_helm_renders_pods_that_start_vllm_with_the_backend(name: str) -> None:
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    helm = pytest.importorskip("helm_python", reason="helm-python-sdk is not installed")
+    values = yaml.safe_load((FOLDER / "helm" / f"{name}.yaml").read_text())
+    with helm.Chart.load(archive(name)) as chart:
+        rendered = chart.render(values=values, name="release").values()
+    (pod,) = (
+        one
+        for text in rendered
+        for document in yaml.safe_load_all(text)
+        if document and document["kind"] == "Deployment"
+        for one in document["spec"]["template"]["spec"]["containers"]
+        if one["name"] == "vllm"
+    )
+    assert pod["image"] == container(name)[0]
+    assert pod["securityContext"]["runAsNonRoot"]
+    program, verb, *arguments = [*pod["command"], *pod.get("args", ())]
+    assert (program, verb) == ("vllm", "serve")
+    plugin.register()
+    args = make_arg_parser(FlexibleArgumentParser()).parse_args(arguments)
+    assert args.attention_backend.upper() == compat.NAME
+    assert args.kv_transfer_config is None
+    assert args.enable_prefix_caching is not False
+    assert args.port in {port["containerPort"] for port in pod["ports"]}
     AdamasConfig.parse(args.additional_config["adamas"])

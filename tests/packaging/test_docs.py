@@ -136,14 +136,15 @@ def test_figures_of_the_decision_come_from_records():
 
 
 def test_metrics_and_alerts_are_described():
-    from vllm_adamas.serving.export import INFO
+    from vllm_adamas.serving.export import INFO, OVERHEAD
     from vllm_adamas.serving.histograms import EXCEEDED, MEASURES
-    from vllm_adamas.serving.metrics import NAMES
+    from vllm_adamas.serving.metrics import NAMES, REFUSED
 
     text = (ROOT / "docs" / "operations.md").read_text()
     metrics = [f"vllm:adamas_{name}_total" for name, _ in NAMES]
     metrics += [f"vllm:adamas_audit_{name}" for name, *_ in MEASURES]
-    metrics += [f"vllm:adamas_{EXCEEDED[0]}_total", f"vllm:adamas_{INFO[0]}"]
+    metrics += [f"vllm:adamas_{name}_total" for name, _ in (EXCEEDED, REFUSED)]
+    metrics += [f"vllm:adamas_{name}" for name, _ in (OVERHEAD, INFO)]
     assert re.findall(r"^\| `(vllm:\w+)` \|", text, re.MULTILINE) == metrics
     rules = yaml.safe_load((ROOT / "serving" / "deploy" / "alerts.yaml").read_text())
     alerts = [rule["alert"] for group in rules["groups"] for rule in group["rules"]]

@@ -28,7 +28,10 @@ def source(tmp_path) -> export.Source:
         np.array(counters).tofile(folder / f"engine-{engine}-0-7-x.i64")
     table = np.arange(2 * histograms.WIDTH).reshape(2, -1)
     table.tofile(folder / "audit-1-12-7-x.i64")
-    return export.Source(folder, "some/model", export.options(AdamasConfig(token_budget=99)))
+    for process, refused in ((7, 2), (8, 3)):
+        np.array([refused]).tofile(folder / f"refused-{process}-x.i64")
+    options = export.options(AdamasConfig(token_budget=99))
+    return export.Source(folder, "some/model", options, overhead=0.07)
 
 
 def samples(registry) -> dict[str, dict[tuple, float]]:
@@ -75,6 +78,9 @@ def check(found: dict) -> None:
     check_audit(found)
     for at, (name, _) in enumerate(NAMES):
         assert found[f"vllm:adamas_{name}_total"] == labelled(at)
+    model = (("model_name", "some/model"),)
+    assert found["vllm:adamas_refused_requests_total"] == {model: 5}
+    assert found["vllm:adamas_page_overhead_ratio"] == {model: 0.07}
     ((labels, value),) = found["vllm:adamas_config_info"].items()
     assert value == 1
     labels = dict(labels)
@@ -114,10 +120,10 @@ def test_several_api_servers_export_the_same(source, tmp_path, monkeypatch) -> N
 COMMAND = """
 import os, sys, time
 from vllm_adamas.serving import export
-export.export("some/model", {})
+export.export("some/model", {}, 0.07)
 folder = os.environ[export.FOLDER]
 open(os.path.join(folder, "engine-0-0-1-x.i64"), "w").close()
-export.export("some/model", {})
+export.export("some/model", {}, 0.07)
 assert os.environ[export.FOLDER] == folder
 print(folder, flush=True)
 if sys.argv[1:]:

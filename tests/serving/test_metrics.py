@@ -59,6 +59,20 @@ def test_steps_that_warm_up_are_not_counted(tmp_path, monkeypatch) -> None:
     assert read(tmp_path) == {0: [1] * COUNTERS}
 
 
+def test_refusals_are_summed_over_processes(tmp_path, monkeypatch) -> None:
+    metrics.count_refused()  # without a folder
+    monkeypatch.setenv(metrics.FOLDER, str(tmp_path))
+    assert metrics.read_refused(tmp_path) == 0
+    pid = os.getpid()
+    for process, requests in ((pid, 3), (pid + 1, 1)):
+        monkeypatch.setattr(os, "getpid", lambda process=process: process)
+        for _ in range(requests):
+            metrics.count_refused()
+    assert metrics.read_refused(tmp_path) == 4
+    assert len(list(tmp_path.glob(metrics.REFUSED_FILES))) == 2
+    assert metrics.read_counters(tmp_path) == {}
+
+
 def test_nothing_is_written_when_turned_off(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv(metrics.FOLDER, str(tmp_path))
     stats = metrics.SelectionStats(AdamasConfig(metrics=False), "cpu")

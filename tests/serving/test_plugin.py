@@ -134,7 +134,8 @@ def test_counters_are_exported_if_wanted(platform, monkeypatch, wanted: bool) ->
     monkeypatch.setattr("vllm_adamas.serving.export.export", lambda *args: exported.append(args))
     model = engine_config("ADAMAS", {"metrics": wanted, "token_budget": 99}).model_config
     assert len(exported) == wanted
-    for name, options in exported:
+    for name, options, overhead in exported:
+        assert overhead == pytest.approx(18 / 256)  # of head size 64 in bfloat16
         assert name == model.served_model_name
         assert (options["token_budget"], options["layer_budgets"]) == ("99", '{"0": 792}')
 

@@ -202,6 +202,7 @@ ARGS = [
     "--max-model-len",
     "3200",
 ]
+REFUSED = "vllm:adamas_refused_requests_total"
 SPARSE_LAYERS, QUERY_HEADS, CONTEXT = 29, 9, 700
 
 
@@ -269,9 +270,11 @@ def test_the_server_refuses_what_it_cannot_serve(server, path: str, wanted) -> N
         if path == "completions"
         else {"messages": [{"role": "user", "content": "a"}]}
     )
+    refused = server.metrics()[REFUSED]
     with pytest.raises(urllib.error.HTTPError) as error:
         server.post(f"/v1/{path}", body)
     assert error.value.code == 400
+    assert server.metrics()[REFUSED] == refused + 1
     message = json.loads(error.value.read())["error"]["message"]
     assert is_one_sentence(message), message
     assert all(part in message for part in (request_budgets.ARGUMENT, str(LEAST), str(MOST)))
