@@ -279,6 +279,8 @@ UNTRIED = "which has not been tried with pages that carry signatures"
 #: Better reasons, for vLLM's connectors other than OFFLOADING, by how their names begin.
 CONNECTORS = {
     "DecodeBench": "which fills pages with made-up values",
+    "ExampleConnector": "whose files do not say how keys were coded",
+    "ExampleHiddenStates": "which is for speculative decoding by extract_hidden_states",
     "HF3FS": "whose files do not say how keys were coded",
     "HiSparse": "which is for MLA",
     "LMCache": "which expects pages of K and V alone",

@@ -40,7 +40,7 @@ def make_random(folder: Path, family: str, change=lambda model: None, **config) 
     shape = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 4}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "initializer_range": 0.08}
     kind = getattr(transformers, f"{family}Config")
-    config = kind(**names, **shape, **heads, max_position_embeddings=8192, **config)
+    config = kind(**{**names, **shape, **heads, "max_position_embeddings": 8192, **config})
     model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
@@ -52,10 +52,10 @@ def make_random(folder: Path, family: str, change=lambda model: None, **config) 
     return folder
 
 
-def random_llama(folder: Path) -> Path:
+def random_llama(folder: Path, **config) -> Path:
     """A small Llama whose 8 query and 4 KV heads can be split; weights large enough that attention
     decides between tokens."""
-    return make_random(folder, "Llama")
+    return make_random(folder, "Llama", **config)
 
 
 def random_gemma(folder: Path) -> Path:

@@ -19,6 +19,7 @@ LOGITS = 0.1  #: factor of the logits, which large embeddings make large
 WEIGHTS = "model.safetensors"
 SMALL = 0.02  #: standard deviation of the weights that are not there to count down
 MASK = 5  #: token that stands for those that are drafted in parallel
+DRAFTS = 3  #: per step
 AUXILIARY = [1, 2, 3]  #: layers of the target whose states an EAGLE-3 head reads
 
 
@@ -140,3 +141,22 @@ def with_mtp(folder: Path) -> Path:
         head.tensors[f"model.mtp_{name}_norm.0.weight"] = torch.ones(head.hidden)
     head.tensors |= {name: one.clone() for name, one in load_file(model / WEIGHTS).items()}
     return head.save(folder)
+
+
+def drafting(method: str, **config) -> dict:
+    """A speculative configuration."""
+    return {"method": method, "num_speculative_tokens": DRAFTS, **config}
+
+
+def methods(folder: Path, model: Path) -> dict[str, dict]:
+    """Speculative configurations of a target by the names of the drafters, which are made in the folder.
+
+    EAGLE heads draft one token after another. The draft model is the target itself.
+    """
+    return {
+        "draft model": drafting("draft_model", model=str(model)),
+        "eagle": drafting("eagle", model=str(eagle(folder / "eagle", model))),
+        "eagle3": drafting("eagle3", model=str(eagle3(folder / "eagle3", model))),
+        "medusa": drafting("medusa", model=str(medusa(folder / "medusa", model, DRAFTS))),
+        "mtp": drafting("mtp"),  # whose layer a target brings: see with_mtp
+    }

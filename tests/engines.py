@@ -8,7 +8,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -59,6 +60,7 @@ class Engine(NamedTuple):
         counters: by how much it has raised those of :mod:`vllm_adamas.serving.metrics`.
         drafted, accepted: tokens of speculative decoding.
         stored: tokens of the blocks that KV events told of, if they were asked for.
+        audited: decode rows that its audit has compared, by the layers of a group.
     """
 
     answers: list[Answer]
@@ -66,6 +68,7 @@ class Engine(NamedTuple):
     drafted: int
     accepted: int
     stored: list[list[int]]
+    audited: dict[str, int]
 
     @property
     def tokens(self) -> list[list[int]]:
@@ -77,9 +80,14 @@ class EngineError(Exception):
 
 
 class Engines:
-    """The process that builds them, started again after a crash. A context manager."""
+    """The process that builds them, started again after a crash. A context manager.
 
-    def __init__(self) -> None:
+    Args:
+        env: environment variables on top of this process's own.
+    """
+
+    def __init__(self, env: Mapping[str, str] | None = None) -> None:
+        self._env = {**os.environ, **(env or {})}
         self._process: subprocess.Popen | None = None
 
     def __enter__(self) -> Engines:
@@ -96,15 +104,15 @@ class Engines:
             model: folder of the model.
             arguments: of ``vllm.LLM``, on top of ``COMMON``.
             requests: each has ``prompt`` (token ids) and may have ``sampling`` (fields of ``SamplingParams``),
-                ``lora`` (a folder) and ``beams``. By default :func:`prompts`. They are sent one after
-                another, and then all at once, except for beams.
+                ``image`` (the seed of its pixels), ``lora`` (a folder) and ``beams``. By default
+                :func:`prompts`. They are sent one after another, and then all at once, except for beams.
 
         Raises:
             EngineError: the engine failed.
         """
         if self._process is None or self._process.poll() is not None:
             self._process = subprocess.Popen(
-                [sys.executable, __file__], stdin=-1, stdout=-1, text=True, bufsize=1
+                [sys.executable, __file__], stdin=-1, stdout=-1, text=True, bufsize=1, env=self._env
             )
         self._process.stdin.write(json.dumps([str(model), arguments, list(requests)]) + "\n")
         line = self._process.stdout.readline()
@@ -153,6 +161,15 @@ def _counters() -> dict[str, int]:
     return {name: sum(int(one[i]) for one in engines) for i, (name, _) in enumerate(metrics.NAMES)}
 
 
+def _audited() -> Counter[str]:
+    from vllm_adamas.serving import metrics
+    from vllm_adamas.serving.histograms import read_audits
+
+    folder = os.environ.get(metrics.FOLDER)
+    audits = read_audits(Path(folder)) if folder else {}
+    return Counter({layers: audit.rows for (_, layers), audit in audits.items()})
+
+
 def _settle(llm) -> None:
     """Brings the counters of a GPU into their file: copies are a second apart, and a step brings the one before.
 
@@ -185,6 +202,17 @@ def _stored(llm) -> list[list[int]]:
     ]
 
 
+def _prompt(request: dict) -> dict:
+    prompt = {"prompt_token_ids": request["prompt"]}
+    if "image" in request:
+        import numpy as np
+        from PIL import Image
+
+        pixels = np.random.default_rng(request["image"]).integers(0, 256, (56, 56, 3), np.uint8)
+        prompt["multi_modal_data"] = {"image": Image.fromarray(pixels)}
+    return prompt
+
+
 def _beams(llm, request: dict) -> Answer:
     from vllm.sampling_params import BeamSearchParams
 
@@ -200,14 +228,14 @@ def _build(model: str, arguments: dict, requests: list[dict]) -> dict:
     from vllm.distributed import cleanup_dist_env_and_memory
     from vllm.lora.request import LoRARequest
 
-    before = _counters()
+    before, audited = _counters(), _audited()
     requests = requests or [{"prompt": ids} for ids in prompts()]
     beams = [request for request in requests if "beams" in request]
     others = [request for request in requests if "beams" not in request]
     llm = None
     try:
         llm = LLM(model=model, **{**COMMON, **arguments})
-        sent = [{"prompt_token_ids": request["prompt"]} for request in others]
+        sent = [_prompt(request) for request in others]
         sampling = [_sampling(request.get("sampling", {})) for request in others]
         loras = [
             LoRARequest(folder, 1, folder) if (folder := request.get("lora")) else None
@@ -233,7 +261,8 @@ def _build(model: str, arguments: dict, requests: list[dict]) -> dict:
         name: values.get(f"vllm:spec_decode_num_{kind}_tokens", 0)
         for name, kind in (("drafted", "draft"), ("accepted", "accepted"))
     }
-    return {"answers": answers, "counters": counters, "stored": stored, **drafts}
+    seen = {"stored": stored, "audited": _audited() - audited}
+    return {"answers": answers, "counters": counters, **seen, **drafts}
 
 
 def _serve() -> None:

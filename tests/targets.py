@@ -22,6 +22,7 @@ from cases import (
     exact_weights,
     relative_error,
 )
+from hopper import ON_HOPPER
 
 from vllm_adamas.backends.base import Backend
 from vllm_adamas.backends.cuda.backend import CudaBackend
@@ -146,11 +147,7 @@ CUDA_CASES = {
 TAKES = {"cpu": CASES, "triton": TRITON_CASES, "cuda": CUDA_CASES}
 
 needs_hopper = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
-        reason="needs a Hopper GPU",
-    ),
+    *ON_HOPPER,
     pytest.mark.skipif(not LIBRARIES[FOR_HOPPER].exists(), reason="the CUDA library is not built"),
 ]
 #: The library for other GPUs, which has code for Hopper so that it is tested.

@@ -7,7 +7,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import torch
-from architectures import COMMON
+from architectures import COMMON, VOCABULARY
 from safetensors.torch import load_file, save_file
 
 
@@ -125,4 +125,39 @@ def write_lora(folder: Path, model: Path, rank: int = 8) -> Path:
             tensors[f"{stem}.lora_A.weight"] = torch.randn(rank, inner, generator=generator) * 0.1
             tensors[f"{stem}.lora_B.weight"] = torch.randn(out, rank, generator=generator) * 0.1
     save_file(tensors, folder / "adapter_model.safetensors")
+    return folder
+
+
+QUERIES = 16  #: tokens that stand for an image
+IMAGE = VOCABULARY - 1  #: their id in prompts
+
+
+def write_blip2(folder: Path, text: dict) -> Path:
+    """A folder with a BLIP-2 around a model of text: a small encoder of images, and as small a Q-Former."""
+    import transformers
+    from tokenizers import Tokenizer, models
+
+    narrow = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    narrow |= {"num_attention_heads": 2, "initializer_range": 0.08}
+    config = transformers.Blip2Config(
+        vision_config={**narrow, "image_size": 56, "patch_size": 14},
+        qformer_config={**narrow, "encoder_hidden_size": 64, "vocab_size": 8},
+        text_config={**COMMON, **text},
+        num_query_tokens=QUERIES,
+        image_token_index=IMAGE,
+    )
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        model = transformers.Blip2ForConditionalGeneration(config)
+        for parameter in model.parameters():
+            if parameter.dim() == 1 or parameter is model.query_tokens:
+                parameter += 0.1 * torch.randn_like(parameter)
+        model.save_pretrained(folder)
+    words = {f"w{number}": number for number in range(IMAGE)} | {"<image>": IMAGE}
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, "w0")), unk_token="w0"
+    )
+    size = {"height": 56, "width": 56}
+    images = transformers.BlipImageProcessor(size=size)
+    transformers.Blip2Processor(images, tokenizer, QUERIES).save_pretrained(folder)
     return folder

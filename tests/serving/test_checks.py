@@ -673,6 +673,11 @@ CONNECTORS = {  # what transferring is given -> what the sentence names
         {"name": "ExampleConnector", "size": 1.0, "backend": "lmcache"},
         ("LMCacheMPConnector",),
     ),
+    "files named by tokens": ({"name": "ExampleConnector"}, ("do not say how keys were coded",)),
+    "hidden states": (
+        {"name": "ExampleHiddenStatesConnector"},
+        ("speculative decoding by extract_hidden_states",),
+    ),
     "another spec": (
         {"spec_name": "MySpec", "spec_module_path": "mine"},
         ("'MySpec'", "CPUOffloadingSpec or TieringOffloadingSpec"),

@@ -17,6 +17,7 @@ import extension
 import pytest
 import torch
 from common import MODEL, is_one_sentence, random_llama
+from hopper import ON_HOPPER
 from test_audit import audited
 from test_serve import (
     ATTENDED,
@@ -41,14 +42,7 @@ from vllm_adamas.serving.launch import Server
 from vllm_adamas.serving.metrics import NAMES, Counters
 from vllm_adamas.serving.request_budgets import ARGUMENT
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
-        reason="needs a Hopper GPU",
-    ),
-    pytest.mark.timeout(400),
-]
+pytestmark = [*ON_HOPPER, pytest.mark.timeout(400)]
 
 COMMON = (
     "--dtype float16 --block-size 64 --max-model-len 8192 --max-num-seqs 16 "

@@ -11,18 +11,12 @@ import offloading
 import pytest
 import torch
 from common import MODEL
+from hopper import ON_HOPPER
 from test_offload import prompts
 
 from vllm_adamas.layout import token_bytes
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
-        reason="needs a Hopper GPU",
-    ),
-    pytest.mark.timeout(400),
-]
+pytestmark = [*ON_HOPPER, pytest.mark.timeout(400)]
 
 TOKENS, BLOCK = 1436, 64  #: of each prompt: full chunks of two blocks, and 28 tokens
 BLOCKS = TOKENS // BLOCK  #: of a prompt that can be loaded

@@ -11,8 +11,8 @@ import drafters
 import engines
 import extension
 import pytest
-import torch
 from common import MODEL
+from hopper import ON_HOPPER
 from test_audit import audited
 from test_cuda_engine import PROMPTS as TEXTS
 from test_cuda_engine import (
@@ -28,26 +28,17 @@ from test_serve import complete, together
 
 from vllm_adamas.serving.launch import Server
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(
-        not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0),
-        reason="needs a Hopper GPU",
-    ),
-    pytest.mark.timeout(600),
-]
+pytestmark = [*ON_HOPPER, pytest.mark.timeout(600)]
 
 TOKENS = 40
-DRAFTS = 3  #: per step
 LAYERS = 4  #: of the targets
 WHOLE = {"token_budget": 1_000_000, "num_dense_layers": 1}
 SPARSE = {"token_budget": 256, "num_dense_layers": 1, "audit_interval": 3}
 PROMPTS = [*engines.prompts(), engines.prompts()[3] * 4]  # up to 2,800 tokens
 
 
-def drafting(**speculative) -> str:
+def drafting(config: dict) -> str:
     """The arguments of a server that drafts."""
-    config = {"num_speculative_tokens": DRAFTS, **speculative}
     return f"--speculative-config {json.dumps(config, separators=(',', ':'))} --max-num-seqs 4"
 
 
@@ -56,21 +47,19 @@ def host(request, tmp_path_factory):
     """The servers by name."""
     folder = tmp_path_factory.mktemp("models")
     target = drafters.target(folder / "target")
-    by_eagle3 = drafting(method="eagle3", model=str(drafters.eagle3(folder / "eagle3", target)))
-    by_eagle = drafting(method="eagle", model=str(drafters.eagle(folder / "eagle", target)))
-    by_itself = drafting(method="draft_model", model=str(target))
-    by_medusa = str(drafters.medusa(folder / "medusa", target, DRAFTS))
-    by_ngrams = drafting(method="ngram_gpu", prompt_lookup_max=4, prompt_lookup_min=2)
+    by = {name: drafting(config) for name, config in drafters.methods(folder, target).items()}
+    lookups = {"prompt_lookup_max": 4, "prompt_lookup_min": 2}
+    by_ngrams = drafting(drafters.drafting("ngram_gpu", **lookups))
     specs = {  # backend, its options, further arguments, environment, the model if it is another
         "stock": ("flash_attn", None, "", {}),
         "sparse": ("adamas", SPARSE, "", {}),
-        "stock eagle3": ("flash_attn", None, by_eagle3, {}),
-        "whole eagle3": ("adamas", WHOLE, by_eagle3, {}),
-        "eagle3": ("adamas", SPARSE, by_eagle3, {}),
-        "v1 eagle3": ("adamas", SPARSE, by_eagle3, V1_RUNNER),
-        "eagle": ("adamas", SPARSE, by_eagle, {}),
-        "v1 medusa": ("adamas", SPARSE, drafting(method="medusa", model=by_medusa), {}),
-        "v1 draft model": ("adamas", SPARSE, by_itself, V1_RUNNER),
+        "stock eagle3": ("flash_attn", None, by["eagle3"], {}),
+        "whole eagle3": ("adamas", WHOLE, by["eagle3"], {}),
+        "eagle3": ("adamas", SPARSE, by["eagle3"], {}),
+        "v1 eagle3": ("adamas", SPARSE, by["eagle3"], V1_RUNNER),
+        "eagle": ("adamas", SPARSE, by["eagle"], {}),
+        "v1 medusa": ("adamas", SPARSE, by["medusa"], {}),
+        "v1 draft model": ("adamas", SPARSE, by["draft model"], V1_RUNNER),
     }
     budget = SPECS["sparse"][1]  # of the demonstration model
     specs |= {
@@ -78,12 +67,12 @@ def host(request, tmp_path_factory):
         "ngram_gpu": ("adamas", budget, by_ngrams, {}, MODEL),
         "v1 ngram_gpu": ("adamas", budget, by_ngrams, V1_RUNNER, MODEL),
     }
-    by_mtp, with_mtp = drafting(method="mtp"), drafters.with_mtp(folder / "with_mtp")
+    with_mtp = drafters.with_mtp(folder / "with_mtp")
     specs |= {
-        "stock mtp": ("flash_attn", None, by_mtp, {}, with_mtp),
-        "whole mtp": ("adamas", WHOLE, by_mtp, {}, with_mtp),
+        "stock mtp": ("flash_attn", None, by["mtp"], {}, with_mtp),
+        "whole mtp": ("adamas", WHOLE, by["mtp"], {}, with_mtp),
         "sparse, with mtp": ("adamas", SPARSE, "", {}, with_mtp),
-        "mtp": ("adamas", SPARSE, by_mtp, {}, with_mtp),
+        "mtp": ("adamas", SPARSE, by["mtp"], {}, with_mtp),
     }
     calls = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
     named = {value for params in calls for value in params.values() if isinstance(value, str)}

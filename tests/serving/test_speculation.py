@@ -9,10 +9,10 @@ import drafters
 import engines
 import pytest
 from common import random_gemma
+from drafters import DRAFTS
 
 pytestmark = [pytest.mark.serve, pytest.mark.slow]
 
-DRAFTS = 3  #: per step
 SPARSE_LAYERS = 3  #: of the targets' four, under the options that engines have by default
 SUFFIX = {"method": "suffix", "num_speculative_tokens": 4}
 #: Prompts are cut within requests that verify drafts, and their remainders are as short as drafts.
@@ -25,9 +25,7 @@ FULL = [{"prompt": engines.prompts()[3][:length]} for length in (496, 497)]
 
 
 def drafting(method: str, **config) -> dict:
-    return {
-        "speculative_config": {"method": method, "num_speculative_tokens": DRAFTS, **config},
-    }
+    return {"speculative_config": drafters.drafting(method, **config)}
 
 
 @pytest.fixture(scope="module")
@@ -35,12 +33,13 @@ def answers(tmp_path_factory) -> dict[str, engines.Engine]:
     """What the engine of each case says."""
     folder = tmp_path_factory.mktemp("models")
     target = drafters.target(folder / "target")
-    itself = drafting("draft_model", model=str(target))
+    by = {
+        name: {"speculative_config": config}
+        for name, config in drafters.methods(folder, target).items()
+    }
+    itself, eagle, eagle3 = by["draft model"], by["eagle"], by["eagle3"]
     masked = drafters.target(folder / "masked", pard_token=drafters.MASK)
-    eagle = drafting("eagle", model=str(drafters.eagle(folder / "eagle", target)))
-    eagle3 = drafting("eagle3", model=str(drafters.eagle3(folder / "eagle3", target)))
     p_eagle = str(drafters.eagle3(folder / "p_eagle", target, parallel=True))
-    medusa = drafters.medusa(folder / "medusa", target, DRAFTS)
     at_once = {"parallel_drafting": True}
     cases = {
         "plain": {},
@@ -60,21 +59,20 @@ def answers(tmp_path_factory) -> dict[str, engines.Engine]:
         "stock, eagle3": {**eagle3, **STOCK},
         "whole, eagle3": {**eagle3, **WHOLE},
         "parallel eagle3": {**drafting("eagle3", model=p_eagle, **at_once), **CHUNKS},
-        "medusa": drafting("medusa", model=str(medusa)),
+        "medusa": by["medusa"],
         "plain, limit": LIMIT,
         "eagle3, limit": {**eagle3, **LIMIT},
     }
     if find_spec("arctic_inference"):
         cases["suffix"] = {"speculative_config": SUFFIX}
     with_mtp = str(drafters.with_mtp(folder / "with_mtp"))
-    by_mtp = drafting("mtp")
     mtp_cases = {
         "plain, with mtp": {},
         "stock, with mtp": STOCK,
-        "mtp": by_mtp,
-        "mtp, chunks": {**by_mtp, **CHUNKS},
-        "stock, mtp": {**by_mtp, **STOCK},
-        "whole, mtp": {**by_mtp, **WHOLE},
+        "mtp": by["mtp"],
+        "mtp, chunks": {**by["mtp"], **CHUNKS},
+        "stock, mtp": {**by["mtp"], **STOCK},
+        "whole, mtp": {**by["mtp"], **WHOLE},
     }
     windows = random_gemma(folder / "windows")
     window_cases = {"plain, windows": {}, "eagle, windows": eagle}
