@@ -36,13 +36,16 @@ def profile(tmp_path_factory) -> Path:
         "2048",
         "--context",
         "1024",
+        "--token-budget",
+        "128",
         *SMALL,
     )
-    assert "token_budget" in out
+    assert "token_budget 128" in out
     suggestion = json.loads(path.read_text())["suggestion"]
-    least = min(128, suggestion["token_budget"])
-    allowed = {budget for budget in (32, 64, 128, 256, 512) if budget >= least}
-    assert set(suggestion["layer_budgets"].values()) <= allowed
+    budgets = suggestion["layer_budgets"]
+    assert set(budgets.values()) <= set(range(32, 513, 32)) - {128}
+    assert sum(budgets.values()) == 128 * len(budgets) > 0  # as many tokens as without
+    assert all(int(layer) >= suggestion["num_dense_layers"] for layer in budgets)
     assert f"layer_budgets {json.dumps(suggestion['layer_budgets'])}" in out
     return path  # fmt: skip
 
