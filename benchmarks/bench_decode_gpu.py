@@ -464,6 +464,14 @@ def cell_of(text: str) -> tuple[int, int]:
     return parts[0], parts[1]
 
 
+def cells_of(parser: argparse.ArgumentParser, texts: list[str]) -> list[tuple[int, int]]:
+    """The cells of a command line, which ends with a sentence if one is none."""
+    try:
+        return [cell_of(text) for text in texts]
+    except ValueError as error:
+        parser.error(str(error))
+
+
 def parse_args() -> tuple[argparse.Namespace, dict[str, Part]]:
     """The arguments, and the parts that they ask for."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

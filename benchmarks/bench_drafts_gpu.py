@@ -21,7 +21,7 @@ from bench_decode_gpu import (
     PEERS,
     WORKING_SET,
     Pool,
-    cell_of,
+    cells_of,
     launch_of,
     signature_bytes,
     timed,
@@ -74,10 +74,7 @@ def main():
     parser.add_argument("--keys", default="real", choices=DISTRIBUTIONS)
     parser.add_argument("--name", default="drafts_gpu", help="result file")
     args = parser.parse_args()
-    try:
-        cells = [cell_of(text) for text in args.cells]
-    except ValueError as error:
-        parser.error(str(error))
+    cells = cells_of(parser, args.cells)
     torch.manual_seed(0)
     backend, record = CudaBackend(), {"environment": environment(), "keys": args.keys, "cells": []}
     for length, requests in cells:

@@ -23,7 +23,7 @@ from bench_decode_gpu import (
     SETS,
     WORKING_SET,
     Pool,
-    cell_of,
+    cells_of,
     launch_of,
     signature_bytes,
     timed,
@@ -123,10 +123,7 @@ def main():
     parser.add_argument("--no-fa3", action="store_true", help="measure adamas alone, without vLLM")
     parser.add_argument("--name", default="layer_gpu", help="result file")
     args = parser.parse_args()
-    try:
-        cells = [cell_of(text) for text in args.cells]
-    except ValueError as error:
-        parser.error(str(error))
+    cells = cells_of(parser, args.cells)
     torch.manual_seed(0)
     backend, record = CudaBackend(), {"environment": environment(), "cells": []}
     for length, rows in cells:

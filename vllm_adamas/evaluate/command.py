@@ -269,7 +269,7 @@ def profile_table(profile: profiles.Profile) -> str:
         budgets = [
             hint.layer_budgets.get(n, hint.token_budget)
             for n, layer in enumerate(profile.layers)
-            if layer.mass and (n >= hint.num_dense_layers or n in hint.layer_budgets)
+            if layer.mass and n >= hint.num_dense_layers
         ]
         lines.append(
             f"for the least error: layer_budgets {json.dumps(hint.layer_budgets)}, "
