@@ -61,9 +61,10 @@ def run_bench(
         result = json.loads((Path(folder) / "r.json").read_text())
     if result["completed"] != prompts:
         raise SystemExit(f"only {result['completed']} of {prompts} requests completed")
+    gaps = [itl for itl in result["itls"] if itl]  # a request of one token has none
     return {
-        "tpot": [1e3 * sum(itl) / len(itl) for itl in result["itls"]],
-        "itl": [1e3 * statistics.median(itl) for itl in result["itls"]],
+        "tpot": [1e3 * sum(itl) / len(itl) for itl in gaps],
+        "itl": [1e3 * statistics.median(itl) for itl in gaps],
         "ttft": [1e3 * t for t in result["ttfts"]],
     }
 

@@ -5,8 +5,10 @@ values. Prompts of random tokens are sent cold, for TTFT, and then again. By the
 so TPOT and the inter-token latency (ITL) are those of decode steps with every request running. After
 `--loads` follows a mixed load: new questions about cached documents, which arrive at a fixed average rate.
 
+`vllm bench serve` then measures `--client-loads`, as a second client.
+
 For these loads both servers share one GPU and take turns. The `--big-loads`, whose KV cache needs a whole
-GPU, run on one server after the other, or side by side with one GPU each (`--devices`).
+GPU, run before them, on one server after the other, or side by side with one GPU each (`--devices`).
 
     python benchmarks/bench_serve_gpu.py --tokenizer DIR --devices 0 1
 """
@@ -25,7 +27,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from bench_serve import MODEL
+from bench_serve import MODEL, run_bench
 from records import RESULTS, environment, save, spread
 
 from vllm_adamas.config import AdamasConfig
@@ -65,6 +67,9 @@ def parse_args():
     )
     parser.add_argument(
         "--big-loads", nargs="*", default=["32000x22", "128000x5"], help="one GPU per server"
+    )
+    parser.add_argument(
+        "--client-loads", nargs="*", default=["32000x8"], help="loads of `vllm bench serve`"
     )
     parser.add_argument("--output-len", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3, help="warm rounds of every load")
@@ -216,6 +221,28 @@ def measured_read_rate() -> float:
     return 1e9 * max(cell["fa3"]["GBps"] for cell in cells)
 
 
+def second_client(servers: dict[str, Server], load: Load, output_len: int, rounds: int) -> dict:
+    """The load as `vllm bench serve` measures it, with the medians and quartiles of its requests, in ms.
+
+    It makes the same random prompts in every round, so they are cached after the first one, which is not measured.
+    """
+    samples: dict = {name: {"tpot": [], "itl": []} for name in BACKENDS}
+    for turn in range(rounds + 1):
+        for name in in_turn(servers, turn):
+            tokens = output_len if turn else 1
+            one = run_bench(servers[name], load.context, tokens, load.requests, 0, load.requests)
+            for key, kept in samples[name].items():
+                kept += one[key] if turn else []
+    result = {"context": load.context, "concurrency": load.requests, "rounds": rounds}
+    result |= {n: {f"{k}_ms": spread(v) for k, v in one.items()} for n, one in samples.items()}
+    for key in ("tpot", "itl"):
+        dense, sparse = (result[name][f"{key}_ms"]["median"] for name in BACKENDS)
+        result[f"{key}_ratio"] = dense / sparse
+        shown = f"{key} {dense:.2f} -> {sparse:.2f} ms"
+        print(f"vllm bench serve, {load.context} x {load.requests}: {shown}", flush=True)
+    return result
+
+
 def mixed_load(servers: dict[str, Server], output_len: int, rounds: int) -> dict:
     """Sends questions about cached documents, new ones in every round, to both servers in turn.
 
@@ -315,8 +342,6 @@ class Bench:
     def run(self) -> dict:
         """Runs every load and updates the file after each, because a run is long and may be interrupted."""
         args = self.args
-        if args.loads or args.mixed_rounds:
-            self.run_on_one_gpu([Load.parse(x) for x in args.loads])
         big = [Load.parse(x) for x in args.big_loads]
         turns = [BACKENDS] if args.devices else [(name,) for name in BACKENDS]
         for names in turns if big else ():
@@ -325,6 +350,8 @@ class Bench:
                 for load in big:
                     load.measure(servers, args.output_len, 1, args.rounds, apart=True)
                     self.keep(load)
+        if args.loads or args.client_loads or args.mixed_rounds:
+            self.run_on_one_gpu([Load.parse(x) for x in args.loads])
         return self.result()
 
     def run_on_one_gpu(self, loads: list[Load]) -> None:
@@ -340,6 +367,10 @@ class Bench:
             for load in loads:
                 load.measure(servers, args.output_len, -(-args.cold // load.requests), args.rounds)
                 self.keep(load)
+            for load in map(Load.parse, args.client_loads):
+                found = second_client(servers, load, args.output_len, args.rounds)
+                self.facts.setdefault("second_client", []).append(found)
+                save(args.name, self.result())
             if args.mixed_rounds:
                 self.facts["mixed"] = mixed_load(servers, args.output_len // 2, args.mixed_rounds)
                 save(args.name, self.result())
