@@ -255,6 +255,38 @@ class Pool:
         return list(table.view(self.copies, self.rows, -1))
 
 
+class Steps:
+    """A decode step over each copy of a pool, launched for ``launch`` tokens.
+
+    Args:
+        queries: ``[rows * positions, Hq, D]`` of each copy.
+        positions: query tokens of each row; the last one attends to the whole context.
+    """
+
+    def __init__(
+        self, backend, pool: Pool, layer: Layer, queries, launch: int, budget=BUDGET, positions=1
+    ):
+        device = pool.pages.device
+        before = torch.arange(positions - 1, -1, -1, dtype=torch.int32, device=device)
+        lens = (pool.length - before).repeat(pool.rows)
+        budgets = torch.full_like(lens, budget)
+        backend.reserve(layer.params, len(lens), launch)
+        self._backend, self._layer, self._queries = backend, layer, queries
+        self._batches = [
+            DecodeBatch(table.repeat_interleave(positions, 0), lens, budgets, launch, overlap=True)
+            for table in widened(pool.tables(), launch // BLOCK_SIZE)
+        ]
+        self.outputs = [torch.empty_like(query) for query in queries]
+        self.stats = torch.zeros(COUNTERS, dtype=torch.int64, device=device)
+
+    def calls(self, **how) -> list:
+        """One call for each copy; ``how`` goes to the backend's ``decode``."""
+        return [
+            lambda q=q, b=b, o=o: self._backend.decode(self._layer, q, b, o, self.stats, **how)
+            for q, b, o in zip(self._queries, self._batches, self.outputs, strict=True)
+        ]
+
+
 def signature_bytes(heads: Heads, length: int, rows: int) -> int:
     return length * rows * heads.kv * (heads.size // 4 + 2)
 
@@ -289,22 +321,9 @@ def bench_adamas(
         launch: the longest context that a step is launched for.
         stages: whether to time the stages of the three kernels.
     """
-    layer = pool.layer(backend, score, selection, budget)
-    rows, device = pool.rows, pool.pages.device
-    lens = torch.full((rows,), pool.length, dtype=torch.int32, device=device)
-    budgets = torch.full((rows,), budget, dtype=torch.int32, device=device)
-    stats = torch.zeros(COUNTERS, dtype=torch.int64, device=device)
-    outputs = [torch.empty_like(q) for q in queries]
-    tables = widened(pool.tables(), launch // BLOCK_SIZE)
-    steps = [DecodeBatch(table, lens, budgets, launch, overlap=True) for table in tables]
-    backend.reserve(layer.params, rows, launch)
-
-    def calls(**how):
-        return [
-            lambda q=q, s=s, o=o: backend.decode(layer, q, s, o, stats, **how)
-            for q, s, o in zip(queries, steps, outputs, strict=True)
-        ]
-
+    layer, rows = pool.layer(backend, score, selection, budget), pool.rows
+    steps = Steps(backend, pool, layer, queries, launch, budget)
+    calls, stats, outputs = steps.calls, steps.stats, steps.outputs
     result = {"three": measured(calls(form=THREE), stats, layer.params)}
     chosen = backend.plan(layer, rows, DTYPE, launch).form
     form = backend.fused_form(layer, rows, DTYPE, launch)

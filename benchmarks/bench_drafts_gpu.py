@@ -14,23 +14,20 @@ from dataclasses import replace
 
 import torch
 from bench_decode_gpu import (
-    BLOCK_SIZE,
-    BUDGET,
     DTYPE,
     LLAMA,
     PEERS,
     WORKING_SET,
     Pool,
+    Steps,
     cells_of,
     launch_of,
     signature_bytes,
     timed,
 )
 from keys import DISTRIBUTIONS, Contexts
-from peers.base import widened
 from records import environment, save
 
-from vllm_adamas.backends.base import COUNTERS, DecodeBatch
 from vllm_adamas.backends.cuda.backend import CudaBackend
 from vllm_adamas.tables import plain
 
@@ -46,24 +43,11 @@ def measure(backend, pool: Pool, contexts: Contexts, positions: int, selection: 
     query = contexts.query.repeat_interleave(positions, 0)
     spread = query.square().mean(-1, keepdim=True).sqrt() * DIFFERENCE
     queries = list((query + spread * torch.randn_like(query)).to(DTYPE).unflatten(0, (-1, rows)))
-    outputs = [torch.empty_like(query) for query in queries]
-    before = torch.arange(positions - 1, -1, -1, dtype=torch.int32, device="cuda")
-    lens = (pool.length - before).repeat(pool.rows)
-    budgets = torch.full_like(lens, BUDGET)
-    stats = torch.zeros(COUNTERS, dtype=torch.int64, device="cuda")
     layer = pool.layer(backend, "dot", selection)
-    backend.reserve(layer.params, rows, launch)
-    steps = [
-        DecodeBatch(table.repeat_interleave(positions, 0), lens, budgets, launch, overlap=True)
-        for table in widened(pool.tables(), launch // BLOCK_SIZE)
-    ]
-    calls = [
-        lambda q=q, s=s, o=o: backend.decode(layer, q, s, o, stats)
-        for q, s, o in zip(queries, steps, outputs, strict=True)
-    ]
+    steps = Steps(backend, pool, layer, queries, launch, positions=positions)
     ways = PEERS[FA3].prepare(replace(pool.cell(launch), positions=positions))
     dense = min((timed(make()) for make in ways.values()), key=lambda one: one["us"])
-    return {"adamas": timed(calls), FA3: dense}
+    return {"adamas": timed(steps.calls()), FA3: dense}
 
 
 def main():

@@ -122,34 +122,35 @@ def main():
     dense = "flash_attn" if torch.cuda.is_available() else "cpu_attn"
     backends = {"dense": dense, "adamas": "adamas"}
     kinds = drafters(args.model, args.drafts)
-    found: dict = {}
+    sizes = {k: getattr(args, k) for k in ("context", "output_len", "prompts", "rounds", "drafts")}
+    record = {"environment": environment(), "model": Path(args.model).name, **sizes}
+    record |= {"adamas": config, "cells": []}
     with ExitStack() as stack:
-        arms = list(product(kinds, backends))
 
-        def started(arm):
+        def started(arm: tuple[str, str]) -> Server:
             return start(args.model, backends[arm[1]], kinds[arm[0]], config)
 
-        running: dict = {}
+        running: dict[tuple[str, str], Server] = {}
         if torch.cuda.is_available():
+            arms = list(product(kinds, backends))
             with ThreadPoolExecutor() as pool:
                 running = dict(zip(arms, pool.map(started, arms), strict=True))
             for server in running.values():
                 stack.callback(server.stop)
-        for arm in arms:
-            server = running.get(arm) or started(arm)
-            for kind, batch in product(prompts, args.batches):
-                one = measure(server, prompts[kind], args.output_len, batch, args.rounds)
-                found.setdefault((kind, batch, arm[0]), {})[arm[1]] = one
-                print(*arm, kind, batch, one, flush=True)
-            server.stop()
-    cells = [
-        {"prompts": kind, "requests": batch, "drafter": drafter, **one}
-        for (kind, batch, drafter), one in found.items()
-    ]
-    sizes = {k: getattr(args, k) for k in ("context", "output_len", "prompts", "rounds", "drafts")}
-    record = {"environment": environment(), "model": Path(args.model).name, **sizes}
-    save(args.name, {**record, "adamas": config, "cells": cells})
-    print(plain(*table(cells)))
+        for drafter in kinds:
+            cells = {(kind, batch): {} for kind, batch in product(prompts, args.batches)}
+            for name in backends:
+                server = running.get((drafter, name)) or started((drafter, name))
+                for (kind, batch), cell in cells.items():
+                    cell[name] = measure(server, prompts[kind], args.output_len, batch, args.rounds)
+                    print(drafter, name, kind, batch, cell[name], flush=True)
+                server.stop()
+            record["cells"] += [
+                {"prompts": kind, "requests": batch, "drafter": drafter, **cell}
+                for (kind, batch), cell in cells.items()
+            ]
+            save(args.name, record)
+    print(plain(*table(record["cells"])))
 
 
 if __name__ == "__main__":

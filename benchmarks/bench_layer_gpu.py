@@ -16,23 +16,21 @@ import argparse
 import torch
 from bench_decode_gpu import (
     BLOCK_SIZE,
-    BUDGET,
     DTYPE,
     LLAMA,
     PEERS,
     SETS,
     WORKING_SET,
     Pool,
+    Steps,
     cells_of,
     launch_of,
     signature_bytes,
     timed,
 )
 from keys import DISTRIBUTIONS, Contexts
-from peers.base import widened
 from records import environment, save
 
-from vllm_adamas.backends.base import COUNTERS, DecodeBatch
 from vllm_adamas.backends.cuda.backend import CudaBackend
 from vllm_adamas.tables import plain
 
@@ -85,17 +83,10 @@ def measure(backend, pool: Pool, contexts: Contexts, matrices: Matrices) -> dict
         ways = PEERS[FA3].prepare(pool.cell(launch))
         tried = [added([matrices] * pool.copies, make()) for make in ways.values()]
         found[FA3] = min(tried, key=lambda one: one["us"])
-    lens = torch.full((rows,), pool.length, dtype=torch.int32, device="cuda")
-    budgets = torch.full_like(lens, BUDGET)
     key = torch.randn(rows, LLAMA.kv, LLAMA.size, dtype=DTYPE, device="cuda")
-    tables = widened(pool.tables(), launch // BLOCK_SIZE)
-    last = pool.length // BLOCK_SIZE - 1
-    slots = [table[:, last].long() * BLOCK_SIZE + BLOCK_SIZE - 1 for table in tables]
-    outputs = [torch.empty_like(query) for query in queries]
-    stats = torch.zeros(COUNTERS, dtype=torch.int64, device="cuda")
+    slots = [table[:, -1].long() * BLOCK_SIZE + BLOCK_SIZE - 1 for table in pool.tables()]
     for selection in ("kv_head", "max"):
         layer = pool.layer(backend, "dot", selection)
-        backend.reserve(layer.params, rows, launch)
 
         def before(layer=layer):
             def call(slot):
@@ -104,12 +95,8 @@ def measure(backend, pool: Pool, contexts: Contexts, matrices: Matrices) -> dict
 
             return [lambda slot=slot: call(slot) for slot in slots]
 
-        steps = [DecodeBatch(table, lens, budgets, launch, overlap=True) for table in tables]
-        calls = [
-            lambda q=q, s=s, o=o, layer=layer: backend.decode(layer, q, s, o, stats)
-            for q, s, o in zip(queries, steps, outputs, strict=True)
-        ]
-        found[f"dot {selection}"] = added(before(), calls)
+        steps = Steps(backend, pool, layer, queries, launch)
+        found[f"dot {selection}"] = added(before(), steps.calls())
         if FA3 in found:
             result = found[f"dot {selection}"]
             result["speedup"] = round(found[FA3]["us"] / result["us"], 2)

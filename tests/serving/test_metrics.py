@@ -5,6 +5,7 @@ import stat
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
 from vllm_adamas.backends.base import COUNTERS
@@ -78,3 +79,23 @@ def test_nothing_is_written_when_turned_off(tmp_path, monkeypatch) -> None:
     stats = metrics.SelectionStats(AdamasConfig(metrics=False), "cpu")
     stats.counters(dense_layer=False).add_(1)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_step_never_waits_for_the_gpu(tmp_path, monkeypatch) -> None:
+    """CUDA raises an error where the host would wait."""
+    monkeypatch.setenv(metrics.FOLDER, str(tmp_path))
+    monkeypatch.setattr(metrics.Counters, "COPY_INTERVAL", 0.0)
+    stats = metrics.SelectionStats(AdamasConfig(), "cuda")
+    stats.counters(dense_layer=False).add_(1)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            stats.counters(dense_layer=False).tolist()
+        stats.tick()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    torch.cuda.synchronize()
+    stats.tick()  # brings what the step before has copied
+    assert read(tmp_path) == {0: [1] * COUNTERS}
