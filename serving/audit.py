@@ -112,15 +112,14 @@ class Audit:
     def step(
         self,
         decode: dict[TokenBudget, DecodeBatch],
-        seq_lens: torch.Tensor,
-        sparse_rows: Callable[[TokenBudget], list[int]],
+        sparse_rows: Callable[[TokenBudget], list[tuple[int, int]]] | None,
     ) -> Audit | None:
         """Called once per step before its layers run; compares the last sample first.
 
         Args:
             decode: the rows of the step by the budget of a layer.
-            seq_lens: int32 ``[R]`` on the host, upper bounds of the rows' lengths.
-            sparse_rows: returns the rows that a budget makes sparse.
+            sparse_rows: returns the rows that a budget makes sparse, with upper bounds of their lengths; called in
+                audited steps. None if the step decodes for no request.
 
         Returns:
             this object if the step is audited.
@@ -136,7 +135,7 @@ class Audit:
             self._sample = None
             self._rows.zero_()  # a graph of any size may read them in the steps that follow
         self._histograms.copy(time.monotonic())
-        if not len(seq_lens):
+        if sparse_rows is None:
             return None
         self._steps += 1
         turn, rest = divmod(self._steps, self._interval)
@@ -149,11 +148,10 @@ class Audit:
             return None
         first = turn * ROWS % len(rows)
         rows = (rows[first:] + rows[:first])[:ROWS]
-        self._rows[: len(rows)] = torch.tensor(rows).to(self._rows.device, non_blocking=True)
+        indices = torch.tensor([row for row, _ in rows])
+        self._rows[: len(rows)] = indices.to(self._rows.device, non_blocking=True)
         self._kept[name].query.fill_(torch.nan)  # rows that are not kept are not counted
-        self._sample = Sample(
-            name, [_copy(decode[budget], row, int(seq_lens[row])) for row in rows]
-        )
+        self._sample = Sample(name, [_copy(decode[budget], *row) for row in rows])
         return self
 
     def keep(self, name: str, query: torch.Tensor, output: torch.Tensor) -> None:

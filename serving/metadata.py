@@ -256,28 +256,33 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
         """The audit, if this step is audited."""
         if self.audit is None:
             return None
-        lens = self._lens_on_host(common, num_decodes)
-        return self.audit.step(decode, lens, partial(self._sparse_rows, lens, hosted))
-
-    def _lens_on_host(self, common: CommonAttentionMetadata, num_decodes: int) -> torch.Tensor:
-        """int32 upper bounds of the rows' lengths, without padding; none of requests that vLLM has made up."""
-        lens = (
-            common.seq_lens
-            if common.seq_lens.device.type == "cpu"
-            else common.seq_lens_cpu_upper_bound
+        lens = common.seq_lens
+        if lens.device.type != "cpu":
+            lens = common.seq_lens_cpu_upper_bound
+        made_up = lens is None  # requests that vLLM has made up
+        if made_up or not num_decodes:
+            return self.audit.step(decode, None)
+        return self.audit.step(
+            decode, partial(self._sparse_rows, common, lens[:num_decodes], hosted)
         )
-        if lens is None:
-            return torch.empty(0, dtype=torch.int32)
-        lens = lens[:num_decodes]
-        if self.reorder_batch_threshold == 1 or not num_decodes:
-            return lens
-        ends = common.query_start_loc_cpu[1 : num_decodes + 1]
-        return draft_rows(torch.arange(int(ends[-1]), dtype=ends.dtype), ends, lens)[1]
 
     def _sparse_rows(
-        self, seq_lens: torch.Tensor, hosted: list[torch.Tensor | None], budget: TokenBudget
-    ) -> list[int]:
-        """The rows of a step that a budget makes sparse, from int32 ``[R]`` lengths on the host."""
+        self,
+        common: CommonAttentionMetadata,
+        seq_lens: torch.Tensor,
+        hosted: list[torch.Tensor | None],
+        budget: TokenBudget,
+    ) -> list[tuple[int, int]]:
+        """The rows of a step that a budget makes sparse, and upper bounds of their lengths.
+
+        Args:
+            seq_lens: int32 on the host, those of the decode requests.
+        """
+        if self.reorder_batch_threshold > 1:
+            ends = common.query_start_loc_cpu[1 : len(seq_lens) + 1]
+            tokens = torch.arange(int(ends[-1]), dtype=ends.dtype, device="cpu")
+            seq_lens = draft_rows(tokens, ends, seq_lens)[1]
         budgets = torch.empty_like(seq_lens)
         self._fill(budget, seq_lens, *hosted, budgets)
-        return (budgets < seq_lens).nonzero().flatten().tolist()
+        rows = (budgets < seq_lens).nonzero().flatten().tolist()
+        return [(row, int(seq_lens[row])) for row in rows]

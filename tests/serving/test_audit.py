@@ -93,10 +93,9 @@ class Engine:
     def step(self, keep: bool = True) -> bool:
         """A decode step; whether it was audited."""
         batch = self.batch
-        sparse = (batch.budgets < batch.seq_lens).nonzero().flatten().tolist()
-        shown = self.audit.step(
-            {batch.params.budget: batch.step()}, batch.seq_lens, lambda _: sparse
-        )
+        rows = zip(batch.budgets.tolist(), batch.seq_lens.tolist(), strict=True)
+        sparse = [(row, length) for row, (budget, length) in enumerate(rows) if budget < length]
+        shown = self.audit.step({batch.params.budget: batch.step()}, lambda _: sparse)
         if shown is not None and keep:
             for name in self.layer_names:
                 shown.keep(name, batch.query, self.output)
