@@ -387,6 +387,7 @@ class Bench:
     def result(self) -> dict:
         rate, config = measured_read_rate(), json.loads(self.args.config)
         measured = [x for x in self.loads if all(x.samples[b]["itl"] for b in BACKENDS)]
+        measured.sort(key=lambda load: (load.context, load.requests))
         rows = [load.row(config, rate) for load in measured]
         return {**self.facts, "output_len": self.args.output_len, "read_rate": rate, "rows": rows}
 

@@ -63,9 +63,12 @@ def table(cells: list[dict]) -> tuple[list[str], list[list]]:
     """Headers and rows: microseconds, and how many times as long as the library for other GPUs Triton takes."""
     rows = []
     for cell in cells:
-        us = [cell[name]["us"] if name in cell else "" for name in (TRITON, FOR_OTHERS, FOR_HOPPER)]
-        context = f"{cell['context'] // 1024}K x {cell['rows']}"
-        rows.append([context, cell["keys"], cell["selection"], *us, f"{us[0] / us[1]:.2f}x"])
+        us = {name: cell[name]["us"] for name in (TRITON, FOR_OTHERS, FOR_HOPPER) if name in cell}
+        row = [f"{cell['context'] // 1024}K x {cell['rows']}", cell["keys"], cell["selection"]]
+        row += [
+            f"{us[name]:.1f}" if name in us else "" for name in (TRITON, FOR_OTHERS, FOR_HOPPER)
+        ]
+        rows.append([*row, f"{us[TRITON] / us[FOR_OTHERS]:.2f}x"])
     headers = [
         "context x rows",
         "keys",

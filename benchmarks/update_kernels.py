@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 
 import bench_drafts_gpu
+import bench_targets_gpu
 from peers import PEERS
 from records import RESULTS, load, update_document
 
@@ -273,6 +274,11 @@ def drafts(result: dict) -> list[str]:
     return table(headers, [[tokens(row[0]), *row[1:]] for row in rows])[:-1]
 
 
+def targets(result: dict) -> list[str]:
+    """The library for other GPUs beside Triton."""
+    return table(*bench_targets_gpu.table(result["cells"]))[:-1]
+
+
 def plot(result: dict) -> None:
     """Plots the time of one row and the speed-up of 1, 8 and 32 rows over the context length."""
     import matplotlib
@@ -318,5 +324,6 @@ if __name__ == "__main__":
         render(record, environment),
         layers(load("layer_gpu")[0]),
         drafts(load("drafts_gpu")[0]),
+        targets(load("targets_gpu")[0]),
     ]
     sys.exit(update_document(DOCUMENT, "update_kernels", *parts))

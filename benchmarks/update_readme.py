@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 
+import bench_drafts_serve
 import bench_serve
 import bench_serve_gpu
 from peers import PEERS
@@ -30,7 +31,7 @@ QUALITY = "quality_SmolLM2-135M-Instruct"
 
 #: Results shown in README.md: loads (context, requests) of the GPU server, a cell of the kernels (context,
 #: rows), and the context of the CPU server.
-LOADS = ((32000, 1), (32000, 8), (32000, 22))
+LOADS = ((32000, 1), (32000, 8), (32000, 22), (128000, 5))
 CELL = (32768, 32)
 CPU_CONTEXT = 8000
 
@@ -69,7 +70,7 @@ def mixed_row(serve: dict) -> dict:
 
 
 def readme() -> list[str]:
-    """The five rows of README.md."""
+    """The rows of README.md."""
     serve, environment = load("serve_gpu")
     gpu = (environment.gpu or "").removeprefix("NVIDIA ")
     rows = []
@@ -148,6 +149,33 @@ def gpu_tables() -> list[str]:
         f"of {mixed['context']:,} arrive at {mixed['rate']:g} a second, with {mixed['output_len']} output tokens each. "
         f"With the same memory the KV cache holds {tokens['adamas'] / tokens['flash_attn']:.1%} of FLASH_ATTN's tokens "
         f"({tokens['adamas']:,} of {tokens['flash_attn']:,}).",
+        "",
+        *(second_client(one) for one in serve["second_client"]),
+        "",
+    ]
+
+
+def second_client(found: dict) -> str:
+    """What `vllm bench serve` says of a load."""
+    changes = []
+    for key in ("tpot", "itl"):
+        dense, sparse = (found[name][f"{key}_ms"]["median"] for name in bench_serve_gpu.BACKENDS)
+        changes.append(
+            f"{key.upper()} {dense:.1f} → {sparse:.1f} ms ({found[f'{key}_ratio']:.2f}x)"
+        )
+    load = f"{found['context']:,} tokens x {found['concurrency']}"
+    return f"`vllm bench serve` as the client, {load}: {', '.join(changes)}."
+
+
+def drafts(result: dict, environment) -> list[str]:
+    """What drafts gain in servers."""
+    return [
+        f"{environment.device}, {software(environment)}, {result['model']}, prompts of {result['context']:,} tokens, "
+        f"{result['output_len']} output tokens, {result['drafts']} drafts a step, Model Runner V1 where there are drafts. "
+        f"Median TPOT over {result['prompts']} requests, the share of the drafts that was accepted, and tokens per step with "
+        "drafts.",
+        "",
+        *markdown(*bench_drafts_serve.table(result["cells"])),
         "",
     ]
 
@@ -241,6 +269,9 @@ def benchmarks() -> list[str]:
         "### GPU servers",
         "",
         *gpu_tables(),
+        "### Drafts",
+        "",
+        *drafts(*load("drafts_serve")),
         "### CPU server",
         "",
         f"{where(environment)}.",
