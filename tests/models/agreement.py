@@ -5,7 +5,7 @@ from __future__ import annotations
 from engines import Answer
 
 #: Nats between the best two tokens below which rounding may swap them, by the dtype of the model.
-NEAR_TIE = {"float32": 1e-3, "float16": 0.03}
+NEAR_TIE = {"float32": 1e-3, "float16": 0.03, "bfloat16": 0.2}
 
 
 def agreed(

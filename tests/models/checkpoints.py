@@ -82,10 +82,56 @@ def _awq(weight: torch.Tensor) -> dict[str, torch.Tensor]:
     }
 
 
+def _int8(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    scales = weight.float().abs().amax(1, keepdim=True) / 127
+    return {"weight": (weight / scales).round().to(torch.int8), "weight_scale": scales}
+
+
+BLOCK = 128  #: rows and columns that share a scale
+
+
+def _fp8(weight: torch.Tensor) -> dict[str, torch.Tensor]:
+    element, (rows, columns) = torch.float8_e4m3fn, weight.shape
+    padded = torch.nn.functional.pad(weight.float(), (0, -columns % BLOCK, 0, -rows % BLOCK))
+    blocks = padded.unflatten(1, (-1, BLOCK)).unflatten(0, (-1, BLOCK))  # [R/B, B, C/B, B]
+    scales = blocks.abs().amax((1, 3)) / torch.finfo(element).max
+    codes = (blocks / scales[:, None, :, None]).flatten(2, 3).flatten(0, 1)
+    return {"weight": codes[:rows, :columns].to(element), "weight_scale_inv": scales}
+
+
+def _eight_bits(strategy: str, dynamic: bool) -> dict:
+    return {
+        "num_bits": 8,
+        "type": "int",
+        "symmetric": True,
+        "strategy": strategy,
+        "dynamic": dynamic,
+    }
+
+
+_INT8 = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": _eight_bits("channel", False),
+            "input_activations": _eight_bits("token", True),
+        }
+    },
+}
 _INT4 = {"bits": 4, "group_size": GROUP}
+_FP8 = {
+    "quant_method": "fp8",
+    "activation_scheme": "dynamic",
+    "weight_block_size": [BLOCK, BLOCK],
+}
 QUANTISED = {  # name -> quantization_config of a checkpoint, and the tensors of a linear layer
     "GPTQ": ({"quant_method": "gptq", "desc_act": False, "sym": True, **_INT4}, _gptq),
     "AWQ": ({"quant_method": "awq", "version": "gemm", "zero_point": True, **_INT4}, _awq),
+    "INT8": (_INT8, _int8),
+    "FP8": (_FP8, _fp8),
 }
 
 
