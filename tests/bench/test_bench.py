@@ -14,8 +14,9 @@ from pydantic import ValidationError
 
 from vllm_adamas import page
 from vllm_adamas.bench import command, findings, results
-from vllm_adamas.bench.engine import Facts, TimedEngine, reason
+from vllm_adamas.bench.engine import Facts, TimedEngine
 from vllm_adamas.cli import main
+from vllm_adamas.errors import reason
 from vllm_adamas.identity import Heads
 
 CELLS = [(512, 1), (512, 4), (2048, 1), (2048, 4)]

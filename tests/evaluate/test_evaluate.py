@@ -16,8 +16,10 @@ from hypothesis import strategies as st
 
 from vllm_adamas.cli import main
 from vllm_adamas.config import Coding
+from vllm_adamas.errors import AdamasError
 from vllm_adamas.evaluate import report, tasks, texts
 from vllm_adamas.evaluate.command import write_report
+from vllm_adamas.evaluate.engine import StockEngine
 from vllm_adamas.evaluate.study import (
     DEFAULT,
     DENSE,
@@ -421,3 +423,14 @@ def test_models_with_recurrent_layers_end_before_an_engine(tmp_path: Path, ask: 
     refused(
         asked[ask], tmp_path.name, "state-space or linear-attention layers", "without a profile"
     )
+
+
+def test_an_engine_that_does_not_start_says_why_in_a_sentence(monkeypatch) -> None:
+    def fails(**how):
+        raise ValueError("Available memory (1 GiB) is less than desired. To resolve: do this.")
+
+    monkeypatch.setattr("vllm.LLM", fails)
+    with pytest.raises(AdamasError) as error:
+        StockEngine("model", 128)
+    said = "Available memory (1 GiB) is less than desired"
+    assert str(error.value).startswith(f"the engine does not start ({said}): free memory, or")

@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import re
 import time
-import traceback
 from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from pydantic import ValidationError
 
-from vllm_adamas.errors import AdamasError, shortened
+from vllm_adamas.errors import AdamasError, reason
 from vllm_adamas.evaluate import engine as engines
 from vllm_adamas.identity import Heads
 from vllm_adamas.serving import compat
 from vllm_adamas.worker import serve
-
-LONGEST = 200  #: characters of what another program said that a sentence quotes
 
 
 class Facts(NamedTuple):
@@ -90,17 +85,6 @@ class Facts(NamedTuple):
         )
         dtype = str(model_config.dtype).removeprefix("torch.")
         return cls(heads, dtype, served, config.cache_config.cache_dtype.startswith("fp8"), options)
-
-
-def reason(error: Exception) -> str:
-    """The first sentence of an exception, on one line; of pydantic's report the first argument and what is wrong."""
-    text = str(error)
-    if isinstance(error, ValidationError):
-        first = error.errors()[0]
-        named = f"{first['loc'][0]}={shortened(first['input'])}, " if first["loc"] else ""
-        text = named + first["msg"].removeprefix("Value error, ")
-    text = " ".join(text.split()) or type(error).__name__
-    return re.split(r"[.!?:] +(?=[A-Z])|\.$", text)[0][:LONGEST]
 
 
 class TimedEngine(engines.StockEngine):
@@ -184,16 +168,7 @@ class Answers:
     def __call__(self, asked: dict[str, Any]) -> dict[str, Any]:
         if self._engine is not None:
             return {"rounds": self._engine.rounds(**asked)}
-        try:
-            self._engine = TimedEngine(**asked)
-        except AdamasError:
-            raise
-        except Exception as error:
-            traceback.print_exc()
-            raise AdamasError(
-                f"the engine does not start ({reason(error)}): give a smaller --max-model-len, smaller --batches or "
-                "another --kv-cache-gib."
-            ) from None
+        self._engine = TimedEngine(**asked)
         return self._engine.told()
 
     def close(self) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +21,7 @@ import torch
 
 from vllm_adamas.backends.base import Backend
 from vllm_adamas.config import AdamasConfig
-from vllm_adamas.errors import AdamasError
+from vllm_adamas.errors import AdamasError, reason
 from vllm_adamas.serving import compat
 from vllm_adamas.serving.checks import check_layers, resolve
 
@@ -96,7 +97,7 @@ class StockEngine:
         elif "kv_cache_memory_bytes" in engine_options:
             # vLLM then sizes nothing by it, but still requires that share of the GPU to be free.
             engine_options.setdefault("gpu_memory_utilization", 0.05)
-        with _adamas_errors():
+        with _adamas_errors(starting=True):
             self.llm = LLM(
                 model=str(model),
                 max_model_len=max_model_len,
@@ -405,14 +406,24 @@ def _refuse_unlike_heads(model_config) -> None:
 
 
 @contextlib.contextmanager
-def _adamas_errors():
-    """Unwraps an AdamasError from the exception that vLLM raises because of it."""
+def _adamas_errors(starting: bool = False):
+    """Unwraps an AdamasError from the exception that vLLM raises because of it.
+
+    Args:
+        starting: any other exception is one too, since the engine does not start.
+    """
     try:
         yield
     except Exception as error:
         cause: BaseException | None = error
         while cause is not None and not isinstance(cause, AdamasError):
             cause = cause.__cause__ or cause.__context__
+        if cause is None and starting:
+            traceback.print_exc()
+            cause = AdamasError(
+                f"the engine does not start ({reason(error)}): free memory, or give another --kv-cache-gib, shorter "
+                "contexts or fewer requests at once."
+            )
         if cause is None:
             raise
         raise cause from None
