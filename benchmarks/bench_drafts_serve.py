@@ -140,7 +140,10 @@ def main():
         for drafter in kinds:
             cells = {(kind, batch): {} for kind, batch in product(prompts, args.batches)}
             for name in backends:
-                server = running.get((drafter, name)) or started((drafter, name))
+                server = running.get((drafter, name))
+                if server is None:
+                    server = started((drafter, name))
+                    stack.callback(server.stop)
                 for (kind, batch), cell in cells.items():
                     cell[name] = measure(server, prompts[kind], args.output_len, batch, args.rounds)
                     print(drafter, name, kind, batch, cell[name], flush=True)
