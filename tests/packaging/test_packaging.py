@@ -13,7 +13,7 @@ from importlib import metadata
 from pathlib import Path
 
 import pytest
-from common import ROOT
+from common import MODEL, ROOT
 
 IMPORTS = """
 import vllm_adamas, vllm_adamas.backends, vllm_adamas.serving, vllm_adamas.serving.launch
@@ -212,6 +212,35 @@ def test_the_doctor_runs_from_the_installed_wheel(installed: Path, tmp_path: Pat
     tested = json.loads(done.stdout)["self-test"]["cpu"]
     assert tested["cases"] > 0
     assert tested["failures"] == []
+
+
+@pytest.mark.serve
+@pytest.mark.slow
+def test_a_server_runs_from_the_installed_wheel(installed: Path) -> None:
+    """Its engine has loaded the wheel's kernels, and its counters show that they ran."""
+    from vllm_adamas.serving.launch import Server
+
+    env = {"PYTHONPATH": str(installed), "PYTHONSAFEPATH": "1", "CUDA_VISIBLE_DEVICES": ""}
+    args = ["--enforce-eager", "--dtype", "float32", "--max-model-len", "1024"]
+    with Server(MODEL, "adamas", {"token_budget": 64}, args, env) as server:
+        body = {"prompt": "tick " * 300, "max_tokens": 4, "temperature": 0, "ignore_eos": True}
+        answer = server.post("/v1/completions", body)
+        assert answer["usage"]["completion_tokens"] == 4
+        assert server.metrics()["vllm:adamas_sparse_rows_total"] > 0
+        loaded = [
+            maps
+            for process in Path("/proc").glob("[0-9]*")
+            if (maps := mapped(process)) and str(installed) in maps
+        ]
+        assert any("libadamas_cpu" in maps for maps in loaded)
+
+
+def mapped(process: Path) -> str:
+    """The files that a process has mapped; nothing if it has ended or is not ours."""
+    try:
+        return (process / "maps").read_text()
+    except OSError:
+        return ""
 
 
 def test_editable_install_maps_the_rooms(tmp_path: Path) -> None:
