@@ -291,6 +291,11 @@ def signature_bytes(heads: Heads, length: int, rows: int) -> int:
     return length * rows * heads.kv * (heads.size // 4 + 2)
 
 
+def copies_of(heads: Heads, length: int, rows: int) -> int:
+    """Steps whose signatures together exceed the L2 cache; at least two."""
+    return max(2, -(-WORKING_SET // signature_bytes(heads, length, rows)))
+
+
 def bench_read(pool: Pool) -> dict:
     """Times a plain read of the signature planes and the scales, which follow each other in a block."""
     layout = pool.layout
@@ -376,7 +381,7 @@ class Bench:
         """The cells of a part, each printed when it is measured."""
         found = []
         for heads, (length, rows) in product(part.heads, part.cells):
-            copies = max(2, -(-WORKING_SET // signature_bytes(heads, length, rows)))
+            copies = copies_of(heads, length, rows)
             dense = self.dense and not part.fp8
             pool = Pool(heads, length, rows, copies, dense=dense, fp8=part.fp8, device=self.device)
             launches = dict.fromkeys(launch_of(length, name) for name in part.launches)

@@ -17,12 +17,11 @@ from bench_decode_gpu import (
     DTYPE,
     LLAMA,
     PEERS,
-    WORKING_SET,
     Pool,
     Steps,
     cells_of,
+    copies_of,
     launch_of,
-    signature_bytes,
     timed,
 )
 from keys import DISTRIBUTIONS, Contexts
@@ -62,7 +61,7 @@ def main():
     torch.manual_seed(0)
     backend, record = CudaBackend(), {"environment": environment(), "keys": args.keys, "cells": []}
     for length, requests in cells:
-        copies = min(8, max(2, -(-WORKING_SET // signature_bytes(LLAMA, length, requests))))
+        copies = min(8, copies_of(LLAMA, length, requests))
         pool = Pool(LLAMA, length, requests, copies)
         generator = torch.Generator("cuda").manual_seed(0)
         contexts = Contexts(args.keys, LLAMA, length, copies * requests, generator)

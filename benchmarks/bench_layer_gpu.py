@@ -20,12 +20,11 @@ from bench_decode_gpu import (
     LLAMA,
     PEERS,
     SETS,
-    WORKING_SET,
     Pool,
     Steps,
     cells_of,
+    copies_of,
     launch_of,
-    signature_bytes,
     timed,
 )
 from keys import DISTRIBUTIONS, Contexts
@@ -114,7 +113,7 @@ def main():
     torch.manual_seed(0)
     backend, record = CudaBackend(), {"environment": environment(), "cells": []}
     for length, rows in cells:
-        copies = min(COPIES, max(2, -(-WORKING_SET // signature_bytes(LLAMA, length, rows))))
+        copies = min(COPIES, copies_of(LLAMA, length, rows))
         matrices = Matrices(rows)
         pool = Pool(LLAMA, length, rows, copies, dense=not args.no_fa3)
         for keys in args.keys:

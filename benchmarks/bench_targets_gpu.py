@@ -15,12 +15,11 @@ from bench_decode_gpu import (
     DTYPE,
     LLAMA,
     SELECTIONS,
-    WORKING_SET,
     Pool,
     Steps,
     cells_of,
+    copies_of,
     launch_of,
-    signature_bytes,
     timed,
 )
 from keys import DISTRIBUTIONS, Contexts
@@ -91,7 +90,7 @@ def main():
     torch.manual_seed(0)
     found, record = backends(), {"environment": environment(), "cells": []}
     for length, rows in cells:
-        copies = min(8, max(2, -(-WORKING_SET // signature_bytes(LLAMA, length, rows))))
+        copies = min(8, copies_of(LLAMA, length, rows))
         pool = Pool(LLAMA, length, rows, copies, dense=False)
         for keys in args.keys:
             generator = torch.Generator("cuda").manual_seed(0)

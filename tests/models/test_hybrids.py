@@ -20,6 +20,8 @@ from engines import TOKENS, Engines
 
 pytestmark = pytest.mark.models
 
+EXPERTS = "vllm._moe_C_stable_libtorch"  #: vLLM's kernels for experts
+
 
 class Host(NamedTuple):
     """What is asked on a device.
@@ -112,10 +114,8 @@ def check(engines: Engines, folder: Path, name: str, host: Host) -> None:
 def test_a_model(engines: Engines, tmp_path: Path, name: str) -> None:
     if "qwen3_5" in HYBRIDS[name]["model_type"] and not find_spec("torchvision"):
         pytest.skip("vLLM's Qwen3.5 needs torchvision")
-    if any("experts" in key for key in HYBRIDS[name]) and not find_spec(
-        "vllm._moe_C_stable_libtorch"
-    ):
-        pytest.skip("this vLLM has no kernels for experts (vllm._moe_C_stable_libtorch)")
+    if any("experts" in key for key in HYBRIDS[name]) and not find_spec(EXPERTS):
+        pytest.skip(f"this vLLM has no kernels for experts ({EXPERTS})")
     check(engines, tmp_path, name, GPU)
 
 
