@@ -25,6 +25,13 @@ __device__ __forceinline__ uint2 load8_line(const void* p) {
 
 __device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
+// The same pointer, which the compiler keeps in registers in place of computing it again at every use.
+template <class T>
+__device__ __forceinline__ T* kept(T* p) {
+  asm("" : "+l"(p));
+  return p;
+}
+
 // -- shared memory --
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) { return uint32_t(__cvta_generic_to_shared(p)); }

@@ -15,6 +15,7 @@ __device__ __forceinline__ void copy_planes(uint32_t to, const uint8_t* block, i
   bulk_copy(to + plane, block + lo_offset + first * token_bytes, plane, barrier);
   bulk_copy(to + 2 * plane, block + scale_offset + first * 2, tokens * 2, barrier);
 }
+
 inline __device__ __noinline__ void copy_planes_apart(uint32_t to, const uint8_t* block, int hi_offset, int lo_offset,
                                                       int scale_offset, int first, int tokens, int token_bytes,
                                                       uint32_t barrier) {
@@ -40,23 +41,24 @@ class StageRing {
   __device__ __forceinline__ uint32_t data(int slot) const { return data_ + slot * bytes_; }
 
   // Fetches the stage that starts at `token` of a context of `length` tokens. block: from load_stage_block(). All
-  // lanes call it, and none may still read the slot. kApart: not inlined where a stage is not of whole blocks.
-  template <bool kApart = false>
+  // lanes call it, and none may still read the slot.
   __device__ __forceinline__ void fill(int slot, const Page& page, const StageShape& shape, const uint8_t* pages,
                                        int token, int length, uint32_t block) const {
+    const int lane = threadIdx.x % 32;
     const int parts =
         shape.parts == 1 ? 1 : min(shape.parts, (length - token + shape.part_tokens - 1) / shape.part_tokens);
-    fill_parts<kApart>(slot, page, shape, pages, token + int(threadIdx.x % 32) * shape.part_tokens, parts, block);
+    fill_parts(slot, page, shape, pages, token + lane * shape.part_tokens, lane < parts, parts, block);
   }
 
-  // Fetches a stage of `parts` parts from anywhere; this lane's one starts at `token`, in `block`.
+  // Fetches a stage of `parts` parts from anywhere, which the first lanes have; this lane's one, if it `has` any, starts at
+  // `token`, in `block`. kApart: not inlined where a stage is not of whole blocks.
   template <bool kApart = false>
   __device__ __forceinline__ void fill_parts(int slot, const Page& page, const StageShape& shape, const uint8_t* pages,
-                                             int token, int parts, uint32_t block) const {
+                                             int token, bool has, int parts, uint32_t block) const {
     const int lane = threadIdx.x % 32;
     const uint32_t barrier = barriers_ + slot * 8;
     if (lane == 0) barrier_expect(barrier, parts * shape.part_bytes);
-    if (lane < parts) {
+    if (has) {
       const uint32_t to = data(slot) + lane * shape.part_bytes;
       const uint8_t* from = pages + uint64_t(block) * page.block_stride;
       if (shape.whole_blocks) {
@@ -67,6 +69,12 @@ class StageRing {
              shape.words * 4, barrier);
       }
     }
+  }
+
+  // The same, not inlined, for a loop whose stages are mostly one copy.
+  __device__ __noinline__ void fill_apart(int slot, const Page& page, const StageShape& shape, const uint8_t* pages,
+                                          int token, bool has, uint32_t block) const {
+    fill_parts(slot, page, shape, pages, token, has, __popc(__ballot_sync(kFull, has)), block);
   }
 
   // The same if a stage is one contiguous copy.

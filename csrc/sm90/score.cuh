@@ -90,6 +90,25 @@ __device__ __forceinline__ float weighed_maximum(const QueryFragments<kChunks, M
   return maximum_of_heads(logit);
 }
 
+// The scores of a set's tokens in kSteps times 32 tokens. All products come first, so that the chains of the steps overlap.
+template <int kSteps, int kChunks, Mode kMode, int kQuads, int kScores>
+__device__ __forceinline__ void score_steps(const QueryFragments<kChunks, kMode, kQuads>& query,
+                                            const Signatures<kChunks, kMode> (&s)[kSteps],
+                                            float (&score)[kSteps][kScores]) {
+  if constexpr (kMode == Mode::dot_max) {
+    float logit[kSteps][kQuads][4];
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i)
+#pragma unroll
+      for (int h = 0; h < kQuads; ++h) logit_quad(query, s[i], h, logit[i][h]);
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) score[i][0] = weighed_maximum(query, logit[i]);
+  } else {
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) score_quad(query, s[i], 0, score[i]);
+  }
+}
+
 template <int kChunks, Mode kMode, int kQuads, int kScores>
 __device__ __forceinline__ void score_set(const QueryFragments<kChunks, kMode, kQuads>& query,
                                           const Signatures<kChunks, kMode>& s, int q, float (&score)[kScores]) {

@@ -34,10 +34,8 @@ struct FusedBlock {
   }
 
   __device__ __forceinline__ int first_token() const { return (warp * s.cluster + rank) * s.stage.tokens; }
-  // Tokens between the starts of consecutive stages of a warp.
-  __device__ __forceinline__ int stride() const { return s.num_warps * s.cluster * s.stage.tokens; }
   __device__ __forceinline__ int token(int index) const {
-    return first_token() + index / kStageTokens * stride() + index % kStageTokens;
+    return first_token() + index / kStageTokens * s.stride + index % kStageTokens;
   }
 
   template <class T>

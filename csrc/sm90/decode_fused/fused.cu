@@ -9,6 +9,8 @@ namespace {
 FusedShape fused_shape(const DecodeParams& p, int cluster, int warps) {
   const int head_size = p.page.head_size, chunks = p.page.words <= 4 ? 1 : 2;
   FusedShape s{cluster, warps, stage_bytes(p.page), StageShape(p.page)};
+  s.stride = warps * cluster * s.stage.tokens;
+  s.stride_blocks = s.stride / p.page.block_size, s.stride_rest = s.stride % p.page.block_size;
   int at = 0;
   auto take = [&](int bytes) {
     const int start = at;

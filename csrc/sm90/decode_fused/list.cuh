@@ -11,6 +11,7 @@
 // (range.cuh), its low end is the first pivot: a guess, which counting confirms.
 #pragma once
 #include <cfloat>
+#include <climits>
 
 #include "sm90/decode_fused/memory.cuh"
 #include "sm90/order.cuh"
@@ -159,63 +160,72 @@ struct TokenList {
   float* scores;
   uint16_t* indices;
   const int warp, warps, wanted;
-  const bool fits;
+  int most, next_post;  // tokens that leave room for another stage, and the index of the stage after which the warp posts
   ListState state;
 
   __device__ TokenList(const FusedMemory& m, int warp, int warps, int wanted, bool fits, const ListState& start)
       : m(m), scores(m.scores + warp * kList), indices(m.indices + warp * kList), warp(warp), warps(warps),
-        wanted(wanted), fits(fits), state(start) {}
+        wanted(wanted), most(fits ? INT_MAX : kList - kStageTokens), next_post(fits ? INT_MAX : post_after(kFirstPost)),
+        state(start) {}
 
-  // Takes the neighbouring tokens of a lane that `holds` any, the first of which has index `index`. All lanes call it, in
-  // the order of their indices.
-  template <int kScores>
-  __device__ __forceinline__ void take(const float (&score)[kScores], bool holds, int index) {
+  // Takes the tokens of kSteps steps, of each the kScores neighbouring ones of a lane that `holds` any. The first of a step
+  // has index `index`, and `step` more in each further step. All lanes call it, in the order of their indices.
+  template <int kSteps, int kScores>
+  __device__ __forceinline__ void take(const float (&score)[kSteps][kScores], bool holds, int index, int step) {
     if (state.indexed) {
-      join(score, holds, index);
+      join(score, holds, index, step);
     } else if (holds) {
-      if constexpr (kScores == 4)
-        *reinterpret_cast<float4*>(scores + index) = make_float4(score[0], score[1], score[2], score[3]);
-      else
-        for (int j = 0; j < kScores; ++j) scores[index + j] = score[j];
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        float* to = scores + index + i * step;
+        if constexpr (kScores == 4)
+          *reinterpret_cast<float4*>(to) = make_float4(score[i][0], score[i][1], score[i][2], score[i][3]);
+        else
+          for (int j = 0; j < kScores; ++j) to[j] = score[i][j];
+      }
     }
   }
 
-  // Ends a stage, the `number`th one, and makes room for another.
-  __device__ __forceinline__ void end_stage(int number) {
+  // Ends the stage that has `index`, one of any lane, and makes room for another.
+  __device__ __forceinline__ void end_stage(int index) {
     if (!state.indexed) state.count += kStageTokens;
-    if (fits) return;
-    const bool full = state.count > kList - kStageTokens;
-    if (full || (number >= kFirstPost && (number & (number - 1)) == 0))
-      state.pivot =
-          post_pivot(scores, state.count, state.pivot, (wanted + warps - 1) / warps, m.posts, warps, warp);
-    if (full) state = shorten_list(scores, indices, state, wanted);
+    if (state.count <= most && index < next_post) return;
+    state.pivot = post_pivot(scores, state.count, state.pivot, (wanted + warps - 1) / warps, m.posts, warps, warp);
+    if (index >= next_post) next_post = post_after(2 * (next_post / kStageTokens + 1));
+    if (state.count > most) state = shorten_list(scores, indices, state, wanted);
   }
 
  private:
   static constexpr int kFirstPost = 8;
+  static constexpr int post_after(int stages) { return (stages - 1) * kStageTokens; }
 
-  template <int kScores>
-  __device__ __forceinline__ void join(const float (&score)[kScores], bool holds, int index) {
+  template <int kSteps, int kScores>
+  __device__ __forceinline__ void join(const float (&score)[kSteps][kScores], bool holds, int index, int step) {
     const uint32_t lower_lanes = (1u << threadIdx.x % 32) - 1;
-    float best = score[0];
+    float best = score[0][0];
 #pragma unroll
-    for (int j = 1; j < kScores; ++j) best = fmaxf(best, score[j]);
+    for (int i = 0; i < kSteps; ++i)
+#pragma unroll
+      for (int j = 0; j < kScores; ++j) best = fmaxf(best, score[i][j]);
     if (!__any_sync(kFull, holds && best >= state.pivot)) return;
-    bool joins[kScores];
-    int before = 0, all = 0;
 #pragma unroll
-    for (int j = 0; j < kScores; ++j) {
-      joins[j] = holds && score[j] >= state.pivot;
-      const uint32_t mask = __ballot_sync(kFull, joins[j]);
-      before += __popc(mask & lower_lanes), all += __popc(mask);
-    }
-    int at = state.count + before;
+    for (int i = 0; i < kSteps; ++i) {
+      bool joins[kScores];
+      int before = 0, all = 0;
 #pragma unroll
-    for (int j = 0; j < kScores; ++j) {
-      if (joins[j]) scores[at] = score[j], indices[at] = uint16_t(index + j);
-      at += joins[j];
+      for (int j = 0; j < kScores; ++j) {
+        joins[j] = holds && score[i][j] >= state.pivot;
+        const uint32_t mask = __ballot_sync(kFull, joins[j]);
+        before += __popc(mask & lower_lanes), all += __popc(mask);
+      }
+      int at = state.count + before;
+#pragma unroll
+      for (int j = 0; j < kScores; ++j) {
+        if (joins[j]) scores[at] = score[i][j], indices[at] = uint16_t(index + i * step + j);
+        at += joins[j];
+      }
+      state.count += all;
     }
-    state.count += all;
   }
 };
 

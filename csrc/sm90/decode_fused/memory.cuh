@@ -54,6 +54,8 @@ struct FusedShape {
   int cluster, num_warps;  // blocks of a cluster, warps of a block
   int stage_bytes;
   StageShape stage;
+  int stride;                      // tokens between the starts of consecutive stages of a warp:
+  int stride_blocks, stride_rest;  // so many blocks and tokens
   // Offsets in shared memory. When the lists are complete, the selected tokens and the warps' softmax states reuse the
   // memory of the ring. The scratch of query encoding uses the memory of the lists.
   int states, scores, indices, counts, copies, ranges, posts, parts, members, planes, bias, weights, tops, partial, softmax,

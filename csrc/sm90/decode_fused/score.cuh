@@ -117,6 +117,35 @@ __device__ __forceinline__ void reset_round(const FusedBlock& b) {
   }
 }
 
+// A lane's part of the stages of its warp, one after the other, and its block. Lanes past the parts of a stage have none.
+class StageWalk {
+ public:
+  __device__ __forceinline__ explicit StageWalk(const FusedBlock& b) : p_(b.p), s_(b.s) {
+    const StageShape& stage = b.s.stage;
+    const bool any = b.lane < stage.parts;
+    part_ = any ? b.lane * stage.part_tokens : INT_MAX;
+    const int token = b.first_token() + (any ? part_ : 0);
+    blocks_ = kept(row_blocks(p_, b.row));
+    block_ = block_index(p_.page, token / kQuad);
+    room_ = (block_ + 1) * p_.page.block_size - token;
+  }
+
+  // Whether a stage from whose start `left` tokens are left has the part.
+  __device__ __forceinline__ bool has(int left) const { return left > part_; }
+  // The part's entry of the block table if it has, or 0.
+  __device__ __forceinline__ uint32_t block(int left) const { return has(left) ? __ldg(blocks_ + block_) : 0; }
+  __device__ __forceinline__ void advance() {
+    block_ += s_.stride_blocks, room_ -= s_.stride_rest;
+    if (room_ <= 0) room_ += p_.page.block_size, ++block_;
+  }
+
+ private:
+  const DecodeParams& p_;
+  const FusedShape& s_;
+  const int32_t* blocks_;
+  int part_, block_, room_;  // the part's place in the stage, and tokens from there to the end of the block
+};
+
 // Returns the state of the warp's list.
 template <int kChunks, Mode kMode, int kQuads>
 __device__ __forceinline__ ListState list_own_tokens(const FusedBlock& b, const Round& round, RingPlace& at) {
@@ -129,18 +158,18 @@ __device__ __forceinline__ ListState list_own_tokens(const FusedBlock& b, const 
   const FusedMemory& m = b.m;
   const RowPlan& plan = b.plan;
   const StageShape& shape = s.stage;
-  const int lane = b.lane, warp = b.warp, stride = b.stride();
+  const int lane = b.lane, warp = b.warp, stride = s.stride;
   const bool first_round = round.number == 0;
   const StageRing<kFusedStages> ring(m.ring + warp * kFusedStages * s.stage_bytes, m.barriers + warp * kFusedStages,
                                      s.stage_bytes, first_round);
   const int32_t* blocks = row_blocks(p, b.row);
   const uint8_t* pages = head_pages(p, b.kv_head);
-  int token = b.first_token();
+  const int first = b.first_token();
   // In the first round the row's length is still being loaded, so these are bounded by the longest context.
+  StageWalk walk(b);
   uint32_t block[kFusedStages];
 #pragma unroll
-  for (int i = 0; i < kFusedStages; ++i)
-    block[i] = load_stage_block(p, shape, blocks, token + i * stride, p.max_seq_len);
+  for (int i = 0; i < kFusedStages; ++i) block[i] = walk.block(p.max_seq_len - first - i * stride), walk.advance();
   // The warp's tiles of the sample, if it has any; this lane's one.
   const StageShape tile_shape = StageShape::of_tiles(p.page);
   const int tiles = (plan.length + kTile - 1) / kTile, sampled = min(tiles, kSampleTiles);
@@ -158,18 +187,27 @@ __device__ __forceinline__ ListState list_own_tokens(const FusedBlock& b, const 
     if (warp < p.group) load_raw(raw, p.query, b.row, b.kv_head * p.group + warp, p.page.words);
     if (kSummed) {
       const int parts = min(max(sampled - warp * kTilesPerWarp, 0), kTilesPerWarp);
-      ring.fill_parts<true>(0, p.page, tile_shape, pages, tile_token, parts, tile_block);
+      ring.fill_parts<true>(0, p.page, tile_shape, pages, tile_token, lane < parts, parts, tile_block);
       at.slot = 1;
     }
   }
-  auto fill = [&](int slot, int token, uint32_t block) {
-    if (token < plan.length) ring.fill<true>(slot, p.page, shape, pages, token, plan.length, block);
+  const bool one_block = shape.parts == 1 && shape.whole_blocks;
+  const uint8_t* planes = kept(pages + p.page.hi_offset);
+  auto fill_block = [&](int slot, uint32_t block) {
+    ring.fill(slot, planes + uint64_t(block) * p.page.block_stride, shape.part_bytes);
+  };
+  auto fill = [&](int slot, int left, uint32_t block) {
+    if (left <= 0) return;
+    if (one_block) return fill_block(slot, block);
+    const int token = plan.length - left + lane * shape.part_tokens;
+    ring.fill_apart(slot, p.page, shape, pages, token, walk.has(left), block);
   };
   constexpr int kLast = kFusedStages - 1;
+  int left = plan.length - first;  // from the start of a stage to the end of the context
 #pragma unroll
   for (int i = 0; i < kFusedStages; ++i)
-    if (!(kSummed && i == kLast && first_round)) fill(at.after(i), token + i * stride, block[i]);
-  uint32_t next_block = load_stage_block(p, shape, blocks, token + kFusedStages * stride, plan.length);
+    if (!(kSummed && i == kLast && first_round)) fill(at.after(i), left - i * stride, block[i]);
+  uint32_t next_block = walk.block(left - kFusedStages * stride);
   if (first_round) {
     float x[kChunks * 4];
     widen(x, raw, p.query.element);
@@ -183,56 +221,65 @@ __device__ __forceinline__ ListState list_own_tokens(const FusedBlock& b, const 
     if (first_round) {
       ring.wait(0, 0);
       weigh_heads(b, query, tile_shape, ring.data(0), sampled, round.wanted,
-                  [&] { fill(0, token + kLast * stride, block[kLast]); });
+                  [&] { fill(0, left - kLast * stride, block[kLast]); });
     }
   }
 
   const Reader reader(shape);
-  const bool fits = token + (kList / kStageTokens) * stride >= plan.length;
+  const bool fits = left <= (kList / kStageTokens) * stride;
   const bool guessed = kSummed && first_round && m.search.enough;
   TokenList list(m, warp, s.num_warps, round.wanted, fits, guessed ? ListState{0, m.search.low, true} : ListState{});
   int index = lane / 4 * kQuad + Scores::first();  // of the lane's first token in the stage
   // Summed distances have the longest code of a step: both steps' signatures at once would spill registers.
   constexpr bool kOneStep = kMode == Mode::manhattan_sum;
   const bool holds = Scores::set(0) == 0;  // whether the lane's scores are those of the set
-  auto score_stage = [&](Signatures<kChunks, kMode>(&signatures)[Reader::kSteps], uint32_t data, auto whole) {
+  constexpr int kAtOnce = kOneStep ? 1 : Reader::kSteps;
+  auto score_stage = [&](uint32_t data, auto whole) {
 #pragma unroll
-    for (int i = 0; i < Reader::kSteps; ++i) {
-      float score[Scores::kScores];
-      if (kOneStep) reader.load(signatures[i], data, i);
-      score_set(query, signatures[i], 0, score);
+    for (int step = 0; step < Reader::kSteps; step += kAtOnce) {
+      Signatures<kChunks, kMode> signatures[kAtOnce];
+      float score[kAtOnce][Scores::kScores];
 #pragma unroll
-      for (int j = 0; j < Scores::kScores; ++j) {
-        score[j] = fmaxf(score[j], -FLT_MAX);  // a number, whatever the queries are
-        if (!decltype(whole)::value) {
-          const int own = token + reader.token[i] + Scores::first() + j;
-          const bool left = score[j] < round.score || (score[j] == round.score && own < round.token);
-          if (!left || !in_middle(p, plan, own)) score[j] = -INFINITY;
+      for (int i = 0; i < kAtOnce; ++i) reader.load(signatures[i], data, step + i);
+      score_steps(query, signatures, score);
+#pragma unroll
+      for (int i = 0; i < kAtOnce; ++i)
+#pragma unroll
+        for (int j = 0; j < Scores::kScores; ++j) {
+          float& x = score[i][j];
+          x = fmaxf(x, -FLT_MAX);  // a number, whatever the queries are
+          if (!decltype(whole)::value) {
+            const int own = plan.length - left + reader.token[step + i] + Scores::first() + j;
+            const bool remains = x < round.score || (x == round.score && own < round.token);
+            if (!remains || !in_middle(p, plan, own)) x = -INFINITY;
+          }
         }
-      }
-      list.take(score, holds, index + i * Reader::kStep);
+      list.take(score, holds, index + step * Reader::kStep, Reader::kStep);
     }
   };
-  // Stages entirely in the middle need no test per token in the first round. If the code of a stage is long, one form
-  // serves all, because two would not fit the instruction cache.
+  // Stages entirely in the middle need no test per token in the first round: those from whose start least_whole to
+  // least_whole + whole_span tokens are left. If the code of a stage is long, one form serves all, because two would not fit
+  // the instruction cache.
   constexpr bool kTwoForms = kMode != Mode::manhattan_sum;
-  const int last_whole = shape.tokens == kStageTokens && first_round
-                             ? p.num_sink_tokens + plan.middle - kStageTokens : INT_MIN;
-  for (; token < plan.length; token += stride, index += kStageTokens) {
+  const bool any_whole = kTwoForms && shape.tokens == kStageTokens && first_round && plan.middle >= kStageTokens;
+  const int least_whole = any_whole ? plan.length - p.num_sink_tokens - plan.middle + kStageTokens : INT_MAX;
+  const uint32_t whole_span = any_whole ? plan.middle - kStageTokens : 0;
+  // The loop waits for each of its chains of instructions, so it loads no parameter and branches as little as it can: it
+  // counts the tokens that are left, and refills its ring behind one comparison where a stage is one block.
+  const int least_fill = one_block ? kFusedStages * stride : INT_MAX;
+  for (; left > 0; left -= stride, index += kStageTokens) {
     ring.wait(at.slot, at.phase);
-    Signatures<kChunks, kMode> signatures[Reader::kSteps];
-#pragma unroll
-    for (int i = 0; !kOneStep && i < Reader::kSteps; ++i) reader.load(signatures[i], ring.data(at.slot), i);
-    if (kTwoForms && token >= p.num_sink_tokens && token <= last_whole)
-      score_stage(signatures, ring.data(at.slot), std::true_type());
+    if (kTwoForms && uint32_t(left - least_whole) <= whole_span)
+      score_stage(ring.data(at.slot), std::true_type());
     else
-      score_stage(signatures, ring.data(at.slot), std::false_type());
+      score_stage(ring.data(at.slot), std::false_type());
     __syncwarp();  // every lane has read the slot
-    if (const int next = token + kFusedStages * stride; next < plan.length)
-      ring.fill(at.slot, p.page, shape, pages, next, plan.length, next_block);
-    next_block = load_stage_block(p, shape, blocks, token + (kFusedStages + 1) * stride, plan.length);
+    if (left > least_fill) fill_block(at.slot, next_block);
+    else if (!one_block) fill(at.slot, left - kFusedStages * stride, next_block);
+    walk.advance();
+    next_block = walk.block(left - (kFusedStages + 1) * stride);
     at.advance();
-    list.end_stage(index / kStageTokens + 1);
+    list.end_stage(index);
   }
   return list.state;
 }
