@@ -22,8 +22,9 @@ CLUSTERS = (16, *range(8, 0, -1))  #: blocks; 9 to 15 exchange more than they ga
 #: Tokens of a budget per warp of a block; pivots are loose for more (post_pivot of csrc/sm90/decode_fused/list.cuh), unless
 #: the sample of combine=max suggests the first one.
 MOST_PER_WARP = 64
-#: Tokens of a launch for the fused kernel. The three kernels divide longer contexts of few rows over the whole GPU.
-MOST_FUSED = 1 << 17
+#: Tokens of a launch for the fused kernel: of summed scores, whose lists long contexts of real keys fill; and of maxima in
+#: clusters of so many blocks, those of single rows, which leave half of the GPU idle where the three kernels use all of it.
+MOST_SUMMED, MOST_ALONE, BLOCKS_ALONE = 1 << 17, 1 << 19, 8
 
 
 class Form(NamedTuple):
@@ -77,10 +78,14 @@ def prefers_fused(form: Form, max_seq_len: int, budget: int, *, maximum: bool) -
         budget: tokens per set.
         maximum: whether scores are maxima over query heads.
     """
-    most_wanted = limits().most_wanted
+    if form == THREE:
+        return False
+    most_wanted, longest = limits().most_wanted, limits().max_context
     if not maximum:
-        most_wanted = min(most_wanted, MOST_PER_WARP * form.warps)
-    return form != THREE and max_seq_len <= MOST_FUSED and budget <= most_wanted
+        most_wanted, longest = min(most_wanted, MOST_PER_WARP * form.warps), MOST_SUMMED
+    elif form.cluster >= BLOCKS_ALONE:
+        longest = MOST_ALONE
+    return max_seq_len <= longest and budget <= most_wanted
 
 
 def fused_form(groups: int, clusters_at_once: Callable[[Form], int]) -> Form:

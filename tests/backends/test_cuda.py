@@ -12,7 +12,7 @@ from targets import FORMS, CudaTarget, attend_selected, needs_hopper, needs_othe
 
 from vllm_adamas.backends.base import COUNTERS
 from vllm_adamas.backends.cuda.library import FOR_HOPPER, FOR_OTHERS, limits
-from vllm_adamas.backends.cuda.policy import MOST_FUSED, THREE, Form
+from vllm_adamas.backends.cuda.policy import MOST_SUMMED, THREE, Form
 from vllm_adamas.backends.reference.signature import sampled_tokens
 from vllm_adamas.errors import AdamasError
 
@@ -316,7 +316,7 @@ def test_plans_follow_the_longest_context(backend, selection: str) -> None:
     dtype, longest = torch.bfloat16, limits(backend.library).max_context
     assert backend.plan(layer, 1, dtype, longest).form == THREE
     three = selection == "query_head" or backend.library == FOR_OTHERS
-    assert (backend.plan(layer, 1, dtype, MOST_FUSED).form == THREE) == three
+    assert (backend.plan(layer, 1, dtype, MOST_SUMMED).form == THREE) == three
     reserved = backend.workspace_bytes(params, 8, longest)
     for rows in (1, 8):
         for tokens in (1, 1000, 5000, 65536, 65537, longest * 2 // 7, longest):
