@@ -264,7 +264,7 @@ __device__ __forceinline__ ListState list_own_tokens(const FusedBlock& b, const 
   const bool any_whole = kTwoForms && shape.tokens == kStageTokens && first_round && plan.middle >= kStageTokens;
   const int least_whole = any_whole ? plan.length - p.num_sink_tokens - plan.middle + kStageTokens : INT_MAX;
   const uint32_t whole_span = any_whole ? plan.middle - kStageTokens : 0;
-  // The loop waits for each of its chains of instructions, so it loads no parameter and branches as little as it can: it
+  // The loop waits for each of its chains of instructions, so it loads few parameters and branches as little as it can: it
   // counts the tokens that are left, and refills its ring behind one comparison where a stage is one block.
   const int least_fill = one_block ? kFusedStages * stride : INT_MAX;
   for (; left > 0; left -= stride, index += kStageTokens) {
