@@ -22,8 +22,8 @@ CLUSTERS = (16, *range(8, 0, -1))  #: blocks; 9 to 15 exchange more than they ga
 #: Tokens of a budget per warp of a block; pivots are loose for more (post_pivot of csrc/sm90/decode_fused/list.cuh), unless
 #: the sample of combine=max suggests the first one.
 MOST_PER_WARP = 64
-#: Tokens of a launch for the fused kernel: of summed scores, whose lists long contexts of real keys fill; and of maxima in
-#: clusters of so many blocks, those of single rows, which leave half of the GPU idle where the three kernels use all of it.
+#: Tokens of a launch for the fused kernel: without combine=max, where the three kernels are faster in longer contexts of real
+#: keys; and with it in clusters of so many blocks, those of single rows, which leave half of the GPU idle.
 MOST_SUMMED, MOST_ALONE, BLOCKS_ALONE = 1 << 17, 1 << 19, 8
 
 
