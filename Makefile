@@ -95,7 +95,7 @@ SANITIZED := (sm80 and (block16 or group12-max or group16-kv_head) and not trito
 	test_decode_many_rows[sm90-100-heads3-96-None-three] or \
 	(any_scores and normal and ((dot-kv_head and 1x8) or (max and 1x16))) or test_gather[cuda-block16] or \
 	test_append_skips or test_lengths_are_cut or (test_surroundings_change_nothing and plain) or (test_decode[ and forced) or \
-	(test_decode[ and little-budget) or test_gather_of_many_rows[cuda-4096])
+	(test_decode[ and little-budget) or test_gather_of_many_rows[cuda-4096] or shared_scan_of_any_blocks[sm90-whole-48)
 
 sanitize-gpu: $(READY) ## test CUDA kernels under compute-sanitizer
 	@for tool in memcheck racecheck; do \

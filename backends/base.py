@@ -176,7 +176,10 @@ class DecodeBatch:
         budgets: int32 ``[R]``, tokens that a sparse layer attends to.
         max_seq_len: an upper bound of ``seq_lens`` for every replay of a captured graph; longer rows
             are cut there. Default: the most tokens that the block table and the kernels hold.
-        overlap: whether the three tensors were complete before the preceding kernel started, so that
+        positions: int32 ``[R]``, a row's place among the rows of its request, which are consecutive;
+            kernels that take rows of a request together need it.
+        num_requests: requests that the rows belong to; default: each has one row.
+        overlap: whether the tensors were complete before the preceding kernel started, so that
             decode may read them while that kernel runs.
     """
 
@@ -184,6 +187,8 @@ class DecodeBatch:
     seq_lens: torch.Tensor
     budgets: torch.Tensor
     max_seq_len: int | None = None
+    positions: torch.Tensor | None = None
+    num_requests: int | None = None
     overlap: bool = False
 
     @cached_property

@@ -272,8 +272,17 @@ class Steps:
         budgets = torch.full_like(lens, budget)
         backend.reserve(layer.params, len(lens), launch)
         self._backend, self._layer, self._queries = backend, layer, queries
+        places = torch.arange(positions, dtype=torch.int32, device=device).repeat(pool.rows)
         self._batches = [
-            DecodeBatch(table.repeat_interleave(positions, 0), lens, budgets, launch, overlap=True)
+            DecodeBatch(
+                table.repeat_interleave(positions, 0),
+                lens,
+                budgets,
+                launch,
+                positions=places if positions > 1 else None,
+                num_requests=pool.rows,
+                overlap=True,
+            )
             for table in widened(pool.tables(), launch // BLOCK_SIZE)
         ]
         self.outputs = [torch.empty_like(query) for query in queries]

@@ -2,7 +2,9 @@
 
 A request that verifies D drafts has D + 1 query tokens in a step. FlashAttention takes them as one sequence of queries
 and reads the context once. For adamas each is a row of its own, with its own causal limit and token set, and the rows of
-a request share a block table. The time of a step by its positions is compared with that of one position, for both.
+a request share a block table. The time of a step by its positions is compared with that of one position, for both. Every
+way to take the step is timed: the fused kernel and three kernels, with a scan for each row, and three whose scan the rows
+of a request share.
 
     python benchmarks/bench_drafts_gpu.py
 """
@@ -28,16 +30,18 @@ from keys import DISTRIBUTIONS, Contexts
 from records import environment, save
 
 from vllm_adamas.backends.cuda.backend import CudaBackend
+from vllm_adamas.backends.cuda.policy import THREE
 from vllm_adamas.tables import plain
 
-CELLS = ("32768x1", "32768x8", "131072x1")
-POSITIONS = (1, 2, 4)
+CELLS = ("8192x8", "8192x32", "32768x1", "32768x8", "131072x1", "131072x8")
+POSITIONS = (1, 2, 4, 8)
 DIFFERENCE = 0.3  #: of the queries of a request's positions, as a share of their size
 FA3 = "fa3"
+WAYS = {"fused": "one kernel", "three": "three kernels", "shared": "shared scan"}
 
 
 def measure(backend, pool: Pool, contexts: Contexts, positions: int, selection: str) -> dict:
-    """One step with some query tokens per request, in µs: adamas and FlashAttention 3."""
+    """One step with some query tokens per request, in µs: adamas, as it runs and in every way, and FlashAttention 3."""
     launch, rows = launch_of(pool.length, "server"), pool.rows * positions
     query = contexts.query.repeat_interleave(positions, 0)
     spread = query.square().mean(-1, keepdim=True).sqrt() * DIFFERENCE
@@ -46,7 +50,19 @@ def measure(backend, pool: Pool, contexts: Contexts, positions: int, selection: 
     steps = Steps(backend, pool, layer, queries, launch, positions=positions)
     ways = PEERS[FA3].prepare(replace(pool.cell(launch), positions=positions))
     dense = min((timed(make()) for make in ways.values()), key=lambda one: one["us"])
-    return {"adamas": timed(steps.calls()), FA3: dense}
+    plan = backend.plan(layer, rows, DTYPE, launch, positions)
+    form = backend.fused_form(layer, rows, DTYPE, launch)
+    ways = {"three": {"form": THREE, "shared": False}}
+    if form != THREE:
+        ways["fused"] = {"form": form, "shared": False}
+    if positions > 1:
+        ways["shared"] = {"form": THREE, "shared": True}
+    return {
+        "runs": "shared" if plan.shared else "three" if plan.form == THREE else "fused",
+        "adamas": timed(steps.calls()),
+        **{name: timed(steps.calls(**how)) for name, how in ways.items()},
+        FA3: dense,
+    }
 
 
 def main():
@@ -76,7 +92,7 @@ def main():
 
 
 def table(cells: list[dict]) -> tuple[list[str], list[list]]:
-    """Headers and rows: both times, each over that of the fewest positions, and their ratio."""
+    """Headers and rows: both times, each over that of the fewest positions, their ratio, and every way to take the step."""
     rows = []
     for cell in cells:
         same = [c for c in cells if all(c[k] == cell[k] for k in ("context", "requests"))]
@@ -85,7 +101,8 @@ def table(cells: list[dict]) -> tuple[list[str], list[list]]:
         for name in (FA3, "adamas"):
             us = cell[name]["us"]
             row.append(f"{us:.1f} ({us / least[name]['us']:.2f}x)")
-        rows.append([*row, f"{cell[FA3]['us'] / cell['adamas']['us']:.2f}x"])
+        row += [f"{cell[FA3]['us'] / cell['adamas']['us']:.2f}x", WAYS[cell["runs"]]]
+        rows.append([*row, *(f"{cell[way]['us']:.1f}" if way in cell else "–" for way in WAYS)])
     return [
         "context",
         "requests",
@@ -93,6 +110,8 @@ def table(cells: list[dict]) -> tuple[list[str], list[list]]:
         "FlashAttention 3 µs",
         "adamas µs",
         "speed-up",
+        "runs as",
+        *(f"{name} µs" for name in WAYS.values()),
     ], rows
 
 

@@ -276,7 +276,7 @@ def _check_features(vllm_config) -> None:
 
 #: Why connectors, specs, tiers and methods of speculative decoding without a better reason are not served.
 UNTRIED = "which has not been tried with pages that carry signatures"
-#: Better reasons, for vLLM's connectors other than OFFLOADING, by how their names begin.
+#: Better reasons, for vLLM's other connectors, by how their names begin.
 CONNECTORS = {
     "DecodeBench": "which fills pages with made-up values",
     "ExampleConnector": "whose files do not say how keys were coded",
@@ -290,8 +290,7 @@ CONNECTORS = {
     "Nixl": "which does not ask whether the other server codes keys alike",
 }
 USE_OFFLOADING = (
-    f"name {compat.OFFLOADING}, or give --kv-offloading-size with --kv-offloading-backend native and "
-    "without VLLM_USE_SIMPLE_KV_OFFLOAD"
+    f"name {compat.OFFLOADING}, or give --kv-offloading-size with --kv-offloading-backend native"
 )
 
 
@@ -310,6 +309,13 @@ def _check_connector(vllm_config) -> None:
         _refuse(
             f"KV connectors of other packages (kv_connector_module_path={module})", USE_OFFLOADING
         )
+    if connector.name == compat.SIMPLE_OFFLOADING:
+        if connector.options.get("kv_offload_backend", "cpu") != "cpu":
+            _refuse(
+                f"the KV connector {compat.SIMPLE_OFFLOADING} with a disk, which takes blocks of multiples of 4096 bytes",
+                "leave kv_offload_backend out of kv_connector_extra_config",
+            )
+        return
     if connector.name != compat.OFFLOADING:
         known = (why for start, why in CONNECTORS.items() if connector.name.startswith(start))
         why = next(known, UNTRIED)

@@ -251,9 +251,9 @@ def page_spec(spec, content_bytes: int):
     return dataclasses.replace(spec, state_content_bytes=content_bytes)
 
 
-#: vLLM's KV connector that copies pages as whole runs of bytes, and its specs that do: to host memory, and
-#: from there to secondary tiers.
-OFFLOADING = "OffloadingConnector"
+#: vLLM's KV connectors that copy pages as whole runs of bytes, and the specs of the first that do: to host memory,
+#: and from there to secondary tiers.
+OFFLOADING, SIMPLE_OFFLOADING = "OffloadingConnector", "SimpleCPUOffloadConnector"
 OFFLOADING_SPECS = ("CPUOffloadingSpec", "TieringOffloadingSpec")
 FILES = "fs"  #: the type of secondary tier that is a folder of files
 
@@ -286,7 +286,7 @@ def kv_connector(vllm_config) -> Connector | None:
             name = "LMCacheMPConnector"
         else:
             simple = envs.environment_variables["VLLM_USE_SIMPLE_KV_OFFLOAD"]()
-            name = "SimpleCPUOffloadConnector" if simple else OFFLOADING
+            name = SIMPLE_OFFLOADING if simple else OFFLOADING
     if name is None:
         return None
     if transfer is None:

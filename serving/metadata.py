@@ -132,10 +132,11 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
         # Once per builder and not per layer, because it reads the model's files.
         for warning in warnings(vllm_config, config):
             logger.warning_once(warning)
-        # Captured graphs read starts, lengths, block tables and budgets from these tensors.
+        # Captured graphs read starts, lengths, positions, block tables and budgets from these tensors.
         rows = compat.max_decode_rows(vllm_config)
         self._starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self._seq_lens = torch.zeros_like(self._starts[:-1])
+        self._positions = torch.zeros_like(self._seq_lens)
         self._block_table: torch.Tensor | None = None  # made when its width is known
         self.audit = Audit.of(vllm_config, config, layer_names, device)
         self.configure(config)
@@ -164,12 +165,15 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
 
     def _rows(
         self, common: CommonAttentionMetadata, num_decodes: int, num_rows: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+    ) -> tuple[
+        torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None
+    ]:
         """Rows of the decode requests, on their device and without a host sync.
 
         Returns:
             int32 ``[R]`` context lengths and int32 ``[R, blocks]`` block tables, both with zero lengths for
-            the padding of a captured graph; and on the host which rows belong to a prompt, None if
+            the padding of a captured graph; int32 ``[R]`` the rows' places in their requests, None if all
+            requests have one row; and on the host which rows belong to a prompt, None if
             vLLM does not say it, and int32 the tokens that their requests ask for, None if none asks.
         """
         seq_lens, tables = common.seq_lens[:num_decodes], common.block_table_tensor[:num_decodes]
@@ -182,7 +186,7 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
                 [self._requested.get(slot, 0) for slot in slots], dtype=torch.int32, device="cpu"
             )
         if self.reorder_batch_threshold == 1 or not num_decodes:
-            return seq_lens, tables, prefilling, requested
+            return seq_lens, tables, None, prefilling, requested
         tokens, ends = self._starts[:num_rows], common.query_start_loc[1 : num_decodes + 1]
         requests, own = draft_rows(tokens, ends, seq_lens)
         query_lens = common.query_start_loc_cpu.diff()
@@ -195,6 +199,7 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
         return (
             torch.mul(own, tokens < ends[-1], out=self._seq_lens[:num_rows]),  # 0 for padding
             torch.index_select(tables, 0, requests, out=self._block_table[:num_rows]),
+            torch.sub(tokens, common.query_start_loc[requests], out=self._positions[:num_rows]),
             prefilling,
             requested,
         )
@@ -210,7 +215,9 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
         num_decodes, num_prefills, num_decode_tokens, num_prefill_tokens = (
             split_decodes_and_prefills(common, decode_threshold=self.reorder_batch_threshold)
         )
-        seq_lens, block_table, *hosted = self._rows(common, num_decodes, num_decode_tokens)
+        seq_lens, block_table, positions, *hosted = self._rows(
+            common, num_decodes, num_decode_tokens
+        )
         rows, decode = len(seq_lens), {}
         for budget, buffer in self._budgets.items():
             budgets = buffer[:rows]
@@ -220,6 +227,8 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
                 seq_lens=seq_lens,
                 budgets=budgets,
                 max_seq_len=common.max_seq_len,
+                positions=positions,
+                num_requests=num_decodes,
                 overlap=True,  # projections precede decode in a step
             )
         plan = None

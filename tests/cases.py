@@ -248,7 +248,9 @@ class Batch:
             kwargs: of the step (:class:`DecodeBatch`), or of this backend's decode.
         """
         about_step = {
-            name: kwargs.pop(name) for name in ("max_seq_len", "overlap") if name in kwargs
+            name: kwargs.pop(name)
+            for name in ("max_seq_len", "positions", "num_requests", "overlap")
+            if name in kwargs
         }
         output = torch.full_like(self.query, torch.nan, dtype=dtype)
         stats = torch.zeros(COUNTERS, dtype=torch.int64, device=output.device)

@@ -151,6 +151,7 @@ class CudaBackend(Backend, Inspectable):
         *,
         stages: int = ALL_STAGES,
         form: Form | None = None,
+        shared: bool | None = None,
     ) -> None:
         """As :meth:`Backend.decode`; budgets far above the configured one cost a second pass over the
         signatures.
@@ -158,6 +159,7 @@ class CudaBackend(Backend, Inspectable):
         Args:
             stages: which of the three kernels run (bits: encode, scan, attend), for measurements.
             form: one kernel or three; default: the choice of :meth:`plan`.
+            shared: whether scan takes the rows of a request together, likewise.
 
         Raises:
             AdamasError: the step exceeds the limits of the kernels.
@@ -166,7 +168,13 @@ class CudaBackend(Backend, Inspectable):
         longest = batch.block_table.shape[-1] * layer.params.layout.block_size
         bound = batch.max_seq_len
         longest = min(longest, self._max_context if bound is None else bound)
-        plan = self.plan(layer, batch.seq_lens.numel(), query.dtype, longest)
+        rows = batch.seq_lens.numel()
+        each = rows // (batch.num_requests or rows) if rows and batch.positions is not None else 1
+        plan = self.plan(layer, rows, query.dtype, longest, each)
+        if form is None:
+            form = plan.form
+        if shared is None:
+            shared = plan.shared and form == THREE
         self._library.decode(
             layer.native,
             query,
@@ -174,10 +182,11 @@ class CudaBackend(Backend, Inspectable):
             batch.block_table,
             batch.seq_lens,
             batch.budgets,
+            batch.positions if shared else None,
             stats,
             self._workspace.at_least(query.device, plan.workspace_bytes),
             longest,
-            *(plan.form if form is None else form),
+            *form,
             plan.sample_bits,
             plan.capacity,
             batch.overlap,
@@ -200,14 +209,25 @@ class CudaBackend(Backend, Inspectable):
     def gather(self, layer, block_table, seq_lens, key, value):
         self._library.gather(layer.native, block_table, seq_lens, key, value)
 
-    def plan(self, layer: CudaLayer, rows: int, dtype: torch.dtype, max_seq_len: int) -> LaunchPlan:
+    def plan(
+        self,
+        layer: CudaLayer,
+        rows: int,
+        dtype: torch.dtype,
+        max_seq_len: int,
+        rows_each: int = 1,
+    ) -> LaunchPlan:
         """The launch of a step of ``rows`` rows with queries of ``dtype``; plans are cached.
+
+        Args:
+            rows_each: rows of a request on average, rounded down, if they may be scanned together.
 
         Raises:
             AdamasError: the step exceeds the limits of the kernels.
         """
         longest = rounded_context(max_seq_len)
-        key = (rows, dtype, longest)
+        rows_each = min(rows_each, policy.RUN_ROWS)
+        key = (rows, rows_each, dtype, longest)
         found = layer.plans.get(key)
         if found is None:
             params = layer.params
@@ -220,9 +240,13 @@ class CudaBackend(Backend, Inspectable):
                 maximum=params.combine == "max",
             ):
                 form = THREE
+            shared = policy.prefers_shared(form, longest, rows_each)
+            shared = shared and self._library.scan_shares(*_shape(params))
+            if shared:
+                form = THREE
             bits, capacity = self._sampling(params, longest)
             size = self._library.workspace_bytes(*_shape(params), rows, capacity)
-            found = layer.plans[key] = LaunchPlan(form, bits, capacity, size)
+            found = layer.plans[key] = LaunchPlan(form, shared, bits, capacity, size)
         return found
 
     def fused_form(self, layer: CudaLayer, rows: int, dtype: torch.dtype, max_seq_len: int) -> Form:

@@ -25,6 +25,9 @@ MOST_PER_WARP = 64
 #: Tokens of a launch for the fused kernel: without combine=max, where the three kernels are faster in longer contexts of real
 #: keys; and with it in clusters of so many blocks, those of single rows, which leave half of the GPU idle.
 MOST_SUMMED, MOST_ALONE, BLOCKS_ALONE = 1 << 17, 1 << 19, 8
+#: Tokens of a launch that scans the rows of a request together although the fused kernel takes the step.
+LEAST_SHARED = 1 << 15
+RUN_ROWS = 4  #: rows that a scan takes together at most; kRunRows of csrc/sm90/params.h
 
 
 class Form(NamedTuple):
@@ -51,12 +54,14 @@ class LaunchPlan:
 
     Args:
         form: one kernel or three.
+        shared: whether scan takes the rows of a request together.
         sample_bits: log2 of the tokens of a context that encode samples.
         capacity: candidates per token set.
         workspace_bytes: size of the workspace.
     """
 
     form: Form
+    shared: bool
     sample_bits: int
     capacity: int
     workspace_bytes: int
@@ -86,6 +91,20 @@ def prefers_fused(form: Form, max_seq_len: int, budget: int, *, maximum: bool) -
     elif form.cluster >= BLOCKS_ALONE:
         longest = MOST_ALONE
     return max_seq_len <= longest and budget <= most_wanted
+
+
+def prefers_shared(form: Form, max_seq_len: int, rows_each: int) -> bool:
+    """Whether a scan that takes the rows of a request together is faster than one for each row, in whichever form.
+
+    Args:
+        form: of the fused kernel, or ``THREE`` if it does not take the step.
+        max_seq_len: longest context of the launch, in tokens.
+        rows_each: rows of a request on average, rounded down.
+    """
+    if form == THREE:
+        return rows_each >= 2
+    full = form == Form(1, min(WARPS))  # every multiprocessor has a row and KV head or two
+    return full and max_seq_len >= LEAST_SHARED and rows_each >= 3
 
 
 def fused_form(groups: int, clusters_at_once: Callable[[Form], int]) -> Form:

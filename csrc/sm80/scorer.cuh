@@ -10,6 +10,7 @@
 //              follows, so that one instruction scores eight heads.
 //   manhattan  Bits of thermometer planes as 0 and 1, in the columns of the binary products.
 #pragma once
+#include "sm90/bytes.cuh"
 #include "sm90/quads.cuh"
 #include "sm90/reduce.cuh"
 
@@ -21,17 +22,9 @@ __device__ __forceinline__ uint32_t again(uint32_t x) {
   return x;
 }
 
-// Words per lane of a head quad's encoded queries and chunk of four words: [head quad][8][chunk][4 heads][4 words] of
+// Words per lane of a head quad's encoded queries and chunk of four words: [head quad][chunk][4 heads][4 words][8] of
 // four bytes (dot), or [head quad][plane][chunk][32 lanes] of bits (manhattan).
 constexpr int query_planes(Mode mode) { return is_dot(mode) ? kByteWords / 2 : 3; }
-
-// c += a b: 16 rows x 32 dimensions by 32 dimensions x 8 columns, signed.
-__device__ __forceinline__ void mma32(int (&c)[4], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint32_t b0,
-                                      uint32_t b1) {
-  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
-      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
-}
 
 // Bit i of every byte as 2^i, or 1 for i = 7; and of a thermometer_word() as 2^(6-i), or 64.
 __device__ __forceinline__ uint32_t code_bits(uint32_t x, int i) {
@@ -55,17 +48,6 @@ __device__ __forceinline__ void mma128(int (&c)[4], uint32_t a0, uint32_t a1, ui
     mma32(c, code_bits(a0, i), code_bits(a1, i), code_bits(a0, i + 1), code_bits(a1, i + 1), query_bits(b, i),
           query_bits(b, i + 1));
 }
-
-// The codes of 32 dimensions of a token: those of even dimensions in fields of two bits, and those of odd ones.
-struct CodeFields {
-  uint32_t even, odd;
-  __device__ __forceinline__ CodeFields(uint32_t hi, uint32_t lo)
-      : even((lo & 0x55555555u) | (hi << 1 & 0xaaaaaaaau)), odd((lo >> 1 & 0x55555555u) | (hi & 0xaaaaaaaau)) {}
-  // Field n of every byte: code, 4 code or, for two fields, 16 code.
-  static __device__ __forceinline__ uint32_t field(uint32_t x, int n) {
-    return n < 3 ? x & 0x03030303u << 2 * n : x >> 2 & 0x30303030u;
-  }
-};
 
 // The encoded queries of one (row, KV head) as this lane's fragments.
 template <int kChunks, Mode kMode, int kQuads>
@@ -96,8 +78,8 @@ struct QueryFragments {
       for (int i = 0; i < kWords; ++i)
 #pragma unroll
         for (int k = 0; k < kChunks; ++k) {
-          const int word = (quad * kWords + i) * kChunks + k;
-          const int at = kDot ? word * 16 + lane / 8 * 4 + lane % 4 : word * 32 + lane;
+          const int at = kDot ? ((quad * kChunks + k) * 16 + lane / 8 * 4 + lane % 4) * kWords + i
+                              : ((quad * kWords + i) * kChunks + k) * 32 + lane;
           plane[t][i][k] = quad < head_quads ? planes[at] : 0;
         }
     }

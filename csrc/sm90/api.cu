@@ -4,6 +4,7 @@
 #include <tvm/ffi/container/tensor.h>
 #include <tvm/ffi/extra/c_env_api.h>
 #include <tvm/ffi/function.h>
+#include <tvm/ffi/optional.h>
 #include <tvm/ffi/string.h>
 
 #include <algorithm>
@@ -17,7 +18,9 @@ namespace adamas {
 namespace {
 
 using tvm::ffi::Map;
+using tvm::ffi::Optional;
 using tvm::ffi::String;
+using tvm::ffi::Tensor;
 
 constexpr char kKeyOrValue[] = "[T, Hkv, D] of the pages' dtype (bfloat16 or float16 for fp8 pages), D contiguous";
 constexpr char kQuery[] = "[R, Hq, D] of the pages' dtype (bfloat16 or float16 for fp8 pages), D contiguous";
@@ -124,10 +127,11 @@ void use_workspace(DecodeParams& p, const TensorView& work, DLDevice device) {
 }
 
 // cluster, warps: blocks per (row, KV head) of the fused kernel and warps of a block; no blocks for the three kernels.
+// positions: int32 [R] to scan the rows of a request together, see DecodeParams; none scans each alone.
 // stages: which of the three run, bit 0 encode, bit 1 scan, bit 2 attend; the benchmark times them one by one.
 void decode_op(Layer layer, TensorView query, TensorView output, TensorView block_table, TensorView seq_lens,
-               TensorView budgets, TensorView stats, TensorView work, int64_t max_seq_len, int64_t cluster,
-               int64_t warps, int64_t sample_bits, int64_t capacity, bool overlap, int64_t stages) {
+               TensorView budgets, Optional<Tensor> positions, TensorView stats, TensorView work, int64_t max_seq_len,
+               int64_t cluster, int64_t warps, int64_t sample_bits, int64_t capacity, bool overlap, int64_t stages) {
   const DLDevice device = layer->device;
   DecodeParams p = make_step(layer, query, block_table, seq_lens, max_seq_len, sample_bits, capacity);
   p.output = as_rows(output, "output", "[R, Hq, D] of the dtype of query, D contiguous", layer, p.num_rows,
@@ -135,6 +139,11 @@ void decode_op(Layer layer, TensorView query, TensorView output, TensorView bloc
   expect_same_type(output, "output", "the dtype of query", query);
   Argument{"output", "", output, device}.expect_aligned(16);
   p.budgets = as_vector<const int32_t>(budgets, "budgets", "contiguous int32 [R]", device, p.num_rows);
+  if (positions.has_value()) {
+    const Tensor tensor = positions.value();
+    p.positions = as_vector<const int32_t>(TensorView(tensor), "positions", "contiguous int32 [R]", device, p.num_rows);
+    expect(cluster == 0 && scan_shares(p), "positions: the rows of a request are not scanned together in this step");
+  }
   p.stats = as_vector<int64_t>(stats, "stats", "contiguous int64 [5]", device, 5);
   p.overlap = overlap;
   void* stream = current_stream(layer);
@@ -176,6 +185,11 @@ int64_t workspace_bytes_op(int64_t num_query_heads, int64_t num_kv_heads, int64_
   return workspace(p, nullptr);
 }
 
+bool scan_shares_op(int64_t num_query_heads, int64_t num_kv_heads, int64_t head_size, bool dot, bool per_query_head,
+                    bool maximum) {
+  return scan_shares(decode_shape(num_query_heads, num_kv_heads, head_size, dot, per_query_head, maximum));
+}
+
 int64_t max_sample_bits_op(int64_t num_query_heads, int64_t num_kv_heads, int64_t head_size, bool dot,
                            bool per_query_head, bool maximum) {
   return max_sample_bits(decode_shape(num_query_heads, num_kv_heads, head_size, dot, per_query_head, maximum));
@@ -211,6 +225,7 @@ TVM_FFI_DLL_EXPORT_TYPED_FUNC(decode, adamas::decode_op)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(scan, adamas::scan_op)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(gather, adamas::gather_op)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(workspace_bytes, adamas::workspace_bytes_op)
+TVM_FFI_DLL_EXPORT_TYPED_FUNC(scan_shares, adamas::scan_shares_op)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(sample_bits, adamas::sample_bits_op)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(max_sample_bits, adamas::max_sample_bits_op)
 TVM_FFI_DLL_EXPORT_TYPED_FUNC(fused_clusters, adamas::fused_clusters_op)

@@ -14,6 +14,7 @@ namespace adamas {
 constexpr int kQuad = 4;
 constexpr int kMaxHeadQuads = 4;
 constexpr int kMaxGroup = kQuad * kMaxHeadQuads;  // query heads per KV head
+constexpr int kByteWords = 8;  // words that the 32 dimensions of a word take in bytes
 // Limits of the kernels, which Python reads (limits in api.cu): tokens of a context, whose bitmap must fit shared
 // memory; tokens of a block; rows of a step; blocks of a cluster; and rows * KV heads * tokens of the longest
 // context, whose stages scan counts in 32 bits.
@@ -24,6 +25,7 @@ constexpr int kMaxBlock = 1 << 16, kMaxCluster = 16;
 // Tokens that a round of the fused kernel selects, and (row, KV head)s that may share dense rows there.
 constexpr int kMostWanted = 1024, kTickets = 1024;
 constexpr int64_t kMaxStep = int64_t(1) << 37;
+constexpr int kRunRows = 4;  // most rows of a request that scan takes together
 // Planes of an encoded query: 2 with two bits each (dot) or 3 thermometer planes (manhattan).
 constexpr int kMaxQueryPlanes = 3;
 constexpr double kLog2E = 1.4426950408889634;
@@ -80,6 +82,7 @@ struct Workspace {
   uint32_t* tickets;      // [kTickets] `arrived` of the fused kernel, which no kernel uses otherwise
   uint32_t* planes;       // [group][head quad][plane][chunk of 4 words][32 lanes] query planes
   int32_t* bias;          // [group][head quad][4] integer constant of a head's score
+  uint32_t* bytes;        // [group][head quad][chunk][4 heads][4 words][byte words], for shared scans (shared.cuh)
   HeadWeight* weights;    // [group][head quad][4], for dot_max
   float* pivot_score;     // [set] tokens below (score, token) are not candidates
   int32_t* pivot_token;   // [set]
@@ -99,6 +102,7 @@ struct DecodeParams {
   int64_t blocks_per_row;
   const int32_t* seq_lens;  // [rows]
   const int32_t* budgets;       // [rows]
+  const int32_t* positions;     // [rows] a row's place among the rows of its request, if scan is shared; or null
   int num_rows, num_query_heads, group, score_heads_per_kv, head_quads;
   int max_seq_len;  // upper bound of all rows, which workspaces and the block table hold
   float softmax_scale, norm;
@@ -125,6 +129,9 @@ void append(const AppendParams& p, void* stream);
 void gather(const GatherParams& p, void* stream);
 void encode(const DecodeParams& p, void* stream);
 void scan(const DecodeParams& p, void* stream);
+// The same where p.positions is set: the rows of a request together. scan_shares() tells whether they may.
+void scan_shared(const DecodeParams& p, void* stream);
+bool scan_shares(const DecodeParams& p);
 void attend(const DecodeParams& p, void* stream);
 int max_sample_bits(const DecodeParams& p);  // log2 of the largest sample that fits the shared memory of encode
 // The whole step in one kernel, with a cluster of blocks of `warps` warps (8 or 16) per (row, KV head).

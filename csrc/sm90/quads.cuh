@@ -7,8 +7,6 @@
 
 namespace adamas {
 
-constexpr int kByteWords = 8;  // words that a word's 32 dimensions take in bytes
-
 // Products with the tokens of a quad that belong to the next head quad; on Hopper there are none.
 struct NoProducts {};
 struct QuadProducts {

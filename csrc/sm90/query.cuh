@@ -14,19 +14,20 @@ struct QueryMemory {
   int32_t* bias;        // [kMaxHeadQuads][4]
   HeadWeight* weights;  // [kMaxHeadQuads][4], for dot_max
   float* scratch;       // [group][words][32], used while encoding
+  uint32_t* bytes = nullptr;  // as in the workspace, if they are wanted; in global memory
 };
 
-// Stores this lane's dimension of word w for products of 8-bit integers (csrc/sm80/scorer.cuh), times 16, 4 or 1, as
-// what it is multiplied with is the code times 1, 4 or 16.
+// Stores this lane's dimension of word w for products of 8-bit integers (bytes.cuh), times 16, 4 or 1, as what it is
+// multiplied with is the code times 1, 4 or 16.
 template <int kChunks>
-__device__ __forceinline__ void store_byte(const DecodeParams& p, const QueryMemory& s, int slot, int w, int q) {
+__device__ __forceinline__ void store_byte(const DecodeParams& p, uint32_t* bytes, int slot, int w, int q) {
   const int lane = threadIdx.x % 32, i = lane % 8;
-  const int at = ((slot / 4 * kByteWords + i) * kChunks + w / 4) * 16 + slot % 4 * 4 + w % 4;
+  const int at = ((slot / 4 * kChunks + w / 4) * 16 + slot % 4 * 4 + w % 4) * kByteWords + i;
   const int factor = i < 2 ? 16 : i < 4 ? 4 : 1;
-  if (w < p.page.words) reinterpret_cast<int8_t*>(s.planes + at)[lane / 8] = int8_t(q * factor);
+  if (w < p.page.words) reinterpret_cast<int8_t*>(bytes + at)[lane / 8] = int8_t(q * factor);
 }
 
-template <int kChunks, Mode kMode>
+template <int kChunks, Mode kMode, bool kBytes>
 __device__ void encode_dot(const DecodeParams& p, float (&x)[kChunks * 4], int slot, const QueryMemory& s) {
   const int lane = threadIdx.x % 32;
   float top = 0;
@@ -55,9 +56,10 @@ __device__ void encode_dot(const DecodeParams& p, float (&x)[kChunks * 4], int s
     const int q = y == y ? int(fminf(fmaxf(y, -float(kQueryMax)), float(kQueryMax))) : 0;
     total += q;
     if constexpr (!kHopper) {
-      store_byte<kChunks>(p, s, slot, w, q);
+      store_byte<kChunks>(p, s.planes, slot, w, q);
       continue;
     }
+    if (kBytes && s.bytes) store_byte<kChunks>(p, s.bytes, slot, w, q);
 #pragma unroll
     for (int b = 0; b < kQueryBits; ++b) {
       const uint32_t word = __ballot_sync(kFull, (q >> b) & 1);
@@ -101,8 +103,9 @@ __device__ __forceinline__ void clear_queries(const DecodeParams& p, const Query
   if (kMode == Mode::dot_max && threadIdx.x < 4 * kMaxHeadQuads) s.weights[threadIdx.x] = {0.0f, INFINITY};
 }
 
-// Encodes all query heads of one (row, KV head); warp h < group holds head h in x. Ends synchronised.
-template <int kChunks, Mode kMode>
+// Encodes all query heads of one (row, KV head); warp h < group holds head h in x. kBytes: s.bytes may be
+// wanted. Ends synchronised.
+template <int kChunks, Mode kMode, bool kBytes = false>
 __device__ __forceinline__ void encode_queries(const DecodeParams& p, float (&x)[kChunks * 4], const QueryMemory& s) {
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   if (warp < p.group) hadamard(x, p.page.head_size, p.norm);
@@ -119,10 +122,10 @@ __device__ __forceinline__ void encode_queries(const DecodeParams& p, float (&x)
       for (int h = 0; h < p.group; ++h)
 #pragma unroll
         for (int w = 0; w < kChunks * 4; ++w) x[w] += rows[(h * kChunks * 4 + w) * 32 + lane];
-      encode_dot<kChunks, kMode>(p, x, 0, s);
+      encode_dot<kChunks, kMode, false>(p, x, 0, s);
     }
   } else if (warp < p.group) {
-    if constexpr (is_dot(kMode)) encode_dot<kChunks, kMode>(p, x, warp, s);
+    if constexpr (is_dot(kMode)) encode_dot<kChunks, kMode, kBytes>(p, x, warp, s);
     else encode_manhattan<kChunks>(p, x, warp, s);
   }
   __syncthreads();

@@ -33,6 +33,12 @@ struct RowPlan {
   }
 };
 
+// Tokens of a row's context if it is sparse, else 0.
+__device__ __forceinline__ int sparse_length(const DecodeParams& p, int row) {
+  const RowPlan plan(p, row);
+  return plan.sparse ? plan.length : 0;
+}
+
 // Whether a token is in the middle; one comparison for both bounds.
 __device__ __forceinline__ bool in_middle(const DecodeParams& p, const RowPlan& plan, int token) {
   return uint32_t(token - p.num_sink_tokens) < uint32_t(plan.middle);

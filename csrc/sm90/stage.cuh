@@ -31,6 +31,8 @@ struct StageShape {
     tokens = parts * part_tokens;
     part_bytes = part_tokens * (page.head_size / 4 + 2);
   }
+  // Whether a stage is a block.
+  __device__ __forceinline__ bool one_block() const { return parts == 1 && whole_blocks; }
 };
 
 // The block that holds this lane's part of the stage that starts at `token`. Lanes without a part or with one at or

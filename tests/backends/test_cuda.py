@@ -266,6 +266,110 @@ def test_nan_stays_where_it_is(backend, form: Form) -> None:
     assert torch.equal(output[:3][same], clean[:3][same])
 
 
+# rows of one request
+
+
+def drafted(batch: Batch, rows: list[int]) -> tuple[Batch, torch.Tensor]:
+    """The batch with so many rows for each of its requests, and their positions.
+
+    The last row of a request has its whole context, and each other one a token less than the next.
+    """
+    counts = torch.tensor(rows, device="cuda")
+    starts = counts.cumsum(0).repeat_interleave(counts) - counts.repeat_interleave(counts)
+    positions = torch.arange(sum(rows), device="cuda") - starts
+    behind = counts.repeat_interleave(counts) - 1 - positions
+    query = batch.query[: len(rows)].repeat_interleave(counts, 0)
+    batch = dataclasses.replace(
+        batch,
+        query=query + query.std() * 0.3 * torch.randn_like(query),
+        block_table=batch.block_table.repeat_interleave(counts, 0),
+        seq_lens=(batch.seq_lens.repeat_interleave(counts) - behind).clamp(min=0).int(),
+        budgets=batch.budgets.repeat_interleave(counts),
+    )
+    return batch, positions.int()
+
+
+#: Sparse and dense rows, requests whose rows are of both kinds, one that fills more than a run, and padding.
+REQUESTS = {"lengths": (9000, 300, 66, 2049, 40, 5000, 0), "budgets": (256, 64, 64, 100, 64, 16, 8)}
+ROWS = [4, 1, 4, 3, 4, 9, 5]
+
+
+@pytest.mark.parametrize("data", ["normal", "equal", "late", "huge"])
+@pytest.mark.parametrize("heads", [(32, 8), (7, 1), (9, 3), (16, 2), (2, 2)], ids=str)
+@pytest.mark.parametrize("head_size", [64, 96, 128])
+def test_a_shared_scan_selects_as_rows_of_their_own(
+    backend, data: str, heads: tuple[int, int], head_size: int
+) -> None:
+    case = Case(**REQUESTS, **SETS["max"], heads=heads, head_size=head_size)
+    batch = dataclasses.replace(case, data="equal" if data == "equal" else "normal").build(
+        backend, "cuda"
+    )
+    if data in ("late", "huge"):
+        mislead(batch, data)
+        append_again(backend, batch)
+    check_shared(backend, *drafted(batch, ROWS))
+
+
+def check_shared(backend, batch: Batch, positions: torch.Tensor) -> None:
+    """Outputs are the same bits; and the counters, of which the last tells that no set was scored again."""
+    step = {"positions": positions, "num_requests": int((positions == 0).sum()), "form": THREE}
+    expected, counted = batch.decode(backend, shared=False, **step)
+    output, stats = batch.decode(backend, shared=True, **step)
+    assert torch.equal(output.nan_to_num(), expected.nan_to_num())
+    assert stats == counted
+
+
+@pytest.mark.parametrize("block_size", [16, 48, 128, 544])
+@pytest.mark.parametrize("ends", [{}, {"sinks": 4, "recent": 20}], ids=["whole", "ends"])
+def test_a_shared_scan_of_any_blocks(backend, block_size: int, ends: dict) -> None:
+    case = Case(**REQUESTS, **SETS["max"], **ends, heads=(8, 2), block_size=block_size)
+    check_shared(backend, *drafted(case.build(backend, "cuda"), ROWS))
+
+
+def test_a_shared_scan_in_a_graph_replayed_with_other_requests(backend) -> None:
+    """A captured step serves any division of its rows among requests."""
+    case = Case((9000, 2300), (256, 64), **SETS["max"], heads=(32, 8), padding=0)
+    built = case.build(backend, "cuda")
+    batch, positions = drafted(built, [4, 4])
+    output = torch.zeros_like(batch.query)
+    stats = torch.zeros(COUNTERS, dtype=torch.int64, device="cuda")
+    step = batch.step(max_seq_len=65536, overlap=True, positions=positions, num_requests=2)
+    args = (batch.bound(backend), batch.query, step, output, stats)
+    backend.reserve(batch.params, 8, 65536)
+    backend.decode(*args, form=THREE, shared=True)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        backend.decode(*args, form=THREE, shared=True)
+    for rows in ([1, 7], [5, 3], [2, 2], [1, 1]):
+        new, places = drafted(built, rows)
+        for to, from_ in (
+            (batch.query, new.query),
+            (batch.block_table, new.block_table),
+            (batch.seq_lens, new.seq_lens),
+            (batch.budgets, new.budgets),
+            (positions, places),
+        ):
+            to.zero_()[: sum(rows)].copy_(from_)
+        output.fill_(float("nan"))
+        stats.zero_()
+        graph.replay()
+        expected, counted = batch.decode(backend, max_seq_len=65536, form=THREE, shared=False)
+        assert torch.equal(output, expected)
+        assert stats.tolist() == counted
+
+
+@pytest.mark.parametrize("heads, head_size", [((9, 1), 128), ((8, 2), 256)], ids=str)
+def test_rows_that_are_not_scanned_together(backend, heads, head_size: int) -> None:
+    """Large groups and heads, whose queries would not fit registers, and other selections than the maximum."""
+    case = Case((2000,) * 4, 64, **SETS["max"], heads=heads, head_size=head_size)
+    for one in (case, Case((2000,) * 4, 64, heads=(8, 2))):
+        batch, positions = drafted(one.build(backend, "cuda"), [4] * 4)
+        plan = backend.plan(batch.bound(backend), 16, batch.query.dtype, 2000, rows_each=4)
+        assert not plan.shared
+        with pytest.raises(ValueError, match="positions"):
+            batch.decode(backend, positions=positions, num_requests=4, form=THREE, shared=True)
+
+
 # graphs and arguments
 
 

@@ -10,12 +10,23 @@ from peers.base import Cell
 
 def test_the_table_compares_with_one_position() -> None:
     cells = [
-        {"context": 32768, "requests": 8, "positions": n, "fa3": {"us": a}, "adamas": {"us": b}}
-        for n, a, b in ((1, 240.0, 40.0), (4, 252.0, 100.0))
+        {
+            "context": 32768,
+            "requests": 8,
+            "positions": n,
+            "fa3": {"us": dense},
+            "adamas": {"us": us},
+            "runs": runs,
+            runs: {"us": us},
+            "three": {"us": 120.0},
+        }
+        for n, dense, us, runs in ((1, 240.0, 40.0, "fused"), (4, 252.0, 100.0, "shared"))
     ]
     _, rows = bench.table(cells)
-    assert rows[0][3:] == ["240.0 (1.00x)", "40.0 (1.00x)", "6.00x"]
-    assert rows[1][3:] == ["252.0 (1.05x)", "100.0 (2.50x)", "2.52x"]
+    assert rows[0][3:7] == ["240.0 (1.00x)", "40.0 (1.00x)", "6.00x", "one kernel"]
+    assert rows[0][7:] == ["40.0", "120.0", "–"]
+    assert rows[1][3:7] == ["252.0 (1.05x)", "100.0 (2.50x)", "2.52x", "shared scan"]
+    assert rows[1][7:] == ["–", "120.0", "100.0"]
 
 
 def test_a_peer_gets_the_positions_of_a_request_as_one_sequence() -> None:

@@ -654,7 +654,7 @@ def test_every_other_connector_is_refused_by_name(vllm_config, monkeypatch) -> N
     from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
 
     on_gpu(monkeypatch)
-    others = KVConnectorFactory._registry.keys() - {OFFLOADING}
+    others = KVConnectorFactory._registry.keys() - {OFFLOADING, compat.SIMPLE_OFFLOADING}
     for name in [*others, "NoSuchConnector"]:
         check_refusal(transferring(vllm_config, name), (repr(name), OFFLOADING))
     for start in checks.CONNECTORS:
@@ -663,6 +663,10 @@ def test_every_other_connector_is_refused_by_name(vllm_config, monkeypatch) -> N
 
 TIER = "secondary tier"
 CONNECTORS = {  # what transferring is given -> what the sentence names
+    "a disk": (
+        {"name": "SimpleCPUOffloadConnector", "kv_offload_backend": "disk"},
+        ("multiples of 4096 bytes", "leave kv_offload_backend out"),
+    ),
     "another package": ({"module": "my.connectors"}, ("kv_connector_module_path='my.connectors'",)),
     "a size, another package": ({"module": "mine", "size": 1.0}, ("kv_connector_module_path",)),
     "lmcache": (
@@ -737,12 +741,13 @@ def test_vllm_has_the_specs_and_tiers_that_are_served() -> None:
     assert compat.FILES in SecondaryTierFactory._registry
 
 
-def test_a_variable_makes_another_connector(vllm_config, monkeypatch) -> None:
+def test_the_simple_connector_is_served_by_either_name(vllm_config, monkeypatch) -> None:
     on_gpu(monkeypatch)
+    checks.check_config(transferring(vllm_config, compat.SIMPLE_OFFLOADING))
     monkeypatch.setenv("VLLM_USE_SIMPLE_KV_OFFLOAD", "1")
-    named = ("SimpleCPUOffloadConnector", "without VLLM_USE_SIMPLE_KV_OFFLOAD")
-    check_refusal(transferring(vllm_config, None, size=1.0), named)
-    checks.check_config(transferring(vllm_config))  # the variable is read with the size alone
+    config = transferring(vllm_config, None, size=1.0)
+    assert compat.kv_connector(config).name == compat.SIMPLE_OFFLOADING
+    checks.check_config(config)
 
 
 def test_files_of_pages_that_differ_lie_in_different_folders(vllm_config, monkeypatch) -> None:

@@ -66,6 +66,7 @@ SPECS = {  # backend, its options, further arguments, environment
     "raised": ("adamas", RAISED, "", {}),
     "v1 runner, no graphs": ("adamas", SPARSE, "-cc.cudagraph_mode=NONE", V1_RUNNER),
     "drafts": ("adamas", AUDITED, DRAFTS, {}),
+    "shared drafts": ("adamas", AUDITED, DRAFTS, {extension.SHARED: "1"}),
     "drafts, no graphs": ("adamas", AUDITED, f"{DRAFTS} -cc.cudagraph_mode=NONE", {}),
     "dense drafts": ("adamas", {"token_budget": 1_000_000}, DRAFTS, {}),
     "stock drafts": ("flash_attn", None, DRAFTS, {}),
@@ -286,7 +287,12 @@ def test_graphs_and_runners_change_no_answer(host, base, row: str, name: str) ->
 @pytest.mark.supports("speculative decoding: n-grams")
 @pytest.mark.parametrize(
     ("plain", "name"),
-    [("sparse", "drafts"), ("sparse", "drafts, no graphs"), ("dense", "dense drafts")],
+    [
+        ("sparse", "drafts"),
+        ("sparse", "shared drafts"),
+        ("sparse", "drafts, no graphs"),
+        ("dense", "dense drafts"),
+    ],
 )
 def test_drafts_change_no_answer(host, plain: str, name: str) -> None:
     """Steps of one to four rows per request; requests at once draft different numbers of tokens."""
@@ -302,6 +308,9 @@ def test_drafts_change_no_answer(host, plain: str, name: str) -> None:
     now = server.metrics()
     drafted, accepted = (now[name] - before[name] for name in SPECULATED)
     assert 0 < accepted < drafted
+    if plain == "sparse":
+        (plans,) = server.post("/collective_rpc", {"method": "shared_plans"})["results"]
+        assert (int(plans) > 0) == (name == "shared drafts")
 
 
 @pytest.mark.supports("speculative decoding: n-grams")

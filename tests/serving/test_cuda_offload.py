@@ -15,6 +15,7 @@ from hopper import ON_HOPPER
 from test_offload import prompts
 
 from vllm_adamas.layout import token_bytes
+from vllm_adamas.serving import compat
 
 pytestmark = [*ON_HOPPER, pytest.mark.timeout(400)]
 
@@ -48,6 +49,7 @@ ENGINES = {  # arguments, environment
         {},
     ),
     "files": (connector(spec_name="TieringOffloadingSpec", cpu_bytes_to_use=32 * BLOCK_BYTES), {}),
+    "simple": (SIZE, {"VLLM_USE_SIMPLE_KV_OFFLOAD": "1"}),
     "sleep": ({"enable_sleep_mode": True, **SIZE}, {}),
 }
 
@@ -90,10 +92,10 @@ def said(tmp_path_factory):
     said.stop()
 
 
-def check(steps: list[dict]) -> None:
+def check(steps: list[dict], **how) -> None:
     """The answers to the five prompts of :meth:`Said._run`."""
     _, held, *_, evicted, loaded = steps
-    offloading.check_loaded(held, evicted, loaded, BLOCKS * BLOCK)
+    offloading.check_loaded(held, evicted, loaded, BLOCKS * BLOCK, **how)
 
 
 @pytest.mark.supports("KV offloading to the memory of the host")
@@ -104,6 +106,14 @@ def test_an_evicted_prompt_is_loaded_from_host_memory(said, name: str) -> None:
     log = said.log(name)
     assert "Graph capturing finished" in log
     assert ("Using V2 Model Runner" in log) == (name != "v1 runner")
+
+
+@pytest.mark.supports("KV offloading by SimpleCPUOffloadConnector")
+def test_an_evicted_prompt_is_loaded_by_the_simple_connector(said) -> None:
+    """Which counts the tokens that it loads, and no bytes."""
+    check(said["simple"], counted=False)
+    log = said.log("simple")
+    assert f"Creating v1 connector with name: {compat.SIMPLE_OFFLOADING}" in log
 
 
 @pytest.mark.supports("KV offloading to files")

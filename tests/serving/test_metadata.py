@@ -263,7 +263,13 @@ def check(
     assert list(metadata.decode) == config.budgets
     longest = max((request.context for request in requests), default=0)
     tables = block_tables(rows)
+    places = [n for x in few for n in range(x.new)]
     for budget, batch in metadata.decode.items():
+        if drafts and few:
+            assert batch.positions.tolist()[: len(places)] == places
+            assert batch.num_requests >= len(few)
+        else:
+            assert batch.positions is None
         budgets = [
             context if x.prefilling else max(budget.of(context), min(x.wanted, context))
             for _, x, context in live
@@ -462,6 +468,8 @@ def test_a_capture_and_the_steps_that_replay_it_share_their_buffers(
         if drafts:  # otherwise they are tensors of vLLM
             assert now.seq_lens.data_ptr() == before.seq_lens.data_ptr()
             assert before.seq_lens.tolist() == lens + padding
+            assert now.positions.data_ptr() == before.positions.data_ptr()
+            assert before.positions.tolist()[: 1 + drafts] == list(range(1 + drafts))
             assert now.block_table.data_ptr() == before.block_table.data_ptr()
             assert torch.equal(before.block_table[: 1 + drafts], block_tables(1)[[0] * len(lens)])
     assert len(addresses) == 3

@@ -191,7 +191,7 @@ __device__ __forceinline__ ListState list_own_tokens(const FusedBlock& b, const 
       at.slot = 1;
     }
   }
-  const bool one_block = shape.parts == 1 && shape.whole_blocks;
+  const bool one_block = shape.one_block();
   const uint8_t* planes = kept(pages + p.page.hi_offset);
   auto fill_block = [&](int slot, uint32_t block) {
     ring.fill(slot, planes + uint64_t(block) * p.page.block_stride, shape.part_bytes);

@@ -26,6 +26,7 @@ int64_t workspace(DecodeParams& p, uint8_t* base) {
   take(p.work.tickets, kTickets);  // first, so that no other step has anything else there
   take(p.work.planes, groups * p.head_quads * query_planes(p.mode) * chunks * 32);
   take(p.work.bias, groups * p.head_quads * 4);
+  take(p.work.bytes, kHopper && scan_shares(p) ? groups * p.head_quads * kByteWords * chunks * 16 : 0);
   take(p.work.weights, p.mode == Mode::dot_max ? groups * p.head_quads * 4 : 0);
   take(p.work.pivot_score, sets);
   take(p.work.pivot_token, sets);

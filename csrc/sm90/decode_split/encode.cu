@@ -75,6 +75,7 @@ __global__ void __maxnreg__(most_registers(kQuads))
   s.planes = reinterpret_cast<uint32_t*>(memory);
   s.bias = reinterpret_cast<int32_t*>(s.planes + plane_words);
   s.weights = reinterpret_cast<HeadWeight*>(s.bias + 4 * kMaxHeadQuads);
+  s.bytes = kHopper && p.positions ? p.work.bytes + int64_t(blockIdx.x) * p.head_quads * kByteWords * kChunks * 16 : nullptr;
   auto* counts = reinterpret_cast<SampleCounts*>(s.weights + 4 * kMaxHeadQuads);          // [score head]
   float* scores = s.scratch = reinterpret_cast<float*>(counts + p.score_heads_per_kv);  // [scored head][sample]
   clear_queries<kChunks, kMode>(p, s);
@@ -102,7 +103,7 @@ __global__ void __maxnreg__(most_registers(kQuads))
       p.page, kv_head, row_blocks(p, row), plan.length, steps,
       [&](int step) { return quad_at((warp * steps + step) * 8 + lane / 4); }, begin,
       [&] {  // while the signatures are being loaded
-        encode_queries<kChunks, kMode>(p, x, s);
+        encode_queries<kChunks, kMode, kMode == Mode::dot_max && kHopper>(p, x, s);
         query.load(s.planes, s.bias, p.head_quads);
         if constexpr (kMode == Mode::dot_max) query.load_weights(s.weights, p.head_quads);
       },

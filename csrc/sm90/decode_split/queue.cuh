@@ -22,17 +22,24 @@ __device__ __noinline__ void flush(const DecodeParams& p, const uint2* queue, in
     if (at + i < uint32_t(p.capacity)) p.work.candidates[int64_t(set) * p.capacity + at + i] = queue[i * 32 + lane];
 }
 
+// A KV head's token sets of the rows that scan scores together: `count` sets, whose numbers are `stride` apart.
+struct TokenSets {
+  int first, count, stride;
+  __device__ __forceinline__ int operator()(int i) const { return first + min(i, count - 1) * stride; }
+};
+
 template <int kQuads, int kLength, int kStride>
 struct CandidateQueues {
   static constexpr int kEntryBytes = 32 * int(sizeof(uint2));  // distance between entries of a lane
 
   const uint2* memory;  // [head quad][kLength][32]
-  const int lane, first_set;
+  const int lane;
+  const TokenSets sets;
   uint32_t start;         // shared address of the lane's first queue
   uint32_t tail[kQuads];  // shared address of a queue's end
 
-  __device__ CandidateQueues(const uint2* memory, int lane, int first_set)
-      : memory(memory), lane(lane), first_set(first_set), start(shared_address(memory) + lane * 8) {
+  __device__ CandidateQueues(const uint2* memory, int lane, const TokenSets& sets)
+      : memory(memory), lane(lane), sets(sets), start(shared_address(memory) + lane * 8) {
 #pragma unroll
     for (int q = 0; q < kQuads; ++q) tail[q] = head(q);
   }
@@ -61,9 +68,8 @@ struct CandidateQueues {
 
  private:
   __device__ __forceinline__ void empty(const DecodeParams& p, int q) {
-    // A lane past the last head has an empty queue and uses the last head's set.
-    const int set = first_set + min(q * kStride + lane % kStride, p.score_heads_per_kv - 1);
-    flush<kStride>(p, memory + q * kLength * 32, int(tail[q] - head(q)) / kEntryBytes, set);
+    // A lane past the last set has an empty queue and uses the last one.
+    flush<kStride>(p, memory + q * kLength * 32, int(tail[q] - head(q)) / kEntryBytes, sets(q * kStride + lane % kStride));
     tail[q] = head(q);
   }
 };
