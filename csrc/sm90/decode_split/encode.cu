@@ -103,7 +103,7 @@ __global__ void __maxnreg__(most_registers(kQuads))
       p.page, kv_head, row_blocks(p, row), plan.length, steps,
       [&](int step) { return quad_at((warp * steps + step) * 8 + lane / 4); }, begin,
       [&] {  // while the signatures are being loaded
-        encode_queries<kChunks, kMode, kMode == Mode::dot_max && kHopper>(p, x, s);
+        encode_queries<kChunks, kMode, kHopper && kMode == Mode::dot_max && kChunks == 1>(p, x, s);
         query.load(s.planes, s.bias, p.head_quads);
         if constexpr (kMode == Mode::dot_max) query.load_weights(s.weights, p.head_quads);
       },
