@@ -192,6 +192,13 @@ class DecodeBatch:
     overlap: bool = False
 
     @cached_property
+    def rows_each(self) -> int:
+        """Rows of a request on average, rounded down; 1 if the batch does not say whose its rows are."""
+        if self.positions is None or not self.num_requests:
+            return 1
+        return len(self.seq_lens) // self.num_requests
+
+    @cached_property
     def dense(self) -> DecodeBatch:
         """The same rows, each attending to its whole context."""
         return replace(self, budgets=self.seq_lens)

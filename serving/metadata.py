@@ -172,8 +172,8 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
 
         Returns:
             int32 ``[R]`` context lengths and int32 ``[R, blocks]`` block tables, both with zero lengths for
-            the padding of a captured graph; int32 ``[R]`` the rows' places in their requests, None if all
-            requests have one row; and on the host which rows belong to a prompt, None if
+            the padding of a captured graph; int32 ``[R]`` the rows' places in their requests, None in
+            servers without drafts; and on the host which rows belong to a prompt, None if
             vLLM does not say it, and int32 the tokens that their requests ask for, None if none asks.
         """
         seq_lens, tables = common.seq_lens[:num_decodes], common.block_table_tensor[:num_decodes]

@@ -169,8 +169,7 @@ class CudaBackend(Backend, Inspectable):
         bound = batch.max_seq_len
         longest = min(longest, self._max_context if bound is None else bound)
         rows = batch.seq_lens.numel()
-        each = rows // (batch.num_requests or rows) if rows and batch.positions is not None else 1
-        plan = self.plan(layer, rows, query.dtype, longest, each)
+        plan = self.plan(layer, rows, query.dtype, longest, batch.rows_each)
         if form is None:
             form = plan.form
         if shared is None:
@@ -220,13 +219,12 @@ class CudaBackend(Backend, Inspectable):
         """The launch of a step of ``rows`` rows with queries of ``dtype``; plans are cached.
 
         Args:
-            rows_each: rows of a request on average, rounded down, if they may be scanned together.
+            rows_each: as in :class:`DecodeBatch`.
 
         Raises:
             AdamasError: the step exceeds the limits of the kernels.
         """
         longest = rounded_context(max_seq_len)
-        rows_each = min(rows_each, policy.RUN_ROWS)
         key = (rows, rows_each, dtype, longest)
         found = layer.plans.get(key)
         if found is None:

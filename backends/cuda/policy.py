@@ -27,7 +27,6 @@ MOST_PER_WARP = 64
 MOST_SUMMED, MOST_ALONE, BLOCKS_ALONE = 1 << 17, 1 << 19, 8
 #: Tokens of a launch that scans the rows of a request together although the fused kernel takes the step.
 LEAST_SHARED = 1 << 15
-RUN_ROWS = 4  #: rows that a scan takes together at most; kRunRows of csrc/sm90/params.h
 
 
 class Form(NamedTuple):
@@ -99,7 +98,7 @@ def prefers_shared(form: Form, max_seq_len: int, rows_each: int) -> bool:
     Args:
         form: of the fused kernel, or ``THREE`` if it does not take the step.
         max_seq_len: longest context of the launch, in tokens.
-        rows_each: rows of a request on average, rounded down.
+        rows_each: rows of a request, as in :class:`~vllm_adamas.backends.base.DecodeBatch`.
     """
     if form == THREE:
         return rows_each >= 2

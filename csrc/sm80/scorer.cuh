@@ -112,9 +112,7 @@ __device__ __forceinline__ void dot_quad(const QueryFragments<kChunks, kMode, kQ
       const CodeFields y(again(s.hi[k][2 * pair + 1]), s.lo[k][2 * pair + 1]);
       const uint32_t(&b)[kByteWords][kChunks] = query.plane[q / 2];
 #pragma unroll
-      for (int n = 0; n < 4; ++n)
-        mma32(sum, CodeFields::field(x.even, n), CodeFields::field(y.even, n), CodeFields::field(x.odd, n),
-              CodeFields::field(y.odd, n), b[2 * n][k], b[2 * n + 1][k]);
+      for (int n = 0; n < 4; ++n) mma_field(sum, x, y, n, b[2 * n][k], b[2 * n + 1][k]);
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {

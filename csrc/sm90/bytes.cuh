@@ -28,4 +28,11 @@ struct CodeFields {
   static __device__ __forceinline__ uint32_t select(uint32_t x, uint32_t y) { return ((x ^ y) & 0x55555555u) ^ y; }
 };
 
+// c += field n of the codes of two tokens per lane, by two words of 8 columns of queries.
+__device__ __forceinline__ void mma_field(int (&c)[4], const CodeFields& x, const CodeFields& y, int n, uint32_t b0,
+                                          uint32_t b1) {
+  mma32(c, CodeFields::field(x.even, n), CodeFields::field(y.even, n), CodeFields::field(x.odd, n),
+        CodeFields::field(y.odd, n), b0, b1);
+}
+
 }  // namespace adamas

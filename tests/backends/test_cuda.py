@@ -75,24 +75,24 @@ def mislead(batch: Batch, data: str) -> None:
         key.mul_(0.01).add_(rise.view(-1, 1, 1))
 
 
+def misleading(backend, case: Case, data: str) -> Batch:
+    """The batch of a case with one of ``MISLEADING``."""
+    plain = data in ("drift", "late", "outliers", "sampled")
+    batch = dataclasses.replace(case, data="normal" if plain else data).build(backend, "cuda")
+    if plain:
+        mislead(batch, data)
+        append_again(backend, batch)
+    return batch
+
+
 @over_forms
 @over_scores
 @pytest.mark.parametrize("data", ["normal", *MISLEADING])
 def test_decode_of_any_scores(backend, data: str, score: str, selection: str, form: Form) -> None:
     """Long enough for samples; every distribution of scores is exact."""
-    plain = data in ("drift", "late", "outliers", "sampled")
-    case = Case(
-        (LONGEST, 2048, 2500, 0, 5000),
-        (256, 64, 2400, 9, 1),
-        score=score,
-        **SETS[selection],
-        data="normal" if plain else data,
-    )
-    batch = case.build(backend, "cuda")
-    if plain:
-        mislead(batch, data)
-        append_again(backend, batch)
-    check_decode(backend, batch, form)
+    lengths, budgets = (LONGEST, 2048, 2500, 0, 5000), (256, 64, 2400, 9, 1)
+    case = Case(lengths, budgets, score=score, **SETS[selection])
+    check_decode(backend, misleading(backend, case, data), form)
 
 
 @over_forms
@@ -275,8 +275,7 @@ def drafted(batch: Batch, rows: list[int]) -> tuple[Batch, torch.Tensor]:
     The last row of a request has its whole context, and each other one a token less than the next.
     """
     counts = torch.tensor(rows, device="cuda")
-    starts = counts.cumsum(0).repeat_interleave(counts) - counts.repeat_interleave(counts)
-    positions = torch.arange(sum(rows), device="cuda") - starts
+    positions = torch.cat([torch.arange(n, device="cuda") for n in rows])
     behind = counts.repeat_interleave(counts) - 1 - positions
     query = batch.query[: len(rows)].repeat_interleave(counts, 0)
     batch = dataclasses.replace(
@@ -301,13 +300,7 @@ def test_a_shared_scan_selects_as_rows_of_their_own(
     backend, data: str, heads: tuple[int, int], head_size: int
 ) -> None:
     case = Case(**REQUESTS, **SETS["max"], heads=heads, head_size=head_size)
-    batch = dataclasses.replace(case, data="equal" if data == "equal" else "normal").build(
-        backend, "cuda"
-    )
-    if data in ("late", "huge"):
-        mislead(batch, data)
-        append_again(backend, batch)
-    check_shared(backend, *drafted(batch, ROWS))
+    check_shared(backend, *drafted(misleading(backend, case, data), ROWS))
 
 
 def check_shared(backend, batch: Batch, positions: torch.Tensor) -> None:

@@ -155,9 +155,8 @@ def test_freed_blocks_may_hold_anything(host, name: str) -> None:
     """The drafter's pages lie in the same pool, and are poisoned as well."""
     server = host[name]
     before = steps_of(server, PROMPTS)
-    counters(
-        server
-    )  # steps that decode nothing sparse: the audit reads a step's pages before the next one
+    # The audit reads an audited step's pages before the next one; these steps decode nothing sparse.
+    counters(server)
     extension.poison(server, LAYERS + 1)
     assert_same_up_to_rounding(before, steps_of(server, PROMPTS), share=0.6)
 

@@ -67,12 +67,9 @@ __device__ __forceinline__ void score_set(const SharedQuery<kTiles>& query, cons
     const CodeFields x(words.hi[0][2 * pair], words.lo[0][2 * pair]);
     const CodeFields y(words.hi[0][2 * pair + 1], words.lo[0][2 * pair + 1]);
 #pragma unroll
-    for (int n = 0; n < 4; ++n) {
-      const uint32_t a0 = CodeFields::field(x.even, n), a1 = CodeFields::field(y.even, n);
-      const uint32_t a2 = CodeFields::field(x.odd, n), a3 = CodeFields::field(y.odd, n);
+    for (int n = 0; n < 4; ++n)
 #pragma unroll
-      for (int t = 0; t < kTiles; ++t) mma32(sum[t], a0, a1, a2, a3, query.word[t][2 * n], query.word[t][2 * n + 1]);
-    }
+      for (int t = 0; t < kTiles; ++t) mma_field(sum[t], x, y, n, query.word[t][2 * n], query.word[t][2 * n + 1]);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       const float origin = -SharedQuery<kTiles>::kOrigin * scale[2 * pair + i];  // exact
@@ -81,7 +78,7 @@ __device__ __forceinline__ void score_set(const SharedQuery<kTiles>& query, cons
       for (int t = 0; t < kTiles; ++t)
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
-          // The integer times the scale, rounded once as in score_quad().
+          // The integer times the scale, rounded once as in score_quad(); a zero is never negative, which is equal.
           const float own = __fmaf_rn(__int_as_float(sum[t][2 * i + j]), scale[2 * pair + i], origin);
           const float logit = __fmul_rn(own, query.weight[t][j].factor);
           const float x = __fsub_rn(logit, query.weight[t][j].log_sum);
