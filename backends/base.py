@@ -333,6 +333,7 @@ class Backend(ABC):
         batch: DecodeBatch,
         output: torch.Tensor,
         stats: torch.Tensor,
+        lse: torch.Tensor | None = None,
     ) -> None:
         """Attention of R query tokens over their selected tokens: scan, select, exact softmax.
 
@@ -345,6 +346,9 @@ class Backend(ABC):
                 attended tokens, both summed over query heads; and token sets that the slow path selected
                 again, because the fast one could not hold their candidates. Backends without a slow path
                 leave the last one alone.
+            lse: float32 ``[R, Hq]``, written: the natural logarithm of the sum of exp(logit) over the tokens
+                that a row attends to, -inf with context 0. Learned sinks are not among them, so that outputs
+                over parts of a context can be combined first.
         """
 
     @abstractmethod

@@ -74,7 +74,7 @@ def parse_args():
     parser.add_argument("--output-len", type=int, default=256)
     parser.add_argument("--rounds", type=int, default=3, help="warm rounds of every load")
     parser.add_argument(
-        "--cold", type=int, default=12, help="minimum number of cold prompts for each of --loads"
+        "--cold", type=int, default=256_000, help="least tokens of cold prompts for each of --loads"
     )
     parser.add_argument("--mixed-rounds", type=int, default=1, help="rounds of the mixed load")
     parser.add_argument("--config", default="{}", help="options of the adamas backend as JSON")
@@ -365,7 +365,8 @@ class Bench:
             self.facts["adamas"] = line.partition("backend: ")[2]
             self.facts["below_budget"] = check_equal(servers)
             for load in loads:
-                load.measure(servers, args.output_len, -(-args.cold // load.requests), args.rounds)
+                cold = -(-args.cold // (load.context * load.requests))
+                load.measure(servers, args.output_len, cold, args.rounds)
                 self.keep(load)
             for load in map(Load.parse, args.client_loads):
                 found = second_client(servers, load, args.output_len, args.rounds)

@@ -83,7 +83,7 @@ class Audit:
 
     @staticmethod
     def _empty(layer: Attention, device: torch.device) -> Kept:
-        shape, dtype = (ROWS, layer.impl.num_heads, layer.impl.head_size), layer.impl.dtype
+        shape, dtype = (ROWS, layer.impl.num_decode_heads, layer.impl.head_size), layer.impl.dtype
         return Kept(*(torch.zeros(shape, dtype=dtype, device=device) for _ in range(2)))
 
     @classmethod

@@ -42,6 +42,7 @@ def check_config(vllm_config) -> AdamasConfig:
         _check_connector,
         _check_speculation,
         _check_model,
+        _check_context_parallel,
         _check_cache,
     ):
         check(vllm_config)
@@ -158,7 +159,10 @@ def _check_kernels(vllm_config, config: AdamasConfig) -> None:
         return
     parallel = vllm_config.parallel_config
     kv_heads = model.get_num_kv_heads(parallel)
-    group = model.get_num_attention_heads(parallel) // kv_heads
+    ranks = (
+        parallel.decode_context_parallel_size
+    )  # that share KV heads, and decode each other's queries
+    group = ranks * model.get_num_attention_heads(parallel) // kv_heads
     if device == "cuda" and group > MAX_GROUP:
         _refuse(f"{group} query heads per KV head on GPUs (at most {MAX_GROUP})", OTHER_BACKEND)
     sizes = head_sizes(model)
@@ -245,13 +249,37 @@ def _check_device(vllm_config) -> None:
 
 def _check_parallel(vllm_config) -> None:
     parallel = vllm_config.parallel_config
-    if parallel.decode_context_parallel_size > 1:
-        _refuse("decode context parallelism (DCP)", "drop --decode-context-parallel-size")
     if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
         _refuse("prefill context parallelism (PCP)", "drop --prefill-context-parallel-size")
     if parallel.use_ubatching:
         # Their layers run concurrently but share the workspace of the process.
         _refuse("micro-batches that overlap", "drop --enable-dbo and --ubatch-size")
+
+
+def _check_context_parallel(vllm_config) -> None:
+    """Checks what ranks that keep a share of every context each (``dcp.py``) are asked to serve."""
+    if vllm_config.parallel_config.decode_context_parallel_size == 1:
+        return
+    way_out, model = "drop --decode-context-parallel-size", vllm_config.model_config
+    if compat.on_cpu():
+        _refuse("DCP on CPUs, where vLLM has none", way_out)
+    if compat.kv_connector(vllm_config) is not None:
+        _refuse(f"KV connectors with DCP, {UNTRIED}", way_out)
+    if model is None:
+        return
+    if model.is_hybrid:
+        _refuse("DCP of models with state-space or linear-attention layers", way_out)
+    if "sliding_attention" in _kinds_of_layers(model).values():
+        _refuse("DCP of models with sliding windows, for which vLLM has none", way_out)
+    if _uses_sinks(model.hf_text_config):
+        _refuse("DCP of models with learned attention sinks", way_out)
+    from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+
+    if get_flash_attn_version(head_size=head_sizes(model)[-1]) == 2:
+        _refuse(
+            "DCP on this GPU (vLLM's prefill kernel, FlashAttention 2, can fail for mixed batches of it)",
+            way_out,
+        )
 
 
 def _check_features(vllm_config) -> None:

@@ -444,6 +444,24 @@ def engine_index(vllm_config) -> int:
     return vllm_config.parallel_config.data_parallel_index
 
 
+def context_group(vllm_config):
+    """vLLM's group of the ranks of decode context parallelism and the number of consecutive tokens on a rank;
+    None without it."""
+    parallel = vllm_config.parallel_config
+    if parallel.decode_context_parallel_size == 1:
+        return None
+    from vllm.distributed import get_dcp_group
+
+    return get_dcp_group(), parallel.cp_kv_cache_interleave_size
+
+
+def has_nccl(group) -> bool:
+    """Whether vLLM has loaded NCCL for a group. Without it, ``reduce_scatter`` of the group returns memory that nobody
+    has written (0.32 and 0.33)."""
+    found = group.device_communicator.pynccl_comm
+    return found is not None and not found.disabled
+
+
 def adamas_parts(worker) -> tuple[dict, list, Callable[[int], list]]:
     """The parts of an in-process worker that an evaluation modifies.
 

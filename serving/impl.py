@@ -27,6 +27,7 @@ from vllm_adamas.errors import AdamasError
 from vllm_adamas.layout import TILE, PageLayout, overhead
 from vllm_adamas.serving import compat
 from vllm_adamas.serving.checks import check_sinks, read_config
+from vllm_adamas.serving.dcp import ContextShare
 from vllm_adamas.serving.metadata import AdamasMetadata
 from vllm_adamas.serving.shared import Shared
 
@@ -45,6 +46,10 @@ class Balance(NamedTuple):
 
 class AdamasImpl(AttentionImpl[AdamasMetadata]):
     """See :class:`vllm.v1.attention.backend.AttentionImpl`; one instance per layer."""
+
+    can_return_lse_for_decode = True
+    supports_dcp = True
+    supports_mtp_with_cp_non_trivial_interleave_size = True  # every draft is a row of its own
 
     def __init__(
         self,
@@ -71,16 +76,28 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
                     f"the adamas backend does not support {what}: serve this model with another "
                     "--attention-backend."
                 )
+        vllm_config = get_current_vllm_config()
+        self.share = share = ContextShare.of(vllm_config)
+        for unsupported, what in (  # not every model's configuration tells
+            (sinks is not None, "learned attention sinks with DCP"),
+            (sliding_window is not None, "sliding windows with DCP"),
+            (kv_sharing_target_layer_name is not None, "layers that share keys with DCP"),
+        ):
+            if share and unsupported:
+                raise AdamasError(
+                    f"the adamas backend does not support {what}: drop --decode-context-parallel-size."
+                )
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
+        #: that this rank decodes: with DCP, those of all ranks that share its KV heads
+        self.num_decode_heads = num_heads * (share.size if share else 1)
         self.sliding_window = sliding_window
         self.logits_soft_cap = logits_soft_cap or 0.0
         self.sinks = sinks
         self.kv_cache_dtype = kv_cache_dtype
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
-        vllm_config = get_current_vllm_config()
         self.config = read_config(vllm_config)
         layers, device = compat.layers_of(vllm_config), current_platform.device_type
         engine = compat.engine_index(vllm_config)
@@ -88,6 +105,8 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         self.backend = self.shared.backend(self.config.kernels)
         self.dense = self.shared.dense
         self.max_model_len = vllm_config.model_config.max_model_len
+        if share:
+            self.max_model_len = share.most(self.max_model_len)
         self.dtype = vllm_config.model_config.dtype
         if sinks is not None:  # not every model's configuration tells
             check_sinks(self.dtype, head_size, num_heads)
@@ -157,6 +176,8 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
             raise NotImplementedError("fused output quantization is not supported by ADAMAS")
         if attn_metadata is None:  # vLLM profiles the memory use of a step
             self._reserve()
+            if self.share:  # as much as a step takes
+                self.share.combine(*self._everyone(self.share.gather(query)))
             return output
         bound = self.bind(layer, kv_cache)
         if self._balance is not None:
@@ -167,8 +188,6 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
             self.backend.append(bound, key, value, attn_metadata.slot_mapping)
         if attn_metadata.num_decode_rows:
             self._decode(bound, query, attn_metadata, output)
-            if attn_metadata.audit is not None:
-                attn_metadata.audit.keep(self._layer_name, query, output)
         if attn_metadata.prefill is not None:
             plan = attn_metadata.prefill
             self.dense.prefill(self.backend, bound, plan, query, key, value, output)
@@ -178,14 +197,31 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         rows, batch = metadata.num_decode_rows, metadata.decode[bound.params.budget]
         if capturing(output.device):  # a graph replays with contexts of any length
             batch = replace(batch, max_seq_len=self.max_model_len)
-        if self._dense and self.dense.decodes(bound.params):
+        share, stats = self.share, self.shared.stats.counters(dense_layer=self._dense)
+        if self._dense and not share and self.dense.decodes(bound.params):
             starts = metadata.query_start_loc
             self.dense.decode(bound, query[:rows], batch, starts, output[:rows])
             return
         if self._dense:
             batch = batch.dense
-        stats = self.shared.stats.counters(dense_layer=self._dense)
-        self.backend.decode(bound, query, batch, output, stats)
+        if not share:
+            self.backend.decode(bound, query, batch, output, stats)
+            self._audit(metadata, query, output)
+            return
+        query = share.gather(query[:rows])
+        found, lse = self._everyone(query)
+        self.backend.decode(bound, query, batch, found, stats, lse)
+        self._audit(metadata, query, found)  # of this rank's share
+        output[:rows] = share.combine(found, lse)[0]
+
+    def _audit(self, metadata: AdamasMetadata, query, output) -> None:
+        if metadata.audit is not None:
+            metadata.audit.keep(self._layer_name, query, output)
+
+    @staticmethod
+    def _everyone(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """New tensors for the output and the log-sum-exp of the queries of all ranks."""
+        return torch.empty_like(query), query.new_empty(query.shape[:2], dtype=torch.float32)
 
     def reconfigure(self, config: AdamasConfig, wrap=None) -> None:
         """Applies another configuration from the next step on; never called in a server.
@@ -280,7 +316,7 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
             self.config,
             layout,
             budget,
-            num_query_heads=self.num_heads,
+            num_query_heads=self.num_decode_heads,
             num_kv_heads=self.num_kv_heads,
             softmax_scale=self.scale,
             sliding_window=self.sliding_window or 0,

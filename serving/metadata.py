@@ -22,7 +22,8 @@ from vllm_adamas.errors import AdamasError
 from vllm_adamas.serving import compat
 from vllm_adamas.serving.audit import Audit
 from vllm_adamas.serving.checks import OTHER_BACKEND, read_config, warnings
-from vllm_adamas.serving.dense.base import PrefillPlan
+from vllm_adamas.serving.dcp import ContextShare
+from vllm_adamas.serving.dense.base import PrefillPlan, SharedContext
 
 logger = init_logger("vllm.adamas")
 
@@ -38,7 +39,8 @@ class AdamasMetadata(AttentionMetadata):
         num_decode_rows: number of rows, R.
         decode: the rows, by the budget of a layer. The budget of a dense row is its context length;
             rows are dense if they belong to a prompt (the last token of a prefill too) or if the budget
-            covers the context.
+            covers the context. With DCP their lengths are those of this rank's shares, and the budgets
+            those of the whole contexts.
         query_start_loc: int32 ``[R + 1]``, 0 to R.
         prefill: plan of the other requests, None if there are none.
         slot_mapping: int64 ``[tokens]``, slots of the step's keys and values.
@@ -125,7 +127,10 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
 
     def __init__(self, kv_cache_spec, layer_names, vllm_config, device):
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        self._init_reorder_batch_threshold(
+            1, supports_spec_as_decode=True, supports_dcp_with_varlen=True
+        )
+        self._share = ContextShare.of(vllm_config)
         config = read_config(vllm_config)
         shared = compat.layers_of(vllm_config)[layer_names[0]].impl.shared
         self.stats, self._requested = shared.stats, shared.requested
@@ -137,6 +142,7 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
         self._starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self._seq_lens = torch.zeros_like(self._starts[:-1])
         self._positions = torch.zeros_like(self._seq_lens)
+        self._share_lens = torch.zeros_like(self._seq_lens)
         self._block_table: torch.Tensor | None = None  # made when its width is known
         self.audit = Audit.of(vllm_config, config, layer_names, device)
         self.configure(config)
@@ -218,15 +224,19 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
         seq_lens, block_table, positions, *hosted = self._rows(
             common, num_decodes, num_decode_tokens
         )
-        rows, decode = len(seq_lens), {}
+        rows, decode, share = len(seq_lens), {}, self._share
+        held, longest = seq_lens, common.max_seq_len
+        if share:  # captured graphs read these lengths too
+            held = self._share_lens[:rows].copy_(share.lens(seq_lens))
+            longest = share.most(longest)
         for budget, buffer in self._budgets.items():
             budgets = buffer[:rows]
             self._fill(budget, seq_lens, *hosted, budgets)
             decode[budget] = DecodeBatch(
                 block_table=block_table,
-                seq_lens=seq_lens,
+                seq_lens=held,
                 budgets=budgets,
-                max_seq_len=common.max_seq_len,
+                max_seq_len=longest,
                 positions=positions,
                 num_requests=num_decodes,
                 overlap=True,  # projections precede decode in a step
@@ -245,6 +255,8 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
                 max_query_len=common.max_query_len,
                 max_seq_len=common.max_seq_len,
             )
+            if share:
+                plan.context = SharedContext.of(share, plan)
         self.stats.tick()
         return AdamasMetadata(
             num_decode_rows=rows,
@@ -293,5 +305,6 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
             seq_lens = draft_rows(tokens, ends, seq_lens)[1]
         budgets = torch.empty_like(seq_lens)
         self._fill(budget, seq_lens, *hosted, budgets)
-        rows = (budgets < seq_lens).nonzero().flatten().tolist()
-        return [(row, int(seq_lens[row])) for row in rows]
+        held = self._share.lens(seq_lens) if self._share else seq_lens
+        rows = (budgets < held).nonzero().flatten().tolist()
+        return [(row, int(held[row])) for row in rows]

@@ -27,7 +27,9 @@ def refused(call, *named: str) -> str:
     return message
 
 
-def make_random(folder: Path, family: str, change=lambda model: None, **config) -> Path:
+def make_random(
+    folder: Path, family: str, change=lambda model: None, kv_heads: int = 4, **config
+) -> Path:
     """A small model of a family of transformers with random weights.
 
     Args:
@@ -38,7 +40,7 @@ def make_random(folder: Path, family: str, change=lambda model: None, **config) 
 
     names = {"vocab_size": 49152, "bos_token_id": 1, "eos_token_id": 2}
     shape = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64, "num_hidden_layers": 4}
-    heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "initializer_range": 0.08}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": kv_heads, "initializer_range": 0.08}
     kind = getattr(transformers, f"{family}Config")
     config = kind(**{**names, **shape, **heads, "max_position_embeddings": 8192, **config})
     model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")

@@ -272,11 +272,10 @@ class CudaTarget(_KeepsWorkspace):
 def attend_selected(backend: Backend, batch: Batch) -> tuple[torch.Tensor, list[int]]:
     """Float32, on the GPU where the batch is; sorting is stable, so ties go as they should."""
     params, stats = batch.params, [0, 0, 0, 0]
-    scores = batch.scan(backend)
     lengths, heads = batch.lengths, params.num_query_heads
     out = torch.zeros(len(lengths), heads, params.layout.head_size)
     budgets = params.attended(batch.seq_lens, batch.budgets).tolist()
-    for row, (n, budget) in enumerate(zip(lengths, budgets, strict=True)):
+    for n, budget in zip(lengths, budgets, strict=True):
         if n == 0:
             continue
         visible = min(n, params.sliding_window or n)
@@ -284,7 +283,26 @@ def attend_selected(backend: Backend, batch: Batch) -> tuple[torch.Tensor, list[
         stats[0 if sparse else 1] += 1
         stats[2] += n * heads
         stats[3] += (budget if sparse else visible) * heads
-        for head in range(heads):
+    for row, head, logits, v in attended(backend, batch):
+        sink = None if params.sinks is None else params.sinks[head]
+        out[row, head] = (exact_weights(logits, params.logits_soft_cap, sink).float() @ v).cpu()
+    return out, stats
+
+
+def attended(
+    backend: Backend, batch: Batch
+) -> Iterator[tuple[int, int, torch.Tensor, torch.Tensor]]:
+    """Row, query head, and of the tokens that it attends to the logits before any cap, float32 ``[K]``, and V
+    ``[K, D]``; rows with context 0 are left out."""
+    params = batch.params
+    scores = batch.scan(backend)
+    budgets = params.attended(batch.seq_lens, batch.budgets).tolist()
+    for row, (n, budget) in enumerate(zip(batch.lengths, budgets, strict=True)):
+        if n == 0:
+            continue
+        visible = min(n, params.sliding_window or n)
+        sparse = budget < n and not params.sliding_window
+        for head in range(params.num_query_heads):
             tokens = torch.arange(n - visible, n)
             kv_head = head // params.group
             if sparse:
@@ -296,10 +314,7 @@ def attend_selected(backend: Backend, batch: Batch) -> tuple[torch.Tensor, list[
                     params.recent_window,
                 )
             k, v = stored_tokens(batch, row, kv_head, tokens.to(scores.device))
-            logits = k @ batch.query[row, head].float() * params.softmax_scale
-            sink = None if params.sinks is None else params.sinks[head]
-            out[row, head] = (exact_weights(logits, params.logits_soft_cap, sink).float() @ v).cpu()
-    return out, stats
+            yield row, head, k @ batch.query[row, head].float() * params.softmax_scale, v
 
 
 def stored_tokens(

@@ -70,10 +70,9 @@ class CpuBackend(Backend, Inspectable):
     def append(self, layer, key, value, slot_mapping):
         self._lib.append(layer.native, key, value, slot_mapping)
 
-    def decode(self, layer, query, batch, output, stats):
-        self._lib.decode(
-            layer.native, query, batch.block_table, batch.seq_lens, batch.budgets, output, stats
-        )
+    def decode(self, layer, query, batch, output, stats, lse=None):
+        rows = (batch.block_table, batch.seq_lens, batch.budgets)
+        self._lib.decode(layer.native, query, *rows, output, stats, lse)
 
     def scan(self, layer, query, block_table, seq_lens, longest=None):
         rows = seq_lens.shape[0]

@@ -107,12 +107,14 @@ class ReferenceBackend(Backend, Inspectable):
                 chosen[row, head, : len(tokens)] = tokens
         return chosen
 
-    def decode(self, layer, query, batch, output, stats):
+    def decode(self, layer, query, batch, output, stats, lse=None):
         params, kv_cache, block_table = layer.params, layer.kv_cache, batch.block_table
         attended = params.attended(batch.seq_lens, batch.budgets).tolist()
         lengths = _lengths(params, block_table, batch.seq_lens)
         for row, (length, budget) in enumerate(zip(lengths, attended, strict=True)):
             output[row] = 0
+            if lse is not None:
+                lse[row] = float("-inf")
             if length == 0:
                 continue
             visible = length if params.sliding_window == 0 else min(length, params.sliding_window)
@@ -130,8 +132,11 @@ class ReferenceBackend(Backend, Inspectable):
                     tokens = torch.arange(length - visible, length)
                 k, v = self._tokens(params, kv_cache, block_table[row], kv_head, tokens)  # [K, D]
                 logits = k @ query[row, head].float() * params.softmax_scale  # [K]
+                logits = soft_cap(logits, params.logits_soft_cap)
+                if lse is not None:
+                    lse[row, head] = logits.logsumexp(0)
                 sink = None if params.sinks is None else params.sinks[head]
-                p = softmax(soft_cap(logits, params.logits_soft_cap), sink)  # [K]
+                p = softmax(logits, sink)  # [K]
                 output[row, head] = (p @ v).to(output.dtype)
             seen, heads = budget if sparse else visible, params.num_query_heads
             stats += torch.tensor([sparse, not sparse, length * heads, seen * heads, 0])

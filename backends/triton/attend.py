@@ -144,6 +144,7 @@ def merge_kernel(
     budgets,
     sinks,  # float32 [Hq]: logits that only add to the denominator; None: none
     stats,  # int64: sparse rows, dense rows, context tokens, attended tokens
+    lse,  # float32 [R, Hq]; None: not wanted
     factor,
     longest,
     least,
@@ -162,6 +163,9 @@ def merge_kernel(
     best = tl.where(length > 0, tl.max(top, 0), 0.0)
     share = tl.exp2(top - best)
     weight = tl.sum(share * tl.load(total + unit, mask=used, other=0))
+    if lse is not None:
+        found = (best + tl.log2(tl.where(length > 0, weight, 1.0))) / LOG2_E
+        tl.store(lse + row * heads + head, tl.where(length > 0, found, float("-inf")))
     if sinks is not None:
         weight += tl.exp2(
             tl.load(sinks + head) * LOG2_E - best

@@ -164,7 +164,7 @@ class TritonBackend(Backend, Inspectable):
         index = torch.arange(most, device=scores.device)
         return tokens[..., :most].masked_fill(index >= kept[:, None, None], -1)
 
-    def decode(self, layer, query, batch, output, stats):
+    def decode(self, layer, query, batch, output, stats, lse=None):
         """As :meth:`Backend.decode`; if ``budgets`` is the tensor ``seq_lens``, every row is dense."""
         params, block_table = layer.params, batch.block_table
         seq_lens, budgets = batch.seq_lens, batch.budgets
@@ -174,6 +174,8 @@ class TritonBackend(Backend, Inspectable):
         check_tensor("output", output, output.dtype, *query.shape)
         check_tensor("budgets", budgets, torch.int32, rows)
         check_tensor("stats", stats, torch.int64, COUNTERS)
+        if lse is not None:
+            check_tensor("lse", lse, torch.float32, rows, params.num_query_heads)
         if not rows:
             return
         longest = block_table.shape[1] * params.layout.block_size
@@ -193,7 +195,7 @@ class TritonBackend(Backend, Inspectable):
             self._attend(plan, layer, query[some], *rows_of_pass, longest, None)
             merge_kernel[len(out), params.num_query_heads](
                 plan.partial, plan.maximum, plan.total, out, *out.stride()[:2], *rows_of_pass[1:],
-                params.sinks, stats, params.v_scale, longest, params.least_budget, WINDOW=params.sliding_window,
+                params.sinks, stats, None if lse is None else lse[some], params.v_scale, longest, params.least_budget, WINDOW=params.sliding_window,
                 PARTS=plan.parts, **_sizes(params.layout.head_size),
             )  # fmt: skip
 

@@ -216,7 +216,7 @@ void check_scores(const TensorView& scores, const DecodeParams& p) {
 }
 
 void decode_op(Layer layer, TensorView query, TensorView block_table, TensorView seq_lens, TensorView budgets,
-               TensorView output, TensorView stats) {
+               TensorView output, TensorView stats, Optional<Tensor> lse) {
   DecodeArgs args(layer, block_table, seq_lens);
   DecodeParams& p = args.p;
   args.query(query);
@@ -225,6 +225,9 @@ void decode_op(Layer layer, TensorView query, TensorView block_table, TensorView
                      "output: expected float32, float16 or bfloat16 [R, Hq, D] with a contiguous D");
   expect(stats.ndim() == 1 && is_int(stats, 64) && stats.size(0) == 5, "stats: expected int64 [5]");
   p.stats = data<int64_t>(stats);
+  expect(!lse.has_value() || is_floats(lse.value(), {p.num_rows, p.num_query_heads}),
+         "lse: expected contiguous float32 [R, Hq]");
+  p.lse = lse.has_value() ? static_cast<float*>(lse.value().data_ptr()) : nullptr;
   decode(*active, p);
 }
 

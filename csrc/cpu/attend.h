@@ -23,6 +23,8 @@ template <Element E, int D>
 static void store_output(const DecodeParams& p, int row, int head, const Partial& partial) {
   const int64_t at = row * p.output.token_stride + head * p.output.head_stride;
   float sum = partial.sum;
+  if (p.lse)
+    p.lse[int64_t(row) * p.num_query_heads + head] = sum > 0 ? partial.max + __builtin_logf(sum) : -__builtin_inff();
   if (p.sinks && sum > 0) sum += __builtin_expf(p.sinks[head] - partial.max);  // at most infinite, and the output 0
   const float norm = sum > 0 ? (Convert<E>::bytes == 1 ? p.page.v_scale : 1.0f) / sum : 0.0f;
   if (E == Element::bf16 && p.output.element == Element::bf16) {  // the usual case, vectorised

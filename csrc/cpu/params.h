@@ -45,6 +45,7 @@ struct DecodeParams {
   float softmax_scale, logit_scale;
   float soft_cap;      // of the scaled logits; 0 caps nothing
   const float* sinks;  // [num_query_heads], logits that only add to the denominator; null is none
+  float* lse;          // [rows, num_query_heads], written unless null: see Backend.decode
   bool dot, per_query_head, maximum;
   int num_sink_tokens, recent_window, sliding_window;
   // [5]: sparse rows, dense rows, context tokens, attended tokens (over query heads); the last is for devices that

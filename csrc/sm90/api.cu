@@ -130,8 +130,9 @@ void use_workspace(DecodeParams& p, const TensorView& work, DLDevice device) {
 // positions: int32 [R] to scan the rows of a request together, see DecodeParams; none scans each alone.
 // stages: which of the three run, bit 0 encode, bit 1 scan, bit 2 attend; the benchmark times them one by one.
 void decode_op(Layer layer, TensorView query, TensorView output, TensorView block_table, TensorView seq_lens,
-               TensorView budgets, Optional<Tensor> positions, TensorView stats, TensorView work, int64_t max_seq_len,
-               int64_t cluster, int64_t warps, int64_t sample_bits, int64_t capacity, bool overlap, int64_t stages) {
+               TensorView budgets, Optional<Tensor> positions, TensorView stats, Optional<Tensor> lse, TensorView work,
+               int64_t max_seq_len, int64_t cluster, int64_t warps, int64_t sample_bits, int64_t capacity, bool overlap,
+               int64_t stages) {
   const DLDevice device = layer->device;
   DecodeParams p = make_step(layer, query, block_table, seq_lens, max_seq_len, sample_bits, capacity);
   p.output = as_rows(output, "output", "[R, Hq, D] of the dtype of query, D contiguous", layer, p.num_rows,
@@ -145,6 +146,15 @@ void decode_op(Layer layer, TensorView query, TensorView output, TensorView bloc
     expect(cluster == 0 && scan_shares(p), "positions: the rows of a request are not scanned together in this step");
   }
   p.stats = as_vector<int64_t>(stats, "stats", "contiguous int64 [5]", device, 5);
+  if (lse.has_value()) {
+    const Tensor tensor = lse.value();
+    const TensorView view(tensor);
+    const Argument logs{"lse", "contiguous float32 [R, Hq]", view, device};
+    logs.expect_device();
+    logs.expect(is_dtype(view, kDLFloat, 32));
+    logs.expect_shape({p.num_rows, p.num_query_heads});
+    p.lse = data<float>(view);
+  }
   p.overlap = overlap;
   void* stream = current_stream(layer);
   use_workspace(p, work, device);

@@ -245,6 +245,7 @@ struct Attention {
         const int local = i / D, d = i % D, head = first + 8 * n + local;
         const SoftmaxValue x = merge_parts(buffer + local * kHeadFloats, warps, here * kHeadFloats, d);
         head_vector<T>(p.output, row, head)[d] = T(softmax_output(p, head, x));
+        if (d == 0) store_lse(p, row, head, x.top, x.sum);
       }
     }
   }

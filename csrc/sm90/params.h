@@ -109,6 +109,7 @@ struct DecodeParams {
   float logit_scale;  // softmax scale in base 2 of values that are not fp8
   float soft_cap;     // of the logits in base 2; 0 caps nothing
   const float* sinks;  // [num_query_heads] natural logits that only add to the denominator; null is none
+  float* lse;          // [rows, num_query_heads], written unless null: see Backend.decode
   Mode mode;
   bool per_query_head;
   int num_sink_tokens, recent_window, sliding_window;

@@ -54,6 +54,11 @@ __device__ __forceinline__ SoftmaxValue merge_parts(const float* from, int parts
   return merged;
 }
 
+// Writes the natural logarithm of the sum of exp(logit) of a query head's tokens, if it is wanted; -inf without tokens.
+__device__ __forceinline__ void store_lse(const DecodeParams& p, int row, int head, float top, float sum) {
+  if (p.lse) p.lse[int64_t(row) * p.num_query_heads + head] = (top + __log2f(sum)) / float(kLog2E);
+}
+
 // The output value of a query head; 0 without tokens. Its learned sink adds to the sum alone: at most infinity, with
 // which the output is 0.
 __device__ __forceinline__ float softmax_output(const DecodeParams& p, int head, const SoftmaxValue& x) {

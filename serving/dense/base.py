@@ -5,11 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from vllm_adamas.backends.base import Backend, DecodeBatch, Layer, Params
+
+if TYPE_CHECKING:
+    from vllm_adamas.serving.dcp import ContextShare
 
 
 @dataclass
@@ -25,6 +28,7 @@ class PrefillPlan:
         seq_lens_cpu: int32 ``[P]`` on the host, upper bounds of ``seq_lens``.
         max_query_len, max_seq_len: upper bounds in tokens known on the host.
         prepared: what the first layer of the step computed for the others.
+        context: with DCP, the earlier tokens on this rank.
     """
 
     first_token: int
@@ -37,11 +41,36 @@ class PrefillPlan:
     max_query_len: int
     max_seq_len: int
     prepared: Any = None
+    context: SharedContext | None = None
 
     @property
     def tokens(self) -> slice:
         """Their slice of the step's tokens."""
         return slice(self.first_token, self.first_token + self.num_tokens)
+
+
+@dataclass
+class SharedContext:
+    """What a rank of decode context parallelism has of the contexts of P requests, without the step's own tokens.
+
+    Args:
+        share: of the rank.
+        seq_lens: int32 ``[P]``.
+        seq_lens_cpu: int32 ``[P]`` on the host, upper bounds of ``seq_lens``.
+        max_seq_len: an upper bound for every rank, 0 if no request has earlier tokens.
+    """
+
+    share: ContextShare
+    seq_lens: torch.Tensor
+    seq_lens_cpu: torch.Tensor
+    max_seq_len: int
+
+    @classmethod
+    def of(cls, share: ContextShare, plan: PrefillPlan) -> SharedContext:
+        earlier = plan.seq_lens - plan.query_start_loc.diff()
+        earlier_cpu = plan.seq_lens_cpu - plan.query_start_loc_cpu.diff()
+        longest = share.most(int(earlier_cpu.max()))
+        return cls(share, share.lens(earlier), share.lens(earlier_cpu), longest)
 
 
 class DenseAttention(ABC):

@@ -7,12 +7,13 @@ of the queries. Only stored values are rounded, and e5m2 and older GPUs are supp
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import torch
 from torch.nn.functional import pad
 from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
+from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 
 from vllm_adamas.serving.dense.base import DenseAttention, PrefillPlan, runs_of
 
@@ -22,7 +23,7 @@ class Part:
     """Requests of a plan whose contexts fit into the scratch together.
 
     Args:
-        tokens: their slice of the step's tokens.
+        tokens: their slice of the plan's tokens.
         block_table, seq_lens: their rows of the plan's tensors.
         num_context_tokens: upper bound of the sum of ``seq_lens``.
         batch: arguments of FlashAttention that describe the batch.
@@ -46,14 +47,14 @@ def parts(plan: PrefillPlan, max_tokens: int) -> list[Part]:
             "cu_seqlens_q": query_starts - query_starts[0],
             "cu_seqlens_k": pad(seq_lens.cumsum(0, dtype=torch.int32), (1, 0)),
             "max_seqlen_q": max(b - a for a, b in pairwise(starts[first : last + 1])),
-            "max_seqlen_k": max(lens[first:last]),
+            "max_seqlen_k": max(1, *lens[first:last]),  # with DCP a rank may have none
         }
         found.append(
             Part(
-                slice(starts[first], starts[last]),
+                slice(starts[first] - starts[0], starts[last] - starts[0]),
                 plan.block_table[first:last],
                 seq_lens,
-                sum(lens[first:last]),
+                max(1, sum(lens[first:last])),
                 batch,
             )
         )
@@ -83,29 +84,68 @@ class FlashAttention(DenseAttention):
         return size
 
     def prefill(self, backend, layer, plan, query, key, value, output):
-        params = layer.params
+        query, output = query[plan.tokens], output[plan.tokens]
+        if plan.context is None:
+            self._attend_pages(backend, layer, plan, query, output)
+            return
+        context, share = plan.context, plan.context.share
+        new = {
+            "k": key[plan.tokens],
+            "v": value[plan.tokens],
+            "q": query,
+            "cu_seqlens_q": plan.query_start_loc,
+            "cu_seqlens_k": plan.query_start_loc,
+            "max_seqlen_q": plan.max_query_len,
+            "max_seqlen_k": plan.max_query_len,
+        }
+        if not context.max_seq_len:  # for every rank, as what they exchange has to be
+            _attend(layer.params, out=output, **new)
+            return
+        everyone = share.gather(query)
+        found = torch.empty_like(everyone)
+        lse = self._attend_pages(backend, layer, plan, everyone, found)
+        before, lse = share.combine(found, lse.t().contiguous())
+        after = torch.empty_like(before)
+        lse_after = _attend(layer.params, wants_lse=True, out=after, **new)
+        merge_attn_states(output, before, lse.t().contiguous(), after, lse_after)
+
+    def _attend_pages(self, backend, layer, plan, query, output) -> torch.Tensor | None:
+        """Attention to the plan's contexts in the pages; with DCP to what the rank has of the earlier tokens.
+
+        Args:
+            query, output: ``[T, heads, D]`` of the plan's tokens.
+
+        Returns:
+            with DCP float32 ``[heads, T]``, the log-sum-exp of the logits.
+        """
+        params, lens = layer.params, plan.context or plan
+        how = {"causal": lens is plan, "wants_lse": lens is not plan}  # all see the earlier tokens
         if not params.fp8:
-            _attend(
+            return _attend(
                 params,
                 *_views(layer),
-                q=query[plan.tokens],
-                out=output[plan.tokens],
+                **how,
+                q=query,
+                out=output,
                 cu_seqlens_q=plan.query_start_loc,
                 max_seqlen_q=plan.max_query_len,
-                seqused_k=plan.seq_lens,
-                max_seqlen_k=plan.max_seq_len,
+                seqused_k=lens.seq_lens,
+                max_seqlen_k=lens.max_seq_len,
                 block_table=plan.block_table,
             )
-            return
         rows = self._scratch.view(query.dtype)
         heads, size = params.num_kv_heads, params.layout.head_size
         if plan.prepared is None:
-            plan.prepared = parts(plan, self._scratch.numel() // _row_bytes(params, query.dtype))
+            own = replace(plan, seq_lens=lens.seq_lens, seq_lens_cpu=lens.seq_lens_cpu)
+            plan.prepared = parts(own, self._scratch.numel() // _row_bytes(params, query.dtype))
+        found = []
         for part in plan.prepared:
             shape = (2, part.num_context_tokens, heads, size)
             k, v = rows[: torch.Size(shape).numel()].view(shape)
             backend.gather(layer, part.block_table, part.seq_lens, k, v)
-            _attend(params, k, v, q=query[part.tokens], out=output[part.tokens], **part.batch)
+            q, out = query[part.tokens], output[part.tokens]
+            found.append(_attend(params, k, v, **how, q=q, out=out, **part.batch))
+        return None if lens is plan else torch.cat(found, 1)
 
     def decodes(self, params):
         return not params.fp8
@@ -135,16 +175,22 @@ def _views(layer) -> tuple[torch.Tensor, torch.Tensor]:
     return layout.k(kv_cache).transpose(1, 2), layout.v(kv_cache).transpose(1, 2)
 
 
-def _attend(params, k, v, **batch) -> None:
+def _attend(params, k, v, causal=True, wants_lse=False, **batch) -> torch.Tensor | None:
+    """Writes the output; returns float32 ``[heads, T]`` if the log-sum-exp of the logits is wanted.
+
+    It is infinite for a query without tokens, whose output may be anything.
+    """
     sinks = params.sinks
-    flash_attn_varlen_func(
+    found = flash_attn_varlen_func(
         k=k,
         v=v,
         softmax_scale=params.softmax_scale,
-        causal=True,
+        causal=causal,
         window_size=[params.sliding_window - 1, 0] if params.sliding_window else [-1, -1],
         softcap=params.logits_soft_cap,
         s_aux=None if sinks is None else sinks.bfloat16(),  # the only type that it takes
         fa_version=get_flash_attn_version(head_size=params.layout.head_size),
+        return_softmax_lse=wants_lse,
         **batch,
     )
+    return found[1] if wants_lse else None

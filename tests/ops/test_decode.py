@@ -17,6 +17,7 @@ from cases import (
 )
 from targets import (  # noqa: F401
     Target,
+    attended,
     check_decode,
     over_cases,
     over_targets,
@@ -24,6 +25,7 @@ from targets import (  # noqa: F401
     target,
 )
 
+from vllm_adamas.backends.softmax import soft_cap
 from vllm_adamas.budget import TokenBudget
 
 
@@ -76,6 +78,39 @@ def test_decode_with_every_token_is_plain_attention(target: Target, name: str, o
         assert relative_error(ours[row], exact).max() <= TOLERANCE[case.dtype]
     tokens = sum(case.lengths) * q_heads
     assert counted == [0, sum(n > 0 for n in case.lengths), tokens, tokens, 0]
+
+
+SUMMED = ("learned-sinks", "soft-cap-sinks", "sliding", "forced", "e4m3")
+LOG_SUMS = {
+    "cpu": ("plain", "group3", "d80", "fp32", "long", *SUMMED),
+    "triton": ("group3-manhattan", "d80-max", "empty", *SUMMED),
+    "cuda": ("plain", "mixed-kv_head", "d192", "group16", "long", *SUMMED),
+}
+
+
+@over_cases(forms=True, cases=picked(**LOG_SUMS))
+def test_decode_returns_the_log_sum_exp(target: Target, case: Case) -> None:
+    """Of the tokens that it attends to; learned sinks do not count, and the output stays the same."""
+    batch = target.build(case)
+    target.skip_unless_fits(batch)
+    rows, heads = len(batch.lengths), batch.params.num_query_heads
+    lse = torch.full((rows, heads), torch.nan, device=batch.query.device)
+    ours, counted = target.decode(batch, lse=lse)
+    expected = torch.full((rows, heads), -torch.inf)
+    for row, head, logits, _ in attended(target.backend, batch):
+        expected[row, head] = soft_cap(logits, batch.params.logits_soft_cap).logsumexp(0)
+    torch.testing.assert_close(lse.cpu(), expected, rtol=1e-5, atol=1e-3)
+    plain = target.decode(batch)
+    assert torch.equal(ours.view(torch.uint8), plain[0].view(torch.uint8))
+    assert counted == plain[1]
+
+
+@over_targets("cpu", "triton", "cuda")
+def test_a_log_sum_exp_of_another_shape_is_refused(target: Target) -> None:
+    batch = target.build(Case((5, 3), 8, heads=(2, 1), head_size=64))
+    for shape, dtype in (((2, 3), torch.float32), ((1, 2), torch.float32), ((2, 2), torch.float64)):
+        with pytest.raises(ValueError, match="lse"):
+            target.decode(batch, lse=torch.zeros(shape, dtype=dtype, device=batch.query.device))
 
 
 @pytest.mark.parametrize("score", ["dot", "manhattan"])

@@ -117,7 +117,7 @@ def engine() -> Engine:
     batch = Case(LENGTHS, 40, (4, 2), 64, selection="kv_head").build(REFERENCE)
     names = [f"layers.{n}.attn" for n in (3, 14)]
     impl = SimpleNamespace(
-        num_heads=4,
+        num_decode_heads=4,
         head_size=64,
         dtype=batch.query.dtype,
         backend=REFERENCE,

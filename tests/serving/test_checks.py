@@ -8,6 +8,7 @@ from typing import get_args
 import pytest
 import torch
 from common import MODEL, Changed, refused
+from ranks import Group, Ranks
 from vllm.config import KVTransferConfig
 
 from vllm_adamas.backends import registry
@@ -16,6 +17,7 @@ from vllm_adamas.backends.cuda.library import Limits
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.errors import AdamasError
 from vllm_adamas.serving import checks, compat
+from vllm_adamas.serving.dcp import ContextShare
 from vllm_adamas.serving.plugin import register
 
 
@@ -228,7 +230,7 @@ ARGUMENTS = {  # argument of the command -> its value and what else is needed; w
 PARTS = {  # where vLLM drops or refuses the argument on a CPU: (part, its change), what is named
     "--decode-context-parallel-size": (
         ("parallel_config", {"decode_context_parallel_size": 2}),
-        ("DCP", "--decode-context-parallel-size"),
+        ("DCP on CPUs", "--decode-context-parallel-size"),
     ),
     "--enable-dbo": (("parallel_config", {"use_ubatching": True}), MICRO_BATCHES),
 }
@@ -543,6 +545,94 @@ def with_text(vllm_config, changes: dict, kernels: str = "auto", **model) -> Cha
 def with_flash_attention(monkeypatch, version: int) -> None:
     name = "vllm.v1.attention.backends.fa_utils.get_flash_attn_version"
     monkeypatch.setattr(name, lambda **about: version)
+
+
+def with_dcp(config) -> Changed:
+    """The configuration of a server whose ranks keep a share of every context each."""
+    return Changed(
+        config, parallel_config=Changed(config.parallel_config, decode_context_parallel_size=2)
+    )
+
+
+OTHER_DCP = {  # fields of a model's configuration, those of the model; what is named
+    "windows": ({"layer_types": ["sliding_attention", "full_attention"]}, {}, "sliding windows"),
+    "sinks": ({"model_type": "gpt_oss"}, {}, "learned attention sinks"),
+    "hybrid": ({}, {"is_hybrid": True}, "state-space or linear-attention layers"),
+}
+
+
+@pytest.mark.refuses("DCP of models with {what}")
+@pytest.mark.parametrize(("text", "model", "what"), OTHER_DCP.values(), ids=OTHER_DCP)
+def test_models_with_dcp(
+    vllm_config, monkeypatch, record_property, text: dict, model: dict, what: str
+) -> None:
+    with_flash_attention(monkeypatch, 3)
+    on_gpu(monkeypatch)
+    config = with_text(vllm_config, text, **model)
+    named = (f"DCP of models with {what}", "--decode-context-parallel-size")
+    record_property("sentence", check_refusal(with_dcp(config), named))
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"sinks": torch.zeros(9)}, "learned attention sinks with DCP"),
+        ({"sliding_window": 64}, "sliding windows with DCP"),
+        ({"kv_sharing_target_layer_name": "layers.0.attn"}, "layers that share keys with DCP"),
+    ],
+)
+def test_layers_with_dcp(vllm_config, monkeypatch, options: dict, named: str) -> None:
+    """Where the model's configuration does not tell."""
+    from vllm.config import set_current_vllm_config
+
+    from vllm_adamas.serving.impl import AdamasImpl
+
+    group = Group(Ranks(2), 0)
+    monkeypatch.setattr("vllm_adamas.serving.compat.context_group", lambda config: (group, 1))
+    with set_current_vllm_config(vllm_config):
+        way_out = "--decode-context-parallel-size"
+        refused(lambda: AdamasImpl(9, 64, 0.125, 3, **options), named, way_out)
+
+
+@pytest.mark.refuses("DCP without NCCL")
+@pytest.mark.parametrize("nccl", [None, SimpleNamespace(disabled=True)], ids=["none", "disabled"])
+def test_ranks_need_nccl(monkeypatch, record_property, nccl) -> None:
+    """Without it, vLLM's ``reduce_scatter`` returns what it has not written."""
+    group = SimpleNamespace(device_communicator=SimpleNamespace(pynccl_comm=nccl))
+    monkeypatch.setattr("vllm_adamas.serving.compat.context_group", lambda config: (group, 1))
+    named = ("DCP without NCCL", "VLLM_NCCL_SO_PATH", "--decode-context-parallel-size")
+    record_property("sentence", refused(lambda: ContextShare.of(None), *named))
+
+
+@pytest.mark.refuses("DCP on GPUs with FlashAttention 2")
+def test_gpus_with_dcp(vllm_config, monkeypatch, record_property) -> None:
+    with_flash_attention(monkeypatch, 3)
+    on_gpu(monkeypatch)
+    for version in (3, 4):
+        with_flash_attention(monkeypatch, version)
+        checks.check_config(with_dcp(vllm_config))
+    with_flash_attention(monkeypatch, 2)
+    named = ("DCP on this GPU", "FlashAttention 2", "--decode-context-parallel-size")
+    record_property("sentence", check_refusal(with_dcp(vllm_config), named))
+
+
+@pytest.mark.refuses("KV connectors with DCP")
+def test_connectors_with_dcp(vllm_config, monkeypatch, record_property) -> None:
+    with_flash_attention(monkeypatch, 3)
+    on_gpu(monkeypatch)
+    cache = Changed(vllm_config.cache_config, kv_offloading_size=1.0)
+    config = with_dcp(Changed(vllm_config, cache_config=cache))
+    named = ("KV connectors with DCP", "--decode-context-parallel-size")
+    record_property("sentence", check_refusal(config, named))
+
+
+def test_ranks_with_dcp_decode_each_others_queries(vllm_config, monkeypatch) -> None:
+    with_flash_attention(monkeypatch, 3)
+    on_gpu(monkeypatch)
+    heads = {"get_num_attention_heads": lambda parallel: 9, "get_num_kv_heads": lambda parallel: 1}
+    config = with_text(vllm_config, {}, **heads)
+    checks.check_config(config)
+    check_refusal(with_dcp(config), ("18 query heads per KV head", OTHER))
 
 
 def test_a_model_without_layers_has_no_budget_for_one(vllm_config) -> None:

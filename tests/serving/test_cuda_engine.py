@@ -18,6 +18,7 @@ import pytest
 import torch
 from common import MODEL, is_one_sentence, random_llama
 from hopper import ON_HOPPER
+from prometheus_client.parser import text_string_to_metric_families
 from test_audit import audited
 from test_serve import (
     ATTENDED,
@@ -43,6 +44,8 @@ from vllm_adamas.serving.metrics import NAMES, Counters
 from vllm_adamas.serving.request_budgets import ARGUMENT
 
 pytestmark = [*ON_HOPPER, pytest.mark.timeout(400)]
+
+two_gpus = pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 
 COMMON = (
     "--dtype float16 --block-size 64 --max-model-len 8192 --max-num-seqs 16 "
@@ -87,6 +90,25 @@ NCCL = "-tp 2 --disable-custom-all-reduce"  # virtual machines may lack what tha
 TWO_GPUS = {  # with a model of their own
     "stock": ("flash_attn", None, NCCL, {}),
     "sparse": ("adamas", {"token_budget": 1024, "num_dense_layers": 1}, NCCL, {}),
+    "two engines": ("adamas", {"token_budget": 1024, "num_dense_layers": 1}, "-dp 2", {}),
+}
+DCP = f"{NCCL} --decode-context-parallel-size 2"
+SHARED = {"token_budget": BUDGET, "layer_budgets": {"0": BUDGET}, "audit_interval": 3}
+ONE_KV_HEAD = {  # that two GPUs share
+    "stock": ("flash_attn", None, NCCL, {}),
+    "dense": ("adamas", {"token_budget": 1_000_000}, f"{DCP} {CHUNKED}", {}),
+    "dense, v1 runner": ("adamas", {"token_budget": 1_000_000}, DCP, V1_RUNNER),
+    "sparse": ("adamas", SHARED, DCP, {}),
+    "no graphs": (
+        "adamas",
+        SHARED,
+        f"{DCP} -cc.cudagraph_mode=NONE --cp-kv-cache-interleave-size 64",
+        {},
+    ),
+    "v1 runner": ("adamas", SHARED, DCP, V1_RUNNER),
+    "triton": ("adamas", {**SHARED, "kernels": "triton"}, DCP, {}),
+    "drafts": ("adamas", SHARED, f"{DCP} {DRAFTS}", {}),
+    "fp8": ("adamas", {"token_budget": 1_000_000}, f"{DCP} --kv-cache-dtype fp8 {CHUNKED}", {}),
 }
 REFUSED = {"--dtype float32": "torch.float32"}
 
@@ -482,7 +504,7 @@ def test_fp8_decode_agrees_with_prefill(host) -> None:
 
 
 @pytest.mark.supports("tensor parallelism")
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+@two_gpus
 def test_heads_may_be_split_over_two_gpus(pair) -> None:
     """The tokens of the stock backend within the budget, and every row counted once beyond it."""
     assert "world_size=2" in pair["sparse"].log()
@@ -497,6 +519,92 @@ def test_heads_may_be_split_over_two_gpus(pair) -> None:
         layers * heads * sum(steps),
         layers * heads * 1024 * len(steps),
     )
+
+
+@pytest.mark.supports("data parallelism")
+@two_gpus
+def test_requests_may_be_split_over_two_gpus(pair) -> None:
+    """Each GPU has an engine with counters of its own."""
+    server, tokens, layers, requests = pair["two engines"], 20, 3, 4
+    short = (*SHORT_PROMPTS, harbour_log(16), harbour_log(30))  # 750 tokens
+    found = together([lambda p=p: steps_of(server, [p])[0] for p in short])
+    assert_same_up_to_rounding(steps_of(pair["stock"], short), found)
+    logs = [token_ids(server, harbour_log(100, seed=seed), 2000) for seed in range(requests)]
+    together([lambda p=p: complete(server, p, tokens) for p in logs])
+    for _ in range(2):  # as in counters(), in either engine
+        time.sleep(1.1 * Counters.COPY_INTERVAL)
+        together([lambda: complete(server, "Good evening to all of you", 4)] * 2 * requests)
+    rows = {
+        sample.labels["engine"]: sample.value
+        for family in text_string_to_metric_families(server.get("/metrics"))
+        for sample in family.samples
+        if sample.name == "vllm:adamas_sparse_rows_total"
+    }
+    assert rows.keys() == {"0", "1"} and min(rows.values()) > 0
+    assert sum(rows.values()) == requests * layers * (tokens - 1)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    """The servers of ONE_KV_HEAD."""
+    model = random_llama(tmp_path_factory.mktemp("one"), kv_heads=1)
+    host = Host(ONE_KV_HEAD, model, tmp_path_factory.mktemp("shared"), set(ONE_KV_HEAD))
+    yield host
+    host.stop()
+
+
+@pytest.mark.supports("decode context parallelism")
+@two_gpus
+@pytest.mark.parametrize("name", ["dense", "dense, v1 runner"])
+def test_ranks_that_share_contexts_attend_to_all_of_them(shared, name: str) -> None:
+    """Prefill in chunks and decode within the budget, against two ranks that have every token.
+
+    FLASH_ATTN is asked without DCP: with it and Model Runner V2, vLLM 0.32 answers with other tokens.
+    """
+    pair = (steps_of(shared[each], PROMPTS) for each in ("stock", name))
+    assert_same_up_to_rounding(*pair, share=0.5)
+
+
+@pytest.mark.supports("decode context parallelism")
+@two_gpus
+@pytest.mark.parametrize("name", ["no graphs", "v1 runner", "triton"])
+def test_ranks_select_alike_in_every_kind_of_server(shared, name: str) -> None:
+    """Graphs, both runners and both kinds of kernels. Where tokens are shared out in another way, others are
+    selected: there only prompts within the budget are compared."""
+    prompts = SHORT_PROMPTS if name == "no graphs" else PROMPTS
+    pair = (steps_of(shared[each], prompts) for each in ("sparse", name))
+    assert_same_up_to_rounding(*pair, share=0.5)
+
+
+@pytest.mark.supports("decode context parallelism")
+@two_gpus
+@pytest.mark.parametrize("name", ["sparse", "no graphs"])
+def test_every_rank_attends_to_its_budget(shared, name: str) -> None:
+    """Counted over the shares of both ranks, which are longer than the budget."""
+    server, tokens, layers, heads = shared[name], 20, 4, 8
+    prompt = token_ids(server, harbour_log(100, seed=5), 2000)
+    steps = range(len(prompt) + 1, len(prompt) + tokens)
+    assert moved(server, lambda: complete(server, prompt, tokens))[:4] == (
+        layers * len(steps),
+        0,
+        layers * heads * sum(steps),
+        layers * heads * 2 * BUDGET * len(steps),
+    )
+
+
+@pytest.mark.supports("decode context parallelism")
+@two_gpus
+def test_ranks_that_share_contexts_verify_drafts(shared) -> None:
+    """Every draft is a row with a share of its own context."""
+    pair = (steps_of(shared[each], SHORT_PROMPTS) for each in ("sparse", "drafts"))
+    assert_same_up_to_rounding(*pair, share=0.5)
+
+
+@pytest.mark.supports("decode context parallelism")
+@two_gpus
+def test_fp8_pages_may_be_shared_out(shared) -> None:
+    pair = (steps_of(shared[each], SHORT_PROMPTS) for each in ("stock", "fp8"))
+    assert_same_up_to_rounding(*pair, rounding=FP8_ROUNDING, share=0.3)
 
 
 SLEEP = """

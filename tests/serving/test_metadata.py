@@ -70,11 +70,14 @@ def chunk(computed: int, new: int) -> Request:
     return Request(prompt=computed + new, computed=computed, new=new)
 
 
-def group_of(options: dict, micro_batches: int = 1, drafts: int = 0) -> AttentionGroup:
+def group_of(
+    options: dict, micro_batches: int = 1, drafts: int = 0, ranks: int = 1
+) -> AttentionGroup:
     """A KV cache group with a real metadata builder for each micro-batch.
 
     Args:
         drafts: tokens that a drafter may propose per request and step.
+        ranks: that keep a share of every context each.
     """
     spec = FullAttentionSpec(
         block_size=BLOCK, num_kv_heads=1, head_size=64, head_size_v=64, dtype=torch.bfloat16
@@ -88,7 +91,7 @@ def group_of(options: dict, micro_batches: int = 1, drafts: int = 0) -> Attentio
             static_forward_context={"layer": SimpleNamespace(impl=SimpleNamespace(shared=shared))},
         ),
         scheduler_config=SimpleNamespace(max_num_seqs=MAX_ROWS, max_num_batched_tokens=MAX_TOKENS),
-        parallel_config=SimpleNamespace(decode_context_parallel_size=1),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=ranks),
         model_config=SimpleNamespace(
             max_model_len=MAX_MODEL_LEN,
             model="",

@@ -12,6 +12,7 @@ import torch
 from cases import SINKS, TOLERANCE, Case, exact_weights, relative_error
 
 from vllm_adamas.backends.registry import get_backend
+from vllm_adamas.backends.softmax import soft_cap as cap
 from vllm_adamas.serving.dense.base import PrefillPlan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -31,16 +32,25 @@ CASES = {
 }
 
 
-def exact(q, k, v, scale: float, window: int, soft_cap: float, sinks) -> torch.Tensor:
-    """Causal attention of the last tokens of one context, float32 ``[q, Hq, D]``."""
+def exact(
+    q, k, v, scale: float, window: int, soft_cap: float, sinks, causal: bool = True
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention of the last tokens of one context, or with ``causal=False`` of tokens behind it.
+
+    Returns:
+        float32 ``[q, Hq, D]``, and the log-sum-exp of the logits, ``[Hq, q]``.
+    """
     new, length = len(q), len(k)
     k, v = (x.float().repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
     at = torch.arange(length, device=q.device)
-    back = at[length - new :, None] - at  # [q, T]
-    hidden = (back < 0) | (back >= (window or length))
+    back = torch.arange(length - new, length, device=q.device)[:, None] - at  # [q, T]
+    hidden = (
+        (back < 0) | (back >= (window or length)) if causal else torch.zeros_like(back, dtype=bool)
+    )
     logits = torch.einsum("qhd,thd->hqt", q.float(), k) * scale
     weights = exact_weights(logits, soft_cap, sinks, hidden).float()
-    return torch.einsum("hqt,thd->qhd", weights, v)
+    log_sum = cap(logits, soft_cap).masked_fill(hidden, -torch.inf).logsumexp(-1)
+    return torch.einsum("hqt,thd->qhd", weights, v), log_sum
 
 
 def expected_prefill(batch, query: torch.Tensor) -> torch.Tensor:
@@ -49,23 +59,29 @@ def expected_prefill(batch, query: torch.Tensor) -> torch.Tensor:
     k, v = (x.split(LENGTHS) for x in batch.stored())
     q = query[FIRST : FIRST + sum(NEW)].split(NEW)
     options = (params.softmax_scale, params.sliding_window, params.logits_soft_cap, params.sinks)
-    return torch.cat([exact(*x, *options) for x in zip(q, k, v, strict=True)])
+    return torch.cat([exact(*x, *options)[0] for x in zip(q, k, v, strict=True)])
 
 
 def stand_in(
     *, q, k, v, out, cu_seqlens_q, softmax_scale, causal, window_size, softcap, s_aux, **batch
-) -> None:
-    assert causal
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """A query without tokens gets NaN and an infinite log-sum-exp."""
     assert s_aux is None or s_aux.dtype == torch.bfloat16  # as FlashAttention does
     if "block_table" in batch:  # k, v: [blocks, N, Hkv, D]
         rows = zip(batch["block_table"], batch["seqused_k"], strict=True)
         context = [[x[table.long()].flatten(0, 1)[:n] for x in (k, v)] for table, n in rows]
     else:
         context = [[x[a:b] for x in (k, v)] for a, b in pairwise(batch["cu_seqlens_k"])]
+    lse = torch.full((q.shape[1], len(q)), torch.inf)
     for (a, b), (one, two) in zip(pairwise(cu_seqlens_q), context, strict=True):
         assert b - a <= batch["max_seqlen_q"]
         assert len(one) <= batch["max_seqlen_k"]
-        out[a:b] = exact(q[a:b], one, two, softmax_scale, window_size[0] + 1, softcap, s_aux)
+        how = (softmax_scale, window_size[0] + 1, softcap, s_aux, causal)
+        if len(one):
+            out[a:b], lse[:, a:b] = exact(q[a:b], one, two, *how)
+        else:
+            out[a:b] = torch.nan
+    return (out, lse) if batch["return_softmax_lse"] else None
 
 
 @pytest.fixture

@@ -121,7 +121,10 @@ __global__ void __launch_bounds__(kMostWarps * 32)
   } else {
     b.begin();
     if (b.plan.length <= 0)
-      for (int i = threadIdx.x; b.rank == 0 && i < p.group * D; i += blockDim.x) b.output<T>(i / D)[i % D] = T(0.0f);
+      for (int i = threadIdx.x; b.rank == 0 && i < p.group * D; i += blockDim.x) {
+        b.output<T>(i / D)[i % D] = T(0.0f);
+        if (i % D == 0) store_lse(p, b.row, b.kv_head * p.group + i / D, -INFINITY, 0);
+      }
     cluster_wait();
   }
   __syncthreads();

@@ -55,8 +55,10 @@ __device__ __forceinline__ void merge_cluster(const FusedBlock& b, Softmax& soft
       value += __shfl_xor_sync(kFull, value, step);
       total += __shfl_xor_sync(kFull, total, step);
     }
-    if (lane % lanes == 0 && i < own && rank * own + i < outputs)
+    if (lane % lanes == 0 && i < own && rank * own + i < outputs) {
       b.output<T>(head)[at % D] = T(softmax_output(p, b.kv_head * p.group + head, {best, value, total}));
+      if (at % D == 0) store_lse(p, b.row, b.kv_head * p.group + head, best, total);
+    }
   }
 }
 

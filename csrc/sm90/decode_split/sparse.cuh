@@ -26,9 +26,11 @@ __device__ void attend_sparse(const DecodeParams& p, int set, uint8_t* memory) {
   const RowPlan plan(p, row);
   if (plan.length <= 0) {
     wait_for_preceding_kernel();  // so that scan and encode have finished when attend has
-    for (int h = 0; h < heads; ++h)
+    for (int h = 0; h < heads; ++h) {
       for (int i = threadIdx.x; i < Shape::kHeadSize; i += kThreads)
         head_vector<T>(p.output, row, first_head + h)[i] = T(0.0f);
+      if (threadIdx.x == 0) store_lse(p, row, first_head + h, -INFINITY, 0);
+    }
     return;
   }
   if (!plan.sparse) return;
