@@ -1,7 +1,8 @@
-"""`vllm bench serve` against two servers that differ in the attention backend alone.
+"""TPOT and TTFT of two servers on a CPU that differ in the attention backend alone, as a client measures them.
 
-The servers run one at a time with the same prompts, because even an idle server slows another one on a small
-machine. Concurrency 1, prefix caching off (every prompt is new), torch.compile on.
+Requests are sent one at a time, each to both servers in turn, so that a ratio compares neighbouring measurements. The
+other server is stopped meanwhile, because even an idle one slows a small machine. Concurrency 1, prefix caching off
+(every prompt is new), torch.compile on.
 
     python benchmarks/bench_serve.py --contexts 1024 2048 4096 8000
 """
@@ -10,10 +11,14 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import random
+import signal
 import statistics
-import subprocess
-import sys
-import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from itertools import pairwise
 from pathlib import Path
 
 from records import RESULTS, environment, save, spread
@@ -24,6 +29,7 @@ from vllm_adamas.tables import plain
 MODEL = Path(__file__).parent.parent / ".models" / "SmolLM2-135M-Instruct"
 BACKENDS = ("cpu_attn", "adamas")
 MAX_MODEL_LEN = 8192
+VOCABULARY = 49152  #: of the models that are measured
 
 
 def parse_args():
@@ -31,42 +37,47 @@ def parse_args():
     parser.add_argument("--model", default=str(MODEL))
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 2048, 4096, 8000])
     parser.add_argument("--output-len", type=int, default=96)
-    parser.add_argument(
-        "--prompts", type=int, default=2, help="requests per backend, context and round"
-    )
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=10, help="requests per backend and context")
     parser.add_argument("--config", default="{}", help="options of the adamas backend as JSON")
     parser.add_argument("--name", default="serve_cpu", help="result file")
     return parser.parse_args()
 
 
-def run_bench(
-    server: Server, context: int, output_len: int, prompts: int, seed: int, concurrency: int = 1
-) -> dict:
-    """Runs `vllm bench serve`; per request in ms: TPOT, median inter-token latency and TTFT."""
-    with tempfile.TemporaryDirectory() as folder:
-        command = [
-            sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve",
-            "--base-url", server.url, "--model", server.model, "--dataset-name", "random",
-            "--random-input-len", str(context), "--random-output-len", str(output_len),
-            "--num-prompts", str(prompts), "--max-concurrency", str(concurrency), "--seed", str(seed), "--ignore-eos",
-            "--ready-check-timeout-sec", "0", "--disable-tqdm", "--temperature", "0",
-            "--save-result", "--save-detailed", "--result-dir", folder, "--result-filename", "r.json",
-        ]  # fmt: skip
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            raise SystemExit(
-                f"vllm bench serve failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
-            )
-        result = json.loads((Path(folder) / "r.json").read_text())
-    if result["completed"] != prompts:
-        raise SystemExit(f"only {result['completed']} of {prompts} requests completed")
-    gaps = [itl for itl in result["itls"] if itl]  # a request of one token has none
-    return {
-        "tpot": [1e3 * sum(itl) / len(itl) for itl in gaps],
-        "itl": [1e3 * statistics.median(itl) for itl in gaps],
-        "ttft": [1e3 * t for t in result["ttfts"]],
-    }
+def random_prompt(seed: str, tokens: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(100, VOCABULARY) for _ in range(tokens)]
+
+
+def one_request(server: Server, prompt: list[int], tokens: int, wait: float = 0.0) -> dict:
+    """Times of one streamed completion, in ms."""
+    time.sleep(wait)
+    body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
+    start, times = time.perf_counter(), []
+    for event in server.stream("/v1/completions", body):
+        if event["choices"]:
+            times.append(1e3 * (time.perf_counter() - start))
+    result = {"ttft": times[0], "end": times[-1]}
+    if tokens > 1:
+        result |= {
+            "tpot": (times[-1] - times[0]) / (tokens - 1),
+            "itl": statistics.median(b - a for a, b in pairwise(times)),
+        }
+    return result
+
+
+def in_turn(names, turn: int) -> list[str]:
+    """The names, in reverse order in every second turn."""
+    return list(names)[:: 1 if turn % 2 == 0 else -1]
+
+
+@contextmanager
+def running(server: Server) -> Iterator[Server]:
+    """A server that is stopped outside the context, with every process that it started."""
+    os.killpg(server.pid, signal.SIGCONT)
+    try:
+        yield server
+    finally:
+        os.killpg(server.pid, signal.SIGSTOP)
 
 
 def measure(args) -> tuple[list[dict], str]:
@@ -76,18 +87,24 @@ def measure(args) -> tuple[list[dict], str]:
     }
     extra = ["--max-model-len", str(MAX_MODEL_LEN), "--no-enable-prefix-caching"]
     extra += ["--disable-log-stats"]
-    line = ""
-    for seed in range(args.rounds):
-        # The order alternates, so that neither backend always runs second.
-        for name in BACKENDS if seed % 2 == 0 else BACKENDS[::-1]:
+    with ExitStack() as stack:
+        servers = {}
+        for name in BACKENDS:
             config = json.loads(args.config) if name == "adamas" else None
-            with Server(args.model, name, config, extra_args=extra) as server:
-                run_bench(server, 1024, 8, 1, seed=1000)  # warm up
-                for context in args.contexts:
-                    one = run_bench(server, context, args.output_len, args.prompts, seed)
-                    for key, values in one.items():
-                        samples[name][context][key] += values
-                line = next((x for x in server.log().splitlines() if "Using ADAMAS" in x), line)
+            servers[name] = stack.enter_context(Server(args.model, name, config, extra_args=extra))
+            stack.callback(os.killpg, servers[name].pid, signal.SIGCONT)  # or it does not end
+            with running(servers[name]) as server:
+                one_request(server, random_prompt("warm up", 1024), 8)
+        for turn in range(args.rounds):
+            for context in args.contexts:
+                prompt = random_prompt(f"{context}/{turn}", context)
+                for name in in_turn(BACKENDS, turn):
+                    with running(servers[name]) as server:
+                        one = one_request(server, prompt, args.output_len)
+                    for key, kept in samples[name][context].items():
+                        kept.append(one[key])
+        log = servers["adamas"].log().splitlines()
+    line = next(x for x in log if "Using ADAMAS" in x)
     return [compare(c, *(samples[name][c] for name in BACKENDS)) for c in args.contexts], line
 
 

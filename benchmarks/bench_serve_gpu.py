@@ -19,15 +19,16 @@ import argparse
 import json
 import random
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 
-from bench_serve import MODEL, run_bench
+from bench_serve import MODEL, VOCABULARY, in_turn, one_request, random_prompt
 from records import RESULTS, environment, save, spread
 
 from vllm_adamas.config import AdamasConfig
@@ -45,7 +46,7 @@ LLAMA_8B = {
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
     "head_dim": 128,
-    "vocab_size": 49152,
+    "vocab_size": VOCABULARY,
     "max_position_embeddings": MAX_MODEL_LEN,
     "rope_theta": 500000.0,
     "rms_norm_eps": 1e-05,
@@ -102,37 +103,10 @@ def server_arguments(kv_bytes: str) -> list[str]:
     return [*args, "--max-model-len", str(MAX_MODEL_LEN)]
 
 
-def random_prompt(seed: str, tokens: int) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(100, LLAMA_8B["vocab_size"]) for _ in range(tokens)]
-
-
-def one_request(server: Server, prompt: list[int], tokens: int, wait: float = 0.0) -> dict:
-    """Times of one streamed completion, in ms."""
-    time.sleep(wait)
-    body = {"prompt": prompt, "max_tokens": tokens, "temperature": 0, "ignore_eos": True}
-    start, times = time.perf_counter(), []
-    for event in server.stream("/v1/completions", body):
-        if event["choices"]:
-            times.append(1e3 * (time.perf_counter() - start))
-    result = {"ttft": times[0], "end": times[-1]}
-    if tokens > 1:
-        result |= {
-            "tpot": (times[-1] - times[0]) / (tokens - 1),
-            "itl": statistics.median(b - a for a, b in pairwise(times)),
-        }
-    return result
-
-
 def at_once(server: Server, prompts: list[list[int]], tokens: int, waits=None) -> list[dict]:
     waits = waits or [0.0] * len(prompts)
     with ThreadPoolExecutor(len(prompts)) as pool:
         return list(pool.map(lambda p, w: one_request(server, p, tokens, w), prompts, waits))
-
-
-def in_turn(names, turn: int) -> list[str]:
-    """The names, in reverse order in every second turn."""
-    return list(names)[:: 1 if turn % 2 == 0 else -1]
 
 
 @dataclass
@@ -219,6 +193,35 @@ def measured_read_rate() -> float:
     """Highest rate in bytes per second at which FlashAttention reads K and V in `decode_gpu.json`."""
     cells = json.loads((RESULTS / "decode_gpu.json").read_text())["cells"]
     return 1e9 * max(cell["fa3"]["GBps"] for cell in cells)
+
+
+def run_bench(
+    server: Server, context: int, output_len: int, prompts: int, seed: int, concurrency: int = 1
+) -> dict:
+    """Runs `vllm bench serve`; per request in ms: TPOT, median inter-token latency and TTFT."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve",
+            "--base-url", server.url, "--model", server.model, "--dataset-name", "random",
+            "--random-input-len", str(context), "--random-output-len", str(output_len),
+            "--num-prompts", str(prompts), "--max-concurrency", str(concurrency), "--seed", str(seed), "--ignore-eos",
+            "--ready-check-timeout-sec", "0", "--disable-tqdm", "--temperature", "0",
+            "--save-result", "--save-detailed", "--result-dir", folder, "--result-filename", "r.json",
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise SystemExit(
+                f"vllm bench serve failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+            )
+        result = json.loads((Path(folder) / "r.json").read_text())
+    if result["completed"] != prompts:
+        raise SystemExit(f"only {result['completed']} of {prompts} requests completed")
+    gaps = [itl for itl in result["itls"] if itl]  # a request of one token has none
+    return {
+        "tpot": [1e3 * sum(itl) / len(itl) for itl in gaps],
+        "itl": [1e3 * statistics.median(itl) for itl in gaps],
+        "ttft": [1e3 * t for t in result["ttfts"]],
+    }
 
 
 def second_client(servers: dict[str, Server], load: Load, output_len: int, rounds: int) -> dict:

@@ -182,7 +182,7 @@ def drafts(result: dict, environment) -> list[str]:
 
 def serve_table(result: dict) -> list[str]:
     lines = [
-        f"`vllm bench serve`, {result['model']}, concurrency 1, 1 worker thread, torch.compile on, `max_model_len` "
+        f"{result['model']}, concurrency 1, 1 worker thread, torch.compile on, `max_model_len` "
         f"{bench_serve.MAX_MODEL_LEN:,}, {result['output_len']} output tokens; {result['adamas'].rstrip('.')}. Median "
         f"and quartiles over {result['rows'][0]['requests']} requests per cell.",
         "",

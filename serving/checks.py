@@ -17,6 +17,7 @@ from vllm_adamas.dtypes import KV_CACHE_DTYPES, MODEL_DTYPES, fp8_element
 from vllm_adamas.errors import AdamasError, shortened
 from vllm_adamas.layout import HEAD_SIZES, TILE
 from vllm_adamas.serving import compat
+from vllm_adamas.serving.dcp import longest_share
 
 OTHER_BACKEND = "serve this model with another --attention-backend"
 CPU_FP8_MULTIPLE = 32  #: of head sizes, in vLLM's CPU kernel over fp8 pages
@@ -159,9 +160,7 @@ def _check_kernels(vllm_config, config: AdamasConfig) -> None:
         return
     parallel = vllm_config.parallel_config
     kv_heads = model.get_num_kv_heads(parallel)
-    ranks = (
-        parallel.decode_context_parallel_size
-    )  # that share KV heads, and decode each other's queries
+    ranks = parallel.decode_context_parallel_size  # decode each other's queries, over a share each
     group = ranks * model.get_num_attention_heads(parallel) // kv_heads
     if device == "cuda" and group > MAX_GROUP:
         _refuse(f"{group} query heads per KV head on GPUs (at most {MAX_GROUP})", OTHER_BACKEND)
@@ -175,7 +174,7 @@ def _check_kernels(vllm_config, config: AdamasConfig) -> None:
         vllm_config.cache_config.block_size,
         kv_heads,
         compat.max_decode_rows(vllm_config),
-        model.max_model_len,
+        longest_share(model.max_model_len, ranks, parallel.cp_kv_cache_interleave_size),
         capability,
     )
 

@@ -22,6 +22,11 @@ from vllm_adamas.errors import AdamasError
 from vllm_adamas.serving import compat
 
 
+def longest_share(seq_len: int, size: int, interleave: int) -> int:
+    """The most tokens that one of ``size`` ranks has of a context of at most ``seq_len`` tokens."""
+    return -(-seq_len // (size * interleave)) * interleave
+
+
 @dataclass(frozen=True)
 class ContextShare:
     """The share of a rank, and what it exchanges with the others.
@@ -63,8 +68,8 @@ class ContextShare:
         return rest.add_(seq_lens // turn, alpha=self.interleave)
 
     def most(self, seq_len: int) -> int:
-        """The most tokens that a rank has of a context of at most ``seq_len`` tokens."""
-        return -(-seq_len // (self.size * self.interleave)) * self.interleave
+        """:func:`longest_share` of these ranks."""
+        return longest_share(seq_len, self.size, self.interleave)
 
     def gather(self, query: torch.Tensor) -> torch.Tensor:
         """The queries of all ranks: from ``[T, Hq, D]`` contiguous ``[T, N * Hq, D]``."""

@@ -635,6 +635,20 @@ def test_ranks_with_dcp_decode_each_others_queries(vllm_config, monkeypatch) -> 
     check_refusal(with_dcp(config), ("18 query heads per KV head", OTHER))
 
 
+def test_ranks_with_dcp_hold_a_share_of_the_longest_context(vllm_config, monkeypatch) -> None:
+    with_flash_attention(monkeypatch, 3)
+    on_gpu(monkeypatch)
+    most = 1 << 20  # tokens that the kernels hold
+    model = Changed(vllm_config.model_config, max_model_len=2 * most)
+    config = Changed(vllm_config, model_config=model)
+    checks.check_config(with_dcp(config))
+    for refused_one in (
+        config,
+        with_dcp(Changed(config, model_config=Changed(model, max_model_len=2 * most + 1))),
+    ):
+        check_refusal(refused_one, (f"--max-model-len {most}",))
+
+
 def test_a_model_without_layers_has_no_budget_for_one(vllm_config) -> None:
     config = with_text(vllm_config, {"num_hidden_layers": 0})
     assert checks.check_config(config).layer_budgets == {}
