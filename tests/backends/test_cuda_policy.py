@@ -121,7 +121,7 @@ def test_choice_follows_launch_and_budget(recorder) -> None:
 
 def test_rows_of_a_request_are_scanned_together(recorder) -> None:
     """Where that was faster; a batch that does not say whose its rows are has a scan for each."""
-    backend, place = cuda.CudaBackend(), MAX_SEQ_LEN - 3
+    backend = cuda.CudaBackend()
     layer = bound(backend, Case(heads=(2, 2), **SETS["max"]))
     short, long = LEAST_SHARED // 2, LEAST_SHARED
     for rows, requests, tokens, form, shared in [
@@ -138,7 +138,7 @@ def test_rows_of_a_request_are_scanned_together(recorder) -> None:
         positions = torch.arange(rows, dtype=torch.int32)
         for known in (positions, None):
             decode(backend, layer, (2000,) * rows, LEAST_SHARED // 64, tokens, known, requests)
-            passed = recorder.calls["decode"][-1][place]
+            passed = recorder.calls["decode"][-1][POSITIONS]
             assert (passed is positions) == (shared and known is not None)
 
 
@@ -159,7 +159,7 @@ def test_choice_of_the_shared_scan_is_the_measured_one(recorder) -> None:
 # plans, with a library that computes nothing
 
 
-MAX_SEQ_LEN = 9  #: its place among the arguments of the library's decode
+POSITIONS, MAX_SEQ_LEN = 6, 10  #: their places among the arguments of the library's decode
 INVENTED = Limits(
     max_context=1 << 20,
     max_block=96,
@@ -454,6 +454,7 @@ ARGUMENTS = {
         "budgets",
         "positions",
         "stats",
+        "lse",
         "work",
     ),
     "gather": ("block_table", "seq_lens", "key", "value"),
@@ -525,6 +526,8 @@ STEP = ("scan", "decode", "gather")
         (("decode",), "positions", lambda _: torch.zeros(2, dtype=torch.int32)),  # a set per head
         (("decode",), "stats", torch.Tensor.int),
         (("decode",), "stats", lambda stats: stats[:4]),
+        (("decode",), "lse", lambda _: torch.zeros(2, 8, dtype=torch.float64)),
+        (("decode",), "lse", lambda _: torch.zeros(2, 7)),
         (("scan",), "scores", torch.Tensor.double),
         (("scan",), "scores", lambda scores: scores[:, :2]),
         (STEP, "seq_lens", torch.Tensor.long),

@@ -197,7 +197,7 @@ class Engine:
             ),
             scheduler_config=SimpleNamespace(max_num_seqs=2, max_num_batched_tokens=64),
             model_config=SimpleNamespace(max_model_len=256, dtype=CASE.dtype),
-            parallel_config=SimpleNamespace(data_parallel_index=0),
+            parallel_config=SimpleNamespace(data_parallel_index=0, decode_context_parallel_size=1),
         )
         with monkeypatch.context() as patch:
             patch.setattr(impl_module, "get_current_vllm_config", lambda: self.config)
