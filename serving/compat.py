@@ -457,7 +457,7 @@ def context_group(vllm_config):
 
 def has_nccl(group) -> bool:
     """Whether vLLM has loaded NCCL for a group. Without it, ``reduce_scatter`` of the group returns memory that nobody
-    has written (0.32 and 0.33)."""
+    has written (0.32)."""
     found = group.device_communicator.pynccl_comm
     return found is not None and not found.disabled
 
