@@ -195,16 +195,16 @@ def measured_read_rate() -> float:
     return 1e9 * max(cell["fa3"]["GBps"] for cell in cells)
 
 
-def run_bench(
-    server: Server, context: int, output_len: int, prompts: int, seed: int, concurrency: int = 1
-) -> dict:
-    """Runs `vllm bench serve`; per request in ms: TPOT, median inter-token latency and TTFT."""
+def run_bench(server: Server, load: Load, tokens: int) -> dict:
+    """Runs `vllm bench serve`, always with the same random prompts; per request in ms: TPOT and median inter-token
+    latency."""
+    requests = str(load.requests)
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable, "-m", "vllm.entrypoints.cli.main", "bench", "serve",
             "--base-url", server.url, "--model", server.model, "--dataset-name", "random",
-            "--random-input-len", str(context), "--random-output-len", str(output_len),
-            "--num-prompts", str(prompts), "--max-concurrency", str(concurrency), "--seed", str(seed), "--ignore-eos",
+            "--random-input-len", str(load.context), "--random-output-len", str(tokens),
+            "--num-prompts", requests, "--max-concurrency", requests, "--seed", "0", "--ignore-eos",
             "--ready-check-timeout-sec", "0", "--disable-tqdm", "--temperature", "0",
             "--save-result", "--save-detailed", "--result-dir", folder, "--result-filename", "r.json",
         ]  # fmt: skip
@@ -214,13 +214,12 @@ def run_bench(
                 f"vllm bench serve failed:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
             )
         result = json.loads((Path(folder) / "r.json").read_text())
-    if result["completed"] != prompts:
-        raise SystemExit(f"only {result['completed']} of {prompts} requests completed")
+    if result["completed"] != load.requests:
+        raise SystemExit(f"only {result['completed']} of {requests} requests completed")
     gaps = [itl for itl in result["itls"] if itl]  # a request of one token has none
     return {
         "tpot": [1e3 * sum(itl) / len(itl) for itl in gaps],
         "itl": [1e3 * statistics.median(itl) for itl in gaps],
-        "ttft": [1e3 * t for t in result["ttfts"]],
     }
 
 
@@ -233,7 +232,7 @@ def second_client(servers: dict[str, Server], load: Load, output_len: int, round
     for turn in range(rounds + 1):
         for name in in_turn(servers, turn):
             tokens = output_len if turn else 1
-            one = run_bench(servers[name], load.context, tokens, load.requests, 0, load.requests)
+            one = run_bench(servers[name], load, tokens)
             for key, kept in samples[name].items():
                 kept += one[key] if turn else []
     result = {"context": load.context, "concurrency": load.requests, "rounds": rounds}
