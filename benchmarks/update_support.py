@@ -48,13 +48,22 @@ def recorded(name: str) -> tuple[Tables, str]:
     if not (RESULTS / f"{name}.json").exists():
         return {}, NOT_RECORDED
     tables, environment = load(name)
-    if environment.gpu and DEVICES["gpu"] not in environment.gpu:
+    ran = [
+        test
+        for table, rows in tables.items()
+        if table != "environment"
+        for tests in rows.values()
+        for test in tests.values()
+        if "on" in test
+    ]
+    machines = sorted({test["on"] for test in ran})
+    if environment.gpu and (others := [one for one in machines if DEVICES["gpu"] not in one]):
         sys.exit(
-            f"{name}.json is of {environment.gpu}, and the column is that of the {DEVICES['gpu']}."
+            f"{name}.json is of {others[0]} too, and the column is that of the {DEVICES['gpu']}."
         )
     packages = ("vllm", "torch", "transformers")
     versions = ", ".join(f"{package} {environment.versions[package]}" for package in packages)
-    return tables, f"{environment.device}; {versions}; {environment.date}"
+    return tables, f"{'; '.join(machines)}; {versions}; to {max(test['date'] for test in ran)}"
 
 
 def names(tests: Tests) -> str:
@@ -97,9 +106,14 @@ class Matrix:
         return markdown(["refused", "in this sentence"], rows)
 
     def models(self) -> list[str]:
-        facts = ("sparse_layers", "sparse_rows", "compared", "tokens")
+        facts = ("sparse_layers", "sparse_rows", "compared")
         rows = [
-            [row, *(fact(self.of("models", row), name) for name in facts)]
+            [
+                row,
+                *(fact(self.of("models", row), name) for name in facts),
+                fact(self.of("models", row, "gpu"), "compared"),
+                fact(self.of("models", row), "tokens"),
+            ]
             for row in self._marked["models"]
         ]
         refused = [
@@ -107,7 +121,16 @@ class Matrix:
             for row in self._marked["refused models"]
         ]
         return [
-            *markdown(["configuration", "sparse layers", "sparse rows", "same tokens", "of"], rows),
+            *markdown(
+                [
+                    "configuration",
+                    "sparse layers",
+                    "sparse rows",
+                    *(f"same tokens, {name}" for name in DEVICES.values()),
+                    "of",
+                ],
+                rows,
+            ),
             "",
             *markdown(["refused", "in this sentence"], refused),
         ]

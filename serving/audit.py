@@ -99,6 +99,7 @@ class Audit:
             if interval
             and not config.is_dense(extract_layer_index(name))
             and layers[name].impl.sliding_window is None
+            and not compat.attention_chunk(layers[name])
         }
         if not sparse:
             return None

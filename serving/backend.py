@@ -24,17 +24,19 @@ class AdamasBackend(AttentionBackend):
     forward_includes_kv_cache_update = compat.on_cpu()
 
     def __init_subclass__(cls, **kwargs) -> None:
-        """Refuses subclasses, which layers of other kinds, such as chunked or encoder attention, create.
+        """Refuses subclasses, which layers of other kinds, such as encoder attention, create.
 
-        Their builders rewrite the metadata of a step, which would silently give wrong attention.
+        Their builders rewrite the metadata of a step, which would silently give wrong attention. Those of
+        chunked local attention cut requests into smaller ones, and their layers are dense.
 
         Raises:
-            AdamasError: always.
+            AdamasError: the subclass is of another kind.
         """
-        raise AdamasError(
-            f"the adamas backend does not support layers of the kind {cls.__name__!r}, which rewrite the "
-            f"metadata of a step: {checks.OTHER_BACKEND}."
-        )
+        if not cls.__name__.startswith(compat.CHUNKED):
+            raise AdamasError(
+                f"the adamas backend does not support layers of the kind {cls.__name__!r}, which rewrite the "
+                f"metadata of a step: {checks.OTHER_BACKEND}."
+            )
 
     @staticmethod
     def get_name() -> str:

@@ -270,6 +270,8 @@ def _check_context_parallel(vllm_config) -> None:
         _refuse("DCP of models with state-space or linear-attention layers", way_out)
     if "sliding_attention" in _kinds_of_layers(model).values():
         _refuse("DCP of models with sliding windows, for which vLLM has none", way_out)
+    if model.attention_chunk_size:
+        _refuse("DCP of models with chunked local attention", way_out)
     if _uses_sinks(model.hf_text_config):
         _refuse("DCP of models with learned attention sinks", way_out)
     from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
@@ -466,8 +468,6 @@ def _check_model(vllm_config) -> None:
         _refuse("models that attend to later tokens (non-causal attention)", OTHER_BACKEND)
     if model.is_attention_free:
         _refuse("models without attention", "drop --attention-backend adamas")
-    if getattr(text, "attention_chunk_size", None):
-        _refuse("chunked local attention", OTHER_BACKEND)
     if model.rswa_window is not None:
         _refuse("reference sliding window attention (R-SWA)", OTHER_BACKEND)
     if getattr(text, "dual_chunk_attention_config", None):
@@ -511,7 +511,15 @@ def head_sizes(model) -> list[int]:
 
 
 #: Kinds of layers that are dense whatever their budget, or keep no keys, in a model's ``layer_types``.
-WITHOUT_BUDGET = ("sliding_attention", "linear_attention", "mamba", "conv", "mlp", "moe")
+WITHOUT_BUDGET = (
+    "sliding_attention",
+    "chunked_attention",
+    "linear_attention",
+    "mamba",
+    "conv",
+    "mlp",
+    "moe",
+)
 
 
 def check_layers(model, config: AdamasConfig) -> None:
@@ -587,6 +595,12 @@ def _check_cache(vllm_config) -> None:
         _refuse(
             f"block_size {cache.block_size}",
             f"pass a --block-size that is a multiple of {multiple}",
+        )
+    chunk = vllm_config.model_config and vllm_config.model_config.attention_chunk_size
+    if chunk and chunk % cache.block_size:
+        _refuse(
+            f"block_size {cache.block_size} with chunked local attention over chunks of {chunk} tokens",
+            f"pass a --block-size that is a multiple of {multiple} and divides {chunk}",
         )
     if kind not in KV_CACHE_DTYPES:
         _refuse(f"--kv-cache-dtype {kind}", f"choose one of {', '.join(KV_CACHE_DTYPES)}")

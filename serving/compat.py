@@ -323,6 +323,21 @@ def head_sizes(model) -> list[int]:
     return sorted({model.get_head_size(), *(layer.get("head_size", 0) for layer in layers)} - {0})
 
 
+#: How the name of the backend begins that vLLM derives for the layers of :func:`attention_chunk`.
+CHUNKED = "ChunkedLocalAttention_"
+
+
+def attention_chunk(layer) -> int:
+    """Tokens of the chunks that a layer attends within (Llama 4's local layers); 0 if it attends to all.
+
+    The builder that vLLM derives for such layers cuts a step's requests at the chunks. Those parts are the
+    requests that our builder sees, each with the blocks of one chunk.
+    """
+    from vllm.model_executor.layers.attention import ChunkedLocalAttention
+
+    return layer.attention_chunk_size if isinstance(layer, ChunkedLocalAttention) else 0
+
+
 def on_cpu() -> bool:
     """Whether vLLM's platform is the CPU."""
     from vllm.platforms import current_platform

@@ -252,14 +252,17 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         self._reserve()
         self._layer_name = layer.layer_name
         index = extract_layer_index(layer.layer_name)
-        self._dense = self.config.is_dense(index) or self.sliding_window is not None
+        # A request that vLLM has cut at the chunks lies within a window of their size.
+        window = self.sliding_window or compat.attention_chunk(layer)
+        self._dense = self.config.is_dense(index) or window > 0
         k_scale, v_scale = compat.kv_scales(layer)
         return self._make_params(
             PageLayout(self.head_size, kv_cache.shape[2], kv_cache.dtype),
             self.config.budget_of(index),
+            window,
             k_scale=k_scale,
             v_scale=v_scale,
-            key_mean=self._load_profile(layer, kv_cache.device),
+            key_mean=None if window else self._load_profile(layer, kv_cache.device),
             sinks=self._load_sinks(layer, kv_cache.device),
         )
 
@@ -277,7 +280,8 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
         self._reserved = True
         rows, tokens = self._largest_step
         layout = PageLayout(self.head_size, TILE, self._cache_dtype)
-        kinds = [self._make_params(layout, budget) for budget in self.config.budgets]
+        window = self.sliding_window or 0
+        kinds = [self._make_params(layout, budget, window) for budget in self.config.budgets]
         workspace = max(self.backend.reserve(kind, rows, self.max_model_len) for kind in kinds)
         workspace += self.dense.reserve(kinds[0], self.dtype, tokens)
         if workspace:
@@ -293,7 +297,7 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
     def _load_profile(self, layer: Attention, device: torch.device) -> torch.Tensor | None:
         """Sets the balance and returns the mean of the balanced, transformed keys."""
         self._balance = None
-        if self.config.profile is None or self.sliding_window is not None:
+        if self.config.profile is None:
             return None
         _refuse_capture(layer, device)
         profile = profiles.load(self.config.profile)
@@ -311,7 +315,9 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
             )
         return hadamard(profile.key_mean(index, heads).to(device) * factor).contiguous()
 
-    def _make_params(self, layout: PageLayout, budget: TokenBudget, **loaded) -> Params:
+    def _make_params(
+        self, layout: PageLayout, budget: TokenBudget, sliding_window: int, **loaded
+    ) -> Params:
         return Params.of(
             self.config,
             layout,
@@ -319,7 +325,7 @@ class AdamasImpl(AttentionImpl[AdamasMetadata]):
             num_query_heads=self.num_decode_heads,
             num_kv_heads=self.num_kv_heads,
             softmax_scale=self.scale,
-            sliding_window=self.sliding_window or 0,
+            sliding_window=sliding_window,
             fp8=fp8_element(self.kv_cache_dtype),
             logits_soft_cap=self.logits_soft_cap,
             **loaded,

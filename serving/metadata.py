@@ -132,13 +132,16 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
         )
         self._share = ContextShare.of(vllm_config)
         config = read_config(vllm_config)
-        shared = compat.layers_of(vllm_config)[layer_names[0]].impl.shared
+        layer = compat.layers_of(vllm_config)[layer_names[0]]
+        self._chunked, shared = compat.attention_chunk(layer) > 0, layer.impl.shared
         self.stats, self._requested = shared.stats, shared.requested
         # Once per builder and not per layer, because it reads the model's files.
         for warning in warnings(vllm_config, config):
             logger.warning_once(warning)
         # Captured graphs read starts, lengths, positions, block tables and budgets from these tensors.
         rows = compat.max_decode_rows(vllm_config)
+        if self._chunked:  # a prompt's new tokens on both sides of a cut may be two short requests
+            rows *= 2
         self._starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self._seq_lens = torch.zeros_like(self._starts[:-1])
         self._positions = torch.zeros_like(self._seq_lens)
@@ -165,6 +168,9 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
 
     def _fill(self, budget: TokenBudget, seq_lens, prefilling, requested, out) -> None:
         """Writes the budgets of the rows of a step."""
+        if self._chunked:  # rows are those of dense layers, and their requests parts of requests
+            out.copy_(seq_lens)
+            return
         self.set_budgets(budget, seq_lens, prefilling, out)
         if requested is not None:
             raise_budgets(requested, seq_lens, out)

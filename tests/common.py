@@ -66,6 +66,12 @@ def random_gemma(folder: Path) -> Path:
     return make_random(folder, "Gemma3Text", sliding_window=256, layer_types=kinds, pad_token_id=0)
 
 
+def random_llama4(folder: Path) -> Path:
+    """The same as a Llama 4: three of four layers attend within chunks of 256 tokens."""
+    experts = {"num_local_experts": 1, "num_experts_per_tok": 1, "intermediate_size_mlp": 512}
+    return make_random(folder, "Llama4Text", attention_chunk_size=256, pad_token_id=0, **experts)
+
+
 def random_gemma2(folder: Path) -> Path:
     """The same as a Gemma 2, whose logits are capped near their standard deviation."""
     kinds = ["sliding_attention", "full_attention"] * 2

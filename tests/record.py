@@ -5,8 +5,9 @@ it is refused. A mark may name several rows. ``{name}`` in a row stands for the 
 ``table=`` names another table than that of the mark. A test that adds facts to its row (``record_property``) has them recorded; of a refusal it is the
 ``sentence``.
 
-The file holds the tables; they hold rows, and rows the outcome of each test. A run replaces the outcomes of its tests and
-keeps the others if they come from the same device and versions. With ``--collect-only`` every outcome is ``not run``.
+The file holds the tables; they hold rows, and rows the outcome of each test, with the machine that it ran ``on``. A run
+replaces the outcomes of its tests and keeps the others if they come from the same versions. With ``--collect-only`` every
+outcome is ``not run``.
 """
 
 from __future__ import annotations
@@ -64,7 +65,8 @@ class Recorder:
         tables: Tables = {}
         if self._file.exists():
             known = json.loads(self._file.read_text())
-            if Environment(**known.pop("environment")).compared() == here.compared():
+            there = Environment(**known.pop("environment")).compared()
+            if {**there, "device": None} == {**here.compared(), "device": None}:
                 tables = known
         for rows in tables.values():
             for row in list(rows):  # a test may name other rows than before
@@ -81,8 +83,8 @@ class Recorder:
                 if shown is None:
                     tests.setdefault(item.nodeid, {"outcome": "not run", "device": device})
                 else:
-                    when = {"date": here.date, "commit": here.commit}
-                    tests[item.nodeid] = {**shown, "device": device, **when}
+                    where = {"on": here.device, "date": here.date, "commit": here.commit}
+                    tests[item.nodeid] = {**shown, "device": device, **where}
         self._file.parent.mkdir(parents=True, exist_ok=True)
         self._file.write_text(json.dumps({"environment": here.record(), **tables}, indent=1) + "\n")
 

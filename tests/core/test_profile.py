@@ -477,6 +477,19 @@ def test_heads_of_zeros_are_balanced_by_finite_factors(zeros: str) -> None:
     assert torch.equal(found[1], balance(squares, squares)[1])
 
 
+def test_a_layer_whose_decode_was_not_seen_is_not_balanced() -> None:
+    """On GPUs vLLM's kernel decodes layers with a sliding window, which use no profile."""
+    from vllm_adamas.evaluate.calibrate import _layer
+    from vllm_adamas.evaluate.recorders import ChannelRecord
+
+    record, keys = ChannelRecord(), torch.rand(10, 2, 64, dtype=torch.float64)
+    record.tokens[3], record.key[3] = len(keys), keys.sum(0)
+    record.key_squares[3] = keys.square().sum(0)
+    assert _layer(record, 3).balance == profile.encode_balance(torch.zeros(2, 64))
+    record.rows[3], record.query_squares[3] = 5, keys.sum(0) ** 8
+    assert _layer(record, 3).balance != profile.encode_balance(torch.zeros(2, 64))
+
+
 def test_balanced_attention_is_the_same_attention() -> None:
     """Powers of two are exact: not one bit of a dense output changes."""
     import dataclasses

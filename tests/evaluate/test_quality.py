@@ -11,7 +11,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from common import MODEL
+import torch
+from common import MODEL, random_gemma, random_llama4
 
 pytestmark = [pytest.mark.serve, pytest.mark.timeout(1200)]
 SMALL = ["--max-num-seqs", "16", "--kv-cache-gib", "0.5"]
@@ -145,3 +146,46 @@ def test_a_profile_is_made_and_used(tmp_path: Path, profile: Path) -> None:
         mass(found[f"dot{which}-64"]["tasks"]["perplexity"]) for which in ("", "+profile")
     )
     assert plain + 0.005 < centred < mass(found["oracle-64"]["tasks"]["perplexity"])
+
+
+LOCAL = {"windows": (random_gemma, [1, 3]), "chunks": (random_llama4, [3])}  #: and the other layers
+
+
+def check_local_layers(folder: Path, kind: str) -> None:
+    """A profile is made and used; layers that attend to a part of the context have no tokens to choose."""
+    make, sparse = LOCAL[kind]
+    (model := folder / "model").mkdir()
+    make(model)
+    path, out = folder / "profile.json", folder / "eval"
+    run(
+        "calibrate",
+        str(model),
+        "--output",
+        str(path),
+        "--tokens",
+        "2048",
+        "--context",
+        "1024",
+        *SMALL,
+    )
+    slice_ = ["--context", "1024", "--windows", "2", "--steps", "24", "--tasks", "perplexity"]
+    arms = ["--arms", "dot", "--budgets", "64", "--profile", str(path)]
+    run("eval", str(model), "--output", str(out), *slice_, *arms, *SMALL)
+    layers = json.loads(path.read_text())["layers"]
+    assert [n for n, layer in enumerate(layers) if layer["mass"]] == sparse
+    cells = json.loads((out / "results.json").read_text())["cells"]
+    for name in ("dot-64", "dot+profile-64"):
+        assert cells[name]["tasks"]["perplexity"]["layers"] == sparse
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", LOCAL)
+def test_models_with_local_layers(tmp_path: Path, kind: str) -> None:
+    check_local_layers(tmp_path, kind)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", LOCAL)
+def test_models_with_local_layers_on_a_gpu(tmp_path: Path, kind: str) -> None:
+    check_local_layers(tmp_path, kind)

@@ -50,6 +50,7 @@ _MOE = {"num_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128
 
 #: Served. Each name is that of the published model whose flags it has.
 SERVED = {
+    "Llama-2-7B": {"model_type": "llama", **_heads(4, 4, 128), "hidden_size": 512},
     "Llama-3.1-8B": {
         "model_type": "llama",
         **_heads(8, 2, 128),
@@ -114,6 +115,16 @@ SERVED = {
         "tie_word_embeddings": True,
         "original_max_position_embeddings": 4096,
         "rope_parameters": _LONG_ROPE,
+    },
+    "Gemma-2-9B": {
+        "model_type": "gemma2",
+        **_heads(4, 2, 256),
+        "query_pre_attn_scalar": 256,
+        "attn_logit_softcapping": 2.0,  # near the logits of so small a model; 50 is published
+        "final_logit_softcapping": 30.0,
+        "embedding_factor": 0.1,
+        "sliding_window": 256,
+        "layer_types": _kinds("sliding", "full") * 2,
     },
     "Gemma-3-4B": {
         "model_type": "gemma3_text",
@@ -202,6 +213,23 @@ SERVED = {
         "hidden_act": "relu2",
         "partial_rotary_factor": 0.5,
     },
+    "Llama-4-Scout": {
+        "model_type": "llama4_text",
+        **_heads(5, 1, 128),
+        "hidden_size": 640,
+        "num_local_experts": 4,
+        "num_experts_per_tok": 1,
+        "intermediate_size_mlp": 512,
+        "attention_chunk_size": 256,
+    },
+    "gpt-oss-20B": {
+        "model_type": "gpt_oss",
+        **_heads(8, 1, 64),
+        "num_local_experts": 8,
+        "num_experts_per_tok": 4,
+        "sliding_window": 128,
+        "layer_types": _kinds("sliding", "full") * 2,
+    },
     "OPT-1.3B": {
         "model_type": "opt",
         "num_attention_heads": 4,
@@ -252,15 +280,30 @@ SERVED |= {
     },
 }
 
-#: Sparse layers where they are not all but the first of four, because others have a sliding window.
+#: In 16 bits rounding would choose other experts, so every token takes all of them.
+ALL_EXPERTS = {
+    "Qwen3-30B-A3B": {"num_experts": 4, "num_experts_per_tok": 4},
+    "Mixtral-8x7B": {"num_local_experts": 2},
+    "gpt-oss-20B": {"num_local_experts": 4},
+    "Llama-4-Scout": {"num_local_experts": 1},
+}
+#: Whose full attention has heads that FlashAttention 3 does not take.
+LARGE_HEADS = ("Gemma-4-E2B", "Gemma-4-31B")
+#: Whose head size has no CUDA kernels, so that Triton's have to be chosen.
+WITHOUT_CUDA = ("Phi-2",)
+
+#: Sparse layers where they are not all but the first of four, because others have a window or chunks.
 SPARSE_LAYERS = {
     "Mistral-7B-v0.1": 0,
     "Phi-3-mini-4k": 0,
     "StarCoder2-3B": 0,
+    "Gemma-2-9B": 2,
     "Gemma-3-4B": 1,
     "OLMo-3-7B": 1,
     "Command-R7B": 1,
     "EXAONE-4.0-32B": 1,
+    "Llama-4-Scout": 1,
+    "gpt-oss-20B": 2,
     "Gemma-3n-E2B": 3,
     "Gemma-4-E2B": 3,
     "Gemma-4-31B": 3,
@@ -358,16 +401,6 @@ REFUSED = {
     "Falcon-RW-7B": (
         {"model_type": "falcon", "num_attention_heads": 4, "alibi": True},
         ("ALiBi", _OTHER),
-    ),
-    "Llama-4-Scout, text": (
-        {
-            "model_type": "llama4_text",
-            **_heads(10, 2, 128),
-            "hidden_size": 1280,
-            "num_local_experts": 4,
-            "attention_chunk_size": 8192,
-        },
-        ("chunked local attention", _OTHER),
     ),
     "Qwen2.5-7B-1M": (
         {

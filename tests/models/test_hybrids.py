@@ -17,10 +17,9 @@ from agreement import agreed
 from architectures import HYBRIDS, VOCABULARY
 from checkpoints import write_model
 from engines import TOKENS, Engines
+from test_served import EXPERTS, GRAPHS
 
 pytestmark = pytest.mark.models
-
-EXPERTS = "vllm._moe_C_stable_libtorch"  #: vLLM's kernels for experts
 
 
 class Host(NamedTuple):
@@ -56,14 +55,7 @@ GPU = Host(
         "gdn_prefill_backend": "triton",  # FlashInfer's is compiled at its first use, for minutes
     },
     stock={"attention_backend": "FLASH_ATTN"},
-    ours={
-        "enforce_eager": False,
-        "compilation_config": {
-            "mode": 0,
-            "cudagraph_mode": "FULL_DECODE_ONLY",
-            "cudagraph_capture_sizes": [1, 2, 4, 8],
-        },
-    },
+    ours=GRAPHS,
 )
 CPU = Host(
     dtype="float32",

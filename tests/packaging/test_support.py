@@ -143,7 +143,7 @@ def test_only_what_has_passed_is_shown(record, pytester: pytest.Pytester) -> Non
     assert fact(refusals, "sentence") == "no."
 
 
-def test_runs_add_to_a_record_of_the_same_device(record, monkeypatch) -> None:
+def test_runs_add_to_a_record_of_the_same_versions(record, monkeypatch) -> None:
     record(TESTS)
     later = TESTS.replace("assert n", "...").replace("one fails", "both pass")
     later = record(later, "-k", "test_one")
@@ -151,6 +151,13 @@ def test_runs_add_to_a_record_of_the_same_device(record, monkeypatch) -> None:
     assert shown["both pass"] == shown["other"] == "shown"
     assert "one fails" not in shown
     assert shown["needs a moon"] == "skipped (there is none)"
-    other = Environment(gpu="another")
-    monkeypatch.setattr(Environment, "capture", lambda *about: other)
+    here = Environment(**later["environment"])
+    there = here.model_copy(update={"cpu": "another"})
+    monkeypatch.setattr(Environment, "capture", lambda *about: there)
+    moved = record(TESTS, "-k", "test_pass")["features"]
+    assert len(moved) > 2
+    machines = {test["on"] for tests in moved.values() for test in tests.values() if "on" in test}
+    assert machines == {here.device, there.device}
+    newer = there.model_copy(update={"versions": {**there.versions, "vllm": "9"}})
+    monkeypatch.setattr(Environment, "capture", lambda *about: newer)
     assert record(TESTS, "-k", "test_pass")["features"].keys() == {"all pass", "other"}

@@ -180,7 +180,6 @@ TEXTS = {  # change of the model's own config.json
         {"model_type": "hrm_text"},
         ("models that attend to later tokens", OTHER),
     ),
-    "chunks": ({"attention_chunk_size": 8192}, ("chunked local attention", OTHER)),
     "dual chunks": (
         {"dual_chunk_attention_config": {"chunk_size": 8}},
         ("dual chunk attention", OTHER),
@@ -558,6 +557,7 @@ OTHER_DCP = {  # fields of a model's configuration, those of the model; what is 
     "windows": ({"layer_types": ["sliding_attention", "full_attention"]}, {}, "sliding windows"),
     "sinks": ({"model_type": "gpt_oss"}, {}, "learned attention sinks"),
     "hybrid": ({}, {"is_hybrid": True}, "state-space or linear-attention layers"),
+    "chunks": ({}, {"attention_chunk_size": 8192}, "chunked local attention"),
 }
 
 
@@ -1019,6 +1019,18 @@ def test_sizes_of_blocks(vllm_config) -> None:
     for size in (32, 64, 96, 128, 1024):
         cache = Changed(vllm_config.cache_config, block_size=size, user_specified_block_size=True)
         checks.check_config(Changed(vllm_config, cache_config=cache))
+
+
+@pytest.mark.refuses("chunked local attention over chunks that blocks do not divide")
+def test_blocks_divide_the_chunks_of_local_attention(vllm_config, record_property) -> None:
+    model = Changed(vllm_config.model_config, attention_chunk_size=8192)
+    for size, fits in ((64, True), (96, False)):
+        cache = Changed(vllm_config.cache_config, block_size=size, user_specified_block_size=True)
+        config = Changed(vllm_config, model_config=model, cache_config=cache)
+        if fits:
+            checks.check_config(config)
+    named = ("block_size 96", "chunks of 8192 tokens", "--block-size", "divides 8192")
+    record_property("sentence", check_refusal(config, named))
 
 
 def test_a_size_of_blocks_that_vllm_has_yet_to_choose(vllm_config) -> None:

@@ -91,7 +91,13 @@ ARGUMENTS: Values = {  # some of the second are vLLM's to refuse
     "runner": (["auto", "generate"], ["pooling"]),
     "enable_lora": ([False, True], []),
     "hf_overrides": (
-        [{"layer_types": []}, {"attn_config": None}, {"attn_config": ["x"]}, _WINDOWS],
+        [
+            {"layer_types": []},
+            {"attn_config": None},
+            {"attn_config": ["x"]},
+            {"attention_chunk_size": 8192},
+            _WINDOWS,
+        ],
         [
             {"head_dim": 80},
             {"num_key_value_heads": 0},
@@ -101,7 +107,7 @@ ARGUMENTS: Values = {  # some of the second are vLLM's to refuse
             {"layer_types": "full_attention"},
             {"layer_types": [["sliding_attention"]] * 30},
             {"layer_types": 30},
-            {"attention_chunk_size": 8192},
+            {"attention_chunk_size": 8200},
             {"attn_logit_softcapping": 50.0},
             {"v_head_dim": 32},
             {"alibi": True},

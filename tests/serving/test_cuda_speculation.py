@@ -6,6 +6,7 @@ start at once.
 """
 
 import json
+from importlib.util import find_spec
 
 import drafters
 import engines
@@ -25,12 +26,16 @@ from test_cuda_engine import (
     moved,
 )
 from test_serve import complete, together
+from test_speculation import SUFFIX
 
 from vllm_adamas.serving.launch import Server
 
 pytestmark = [*ON_HOPPER, pytest.mark.timeout(600)]
 
 TOKENS = 40
+needs_suffixes = pytest.mark.skipif(
+    not find_spec("arctic_inference"), reason="needs the package arctic-inference"
+)
 LAYERS = 4  #: of the targets
 WHOLE = {"token_budget": 1_000_000, "num_dense_layers": 1}
 SPARSE = {"token_budget": 256, "num_dense_layers": 1, "audit_interval": 3}
@@ -60,6 +65,7 @@ def host(request, tmp_path_factory):
         "eagle": ("adamas", SPARSE, by["eagle"], {}),
         "v1 medusa": ("adamas", SPARSE, by["medusa"], {}),
         "v1 draft model": ("adamas", SPARSE, by["draft model"], V1_RUNNER),
+        "v1 suffix": ("adamas", SPARSE, drafting(SUFFIX), {}),
     }
     budget = SPECS["sparse"][1]  # of the demonstration model
     specs |= {
@@ -110,6 +116,7 @@ def drafts_of(server: Server, call) -> tuple[float, float]:
         ("n-grams on the GPU", "demonstration", "ngram_gpu"),
         ("n-grams on the GPU", "demonstration", "v1 ngram_gpu"),
         ("MTP", "sparse, with mtp", "mtp"),
+        pytest.param("suffixes", "sparse", "v1 suffix", marks=needs_suffixes),
     ],
 )
 def test_drafts_change_no_answer(host, row: str, plain: str, name: str) -> None:

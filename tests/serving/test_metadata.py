@@ -20,6 +20,10 @@ from vllm_adamas.serving.plugin import register
 register()
 
 from vllm.config import CUDAGraphMode  # noqa: E402
+from vllm.model_executor.layers.attention.chunked_local_attention import (  # noqa: E402
+    ChunkedLocalAttention,
+    create_chunked_local_attention_backend,
+)
 from vllm.v1.attention.backend import CommonAttentionMetadata  # noqa: E402
 from vllm.v1.kv_cache_interface import FullAttentionSpec  # noqa: E402
 from vllm.v1.worker.gpu.input_batch import InputBatch, InputBuffers  # noqa: E402
@@ -31,6 +35,7 @@ from vllm.v1.worker.utils import AttentionGroup  # noqa: E402
 
 BLOCK, MAX_ROWS, MAX_TOKENS, MAX_MODEL_LEN = 16, 64, 512, 4096
 BUDGET = 100
+CHUNK = 64
 RUNNERS = ("v1", "v2")
 
 
@@ -71,24 +76,31 @@ def chunk(computed: int, new: int) -> Request:
 
 
 def group_of(
-    options: dict, micro_batches: int = 1, drafts: int = 0, ranks: int = 1
+    options: dict, micro_batches: int = 1, drafts: int = 0, ranks: int = 1, chunk: int = 0
 ) -> AttentionGroup:
     """A KV cache group with a real metadata builder for each micro-batch.
 
     Args:
         drafts: tokens that a drafter may propose per request and step.
         ranks: that keep a share of every context each.
+        chunk: tokens of the chunks that its layers attend within, 0 for all tokens.
     """
+    backend = AdamasBackend
+    if chunk:
+        backend = create_chunked_local_attention_backend(AdamasBackend, chunk)
     spec = FullAttentionSpec(
         block_size=BLOCK, num_kv_heads=1, head_size=64, head_size_v=64, dtype=torch.bfloat16
     )
     options = {"metrics": False, "log_interval": 0, "audit_interval": 0, **options}
+    layer = object.__new__(ChunkedLocalAttention) if chunk else SimpleNamespace()
+    layer.attention_chunk_size = chunk
     shared = SimpleNamespace(stats=SelectionStats(AdamasConfig.parse(options), "cpu"), requested={})
+    layer.impl = SimpleNamespace(shared=shared)
     config = SimpleNamespace(
         additional_config={"adamas": options},
         compilation_config=SimpleNamespace(
             max_cudagraph_capture_size=MAX_ROWS,
-            static_forward_context={"layer": SimpleNamespace(impl=SimpleNamespace(shared=shared))},
+            static_forward_context={"layer": layer},
         ),
         scheduler_config=SimpleNamespace(max_num_seqs=MAX_ROWS, max_num_batched_tokens=MAX_TOKENS),
         parallel_config=SimpleNamespace(decode_context_parallel_size=ranks),
@@ -103,10 +115,11 @@ def group_of(
         else None,
     )
     builders = [
-        AdamasMetadataBuilder(spec, ["layer"], config, torch.device("cpu"))
+        backend.get_builder_cls()(spec, ["layer"], config, torch.device("cpu"))
         for _ in range(micro_batches)
     ]
-    return AttentionGroup(AdamasBackend, ["layer"], spec, 0, metadata_builders=builders)
+    assert all(isinstance(builder, AdamasMetadataBuilder) for builder in builders)
+    return AttentionGroup(backend, ["layer"], spec, 0, metadata_builders=builders)
 
 
 def ask(group: AttentionGroup, requests: list[Request], slots: list[int]) -> None:
@@ -387,6 +400,60 @@ def test_any_batch_with_drafts(
     """Each request has as many as its drafter proposed; only equal numbers go into a padded graph."""
     rows = len(requests) + (padding if all(request.new == 5 for request in requests) else 0)
     check(build(runner, options, requests, rows, 4), options, requests, rows, 4)
+
+
+def check_chunks(metadata: AdamasMetadata, requests: list[Request]) -> None:
+    """Every token of the step sees the blocks of its chunk up to itself, as a row or in the prefill."""
+    found = []
+    if metadata.num_decode_rows:
+        batch = usual(metadata)
+        found += zip(batch.block_table.tolist(), batch.seq_lens.tolist(), strict=True)
+        assert max(batch.seq_lens) <= batch.max_seq_len <= CHUNK
+    if plan := metadata.prefill:
+        assert plan.first_token == len(found)
+        assert torch.equal(plan.seq_lens, plan.seq_lens_cpu)
+        news = plan.query_start_loc.diff().tolist()
+        assert sum(news) == plan.num_tokens
+        assert max(news) <= plan.max_query_len
+        parts = zip(plan.block_table.tolist(), plan.seq_lens.tolist(), news, strict=True)
+        found += [
+            (blocks, length - new + n + 1) for blocks, length, new in parts for n in range(new)
+        ]
+    tables = block_tables(len(requests)).tolist()
+    expected = []
+    for own, request in zip(tables, requests, strict=True):
+        for position in range(request.computed, request.context):
+            start = position // CHUNK * CHUNK
+            expected.append((own[start // BLOCK : position // BLOCK + 1], position - start + 1))
+    assert [(blocks[: -(-n // BLOCK)], n) for blocks, n in found] == expected
+
+
+@pytest.mark.parametrize("drafts", [0, 4])
+@pytest.mark.parametrize("runner", RUNNERS)
+@given(
+    requests=st.lists(
+        st.one_of(st.builds(chunk, st.integers(1, 200), st.integers(1, 8)), REQUESTS),
+        min_size=1,
+        max_size=12,
+    )
+)
+@settings(max_examples=150, deadline=None)
+def test_chunked_local_attention(runner: str, drafts: int, requests: list[Request]) -> None:
+    """vLLM cuts requests at the chunks before our builder sees them; what they ask for is for other layers."""
+    requests = in_order(requests, drafts)
+    group = group_of({"token_budget": BUDGET}, drafts=drafts, chunk=CHUNK)
+    check_chunks(BUILD[runner](group, requests, len(requests)), requests)
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_most_requests_that_chunks_cut_in_two(runner: str, drafts: int) -> None:
+    """More rows than :func:`compat.max_decode_rows` knows: both parts of each are as short as a decode's."""
+    requests = [chunk(CHUNK - 1 - drafts, 2 * (1 + drafts))] * MAX_ROWS
+    group = group_of({"token_budget": BUDGET}, drafts=drafts, chunk=CHUNK)
+    metadata = BUILD[runner](group, requests, len(requests))
+    assert metadata.num_decode_rows == 2 * (1 + drafts) * MAX_ROWS
+    check_chunks(metadata, requests)
 
 
 @pytest.mark.parametrize("runner", RUNNERS)

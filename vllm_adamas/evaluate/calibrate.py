@@ -108,8 +108,11 @@ def calibrate(
 def _layer(record: ChannelRecord, layer: int) -> profiles.LayerProfile:
     count = record.tokens[layer]
     mean, squares = record.key[layer] / count, record.key_squares[layer] / count  # [Hkv, D]
-    queries = record.query_squares[layer] / record.rows[layer]
-    exponents = balance(queries, squares - mean.square())
+    exponents = torch.zeros_like(mean)
+    if rows := record.rows[
+        layer
+    ]:  # else the layer is always dense, and the device decodes it elsewhere
+        exponents = balance(record.query_squares[layer] / rows, squares - mean.square())
     return profiles.LayerProfile(
         key_mean=profiles.encode_mean(mean),
         balance=profiles.encode_balance(exponents),
