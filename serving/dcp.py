@@ -79,17 +79,16 @@ class ContextShare:
         """Attention over the whole contexts for this rank's heads, from every rank's over its share.
 
         Args:
-            output: ``[T, N * Hq, D]``, overwritten. Heads without tokens may hold anything.
-            lse: float32 ``[T, N * Hq]``, natural; infinite for heads without tokens.
+            output: contiguous ``[T, N * Hq, D]``. Heads without tokens may hold anything.
+            lse: contiguous float32 ``[T, N * Hq]``, natural; infinite for heads without tokens.
 
         Returns:
             ``[T, Hq, D]``, 0 where no rank has tokens, and float32 ``[T, Hq]``, -inf there.
         """
-        lse = lse.masked_fill(lse.isinf(), -torch.inf)
+        from vllm_adamas.backends.triton.combine import combine
+
         everyone = self.group.all_gather(lse, dim=0).view(self.size, *lse.shape)
-        total = everyone.logsumexp(0)
-        weight = (lse - total).exp_().nan_to_num_(0).unsqueeze(-1)  # nan: no rank has tokens
-        output.mul_(weight).masked_fill_(weight == 0, 0)
-        heads = output.shape[1] // self.size
-        own = slice(self.rank * heads, (self.rank + 1) * heads)
-        return self.group.reduce_scatter(output, dim=1), total[:, own]
+        weighted, total = combine(output, everyone, self.rank)
+        found = self.group.reduce_scatter(weighted, dim=0)  # head-major: needs no copy
+        own = slice(self.rank * len(found), (self.rank + 1) * len(found))
+        return found.transpose(0, 1), total[:, own]

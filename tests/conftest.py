@@ -25,7 +25,7 @@ if not torch.cuda.is_available():
     # imported; processes that tests start must not inherit it.
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
-        import vllm_adamas.backends.triton  # noqa: F401
+        import vllm_adamas.backends.triton.combine  # noqa: F401
 
 from record import pytest_addoption, pytest_configure  # noqa: F401
 

@@ -105,6 +105,7 @@ class FlashAttention(DenseAttention):
         found = torch.empty_like(everyone)
         lse = self._attend_pages(backend, layer, plan, everyone, found)
         before, lse = share.combine(found, lse.t().contiguous())
+        before = before.contiguous()
         after = torch.empty_like(before)
         lse_after = _attend(layer.params, wants_lse=True, out=after, **new)
         merge_attn_states(output, before, lse.t().contiguous(), after, lse_after)

@@ -212,7 +212,7 @@ import torch, triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from cases import Case
-from vllm_adamas.backends.triton import backend as ops
+from vllm_adamas.backends.triton import backend as ops, combine
 
 class Compiled:
     \"\"\"Stands in for a kernel: compiles a launch's arguments for every target, and runs nothing.\"\"\"
@@ -241,9 +241,10 @@ class Compiled:
             assert done.metadata.shared <= 99 << 10, (self.kernel, done.metadata.shared)
             print(capability, self.kernel.__name__)
 
-for name, kernel in vars(ops).copy().items():
-    if isinstance(kernel, triton.JITFunction):
-        setattr(ops, name, Compiled(kernel))
+for module in (ops, combine):
+    for name, kernel in vars(module).copy().items():
+        if isinstance(kernel, triton.JITFunction):
+            setattr(module, name, Compiled(kernel))
 ops.TritonBackend.__init__ = lambda self: vars(self).update(
     _workspace=ops.Workspace(), _plans={}
 )
@@ -258,6 +259,8 @@ for case, capabilities in (
     batch = case.build(backend)
     batch.decode(backend)
     batch.gathered(backend)
+capabilities = (80, 90, 100, 120)
+combine.combine(torch.zeros(5, 8, 96).half(), torch.zeros(3, 5, 8), 1)
 """
 
 
@@ -272,7 +275,17 @@ def test_kernels_compile_for_every_generation(tmp_path) -> None:
         text=True,
     )
     assert done.returncode == 0, done.stderr[-2000:]
-    kernels = {"append", "encode", "sample", "scan", "select", "attend", "merge", "gather"}
+    kernels = {
+        "append",
+        "encode",
+        "sample",
+        "scan",
+        "select",
+        "attend",
+        "merge",
+        "gather",
+        "combine",
+    }
     made = {tuple(line.split()) for line in done.stdout.splitlines()}
     assert made == {(c, f"{k}_kernel") for c in ("80", "90", "100", "120") for k in kernels}
 

@@ -25,22 +25,15 @@ def run(*args: str) -> str:
     return done.stdout
 
 
+def calibrate(model: Path, path: Path, *more: str) -> str:
+    length = ["--tokens", "2048", "--context", "1024"]
+    return run("calibrate", str(model), "--output", str(path), *length, *more, *SMALL)
+
+
 @pytest.fixture(scope="module")
 def profile(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("calibrate") / "profile.json"
-    out = run(
-        "calibrate",
-        str(MODEL),
-        "--output",
-        str(path),
-        "--tokens",
-        "2048",
-        "--context",
-        "1024",
-        "--token-budget",
-        "128",
-        *SMALL,
-    )
+    out = calibrate(MODEL, path, "--token-budget", "128")
     assert "token_budget 128" in out
     suggestion = json.loads(path.read_text())["suggestion"]
     budgets = suggestion["layer_budgets"]
@@ -157,17 +150,7 @@ def check_local_layers(folder: Path, kind: str) -> None:
     (model := folder / "model").mkdir()
     make(model)
     path, out = folder / "profile.json", folder / "eval"
-    run(
-        "calibrate",
-        str(model),
-        "--output",
-        str(path),
-        "--tokens",
-        "2048",
-        "--context",
-        "1024",
-        *SMALL,
-    )
+    calibrate(model, path)
     slice_ = ["--context", "1024", "--windows", "2", "--steps", "24", "--tasks", "perplexity"]
     arms = ["--arms", "dot", "--budgets", "64", "--profile", str(path)]
     run("eval", str(model), "--output", str(out), *slice_, *arms, *SMALL)

@@ -37,6 +37,13 @@ ROWS = ((0, 148, 16), (0, 149, 16), (0, 150, 16), (1, 1, 16), (2, 90, 90), (2, 9
 SLACK = 3.0  #: outputs are scaled and added once more
 
 
+@pytest.fixture(autouse=True)
+def interpreter(monkeypatch) -> None:
+    """Ranks combine what they attend to in a Triton kernel."""
+    if not torch.cuda.is_available():
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 8])
 @pytest.mark.parametrize("interleave", [1, 4, 16])
 def test_shares_are_a_context(size: int, interleave: int) -> None:
