@@ -118,6 +118,8 @@ def test_ranks_attend_to_what_each_of_them_selects(
 
     The context of one token leaves ranks without any, and interleaves of 64 leave a rank's share short.
     """
+    if torch.device(target.device).type != DEVICE:
+        pytest.skip("ranks combine on the GPU of this host")
     dtype = torch.float16 if isinstance(target, CudaTarget) else torch.float32
     how = {"selection": selection, "soft_cap": soft_cap, "sinks": 2, "recent": 4}
     case = Case(REQUESTS, heads=(8, 1), head_size=64, dtype=dtype, padding=0, **how)
@@ -153,11 +155,11 @@ def test_ranks_attend_to_what_each_of_them_selects(
 def test_what_a_rank_without_tokens_leaves_in_its_output_does_not_count() -> None:
     """Infinite and NaN outputs, and a log-sum-exp of either sign."""
     ranks = Ranks(2)
-    value, inf = torch.tensor([2.0, 3.0]), torch.inf
+    value, inf = torch.tensor([2.0, 3.0], device=DEVICE), torch.inf
 
     def on(share) -> torch.Tensor:
-        output = torch.full((3, 4, 2), torch.nan if share.rank else inf)
-        lse = torch.full((3, 4), inf if share.rank else -inf)
+        output = torch.full((3, 4, 2), torch.nan if share.rank else inf, device=DEVICE)
+        lse = torch.full((3, 4), inf if share.rank else -inf, device=DEVICE)
         output[share.rank], lse[share.rank] = value, 100.0 * share.rank
         combined, total = share.combine(output, lse)
         assert total.tolist() == [[0.0] * 2, [100.0] * 2, [-inf] * 2]
@@ -171,6 +173,7 @@ def test_heads_are_weighted_by_what_their_ranks_have() -> None:
     """Four heads on two ranks, against the softmax over the tokens of both."""
     g = torch.Generator().manual_seed(1)
     logits, value = torch.randn(2, 3, 4, 7, generator=g), torch.randn(2, 3, 4, 7, 5, generator=g)
+    logits, value = logits.to(DEVICE), value.to(DEVICE)
     outputs = (logits.softmax(-1).unsqueeze(-2) @ value).squeeze(-2)  # [N, T, H, D]
     found = Ranks(2).run(
         lambda share: share.combine(outputs[share.rank], logits[share.rank].logsumexp(-1))[0]
