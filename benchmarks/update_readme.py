@@ -34,6 +34,11 @@ QUALITY = "quality_SmolLM2-135M-Instruct"
 LOADS = ((32000, 1), (32000, 8), (32000, 22), (128000, 5))
 CELL = (32768, 32)
 CPU_CONTEXT = 8000
+#: Records of a server and of the kernels, by processor.
+CPUS = {
+    "Intel Xeon with AMX": ("serve_cpu", "decode_cpu"),
+    "AMD EPYC": ("serve_cpu_epyc", "decode_cpu_epyc"),
+}
 
 
 def times(stat: dict, digits: int = 2) -> str:
@@ -100,16 +105,17 @@ def readme() -> list[str]:
             f"{cell['launch']:,}{exactly}",
         ]
     )
-    row = find(load("serve_cpu")[0]["rows"], context=CPU_CONTEXT)
-    rows.append(
-        [
-            f"CPU server, one worker thread, {CPU_CONTEXT:,} tokens x 1",
-            "CPU_ATTN",
-            f"TPOT {change(row, 'tpot')} ms",
-            f"{row['tpot_ratio']['median']:.2f}x",
-            f"{bench_serve.MAX_MODEL_LEN:,}",
-        ]
-    )
+    for processor, (server, _) in CPUS.items():
+        row = find(load(server)[0]["rows"], context=CPU_CONTEXT)
+        rows.append(
+            [
+                f"CPU server ({processor}), one worker thread, {CPU_CONTEXT:,} tokens x 1",
+                "CPU_ATTN",
+                f"TPOT {change(row, 'tpot')} ms",
+                f"{row['tpot_ratio']['median']:.2f}x",
+                f"{bench_serve.MAX_MODEL_LEN:,}",
+            ]
+        )
     headers = ["measured", "compared with", "dense → adamas", "ratio", "`max_model_len`"]
     return markdown(headers, rows)
 
@@ -262,28 +268,37 @@ def decode_tables(result: dict, environment: Environment) -> list[str]:
     return lines + markdown([*headers, "MB read at least", "GB/s"], rows)
 
 
+def cpu_tables(processor: str) -> list[str]:
+    server, kernels = CPUS[processor]
+    serve, environment = load(server)
+    return [
+        f"### CPU server, {processor}",
+        "",
+        f"{where(environment)}.",
+        "",
+        *serve_table(serve),
+        "",
+        f"![TPOT against context length](../benchmarks/results/{server}.png)",
+        "",
+        f"### CPU kernels, {processor}",
+        "",
+        *decode_tables(*load(kernels)),
+        "",
+    ]
+
+
 def benchmarks() -> list[str]:
     """Every table of docs/benchmarks.md."""
-    serve, environment = load("serve_cpu")
-    return [
+    lines = [
         "### GPU servers",
         "",
         *gpu_tables(),
         "### Drafts",
         "",
         *drafts(*load("drafts_serve")),
-        "### CPU server",
-        "",
-        f"{where(environment)}.",
-        "",
-        *serve_table(serve),
-        "",
-        "![TPOT against context length](../benchmarks/results/serve_cpu.png)",
-        "",
-        "### CPU kernels",
-        "",
-        *decode_tables(*load("decode_cpu")),
+        *(line for processor in CPUS for line in cpu_tables(processor)),
     ]
+    return lines[:-1]
 
 
 def plot() -> None:

@@ -12,7 +12,7 @@ import sys
 
 from records import RESULTS, load, update_document
 from update_kernels import headline, served, used, worse
-from update_readme import QUALITY
+from update_readme import CPUS, QUALITY
 
 from vllm_adamas.config import AdamasConfig
 from vllm_adamas.evaluate.report import summary
@@ -62,11 +62,11 @@ def crossovers() -> list[str]:
     for (requests,), cells in by(serve["rows"], "concurrency").items():
         measured = [(cell["context"], cell["tpot_ratio"]) for cell in cells]
         rows.append([f"{gpu}, TPOT of a server", requests, *crossover(measured)])
-    serve, _ = load("serve_cpu")
-    measured = [(cell["context"], cell["tpot_ratio"]["median"]) for cell in serve["rows"]]
-    rows.append(
-        [f"CPU, TPOT of a server ({serve['model']}, one worker thread)", 1, *crossover(measured)]
-    )
+    for processor, (server, _) in CPUS.items():
+        serve, _ = load(server)
+        measured = [(cell["context"], cell["tpot_ratio"]["median"]) for cell in serve["rows"]]
+        title = f"{processor}, TPOT of a server ({serve['model']}, one worker thread)"
+        rows.append([title, 1, *crossover(measured)])
     record, _ = load("decode_gpu")
     cells = [cell for part in ("cells", "contexts", "mha") for cell in speedups(record, part)]
     for (heads, requests), alike in by(cells, "heads", "rows").items():
@@ -74,13 +74,14 @@ def crossovers() -> list[str]:
         rows.append(
             [f"{gpu}, attention of a layer, {layer(heads)}", requests, *crossover(measured)]
         )
-    decode, _ = load("decode_cpu")
-    served_by_default = [cell for cell in decode["rows"] if cell["combine"] == "max"]
-    measured = [
-        (context, min(cell["least_speedup"] for cell in cells))
-        for (context,), cells in by(served_by_default, "context").items()
-    ]
-    rows.append(["CPU, attention of all layers", 1, *crossover(measured)])
+    for processor, (_, kernels) in CPUS.items():
+        decode, _ = load(kernels)
+        served_by_default = [cell for cell in decode["rows"] if cell["combine"] == "max"]
+        measured = [
+            (context, min(cell["least_speedup"] for cell in cells))
+            for (context,), cells in by(served_by_default, "context").items()
+        ]
+        rows.append([f"{processor}, attention of all layers", 1, *crossover(measured)])
     return markdown(["measured", "requests", "no gain at", "gain from"], rows)
 
 
@@ -123,14 +124,14 @@ def costs() -> list[str]:
     """What is the same or worse: time to first token, and the room in the KV cache."""
     serve, _ = load("serve_gpu")
     one = next(row for row in serve["rows"] if row["concurrency"] == 1)
-    cpu, _ = load("serve_cpu")
-    ratios = [row["ttft_ratio"]["median"] for row in cpu["rows"]]
+    cpus = [load(server)[0] for server, _ in CPUS.values()]
+    ratios = [row["ttft_ratio"]["median"] for cpu in cpus for row in cpu["rows"]]
     tokens = list(serve["kv_cache_tokens"].values())[-1]
     dense, _ = load("dense_gpu")
     rows = [cell["kernels"]["us"] / cell["flash"]["us"] for cell in dense["cells"]]
     return [
         f"- Time to first token, dense / adamas: {one['ttft_ratio']:.3f}x on the GPU server for a prompt of "
-        f"{one['context']:,} tokens; {min(ratios):.2f}x to {max(ratios):.2f}x on the CPU server.",
+        f"{one['context']:,} tokens; {min(ratios):.2f}x to {max(ratios):.2f}x on the CPU servers.",
         f"- Tokens in the KV cache of the GPU server: {tokens['adamas']:,} where FLASH_ATTN has "
         f"{tokens['flash_attn']:,}.",
         f"- A dense row of a sparse layer, such as one whose context is within the budget, takes {min(rows):.2f} to "

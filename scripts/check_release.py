@@ -40,6 +40,7 @@ RECORDS = {
     "serve_gpu": ("csrc/common", "csrc/sm90"),
     "decode_gpu": ("csrc/common", "csrc/sm90"),
     "serve_cpu": ("csrc/common", "csrc/cpu"),
+    "serve_cpu_epyc": ("csrc/common", "csrc/cpu"),
 }
 
 #: A command that is run, in a folder or in this one.

@@ -381,11 +381,14 @@ def kv_scales(layer: AttentionLayer) -> tuple[float, float]:
 def max_decode_rows(vllm_config) -> int:
     """Rows of the largest decode step, including the padding of captured graphs.
 
-    A request has one for its last token and one for each token that a drafter may propose.
+    A request has one for its last token and one for each token that a drafter may propose. Where vLLM cuts requests
+    at chunks, the few new tokens of a cached prompt may become two requests with as many rows each.
     """
     from vllm.v1.attention.backend import max_decode_query_len
 
     rows = vllm_config.scheduler_config.max_num_seqs * max_decode_query_len(vllm_config)
+    if vllm_config.model_config.attention_chunk_size:
+        rows *= 2
     captured = vllm_config.compilation_config.max_cudagraph_capture_size or 0
     return max(rows, captured)
 

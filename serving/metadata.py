@@ -140,8 +140,6 @@ class AdamasMetadataBuilder(AttentionMetadataBuilder[AdamasMetadata]):
             logger.warning_once(warning)
         # Captured graphs read starts, lengths, positions, block tables and budgets from these tensors.
         rows = compat.max_decode_rows(vllm_config)
-        if self._chunked:  # a prompt's new tokens on both sides of a cut may be two short requests
-            rows *= 2
         self._starts = torch.arange(rows + 1, dtype=torch.int32, device=device)
         self._seq_lens = torch.zeros_like(self._starts[:-1])
         self._positions = torch.zeros_like(self._seq_lens)

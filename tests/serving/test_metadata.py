@@ -106,6 +106,7 @@ def group_of(
         parallel_config=SimpleNamespace(decode_context_parallel_size=ranks),
         model_config=SimpleNamespace(
             max_model_len=MAX_MODEL_LEN,
+            attention_chunk_size=chunk or None,
             model="",
             revision=None,
             hf_text_config=SimpleNamespace(model_type="llama"),
@@ -448,7 +449,7 @@ def test_chunked_local_attention(runner: str, drafts: int, requests: list[Reques
 @pytest.mark.parametrize("drafts", [0, 3])
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_most_requests_that_chunks_cut_in_two(runner: str, drafts: int) -> None:
-    """More rows than :func:`compat.max_decode_rows` knows: both parts of each are as short as a decode's."""
+    """Both parts of each are as short as a decode's."""
     requests = [chunk(CHUNK - 1 - drafts, 2 * (1 + drafts))] * MAX_ROWS
     group = group_of({"token_budget": BUDGET}, drafts=drafts, chunk=CHUNK)
     metadata = BUILD[runner](group, requests, len(requests))

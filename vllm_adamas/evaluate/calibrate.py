@@ -108,10 +108,8 @@ def calibrate(
 def _layer(record: ChannelRecord, layer: int) -> profiles.LayerProfile:
     count = record.tokens[layer]
     mean, squares = record.key[layer] / count, record.key_squares[layer] / count  # [Hkv, D]
-    exponents = torch.zeros_like(mean)
-    if rows := record.rows[
-        layer
-    ]:  # else the layer is always dense, and the device decodes it elsewhere
+    rows, exponents = record.rows[layer], torch.zeros_like(mean)
+    if rows:  # else the layer is always dense, and the device decodes it elsewhere
         exponents = balance(record.query_squares[layer] / rows, squares - mean.square())
     return profiles.LayerProfile(
         key_mean=profiles.encode_mean(mean),
