@@ -196,7 +196,9 @@ class Engine:
                 static_forward_context=self.context, max_cudagraph_capture_size=4
             ),
             scheduler_config=SimpleNamespace(max_num_seqs=2, max_num_batched_tokens=64),
-            model_config=SimpleNamespace(max_model_len=256, dtype=CASE.dtype),
+            model_config=SimpleNamespace(
+                max_model_len=256, dtype=CASE.dtype, attention_chunk_size=None
+            ),
             parallel_config=SimpleNamespace(data_parallel_index=0, decode_context_parallel_size=1),
         )
         with monkeypatch.context() as patch:
