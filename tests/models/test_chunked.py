@@ -13,7 +13,7 @@ from agreement import NEAR_TIE, agreed
 from architectures import ALL_EXPERTS, SERVED, VOCABULARY
 from checkpoints import write_model
 from engines import TOKENS, Engine, Engines, prompts
-from test_served import EXPERTS, GRAPHS, ON_GPU, STOCK, budget
+from test_served import EXPERTS, FLASH, GRAPHS, ON_GPU, STOCK, budget
 
 pytestmark = pytest.mark.models
 
@@ -118,4 +118,4 @@ def test_steps_across_chunks_on_a_gpu(
         graphs = {} if "attention_backend" in more else GRAPHS
         return of_runner[runner].ask(model, {**arguments, **graphs, **more}, REQUESTS)
 
-    check(ask, {"attention_backend": "FLASH_ATTN", "additional_config": {}}, way, 0.1, share=0.3)
+    check(ask, FLASH, way, 0.1, share=0.3)

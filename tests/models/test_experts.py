@@ -10,7 +10,7 @@ from agreement import agreed
 from architectures import SERVED
 from checkpoints import write_model
 from engines import COMMON, TOKENS, Engines
-from test_served import FEW, PROMPTS, REQUESTS, budget
+from test_served import FEW, FLASH, PROMPTS, REQUESTS, budget
 
 pytestmark = [pytest.mark.models, pytest.mark.gpu, pytest.mark.timeout(400)]
 
@@ -28,8 +28,7 @@ def test_experts_may_be_split_over_two_gpus(engines: Engines, tmp_path: Path) ->
     """Every token takes all experts, so rounding chooses no others. Below the contexts every row is counted once."""
     experts = {"num_experts": 4, "num_experts_per_tok": 4}
     model = write_model(tmp_path, {**SERVED["Qwen3-30B-A3B"], **experts})
-    stock = {"attention_backend": "FLASH_ATTN", "additional_config": {}}
-    cases = {"stock": stock, "whole": budget(COMMON["max_model_len"]), "few": budget(FEW)}
+    cases = {"stock": FLASH, "whole": budget(COMMON["max_model_len"]), "few": budget(FEW)}
     said = {
         name: engines.ask(model, {**arguments, **SPLIT}, REQUESTS)
         for name, arguments in cases.items()

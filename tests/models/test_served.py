@@ -81,6 +81,7 @@ def test_a_model(engines: Engines, record_property, tmp_path: Path, name: str) -
 #: Models that vLLM does not compute in float16.
 BFLOAT16 = ("gemma", "glm4", "gpt_oss")
 EXPERTS = "vllm._moe_C_stable_libtorch"  #: vLLM's kernels for experts
+FLASH = {"attention_backend": "FLASH_ATTN", "additional_config": {}}  #: the stock backend of GPUs
 ON_GPU = {
     "max_num_batched_tokens": 512,  # cuts the longest prompts
     "enable_prefix_caching": False,
@@ -126,8 +127,7 @@ def test_a_model_on_a_gpu(engines: Engines, record_property, tmp_path: Path, nam
     config = {**SERVED[name], **ALL_EXPERTS.get(name, {})}
     model, dtype = write_model(tmp_path, config), dtype_on_gpus(config["model_type"])
     common = {**ON_GPU, "dtype": dtype}
-    flash = {"attention_backend": "FLASH_ATTN", "additional_config": {}}
-    stock = engines.ask(model, {**flash, **common}, REQUESTS)
+    stock = engines.ask(model, {**FLASH, **common}, REQUESTS)
     kernels = {"kernels": "triton"} if name in WITHOUT_CUDA else {}
     whole, few = (
         engines.ask(model, {**budget(tokens, **kernels), **common, **GRAPHS}, REQUESTS)

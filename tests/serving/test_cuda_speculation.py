@@ -6,7 +6,6 @@ start at once.
 """
 
 import json
-from importlib.util import find_spec
 
 import drafters
 import engines
@@ -26,16 +25,13 @@ from test_cuda_engine import (
     moved,
 )
 from test_serve import complete, together
-from test_speculation import SUFFIX
+from test_speculation import SUFFIX, needs_suffixes
 
 from vllm_adamas.serving.launch import Server
 
 pytestmark = [*ON_HOPPER, pytest.mark.timeout(600)]
 
 TOKENS = 40
-needs_suffixes = pytest.mark.skipif(
-    not find_spec("arctic_inference"), reason="needs the package arctic-inference"
-)
 LAYERS = 4  #: of the targets
 WHOLE = {"token_budget": 1_000_000, "num_dense_layers": 1}
 SPARSE = {"token_budget": 256, "num_dense_layers": 1, "audit_interval": 3}

@@ -15,6 +15,9 @@ pytestmark = [pytest.mark.serve, pytest.mark.slow]
 
 SPARSE_LAYERS = 3  #: of the targets' four, under the options that engines have by default
 SUFFIX = {"method": "suffix", "num_speculative_tokens": 4}
+needs_suffixes = pytest.mark.skipif(
+    not find_spec("arctic_inference"), reason="needs the package arctic-inference"
+)
 #: Prompts are cut within requests that verify drafts, and their remainders are as short as drafts.
 CHUNKS = {"max_num_batched_tokens": 99, "enable_prefix_caching": False}
 STOCK = {"attention_backend": "CPU_ATTN", "additional_config": {}}
@@ -131,7 +134,7 @@ def test_layers_of_drafters_are_dense_and_not_counted(answers, name: str) -> Non
 
 
 @pytest.mark.supports("speculative decoding: suffixes")
-@pytest.mark.skipif(not find_spec("arctic_inference"), reason="needs the package arctic-inference")
+@needs_suffixes
 def test_drafts_of_suffixes_change_no_answer(answers) -> None:
     """Every prompt is asked twice, so the drafts are earlier answers."""
     assert answers["suffix"].tokens == answers["plain"].tokens
